@@ -1,0 +1,180 @@
+"""The one place that decides between NumPy and CuPy.
+
+A buffer is a NumPy array (host memory) or a device array. What the rest of bitring needs to know of a device is the
+small :class:`Device` interface: its array module, pinned host memory, asynchronous copies, and events. CuPy's is
+below; a test registers a fake one over host memory in ``devices``, so that the device paths run without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+Array = Any  # numpy.ndarray, cupy.ndarray, or a registered device's array
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Event(Protocol):
+    """A point in a device's stream."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the work before this point has finished."""
+        ...
+
+
+class Device(Protocol):
+    """What bitring asks of a device."""
+
+    xp: Any  # array module: empty, ufuncs with out=
+
+    def asarray(self, x: Any) -> Array:
+        """``x``, an object in this device's memory, as an array of this device, sharing memory."""
+        ...
+
+    def pinned(self, nbytes: int) -> Any:
+        """Page-locked host memory as a NumPy uint8 array of ``nbytes``."""
+        ...
+
+    def copy_out(self, host: Any, array: Array) -> Event:
+        """Begin copying ``array`` to the NumPy array ``host``, after the current stream's work; same size and dtype."""
+        ...
+
+    def copy_in(self, array: Array, host: Any) -> Event:
+        """Begin copying the NumPy array ``host`` to ``array``, in the current stream."""
+        ...
+
+    def record(self) -> Event:
+        """An event at the end of the current stream."""
+        ...
+
+
+class _CudaEvent:
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    @property
+    def done(self) -> bool:
+        return bool(self._event.done)
+
+
+class Cupy:
+    """CUDA through CuPy. Work is ordered by CuPy's current stream."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.xp: Any = cupy
+
+    def asarray(self, x: Any) -> Array:
+        """See Device."""
+        if isinstance(x, self.xp.ndarray):
+            return x
+        return self.xp.asarray(x) if hasattr(x, "__cuda_array_interface__") else self.xp.from_dlpack(x)
+
+    def pinned(self, nbytes: int) -> Any:
+        """See Device."""
+        return np.frombuffer(self.xp.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
+
+    def copy_out(self, host: Any, array: Array) -> Event:
+        """See Device."""
+        array.get(out=host, blocking=False)
+        return self.record()
+
+    def copy_in(self, array: Array, host: Any) -> Event:
+        """See Device."""
+        array.set(host)
+        return self.record()
+
+    def record(self) -> Event:
+        """See Device."""
+        event = self.xp.cuda.Event(disable_timing=True)
+        event.record()
+        return _CudaEvent(event)
+
+
+devices: dict[str, Callable[[], Device]] = {"cupy": Cupy}
+"""Array type's top-level module -> its device."""
+
+_made: dict[str, Device] = {}
+
+
+def _device_named(name: str) -> Device:
+    if name not in _made:
+        _made[name] = devices[name]()
+    return _made[name]
+
+
+def _home(x: Any) -> str:
+    return type(x).__module__.partition(".")[0]
+
+
+def is_device(x: Any) -> bool:
+    """Whether ``x`` is a device array (CuPy's, or a registered device's)."""
+    return _home(x) in devices
+
+
+def device_of(x: Array) -> Device | None:
+    """The device that holds the array ``x``; None for host memory."""
+    home = _home(x)
+    return _device_named(home) if home in devices else None
+
+
+def xp_of(x: Array) -> Any:
+    """The array module of ``x``: ``numpy``, ``cupy``, or a registered device's."""
+    device = device_of(x)
+    return np if device is None else device.xp
+
+
+_HOST_DLPACK = {1, 3}  # kDLCPU, kDLCUDAHost
+
+
+def as_array(x: Any, function: str, argument: str) -> Array:
+    """``x`` as an array, sharing its memory: NumPy and device arrays, the buffer protocol, DLPack, CUDA arrays.
+
+    Raises TypeError, naming ``function`` and ``argument``, for anything else.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    if is_device(x):
+        return _device_named(_home(x)).asarray(x)
+    on_host = hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) in _HOST_DLPACK
+    if not on_host and (hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack__")):
+        if importlib.util.find_spec("cupy") is None:
+            raise TypeError(f"{function}: {argument} is in device memory, which needs CuPy (pip install 'bitring[gpu]')")
+        return _device_named("cupy").asarray(x)
+    if on_host:
+        return np.from_dlpack(x)
+    try:
+        return np.asarray(memoryview(x))
+    except TypeError:
+        raise TypeError(
+            f"{function}: {argument} must be a NumPy or CuPy array, or offer DLPack, __cuda_array_interface__ or the "
+            f"buffer protocol; got {type(x).__name__}"
+        ) from None
+
+
+def flat_view(x: Array, function: str, argument: str, writable: bool) -> Array:
+    """The contiguous array ``x`` as a 1-D view in memory order; no copy.
+
+    Raises ValueError, naming ``function`` and ``argument``, when ``x`` is not contiguous, or read-only where
+    ``writable`` is asked for.
+    """
+    if not (x.flags.c_contiguous or x.flags.f_contiguous):
+        raise ValueError(
+            f"{function}: {argument} must be contiguous; got an array of shape {tuple(x.shape)} with strides "
+            f"{tuple(x.strides)}"
+        )
+    if writable and isinstance(x, np.ndarray) and not x.flags.writeable:
+        raise ValueError(f"{function}: {argument} must be writable; got a read-only array")
+    return x.reshape(-1) if x.flags.c_contiguous else x.T.reshape(-1)
+
+
+def bytes_of(x: Array) -> Array:
+    """The 1-D contiguous array ``x`` as uint8, sharing memory."""
+    return x.view(np.uint8)
