@@ -1,0 +1,207 @@
+"""What every test shares: fixtures, and ranks that stay together.
+
+For tests
+    ``comm``   MPI.COMM_WORLD. The same test runs on 1 rank and under mpirun; use whatever size there is.
+    ``agree``  ``agree(comm, ok, message)`` asserts on all ranks of ``comm`` that ``ok`` held on each; the error names the
+               ranks where it did not. Collective: a rank with nothing to complain about calls it too.
+    ``mpi_tmp_path`` (from pytest-mpi) is one folder for all ranks, ``tmp_path`` one folder for each.
+    ``clean_environment(NAME="value")`` is the environment for a process that a test starts itself.
+
+Marks: ``single`` runs on one rank only and is left out under mpirun; ``gpu`` is skipped without a CUDA device; ``slow``
+is skipped without ``--all``. Property tests draw the same examples on every rank.
+
+After each test the ranks compare its outcome over a communicator of their own. A test that failed on one rank fails on
+all, and none walks into the next test alone. tests/run.py names a folder in BITRING_TEST_LOGS; each rank then records
+its progress there, and its stacks shortly before a test's time limit: the first rank to reach it ends them all.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Ranks that draw different examples, or stop at different ones because one was slow, would wait for each other.
+hypothesis.settings.register_profile(
+    "ranks-alike",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("ranks-alike")
+
+
+class Agree(Protocol):
+    def __call__(self, comm: MPI.Comm, ok: bool, message: str = "") -> None: ...
+
+
+@pytest.fixture
+def comm() -> MPI.Intracomm:
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+@pytest.fixture
+def agree() -> Agree:
+    def agree(comm: MPI.Comm, ok: bool, message: str = "") -> None:
+        __tracebackhide__ = True
+        verdicts: list[tuple[bool, str]] = comm.allgather((bool(ok), str(message)))
+        wrong = [f"rank {rank}: {text or 'not so'}" for rank, (good, text) in enumerate(verdicts) if not good]
+        if wrong:
+            pytest.fail("\n".join(wrong))
+
+    return agree
+
+
+@pytest.fixture
+def clean_environment() -> Callable[..., dict[str, str]]:
+    """Drops what an enclosing launcher or runner left behind; Open MPI writes its part behind os.environ's back."""
+    ours = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDRA_", "PRTE_", "BITRING_TEST_", "PYTEST_")
+
+    def environment(**extra: str) -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | extra
+
+    return environment
+
+
+def _world() -> tuple[int, int]:
+    """This process's rank and the world size, as the launcher told them: asking MPI would initialise it."""
+    for rank, size in (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+RANK, SIZE = _world()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    logs = os.environ.get("BITRING_TEST_LOGS")
+    if logs or SIZE > 1:
+        config.pluginmanager.register(Lockstep(Path(logs) if logs else None))
+
+
+def _has_device() -> bool:
+    try:
+        import cupy  # pyright: ignore[reportMissingImports]
+
+        return int(cupy.cuda.runtime.getDeviceCount()) > 0
+    except Exception:  # CuPy's own error types cannot be named where it is not installed
+        return False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    done: set[str] = set()
+    if listed := os.environ.get("BITRING_TEST_DONE"):
+        done.update(Path(listed).read_text(encoding="utf-8").splitlines())
+    left_out = [item for item in items if (SIZE > 1 and "single" in item.keywords) or item.nodeid in done]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    on_device = [item for item in items if "gpu" in item.keywords]
+    if on_device and not _has_device():
+        for item in on_device:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device, or no CuPy"))
+    if not config.getoption("--all"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; --all runs it"))
+
+
+class Lockstep:
+    """Keeps the ranks at the same test, and leaves behind what tests/run.py shows when they got stuck."""
+
+    # Outside of tests (collection, the end) a rank may take this long before its stacks are recorded.
+    BETWEEN_SECONDS = 60.0
+
+    def __init__(self, logs: Path | None) -> None:
+        self._progress = (logs / f"progress-{RANK}.jsonl").open("a", encoding="utf-8") if logs else None
+        self._stacks = (logs / f"stacks-{RANK}.log").open("w", encoding="utf-8") if logs else None
+        self._comm: MPI.Intracomm | None = None
+        self._outcome = "passed"
+        self._text = ""
+        self._watch(self.BETWEEN_SECONDS)
+
+    def _watch(self, seconds: float) -> None:
+        if self._stacks:
+            self._stacks.truncate(0)
+            faulthandler.dump_traceback_later(seconds, file=self._stacks)
+
+    def _record(self, **entry: Any) -> None:
+        if self._progress:
+            self._progress.write(json.dumps(entry) + "\n")
+            self._progress.flush()
+
+    def _gather(self, value: str) -> list[str]:
+        if SIZE == 1:
+            return [value]
+        if self._comm is None:
+            from mpi4py import MPI
+
+            self._comm = MPI.COMM_WORLD.Dup()
+        return self._comm.allgather(value)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        names = [item.nodeid for item in session.items]
+        lists = self._gather("\n".join(names))
+        if len(set(lists)) > 1:
+            other = next(names for names in lists if names != lists[0])
+            odd = sorted(set(lists[0].split("\n")) ^ set(other.split("\n")))
+            raise pytest.UsageError(f"the ranks collected different tests, or in a different order: {odd[:5]}")
+        self._record(event="collected", tests=names)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._outcome, self._text = "passed", ""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> None:
+        limit = float(settings.timeout)
+        self._record(event="start", test=item.nodeid, limit=limit)
+        self._watch(limit - min(3.0, limit / 5))  # every rank must have written before the first one gives up
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.outcome != "passed" and self._outcome != "failed":
+            self._outcome, self._text = report.outcome, report.longreprtext
+        if report.failed:
+            self._record(event="failing", test=item.nodeid, text=report.longreprtext)
+        if call.when == "teardown":
+            self._compare(item, report)
+        return report
+
+    def _compare(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """Collective. Turns ``report`` into a failure when the ranks disagree, and records the common outcome."""
+        outcomes = self._gather(self._outcome)
+        if len(set(outcomes)) > 1 and self._outcome != "failed":
+            report.outcome = "failed"
+            report.longrepr = f"{self._outcome} here, but: " + ", ".join(
+                f"rank {rank} {outcome}" for rank, outcome in enumerate(outcomes) if outcome != self._outcome
+            )
+        common = outcomes[0] if len(set(outcomes)) == 1 else "failed"
+        self._record(event="end", test=item.nodeid, outcome=common)
+        self._watch(self.BETWEEN_SECONDS)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionfinish(self) -> Generator[None, Any, Any]:
+        result = yield
+        self._record(event="finished")
+        return result
