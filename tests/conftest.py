@@ -2,8 +2,8 @@
 
 For tests
     ``comm``   MPI.COMM_WORLD. The same test runs on 1 rank and under mpirun; use whatever size there is.
-    ``agree``  ``agree(comm, ok, message)`` asserts on all ranks of ``comm`` that ``ok`` held on each; the error names the
-               ranks where it did not. Collective: a rank with nothing to complain about calls it too.
+    ``agree``  ``agree(comm, ok, message)`` asserts on all ranks of ``comm`` that ``ok`` held on each; the error names
+               the ranks where it did not. Collective: a rank with nothing to complain about calls it too.
     ``mpi_tmp_path`` (from pytest-mpi) is one folder for all ranks, ``tmp_path`` one folder for each.
     ``clean_environment(NAME="value")`` is the environment for a process that a test starts itself.
 
