@@ -1,0 +1,264 @@
+"""Who runs collectives: the caller that waits, or one progress thread beside a training loop.
+
+A job is a generator that does what it can and yields when it has to wait; so any thread can take it a step further.
+Jobs of one communicator run in the order they were submitted, which MPI asks to be the same on all ranks; jobs of
+different communicators run side by side. A job that nobody waits for is driven by the progress thread, which sleeps
+when there is none; below MPI's thread level ``multiple`` there is no such thread and jobs run when they are waited for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.executor import Progress
+
+logger = logging.getLogger("bitring")
+
+SILENCE_SECONDS = 60.0
+"""A wait without any progress for so long is worth one warning."""
+
+_GRACE_SECONDS = 2.0
+_NOTE_TAG = 32767
+_SPINS = 200
+_NAP_SECONDS = 20e-6
+
+
+class Lane:
+    """The jobs of one communicator, in order. ``comm`` is bitring's private duplicate of it."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.comm = comm
+        self.jobs: deque[Job] = deque()
+        self.count = 0  # jobs submitted so far; the same on all ranks
+        self.broken: str | None = None
+
+    def submit(self, steps: Callable[[Progress], Iterator[None]], what: str) -> Job:
+        """Queue a job; it begins when the progress thread or a waiting caller comes to it."""
+        if self.broken:
+            raise RuntimeError(f"{what}: this communicator is unusable since {self.broken}")
+        self.count += 1
+        job = Job(self, steps, what, self.count)
+        engine.enqueue(job)
+        return job
+
+    def drain_notes(self) -> None:
+        """Receive what others said while they waited for this rank."""
+        note = np.empty(1, np.int64)
+        status = MPI.Status()
+        while self.comm.Iprobe(MPI.ANY_SOURCE, _NOTE_TAG, status):
+            self.comm.Recv(note, status.Get_source(), _NOTE_TAG)
+
+    def absent(self, number: int) -> list[int]:
+        """The ranks that have not come to job ``number``: those that wait in it, too, tell each other."""
+        rank, size = self.comm.Get_rank(), self.comm.Get_size()
+        note = np.array([number], np.int64)
+        others = [r for r in range(size) if r != rank]
+        sent = [self.comm.Isend(note, r, _NOTE_TAG) for r in others]
+        missing = set(others)
+        heard, status = np.empty(1, np.int64), MPI.Status()
+        until = time.monotonic() + _GRACE_SECONDS
+        while missing and time.monotonic() < until:
+            while self.comm.Iprobe(MPI.ANY_SOURCE, _NOTE_TAG, status):
+                self.comm.Recv(heard, status.Get_source(), _NOTE_TAG)
+                if heard[0] >= number:
+                    missing.discard(status.Get_source())
+            time.sleep(0.01)
+        for request in sent:  # eight bytes are sent eagerly: done long ago, whether or not anybody reads them
+            if not request.Test():
+                request.Free()
+        return sorted(missing)
+
+
+class Job:
+    """One run of a collective. ``wait`` returns when it is over and raises what it raised."""
+
+    def __init__(self, lane: Lane, steps: Callable[[Progress], Iterator[None]], what: str, number: int) -> None:
+        self.lane = lane
+        self.what = what
+        self.number = number
+        self.done = False
+        self.error: BaseException | None = None
+        self.on_done: Callable[[], None] | None = None
+        self._progress = Progress()
+        self._steps = steps(self._progress)
+        self._seen = (-1, 0.0)  # moves, and when they were first counted
+        self._warned = False
+
+    def advance(self) -> bool:
+        """Do what can be done now. Whether anything moved."""
+        try:
+            next(self._steps)
+        except StopIteration:
+            self._end(None)
+            return True
+        except BaseException as error:
+            self._end(error)
+            return True
+        now = time.monotonic()
+        if self._progress.moves != self._seen[0]:
+            self._seen = (self._progress.moves, now)
+            return True
+        self._mind_silence(now - self._seen[1])
+        return False
+
+    def _mind_silence(self, seconds: float) -> None:
+        if seconds < min(SILENCE_SECONDS, _timeout()):
+            return
+        if not self._warned:
+            self._warned = True
+            missing = self.lane.absent(self.number)
+            who = f"ranks that have not come to it: {missing}" if missing else f"messages due from ranks {sorted(self._progress.peers)}"
+            self._complaint = f"rank {self.lane.comm.Get_rank()} has waited {seconds:.0f} s in {self.what}; {who}"
+            logger.warning("%s", self._complaint)
+        if seconds >= _timeout():
+            self.lane.broken = f"{self.what} timed out"
+            self._steps.close()
+            self._end(TimeoutError(f"{self._complaint} (BITRING_TIMEOUT={_timeout():g})"))
+
+    def _end(self, error: BaseException | None) -> None:
+        self.error = error
+        if error is not None and not isinstance(error, Exception):
+            self.lane.broken = f"{self.what} was interrupted"
+        self.done = True
+        self.lane.jobs.popleft()
+        if self.on_done is not None:
+            self.on_done()
+
+    def wait(self) -> None:
+        """Drive the communicator's jobs until this one is over; raises its error."""
+        if not self.done:
+            engine.drive(self)
+        if self.error is not None:
+            raise self.error
+
+    def test(self) -> bool:
+        """Whether it is over; raises its error. Never waits, but takes the job further when nobody else does."""
+        if not self.done:
+            engine.nudge(self.lane)
+        if self.done and self.error is not None:
+            raise self.error
+        return self.done
+
+
+def _timeout() -> float:
+    """Seconds without progress after which a wait is an error; infinite unless BITRING_TIMEOUT is set."""
+    text = os.environ.get("BITRING_TIMEOUT", "")
+    try:
+        return float(text) if text else float("inf")
+    except ValueError:
+        raise ValueError(f"BITRING_TIMEOUT must be a number of seconds; got {text!r}") from None
+
+
+class Engine:
+    """The process's jobs, and the thread that drives those nobody waits for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held while any job advances
+        self._wake = threading.Condition()
+        self._lanes: list[Lane] = []  # those with jobs
+        self._drivers = 0
+        self._thread: threading.Thread | None = None
+        self._stopped: str | None = None
+
+    def enqueue(self, job: Job) -> None:
+        """Put the job at the end of its lane."""
+        if self._stopped:
+            raise RuntimeError(f"{job.what}: {self._stopped}")
+        with self._wake:
+            job.lane.jobs.append(job)
+            if job.lane not in self._lanes:
+                self._lanes.append(job.lane)
+
+    def start_thread(self) -> bool:
+        """See that started jobs run without anybody waiting. Whether they do: it needs MPI.THREAD_MULTIPLE."""
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            return False
+        with self._wake:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="bitring-progress", daemon=True)
+                self._thread.start()
+            self._wake.notify_all()
+        return True
+
+    def _turn(self) -> bool:
+        """Advance the first job of every communicator. Whether anything moved."""
+        moved = False
+        with self._lock:
+            for lane in list(self._lanes):
+                if lane.jobs:
+                    moved |= lane.jobs[0].advance()
+                if not lane.jobs:
+                    with self._wake:
+                        if not lane.jobs:
+                            self._lanes.remove(lane)
+        return moved
+
+    def drive(self, job: Job) -> None:
+        """Run jobs in the calling thread until ``job`` is over."""
+        with self._wake:
+            self._drivers += 1
+        try:
+            idle = 0
+            while not job.done:
+                idle = 0 if self._turn() else idle + 1
+                _rest(idle)
+        finally:
+            with self._wake:
+                self._drivers -= 1
+                self._wake.notify_all()
+
+    def nudge(self, lane: Lane) -> None:
+        """Advance the lane's first job unless another thread is at it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if lane.jobs:
+                    lane.jobs[0].advance()
+            finally:
+                self._lock.release()
+
+    def _serve(self) -> None:
+        idle = 0
+        while True:
+            with self._wake:
+                while not self._stopped and (self._drivers or not self._lanes):
+                    self._wake.wait()
+                    idle = 0
+                if self._stopped:
+                    return
+            idle = 0 if self._turn() else idle + 1
+            _rest(idle)
+
+    def stop(self, why: str) -> None:
+        """End the progress thread; later jobs raise ``why``."""
+        with self._wake:
+            self._stopped = why
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def disable_in_child(self) -> None:
+        """A forked child shares the parent's MPI connections and must not touch them."""
+        self.__init__()  # type: ignore[misc]  # locks may be held by threads that the child does not have
+        self._stopped = "this process was forked after MPI started; use the 'spawn' or 'forkserver' start method"
+
+
+def _rest(idle: int) -> None:
+    """Give way while there is nothing to do: other ranks may need this core to send what is waited for."""
+    if idle > _SPINS:
+        time.sleep(_NAP_SECONDS)
+    elif idle > 20:
+        os.sched_yield()
+
+
+engine = Engine()
+atexit.register(engine.stop, "the interpreter is exiting")
+os.register_at_fork(after_in_child=engine.disable_in_child)

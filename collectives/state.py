@@ -1,0 +1,65 @@
+"""What bitring keeps for a communicator: a private duplicate, and the jobs and caches that use it.
+
+It hangs on the communicator as an MPI attribute: made at the first collective call, shared by every library that uses
+bitring on the communicator, freed with it. Nothing is keyed by address or handle.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from mpi4py import MPI
+
+from bitring.collectives.abort import abort_on_exception
+from bitring.collectives.engine import Lane
+from bitring.collectives.transport import CHANNELS
+
+
+class State:
+    """``lane`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.lane = Lane(comm)
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self.plans = 0
+        self.cache: dict[Any, Any] = {}
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The private duplicate; nobody else's messages travel in it."""
+        return self.lane.comm
+
+    def new_channel(self) -> int:
+        """The channel of the next plan; channel 0 is for calls without one."""
+        self.plans += 1
+        return 1 + (self.plans - 1) % (CHANNELS - 1)
+
+    def close(self) -> None:
+        """Free everything. Collective, as freeing a communicator is."""
+        self.cache.clear()
+        self.lane.drain_notes()
+        self.lane.broken = "it was freed"
+        self.lane.comm.Free()
+
+
+@functools.cache
+def _keyval() -> int:
+    def delete(comm: MPI.Comm, keyval: int, state: State) -> None:
+        state.close()
+
+    return MPI.Comm.Create_keyval(delete_fn=delete)
+
+
+def state_of(comm: MPI.Intracomm) -> State:
+    """The communicator's state, made on first use; collective then."""
+    state = comm.Get_attr(_keyval())
+    if state is None:
+        abort_on_exception()
+        private = MPI.Intracomm.Dup(MPI.Intracomm(comm))
+        private.Set_errhandler(MPI.ERRORS_RETURN)
+        state = State(private)
+        comm.Set_attr(_keyval(), state)
+    assert isinstance(state, State)
+    return state

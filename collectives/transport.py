@@ -1,0 +1,184 @@
+"""How one message of a program travels: from and to host memory, device memory, or a device through pinned memory.
+
+The only place where bitring waits for a device's stream: an event stands before every send of device memory and
+after every copy or reduction into it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.arrays import Array, Device, Event, bytes_of, device_of
+from bitring.collectives.cuda_aware import cuda_aware
+from bitring.collectives.program import Program
+
+CHANNELS = 16
+"""Collectives with different channels never take each other's messages; channel 0 is for calls without a plan."""
+
+_TAGS = 32768 // CHANNELS
+
+
+class Transport:
+    """A program bound to a communicator and, by ``bind``, to a buffer in host memory.
+
+    ``buffer`` is a 1-D contiguous array of as many values as the program was compiled for. ``persistent`` keeps MPI's
+    persistent requests between runs; it is for buffers that are bound once.
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm, program: Program, dtype: np.dtype[Any], ufunc: str | None, channel: int, persistent: bool
+    ) -> None:
+        self.program = program
+        self._comm = comm
+        self._rank = comm.Get_rank()
+        self._dtype = dtype
+        self._ufunc_name = ufunc
+        self._tag = channel * _TAGS
+        self._persistent = persistent
+        self._requests: dict[int, MPI.Prequest] = {}
+        self._scratch: dict[int, Array] = {}
+
+    def bind(self, buffer: Array) -> None:
+        """Work on ``buffer`` from now on."""
+        xp = self._xp(buffer)
+        self._buffer = buffer
+        self._bytes = bytes_of(buffer)
+        self._ufunc = getattr(xp, self._ufunc_name) if self._ufunc_name else None
+        if not self._scratch:
+            self._scratch = {slot: xp.empty(self.program.slot_values, self._dtype) for slot in self.program.slots}
+
+    def _xp(self, buffer: Array) -> Any:
+        return np
+
+    def prepare(self, index: int) -> Event | None:
+        """What has to happen on the device before ``begin``; None when nothing has."""
+        return None
+
+    def begin(self, index: int) -> MPI.Request:
+        """Start sending or receiving the message."""
+        if self._persistent:
+            request = self._requests.get(index)
+            if request is None:
+                request = self._requests[index] = self._request(index, persistent=True)
+            request.Start()
+            return request
+        return self._request(index, persistent=False)
+
+    def _request(self, index: int, persistent: bool) -> Any:
+        m = self.program.messages[index]
+        tag = self._tag + m.sequence % _TAGS
+        memory = self._memory(index)
+        if m.sends:
+            return (self._comm.Send_init if persistent else self._comm.Isend)(memory, m.peer, tag)
+        return (self._comm.Recv_init if persistent else self._comm.Irecv)(memory, m.peer, tag)
+
+    def _memory(self, index: int) -> Any:
+        """What MPI sends from or receives into, as bytes."""
+        m = self.program.messages[index]
+        if m.slot >= 0:
+            return bytes_of(self._scratch[m.slot][: m.stop - m.start])
+        itemsize = self._dtype.itemsize
+        return self._bytes[m.start * itemsize : m.stop * itemsize]
+
+    def apply(self, index: int) -> Event | None:
+        """Take over a received message: reduce it into the buffer if it is to be reduced."""
+        m = self.program.messages[index]
+        if m.reduces:
+            assert self._ufunc is not None
+            mine = self._buffer[m.start : m.stop]
+            theirs = self._scratch[m.slot][: m.stop - m.start]
+            if m.peer < self._rank:
+                self._ufunc(theirs, mine, out=mine)
+            else:
+                self._ufunc(mine, theirs, out=mine)
+        return None
+
+    def release(self, index: int) -> None:
+        """The message has had its effect."""
+
+    def close(self) -> None:
+        """Free the persistent requests."""
+        while self._requests:
+            self._requests.popitem()[1].Free()
+
+
+class CudaAwareTransport(Transport):
+    """Device memory handed to the MPI library as it is."""
+
+    def __init__(self, device: Device, *args: Any) -> None:
+        super().__init__(*args)
+        self._device = device
+
+    def _xp(self, buffer: Array) -> Any:
+        return self._device.xp
+
+    def prepare(self, index: int) -> Event | None:
+        """The values to send may still be on their way through the stream."""
+        return self._device.record() if self.program.messages[index].sends else None
+
+    def apply(self, index: int) -> Event | None:
+        """Reduce on the device."""
+        super().apply(index)
+        return self._device.record() if self.program.messages[index].reduces else None
+
+
+class StagedTransport(Transport):
+    """Device memory sent and received through pinned host memory, segment by segment, copies overlapping messages."""
+
+    def __init__(self, device: Device, *args: Any) -> None:
+        super().__init__(*args)
+        self._device = device
+        self._persistent = False  # a message's staging memory changes from run to run
+        self._free: list[Any] = []
+        self._staging: dict[int, Any] = {}
+        self._nbytes = max((m.stop - m.start for m in self.program.messages), default=0) * self._dtype.itemsize
+
+    def _xp(self, buffer: Array) -> Any:
+        return self._device.xp
+
+    def _memory(self, index: int) -> Any:
+        m = self.program.messages[index]
+        if index not in self._staging:
+            self._staging[index] = self._free.pop() if self._free else self._device.pinned(self._nbytes)
+        return self._staging[index][: (m.stop - m.start) * self._dtype.itemsize]
+
+    def prepare(self, index: int) -> Event | None:
+        """Copy the values to send out of the device."""
+        m = self.program.messages[index]
+        if not m.sends:
+            return None
+        return self._device.copy_out(self._memory(index).view(self._dtype), self._buffer[m.start : m.stop])
+
+    def apply(self, index: int) -> Event | None:
+        """Copy what came in to the device, and reduce there."""
+        m = self.program.messages[index]
+        into = self._scratch[m.slot][: m.stop - m.start] if m.reduces else self._buffer[m.start : m.stop]
+        copied = self._device.copy_in(into, self._memory(index).view(self._dtype))
+        if not m.reduces:
+            return copied
+        super().apply(index)
+        return self._device.record()
+
+    def release(self, index: int) -> None:
+        """Give the staging memory to the next message."""
+        if index in self._staging:
+            self._free.append(self._staging.pop(index))
+
+
+def make_transport(
+    comm: MPI.Intracomm, program: Program, buffer: Array, ufunc: str | None, channel: int, persistent: bool
+) -> Transport:
+    """The transport for where ``buffer`` lives, bound to it."""
+    device = device_of(buffer)
+    args = (comm, program, buffer.dtype, ufunc, channel, persistent)
+    if device is None:
+        transport = Transport(*args)
+    elif cuda_aware():
+        transport = CudaAwareTransport(device, *args)
+    else:
+        transport = StagedTransport(device, *args)
+    transport.bind(buffer)
+    return transport
