@@ -1,8 +1,8 @@
 """The symbolic check of a schedule: who contributes what to which chunk, with no data and no MPI.
 
 :func:`walk` takes all ranks through their rounds under the strictest rule that MPI allows, the rendezvous: a message
-passes only while its sender and its receiver are both in the rounds that name it. :func:`check` follows the contributions
-of the ranks along that walk. A schedule that passes has no deadlock whatever the MPI library buffers, and each result
+passes only while its sender and its receiver are both in the rounds that name it. :func:`check` follows the ranks'
+contributions along that walk. A schedule that passes has no deadlock whatever the MPI library buffers, and each result
 holds each contribution exactly once; an AllReduce ends with the same bits on all ranks.
 """
 
@@ -44,7 +44,7 @@ class RoundEnd(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a correct schedule costs. Tuples have one entry a rank; traffic is counted in chunks, of which n has ``chunks``."""
+    """What a correct schedule costs. Tuples have an entry a rank; traffic is in chunks, ``chunks`` of them a buffer."""
 
     chunks: int
     rounds: int  # steps on the common clock from the first message to the last
@@ -61,8 +61,8 @@ class Verdict:
 def walk(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Iterator[Message | RoundEnd]:
     """All messages, in an order in which they may happen; each rank's round ends with a :class:`RoundEnd`.
 
-    Raises :class:`ScheduleError` for a transfer that names an impossible peer or range, has no counterpart, or differs from
-    it in its range, and for a deadlock. Raises ValueError when the algorithm has no such collective.
+    Raises :class:`ScheduleError` for a transfer that names an impossible peer or range, has no counterpart, or differs
+    from it in its range, and for a deadlock. Raises ValueError when the algorithm has no such collective.
     """
     _require(algorithm, collective, size, root)
     chunks = algorithm.chunks(size)
@@ -92,7 +92,8 @@ def walk(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Ite
             peer = transfer.peer
             if not 0 <= peer < size or peer == rank or not 0 <= transfer.first < transfer.last <= chunks:
                 raise ScheduleError(
-                    f"rank {rank}, round {numbers[rank]}: {_text(transfer)} is impossible among {size} ranks and {chunks} chunks"
+                    f"rank {rank}, round {numbers[rank]}: {_text(transfer)} is impossible among {size} ranks "
+                    f"and {chunks} chunks"
                 )
             sending = isinstance(transfer, Send)
             key = (rank, peer) if sending else (peer, rank)
@@ -133,8 +134,9 @@ def walk(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Ite
 def check(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Verdict:
     """Prove a schedule of ``size`` ranks right, and count its rounds and traffic.
 
-    Raises :class:`ScheduleError` for what :func:`walk` raises it for, and when a contribution would count twice or is missing
-    at the end, when a chunk is used that was never filled, and when the ranks of an AllReduce add in different orders.
+    Raises :class:`ScheduleError` for what :func:`walk` raises it for, and when a contribution would count twice or is
+    missing at the end, when a chunk is used that was never filled, and when an AllReduce does not add in the same order
+    on all ranks.
     """
     chunks = algorithm.chunks(size)
     if collective in ("reduce_scatter", "allgather") and chunks != size:
@@ -154,9 +156,10 @@ def check(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Ve
         if isinstance(event, Message):
             values = held[event.sender][event.first : event.last]
             if _EMPTY in values:
+                c = event.first + values.index(_EMPTY)
                 raise ScheduleError(
-                    f"rank {event.sender}, round {event.sender_round}: sends chunk {event.first + values.index(_EMPTY)} to rank "
-                    f"{event.receiver} before anything is in it"
+                    f"rank {event.sender}, round {event.sender_round}: sends chunk {c} to rank {event.receiver} "
+                    "before anything is in it"
                 )
             arrived[event.receiver].append((event, values))
             steps = max(steps, event.step + 1)
@@ -240,7 +243,8 @@ def _require_result(collective: str, held: list[list[int]], sums: _Sums, root: i
                 raise ScheduleError(f"rank {rank}, after the last round: chunk {c} {' and '.join(wrong)}")
             if collective == "allreduce" and value != held[0][c]:
                 raise ScheduleError(
-                    f"rank {rank}, after the last round: chunk {c} was added in another order than on rank 0, so bits may differ"
+                    f"rank {rank}, after the last round: chunk {c} was added in another order than on rank 0, "
+                    "so bits may differ"
                 )
 
 
@@ -251,7 +255,11 @@ def _ranks(mask: int) -> str:
 
 
 def _text(transfer: Transfer) -> str:
-    what = f"chunks {transfer.first} to {transfer.last - 1}" if transfer.last - transfer.first > 1 else f"chunk {transfer.first}"
+    what = (
+        f"chunks {transfer.first} to {transfer.last - 1}"
+        if transfer.last - transfer.first > 1
+        else f"chunk {transfer.first}"
+    )
     if isinstance(transfer, Send):
         return f"sends {what} to rank {transfer.peer}"
     return f"receives {what} from rank {transfer.peer}"

@@ -2,14 +2,15 @@
 
 In a single binary tree half of the ranks are leaves, which send but never forward. With two trees every rank works in
 both directions, and pipelined by segments n bytes on p ranks take about 2nβ + O(lg p)·α for AllReduce, and about nβ +
-O(lg p)·α for reduce and for broadcast: the ring's bandwidth, with a latency that grows with lg p only. See Sanders, Speck
-and Träff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan" (2009).
+O(lg p)·α for reduce and for broadcast: the ring's bandwidth, with a latency that grows with lg p only. See Sanders,
+Speck and Träff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan" (2009).
 
 Unpipelined, AllReduce takes at most 4⌊lg p⌋ rounds of n/2 bytes. The first tree is the in-order tree over the places 1
 to m, where odd places are leaves; the second is the same tree mirrored (m even) or shifted by one (m odd), so that even
-places are leaves. Every transfer has a step on a common clock: a place with t trailing zero bits sends up in step 2t from
-the left and 2t+1 from the right, a broadcast is a reduce run backwards. A leaf so sends in step 0 or 1, and an inner rank
-later: in each step a rank sends at most once and receives at most once.
+places are leaves. Every transfer has a step on a common clock: a place with t trailing zero bits sends up in step 2t
+from the left and 2t+1 from the right, and a broadcast is a reduce run backwards. So leaves send in steps 0 and 1, inner
+ranks later, and in each step a rank sends at most once and receives at most once. (The paper also colours the edges so
+that a long pipeline alternates strictly; here a rank just sends whichever segment is there.)
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class DoubleBinaryTree(Algorithm):
         yield from _descend(_edges(rank, size - 1))
 
 
-Edge = tuple[int, int, int, bool]  # the step of reduce in which it is used, the other end's label, tree, goes up from here
+Edge = tuple[
+    int, int, int, bool
+]  # the step of reduce in which it is used, the other end's label, tree, goes up from here
 
 
 def _edges(label: int, m: int) -> list[Edge]:
@@ -51,8 +54,9 @@ def _edges(label: int, m: int) -> list[Edge]:
     for tree in (0, 1):
         # Place 0 is above the root: what lies to the right of it, first within the bounds, is the root.
         place = 0 if label == 0 else _swap(label, m) if tree else label
-        for child in _children(place, m):
-            edges.append((_step(child, m, tree), _unswap(child, m) if tree else child, tree, False))
+        edges += [
+            (_step(child, m, tree), _unswap(child, m) if tree else child, tree, False) for child in _children(place, m)
+        ]
         if place:
             parent = _parent(place, m)
             edges.append((_step(place, m, tree), _unswap(parent, m) if tree and parent else parent, tree, True))

@@ -6,16 +6,18 @@ A schedule is what one rank does: an iterable of rounds, made lazily. A round is
 
 * every send reads its chunks as they are when the round begins, before any receive of the same round is applied;
 * a receive either replaces its chunks or reduces into them; receives of one round are applied in the order written;
+* a reduction puts the lower rank's operand first, so that two ranks which add each other's values get the same bits;
 * rounds order the data and are no barriers: a rank may be several rounds ahead where the data allows.
 
+The k-th send from a to b meets the k-th receive at b from a, and both name the same chunks; no rank sends to itself.
 One global order must exist: if a transfer is in round i of the sender and round j of the receiver, both may be taken
-at once without any rank waiting for a later round of its own (``check`` proves it, with sends that complete only when
-they are received). The same schedule is run by an executor, checked symbolically, costed, and drawn.
+at once without any rank waiting for a later round of its own (:mod:`bitring.collectives.check` proves it, with sends
+that complete only when they are received). The same schedule is run by an executor, checked, costed, and drawn.
 """
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -60,9 +62,9 @@ class Algorithm(ABC):
     for 1 to 64 ranks the moment its file exists.
     """
 
+    @abstractmethod
     def chunks(self, size: int) -> int:
         """Number of chunks that a buffer is cut into among ``size`` ranks."""
-        raise NotImplementedError
 
     def allreduce(self, rank: int, size: int) -> Iterator[Round]:
         """Rounds of AllReduce; by default the algorithm's reduce-scatter followed by its allgather."""
