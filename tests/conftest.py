@@ -12,7 +12,7 @@ is skipped without ``--all``. Property tests draw the same examples on every ran
 
 After each test the ranks compare its outcome over a communicator of their own. A test that failed on one rank fails on
 all, and none walks into the next test alone. tests/run.py names a folder in BITRING_TEST_LOGS; each rank then records
-its progress there, and its stacks shortly before a test's time limit: the first rank to reach it ends them all.
+its progress there, and its stacks at a test's time limit, which the runner enforces in pytest-timeout's place.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -132,10 +133,11 @@ class Lockstep:
 
     def __init__(self, logs: Path | None) -> None:
         self._progress = (logs / f"progress-{RANK}.jsonl").open("a", encoding="utf-8") if logs else None
-        self._stacks = (logs / f"stacks-{RANK}.log").open("w", encoding="utf-8") if logs else None
+        self._stacks = (logs / f"stacks-{RANK}.log").open("a", encoding="utf-8") if logs else None
         self._comm: MPI.Intracomm | None = None
         self._outcome = "passed"
-        self._text = ""
+        self._deadline = 0.0
+        self._record(event="began", pid=os.getpid())
         self._watch(self.BETWEEN_SECONDS)
 
     def _watch(self, seconds: float) -> None:
@@ -167,13 +169,16 @@ class Lockstep:
         self._record(event="collected", tests=names)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._outcome, self._text = "passed", ""
+        self._outcome = "passed"
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> None:
+    def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> bool | None:
         limit = float(settings.timeout)
+        self._deadline = time.monotonic() + limit
         self._record(event="start", test=item.nodeid, limit=limit)
-        self._watch(limit - min(3.0, limit / 5))  # every rank must have written before the first one gives up
+        self._watch(limit)
+        # True: the timer is set. pytest-timeout would end this rank, and with it the others before they could write.
+        return True if self._stacks else None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -181,7 +186,7 @@ class Lockstep:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if report.outcome != "passed" and self._outcome != "failed":
-            self._outcome, self._text = report.outcome, report.longreprtext
+            self._outcome = report.outcome
         if report.failed:
             self._record(event="failing", test=item.nodeid, text=report.longreprtext)
         if call.when == "teardown":
@@ -190,6 +195,7 @@ class Lockstep:
 
     def _compare(self, item: pytest.Item, report: pytest.TestReport) -> None:
         """Collective. Turns ``report`` into a failure when the ranks disagree, and records the common outcome."""
+        self._watch(max(0.1, self._deadline - time.monotonic()))  # pytest disarms it when a test fails
         outcomes = self._gather(self._outcome)
         if len(set(outcomes)) > 1 and self._outcome != "failed":
             report.outcome = "failed"

@@ -1,0 +1,90 @@
+# shellcheck shell=bash
+# Sourced by scripts/quickstart and scripts/test: makes, or reuses, a virtual environment that holds bitring.
+#
+#   environment FOLDER EXTRA...
+#
+# Installs the project (editable) with these extras, only when something asked for is missing. FOLDER/installed records
+# what is there: a digest of pyproject.toml and CMakeLists.txt with the Python version, then the extras, one a line.
+
+# The interpreter to make environments with: PYTHON, or python3. Ends the script when it is older than 3.10.
+find_python() {
+    local python=${PYTHON:-python3} version
+    if ! version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>&1); then
+        echo "bitring needs Python 3.10 or newer; '$python' does not run: $version" >&2
+        echo "Set PYTHON to one that does, for example PYTHON=python3.12 $0" >&2
+        exit 1
+    fi
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "bitring needs Python 3.10 or newer; '$python' is $version. Set PYTHON to a newer one." >&2
+        exit 1
+    fi
+    echo "$python"
+}
+
+# run_with_progress WHAT LOG COMMAND...: the command's output goes to LOG, its last line and the seconds to the screen.
+run_with_progress() {
+    local what=$1 log=$2 start=$SECONDS status=0 last pid
+    shift 2
+    "$@" >"$log" 2>&1 </dev/null &
+    pid=$!
+    echo "$what ..."
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 1
+        last=$(tail -n 1 "$log" | cut -c 1-70)
+        if [ -t 1 ]; then
+            printf '\r\033[K  %3d s  %s' $((SECONDS - start)) "$last"
+        elif [ $(((SECONDS - start) % 15)) -eq 14 ]; then
+            echo "  $((SECONDS - start)) s  $last"
+        fi
+    done
+    wait "$pid" || status=$?
+    [ -t 1 ] && printf '\r\033[K'
+    if [ "$status" -ne 0 ]; then
+        tail -n 40 "$log" >&2
+        echo "$what: failed after $((SECONDS - start)) s; the whole output is in $log" >&2
+        exit "$status"
+    fi
+    echo "  done in $((SECONDS - start)) s"
+}
+
+environment() {
+    local folder=$1 python digest extra missing=()
+    shift
+    python=$(find_python) || exit
+    digest=$({
+        "$python" -c 'import sys; print(sys.version_info[:2])'
+        cat pyproject.toml
+        [ ! -f CMakeLists.txt ] || cat CMakeLists.txt
+    } | cksum)
+    if ! "$folder/bin/python" -c '' 2>/dev/null || [ "$("$folder/bin/python" -V)" != "$("$python" -V)" ]; then
+        echo "Making $folder with $("$python" -V)"
+        if ! "$python" -m venv --clear "$folder"; then
+            echo "'$python -m venv' failed; Debian and Ubuntu have it in the package python3-venv" >&2
+            exit 1
+        fi
+    fi
+    touch "$folder/installed"
+    if [ "$(head -n 1 "$folder/installed")" != "$digest" ]; then
+        missing=("$@")
+    else
+        for extra; do
+            grep -qx "$extra" "$folder/installed" || missing+=("$extra")
+        done
+    fi
+    if [ ${#missing[@]} -eq 0 ]; then
+        return
+    fi
+    run_with_progress "Installing bitring with ${missing[*]} into $folder (a minute or two the first time)" \
+        "$folder/install.log" "$folder/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
+        --editable ".[$(IFS=, && echo "${missing[*]}")]"
+    {
+        echo "$digest"
+        {
+            printf '%s\n' "${missing[@]}"
+            if [ "$(head -n 1 "$folder/installed")" = "$digest" ]; then
+                tail -n +2 "$folder/installed"
+            fi
+        } | sort -u
+    } >"$folder/installed.new"
+    mv "$folder/installed.new" "$folder/installed"
+}
