@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import traceback
 from types import TracebackType
 
 from mpi4py import MPI
@@ -19,14 +20,15 @@ def abort_on_exception() -> None:
     """Install the hook, once."""
     if MPI.COMM_WORLD.Get_size() == 1 or os.environ.get("BITRING_ABORT") == "0":
         return
-    before = sys.excepthook
+    sys.excepthook = _report_and_abort
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        print(f"bitring: rank {MPI.COMM_WORLD.Get_rank()} raised; all ranks end", file=sys.stderr)
-        before(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if MPI.Is_initialized() and not MPI.Is_finalized():
-            MPI.COMM_WORLD.Abort(1)
 
-    sys.excepthook = hook
+def _report_and_abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    rank = MPI.COMM_WORLD.Get_rank()
+    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
+    sys.stdout.flush()
+    # One write, each line marked: ranks that raise together must stay legible.
+    sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
+    sys.stderr.flush()
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(1)

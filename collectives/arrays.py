@@ -146,7 +146,9 @@ def as_array(x: Any, function: str, argument: str) -> Array:
     on_host = hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) in _HOST_DLPACK
     if not on_host and (hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack__")):
         if importlib.util.find_spec("cupy") is None:
-            raise TypeError(f"{function}: {argument} is in device memory, which needs CuPy (pip install 'bitring[gpu]')")
+            raise TypeError(
+                f"{function}: {argument} is in device memory, which needs CuPy (pip install 'bitring[gpu]')"
+            )
         return _device_named("cupy").asarray(x)
     if on_host:
         return np.from_dlpack(x)
@@ -178,3 +180,14 @@ def flat_view(x: Array, function: str, argument: str, writable: bool) -> Array:
 def bytes_of(x: Array) -> Array:
     """The 1-D contiguous array ``x`` as uint8, sharing memory."""
     return x.view(np.uint8)
+
+
+def all_finite(x: Array) -> bool:
+    """Whether the 1-D array ``x`` holds neither NaN nor Inf."""
+    xp = xp_of(x)
+    if x.dtype.kind == "f" and x.dtype.itemsize > 2:
+        with np.errstate(all="ignore"):
+            squares = xp.dot(x, x)  # one pass without a temporary; overflows for huge values, hence the second look
+        if bool(xp.isfinite(squares)):
+            return True
+    return bool(xp.isfinite(x).all())

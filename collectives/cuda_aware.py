@@ -47,5 +47,7 @@ def cuda_aware() -> bool:
         raise ValueError(f"BITRING_CUDA_AWARE must be 0 or 1; got {setting!r}")
     answer = setting == "1" if setting else _asked()
     how = "as BITRING_CUDA_AWARE says" if setting else "as the MPI library says"
-    logger.info("device buffers are %s, %s", "handed to MPI directly" if answer else "staged through pinned memory", how)
+    logger.info(
+        "device buffers are %s, %s", "handed to MPI directly" if answer else "staged through pinned memory", how
+    )
     return answer

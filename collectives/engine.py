@@ -9,17 +9,19 @@ when there is none; below MPI's thread level ``multiple`` there is no such threa
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.executor import Progress
+from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.transport import NOTE_TAG
 
 logger = logging.getLogger("bitring")
 
@@ -27,7 +29,6 @@ SILENCE_SECONDS = 60.0
 """A wait without any progress for so long is worth one warning."""
 
 _GRACE_SECONDS = 2.0
-_NOTE_TAG = 32767
 _SPINS = 200
 _NAP_SECONDS = 20e-6
 
@@ -41,12 +42,15 @@ class Lane:
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
 
-    def submit(self, steps: Callable[[Progress], Iterator[None]], what: str) -> Job:
-        """Queue a job; it begins when the progress thread or a waiting caller comes to it."""
+    def submit(self, steps: Callable[[Progress], Steps], what: str, on_done: Callable[[], None] | None = None) -> Job:
+        """Queue a job; it begins when the progress thread or a waiting caller comes to it.
+
+        ``on_done`` is called at its end, in the thread that drove it there.
+        """
         if self.broken:
             raise RuntimeError(f"{what}: this communicator is unusable since {self.broken}")
         self.count += 1
-        job = Job(self, steps, what, self.count)
+        job = Job(self, steps, what, self.count, on_done)
         engine.enqueue(job)
         return job
 
@@ -54,21 +58,21 @@ class Lane:
         """Receive what others said while they waited for this rank."""
         note = np.empty(1, np.int64)
         status = MPI.Status()
-        while self.comm.Iprobe(MPI.ANY_SOURCE, _NOTE_TAG, status):
-            self.comm.Recv(note, status.Get_source(), _NOTE_TAG)
+        while self.comm.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
+            self.comm.Recv(note, status.Get_source(), NOTE_TAG)
 
     def absent(self, number: int) -> list[int]:
         """The ranks that have not come to job ``number``: those that wait in it, too, tell each other."""
         rank, size = self.comm.Get_rank(), self.comm.Get_size()
         note = np.array([number], np.int64)
         others = [r for r in range(size) if r != rank]
-        sent = [self.comm.Isend(note, r, _NOTE_TAG) for r in others]
+        sent = [self.comm.Isend(note, r, NOTE_TAG) for r in others]
         missing = set(others)
         heard, status = np.empty(1, np.int64), MPI.Status()
         until = time.monotonic() + _GRACE_SECONDS
         while missing and time.monotonic() < until:
-            while self.comm.Iprobe(MPI.ANY_SOURCE, _NOTE_TAG, status):
-                self.comm.Recv(heard, status.Get_source(), _NOTE_TAG)
+            while self.comm.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
+                self.comm.Recv(heard, status.Get_source(), NOTE_TAG)
                 if heard[0] >= number:
                     missing.discard(status.Get_source())
             time.sleep(0.01)
@@ -81,13 +85,20 @@ class Lane:
 class Job:
     """One run of a collective. ``wait`` returns when it is over and raises what it raised."""
 
-    def __init__(self, lane: Lane, steps: Callable[[Progress], Iterator[None]], what: str, number: int) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        steps: Callable[[Progress], Steps],
+        what: str,
+        number: int,
+        on_done: Callable[[], None] | None,
+    ) -> None:
         self.lane = lane
         self.what = what
         self.number = number
         self.done = False
         self.error: BaseException | None = None
-        self.on_done: Callable[[], None] | None = None
+        self._on_done = on_done
         self._progress = Progress()
         self._steps = steps(self._progress)
         self._seen = (-1, 0.0)  # moves, and when they were first counted
@@ -116,7 +127,11 @@ class Job:
         if not self._warned:
             self._warned = True
             missing = self.lane.absent(self.number)
-            who = f"ranks that have not come to it: {missing}" if missing else f"messages due from ranks {sorted(self._progress.peers)}"
+            who = (
+                f"ranks that have not come to it: {missing}"
+                if missing
+                else f"messages due from ranks {sorted(self._progress.peers)}"
+            )
             self._complaint = f"rank {self.lane.comm.Get_rank()} has waited {seconds:.0f} s in {self.what}; {who}"
             logger.warning("%s", self._complaint)
         if seconds >= _timeout():
@@ -126,12 +141,12 @@ class Job:
 
     def _end(self, error: BaseException | None) -> None:
         self.error = error
-        if error is not None and not isinstance(error, Exception):
-            self.lane.broken = f"{self.what} was interrupted"
+        if isinstance(error, MPI.Exception) or (error is not None and not isinstance(error, Exception)):
+            self.lane.broken = f"{self.what} was cut short by {type(error).__name__}"
         self.done = True
         self.lane.jobs.popleft()
-        if self.on_done is not None:
-            self.on_done()
+        if self._on_done is not None:
+            self._on_done()
 
     def wait(self) -> None:
         """Drive the communicator's jobs until this one is over; raises its error."""
@@ -149,6 +164,7 @@ class Job:
         return self.done
 
 
+@functools.cache
 def _timeout() -> float:
     """Seconds without progress after which a wait is an error; infinite unless BITRING_TIMEOUT is set."""
     text = os.environ.get("BITRING_TIMEOUT", "")

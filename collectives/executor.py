@@ -6,13 +6,16 @@ operands of each reduction are ordered by rank, so that two ranks that reduce th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from mpi4py import MPI
 
 from bitring.collectives.arrays import Event
 from bitring.collectives.program import WINDOW
 from bitring.collectives.transport import Transport
+
+Steps = Generator[None, None, None]
+"""A job's work: does what it can, and yields when it has to wait."""
 
 
 class Progress:
@@ -23,7 +26,7 @@ class Progress:
         self.peers: frozenset[int] = frozenset()
 
 
-def execute(transport: Transport, progress: Progress) -> Iterator[None]:
+def execute(transport: Transport, progress: Progress) -> Steps:
     """Run the transport's program once on its buffer; yields whenever there is nothing to do but wait."""
     program = transport.program
     messages, unblocks, streams = program.messages, program.unblocks, program.streams

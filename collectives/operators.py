@@ -6,23 +6,27 @@ define) is the library's own call's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.arrays import BFLOAT16
 
-_NAMES = {
-    MPI.SUM: "add",
-    MPI.PROD: "multiply",
-    MPI.MAX: "maximum",
-    MPI.MIN: "minimum",
-    MPI.LAND: "logical_and",
-    MPI.LOR: "logical_or",
-    MPI.LXOR: "logical_xor",
-    MPI.BAND: "bitwise_and",
-    MPI.BOR: "bitwise_or",
-    MPI.BXOR: "bitwise_xor",
+_UFUNCS = {
+    "SUM": "add",
+    "PROD": "multiply",
+    "MAX": "maximum",
+    "MIN": "minimum",
+    "LAND": "logical_and",
+    "LOR": "logical_or",
+    "LXOR": "logical_xor",
+    "BAND": "bitwise_and",
+    "BOR": "bitwise_or",
+    "BXOR": "bitwise_xor",
 }
+
+_PREDEFINED = {getattr(MPI, name).handle: name for name in (*_UFUNCS, "MAXLOC", "MINLOC", "REPLACE", "NO_OP")}
 
 _ARITHMETIC = {"add", "multiply", "maximum", "minimum"}
 _LOGICAL = {"logical_and", "logical_or", "logical_xor"}
@@ -36,12 +40,17 @@ _BY_KIND = {
 }
 
 
-def ufunc_name(op: MPI.Op, dtype: np.dtype) -> str | None:
+def op_name(op: MPI.Op) -> str:
+    """The operation's name in messages between ranks and in errors; "user" for one made by ``MPI.Op.Create``."""
+    return _PREDEFINED.get(op.handle, "user")
+
+
+def ufunc_name(op: MPI.Op, dtype: np.dtype[Any]) -> str | None:
     """Name of the ufunc (``numpy.NAME``, ``cupy.NAME``) that reduces two arrays of ``dtype`` under ``op``.
 
     None when bitring does not reduce this combination itself. Every ufunc here is commutative bit for bit but for the
     sign of a zero and the payload of a NaN, and computes 16-bit floats in float32, rounding once.
     """
-    name = _NAMES.get(op)
+    name = _UFUNCS.get(op_name(op))
     kind = "f" if dtype == BFLOAT16 else dtype.kind
     return name if name in _BY_KIND.get(kind, ()) else None

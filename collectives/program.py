@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitring.collectives.schedule import Round, Send, chunk_start
+from bitring.collectives.schedule import Receive, Round, Send, chunk_start
 
 SHARED_SLOTS = 8
 """Scratch segments shared by the receives that reduce into untouched values (a ring's: taken in order)."""
@@ -66,7 +66,7 @@ def cells(n: int, chunks: int, segment: int) -> tuple[list[int], list[int]]:
 
 
 def compile_program(schedule: Iterable[Round], chunks: int, n: int, segment: int) -> Program:
-    """The program of one rank's ``schedule`` on ``n`` values in ``chunks`` chunks, in segments of ``segment`` values."""
+    """One rank's ``schedule`` on ``n`` values in ``chunks`` chunks, in segments of at most ``segment`` values."""
     starts, first = cells(n, chunks, segment)
     writer = [-1] * (len(starts) - 1)  # per cell: the last message that changes it
     readers: list[list[int]] = [[] for _ in writer]  # per cell: the sends that read it since
@@ -80,7 +80,7 @@ def compile_program(schedule: Iterable[Round], chunks: int, n: int, segment: int
         # Sends read what is there before the round's receives are applied, so they are entered first.
         for transfer in sorted(transfers, key=lambda t: not isinstance(t, Send)):
             sends = isinstance(transfer, Send)
-            reduces = not sends and transfer.reduce
+            reduces = isinstance(transfer, Receive) and transfer.reduce
             begin, end = first[transfer.first], first[transfer.last]
             pieces: list[tuple[int, int]] = []
             while begin < end:
@@ -92,7 +92,8 @@ def compile_program(schedule: Iterable[Round], chunks: int, n: int, segment: int
             if not pieces:
                 continue
             needs = [
-                {writer[c] for c in range(a, b)} | ({r for c in range(a, b) for r in readers[c]} if not sends else set())
+                {writer[c] for c in range(a, b)}
+                | ({r for c in range(a, b) for r in readers[c]} if not sends else set())
                 for a, b in pieces
             ]
             for need in needs:
@@ -117,7 +118,18 @@ def compile_program(schedule: Iterable[Round], chunks: int, n: int, segment: int
                 if sends:
                     values_sent += starts[b] - starts[a]
                 messages.append(
-                    Message(sends, reduces, transfer.peer, starts[a], starts[b], len(streams), sequences[key], slot, len(need), early)
+                    Message(
+                        sends,
+                        reduces,
+                        transfer.peer,
+                        starts[a],
+                        starts[b],
+                        len(streams),
+                        sequences[key],
+                        slot,
+                        len(need),
+                        early,
+                    )
                 )
                 unblocks.append([])
                 for earlier in need:

@@ -36,7 +36,9 @@ class Registry(Generic[T]):
         for file in sorted((Path(__file__).resolve().parent.parent / self.folder).glob("*.py")):
             classes = self._pattern.findall(file.read_text(encoding="utf-8"))
             if len(classes) > 1:
-                raise RuntimeError(f"{file.name} registers {len(classes)} {self.kind}s ({', '.join(classes)}); a file registers one")
+                raise RuntimeError(
+                    f"{file.name} registers {len(classes)} {self.kind}s ({', '.join(classes)}); a file registers one"
+                )
             if classes:
                 found[file.stem] = classes[0]
         return found

@@ -20,6 +20,9 @@ CHANNELS = 16
 
 _TAGS = 32768 // CHANNELS
 
+NOTE_TAG = 32767
+"""The one tag that no message of a program has."""
+
 
 class Transport:
     """A program bound to a communicator and, by ``bind``, to a buffer in host memory.
@@ -29,7 +32,13 @@ class Transport:
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, program: Program, dtype: np.dtype[Any], ufunc: str | None, channel: int, persistent: bool
+        self,
+        comm: MPI.Intracomm,
+        program: Program,
+        dtype: np.dtype[Any],
+        ufunc: str | None,
+        channel: int,
+        persistent: bool,
     ) -> None:
         self.program = program
         self._comm = comm
@@ -50,6 +59,10 @@ class Transport:
         if not self._scratch:
             self._scratch = {slot: xp.empty(self.program.slot_values, self._dtype) for slot in self.program.slots}
 
+    def unbind(self) -> None:
+        """Forget the buffer."""
+        del self._buffer, self._bytes
+
     def _xp(self, buffer: Array) -> Any:
         return np
 
@@ -60,20 +73,21 @@ class Transport:
     def begin(self, index: int) -> MPI.Request:
         """Start sending or receiving the message."""
         if self._persistent:
-            request = self._requests.get(index)
-            if request is None:
-                request = self._requests[index] = self._request(index, persistent=True)
-            request.Start()
-            return request
-        return self._request(index, persistent=False)
+            if index not in self._requests:
+                self._requests[index] = self._request(index, persistent=True)
+            self._requests[index].Start()
+            return self._requests[index]
+        request: MPI.Request = self._request(index, persistent=False)
+        return request
 
     def _request(self, index: int, persistent: bool) -> Any:
         m = self.program.messages[index]
-        tag = self._tag + m.sequence % _TAGS
+        tag = self._tag + m.sequence % (_TAGS - 1)
         memory = self._memory(index)
+        comm = self._comm
         if m.sends:
-            return (self._comm.Send_init if persistent else self._comm.Isend)(memory, m.peer, tag)
-        return (self._comm.Recv_init if persistent else self._comm.Irecv)(memory, m.peer, tag)
+            return comm.Send_init(memory, m.peer, tag) if persistent else comm.Isend(memory, m.peer, tag)
+        return comm.Recv_init(memory, m.peer, tag) if persistent else comm.Irecv(memory, m.peer, tag)
 
     def _memory(self, index: int) -> Any:
         """What MPI sends from or receives into, as bytes."""

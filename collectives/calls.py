@@ -1,0 +1,231 @@
+"""Collective calls without a plan: what ``Communicator.Allreduce`` and its like do with their arguments.
+
+A call is read into a :class:`Call`: the 1-D array that a schedule works on, what is copied there before and from
+there after, and the MPI library's own call for what bitring does not serve. Then all ranks agree on it, and run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mpi4py import MPI
+
+from bitring.collectives.agreement import Request, agree
+from bitring.collectives.arrays import Array, bytes_of, device_of, xp_of
+from bitring.collectives.buffers import is_in_place, parse
+from bitring.collectives.executor import Progress, Steps, execute
+from bitring.collectives.operators import op_name, ufunc_name
+from bitring.collectives.plan import library_reduces, memory_name, transport_for
+from bitring.collectives.selection import check_name, choose
+from bitring.collectives.state import State
+from bitring.collectives.transport import Transport
+
+_CACHED_TRANSPORTS = 16
+
+
+class Call:
+    """One collective call as this rank understands it.
+
+    ``work`` is None where only the library reads this rank's arguments. ``values`` counts what the schedule's buffer
+    holds, ``own`` says whether bitring has the operation, ``library`` whether the MPI library has it.
+    """
+
+    def __init__(self, function: str, collective: str, algorithm: str, root: int = 0) -> None:
+        self.request = Request(function)
+        self.collective = collective
+        self.algorithm = algorithm
+        self.root = root
+        self.op = MPI.SUM
+        self.work: Array | None = None
+        self.before: Callable[[], None] | None = None
+        self.after: Callable[[], None] | None = None
+        self.own = True
+        self.library = True
+        self.choice = ""
+
+    def read(self, reader: Callable[[Call], None]) -> Call:
+        """Let ``reader`` fill the call in; its complaint is kept for the agreement, so that all ranks raise."""
+        try:
+            check_name(self.algorithm)
+            reader(self)
+        except (TypeError, ValueError) as error:
+            self.request.error = error
+        self.request.library = self.work is None and self.request.error is None
+        return self
+
+    def terms(self, work: Array, **terms: object) -> None:
+        """Work on ``work``; ``terms`` must be the same on all ranks, and so must memory and algorithm."""
+        self.work = work
+        self.request.terms = {**terms, "algorithm": self.algorithm, "memory": memory_name(work)}
+
+    def settle(self, state: State, progress: Progress) -> Steps:
+        """Agree with all ranks and choose the algorithm; ``"mpi"`` is the library's own call."""
+        if state.size > 1:
+            yield from agree(state.comm, self.request, progress)
+        elif self.request.error is not None:
+            raise self.request.error
+        if self.request.library or self.work is None:
+            self.choice = "mpi"
+        else:
+            self.choice = choose(
+                self.collective, self.algorithm, self.work.nbytes, state.size, self.own, self.library
+            ).name
+
+    def transport(self, state: State, channel: int, persistent: bool) -> Transport:
+        """A new transport for the chosen algorithm, bound to the call's buffer."""
+        assert self.work is not None
+        return transport_for(state, self.collective, self.choice, self.work, self.op, self.root, channel, persistent)
+
+    def run(self, state: State, transport: Transport, progress: Progress) -> Steps:
+        """Run the chosen schedule, with the copies before and after it."""
+        if self.before is not None:
+            self.before()
+        if state.size > 1:
+            yield from execute(transport, progress)
+        if self.after is not None:
+            self.after()
+
+    def steps(self, state: State, progress: Progress) -> Steps:
+        """All of a call without a plan but the library's own call, if that was the choice."""
+        yield from self.settle(state, progress)
+        work = self.work
+        if self.choice == "mpi" or work is None:
+            return
+        key = (self.collective, self.choice, work.size, work.dtype, op_name(self.op), self.root, type(work))
+        idle: list[Transport] = state.cache.pop(key, [])
+        transport = idle.pop() if idle else self.transport(state, channel=0, persistent=False)
+        transport.bind(work)
+        yield from self.run(state, transport, progress)
+        transport.unbind()
+        state.cache[key] = [*idle, transport]  # the key used last is dropped last
+        if len(state.cache) > _CACHED_TRANSPORTS:
+            del state.cache[next(iter(state.cache))]
+
+
+def _copy_to(target: Array, source: Array) -> Callable[[], None]:
+    def copy() -> None:
+        target[:] = source
+
+    return copy
+
+
+def _same(function: str, send: Array, receive: Array, blocks_sent: int = 1, blocks_received: int = 1) -> None:
+    if send.dtype != receive.dtype or send.size * blocks_received != receive.size * blocks_sent:
+        raise ValueError(
+            f"{function}: recvbuf must have {send.size * blocks_received // blocks_sent} values of {send.dtype}, "
+            f"as sendbuf asks; got {receive.size} of {receive.dtype}"
+        )
+    if device_of(send) is not device_of(receive):
+        raise ValueError(f"{function}: sendbuf and recvbuf must be in the same memory; one is on a device")
+
+
+def _operation(call: Call, op: MPI.Op, work: Array) -> None:
+    call.op = op
+    call.own = ufunc_name(op, work.dtype) is not None
+    call.library = library_reduces(work)
+    if not (call.own or call.library):
+        raise TypeError(
+            f"{call.request.function}: {op_name(op)} is not defined for {memory_name(work)} of {work.dtype}"
+        )
+
+
+def allreduce_call(state: State, function: str, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
+    """Allreduce(sendbuf, recvbuf): in place on ``recvbuf``."""
+
+    def read(call: Call) -> None:
+        receive = parse(recvbuf, function, "recvbuf", writable=True)
+        send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
+        if receive is None or send is None:
+            return
+        if send is not receive:
+            _same(function, send, receive)
+            call.before = _copy_to(receive, send)
+        _operation(call, op, receive)
+        call.terms(receive, dtype=receive.dtype, count=receive.size, op=op_name(op))
+
+    return Call(function, "allreduce", algorithm).read(read)
+
+
+def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str) -> Call:
+    """Reduce(sendbuf, recvbuf, root): in place on the root's ``recvbuf``, on a copy of ``sendbuf`` elsewhere."""
+
+    def read(call: Call) -> None:
+        _check_root(state, "Reduce", root)
+        at_root = state.rank == root
+        receive = parse(recvbuf, "Reduce", "recvbuf", writable=True) if at_root else None
+        send = receive if is_in_place(sendbuf) else parse(sendbuf, "Reduce", "sendbuf", writable=False)
+        if send is None or (at_root and receive is None):
+            return
+        work = xp_of(send).empty(send.size, send.dtype) if receive is None else receive
+        if work is not send:
+            _same("Reduce", send, work)
+            call.before = _copy_to(work, send)
+        _operation(call, op, work)
+        call.terms(work, dtype=work.dtype, count=work.size, op=op_name(op), root=root)
+
+    return Call("Reduce", "reduce", algorithm, root).read(read)
+
+
+def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
+    """Reduce_scatter_block(sendbuf, recvbuf): on a copy of the ``size`` blocks, so that ``sendbuf`` stays as it is."""
+    function, size, rank = "Reduce_scatter_block", state.size, state.rank
+
+    def read(call: Call) -> None:
+        in_place = is_in_place(sendbuf)
+        receive = parse(recvbuf, function, "recvbuf", writable=True, blocks=size if in_place else 1)
+        send = receive if in_place else parse(sendbuf, function, "sendbuf", writable=False, blocks=size)
+        if receive is None or send is None:
+            return
+        if send.size % size:
+            raise ValueError(f"{function}: sendbuf must hold {size} equal blocks; got {send.size} values")
+        block = send.size // size
+        if send is not receive:
+            _same(function, send, receive, blocks_sent=size)
+        work = xp_of(send).empty(send.size, send.dtype)
+        call.before = _copy_to(work, send)
+        call.after = _copy_to(receive[:block], work[rank * block : (rank + 1) * block])
+        _operation(call, op, work)
+        call.terms(work, dtype=work.dtype, count=block, op=op_name(op))
+
+    return Call(function, "reduce_scatter", algorithm).read(read)
+
+
+def allgather_call(state: State, sendbuf: Any, recvbuf: Any, algorithm: str) -> Call:
+    """Allgather(sendbuf, recvbuf): in place on ``recvbuf``, as bytes."""
+
+    def read(call: Call) -> None:
+        receive = parse(recvbuf, "Allgather", "recvbuf", writable=True, blocks=state.size)
+        send = receive if is_in_place(sendbuf) else parse(sendbuf, "Allgather", "sendbuf", writable=False)
+        if receive is None or send is None:
+            return
+        received, sent = bytes_of(receive), bytes_of(send)
+        if received.size % state.size:
+            raise ValueError(
+                f"Allgather: recvbuf must hold {state.size} equal blocks; got {receive.size} values of {receive.dtype}"
+            )
+        block = received.size // state.size
+        if send is not receive:
+            _same("Allgather", sent, received, blocks_received=state.size)
+            call.before = _copy_to(received[state.rank * block : (state.rank + 1) * block], sent)
+        call.terms(received, nbytes=block)
+
+    return Call("Allgather", "allgather", algorithm).read(read)
+
+
+def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
+    """Bcast(buf, root): in place, as bytes."""
+
+    def read(call: Call) -> None:
+        _check_root(state, "Bcast", root)
+        flat = parse(buf, "Bcast", "buf", writable=state.rank != root)
+        if flat is not None:
+            work = bytes_of(flat)
+            call.terms(work, nbytes=work.size, root=root)
+
+    return Call("Bcast", "broadcast", algorithm, root).read(read)
+
+
+def _check_root(state: State, function: str, root: int) -> None:
+    if not 0 <= root < state.size:
+        raise ValueError(f"{function}: root must be a rank from 0 to {state.size - 1}; got {root}")
