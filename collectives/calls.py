@@ -120,7 +120,8 @@ def _same(function: str, send: Array, receive: Array, blocks_sent: int = 1, bloc
         raise ValueError(f"{function}: sendbuf and recvbuf must be in the same memory; one is on a device")
 
 
-def _operation(call: Call, op: MPI.Op, work: Array) -> None:
+def set_operation(call: Call, op: MPI.Op, work: Array) -> None:
+    """Say who can reduce ``work`` under ``op``. Raises TypeError when nobody can."""
     call.op = op
     call.own = ufunc_name(op, work.dtype) is not None
     call.library = library_reduces(work)
@@ -141,7 +142,7 @@ def allreduce_call(state: State, function: str, sendbuf: Any, recvbuf: Any, op: 
         if send is not receive:
             _same(function, send, receive)
             call.before = _copy_to(receive, send)
-        _operation(call, op, receive)
+        set_operation(call, op, receive)
         call.terms(receive, dtype=receive.dtype, count=receive.size, op=op_name(op))
 
     return Call(function, "allreduce", algorithm).read(read)
@@ -161,7 +162,7 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
         if work is not send:
             _same("Reduce", send, work)
             call.before = _copy_to(work, send)
-        _operation(call, op, work)
+        set_operation(call, op, work)
         call.terms(work, dtype=work.dtype, count=work.size, op=op_name(op), root=root)
 
     return Call("Reduce", "reduce", algorithm, root).read(read)
@@ -185,7 +186,7 @@ def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.
         work = xp_of(send).empty(send.size, send.dtype)
         call.before = _copy_to(work, send)
         call.after = _copy_to(receive[:block], work[rank * block : (rank + 1) * block])
-        _operation(call, op, work)
+        set_operation(call, op, work)
         call.terms(work, dtype=work.dtype, count=block, op=op_name(op))
 
     return Call(function, "reduce_scatter", algorithm).read(read)

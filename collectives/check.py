@@ -138,6 +138,7 @@ def check(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Ve
     missing at the end, when a chunk is used that was never filled, and when an AllReduce does not add in the same order
     on all ranks.
     """
+    _require(algorithm, collective, size, root)
     chunks = algorithm.chunks(size)
     if collective in ("reduce_scatter", "allgather") and chunks != size:
         raise ScheduleError(f"{collective} needs a chunk a rank; among {size} ranks the algorithm has {chunks}")

@@ -196,3 +196,8 @@ def library_reduces(flat: Array) -> bool:
 def memory_name(flat: Array) -> str:
     """Where an array lives, as messages say it."""
     return "host memory" if device_of(flat) is None else "device memory"
+
+
+def explain(plan: Plan) -> str:
+    """What was chosen for a plan, and why, in one line."""
+    return f"{plan.algorithm}: {plan.why}"

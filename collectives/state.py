@@ -36,9 +36,28 @@ class State:
         self.plans += 1
         return 1 + (self.plans - 1) % (CHANNELS - 1)
 
+    @functools.cached_property
+    def node(self) -> State:
+        """The state of the ranks of this node, those that share memory. Collective when first asked for."""
+        return State(MPI.Intracomm(self.comm.Split_type(MPI.COMM_TYPE_SHARED)))
+
+    @functools.cached_property
+    def leaders(self) -> MPI.Intracomm:
+        """The first ranks of all nodes; COMM_NULL on the other ranks. Collective when first asked for."""
+        return MPI.Intracomm(self.comm.Split(0 if self.node.rank == 0 else MPI.UNDEFINED))
+
+    @functools.cached_property
+    def nodes(self) -> int:
+        """Number of nodes. Collective when first asked for."""
+        return int(self.comm.allreduce(self.node.rank == 0))
+
     def close(self) -> None:
         """Free everything. Collective, as freeing a communicator is."""
         self.cache.clear()
+        if "leaders" in self.__dict__ and self.leaders != MPI.COMM_NULL:
+            self.leaders.Free()
+        if "node" in self.__dict__:
+            self.node.close()
         self.lane.drain_notes()
         self.lane.broken = "it was freed"
         self.lane.comm.Free()

@@ -24,6 +24,11 @@ NOTE_TAG = 32767
 """The one tag that no message of a program has."""
 
 
+def message_tag(channel: int, sequence: int) -> int:
+    """The tag of a channel's message number ``sequence`` between two ranks."""
+    return channel * _TAGS + sequence % (_TAGS - 1)
+
+
 class Transport:
     """A program bound to a communicator and, by ``bind``, to a buffer in host memory.
 
@@ -45,7 +50,7 @@ class Transport:
         self._rank = comm.Get_rank()
         self._dtype = dtype
         self._ufunc_name = ufunc
-        self._tag = channel * _TAGS
+        self._channel = channel
         self._persistent = persistent
         self._requests: dict[int, MPI.Prequest] = {}
         self._scratch: dict[int, Array] = {}
@@ -82,7 +87,7 @@ class Transport:
 
     def _request(self, index: int, persistent: bool) -> Any:
         m = self.program.messages[index]
-        tag = self._tag + m.sequence % (_TAGS - 1)
+        tag = message_tag(self._channel, m.sequence)
         memory = self._memory(index)
         comm = self._comm
         if m.sends:
