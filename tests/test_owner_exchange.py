@@ -1,0 +1,180 @@
+"""The owner exchange against a few lines of NumPy that play all ranks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import bitring
+from bitring.compression.layout import cut
+from bitring.compression.onebit import OneBit
+
+LENGTHS = [0, 1, 63, 1024, 1025, 5003]
+
+
+def gradient(rank: int, step: int, n: int, dtype: Any) -> Any:
+    return np.random.default_rng((rank, step)).standard_normal(n).astype(dtype)
+
+
+class Everyone:
+    """All ranks of the exchange in one process."""
+
+    def __init__(self, n: int, dtype: Any, size: int, boundaries: tuple[int, ...], encoder: OneBit) -> None:
+        exact = np.float64 if dtype == np.float64 else np.float32
+        self.layout = cut(n, boundaries, encoder.block, size)
+        self.encoder = encoder
+        self.residual = [np.zeros(n, exact) for _ in range(size)]
+        self.owner_residual = np.zeros(n, exact)
+
+    def step(self, gradients: list[Any]) -> Any:
+        applied = np.zeros_like(gradients[0])
+        for chunk in self.layout.pieces:
+            for a, b in chunk:
+                total = np.zeros(b - a, self.owner_residual.dtype)
+                for rank, values in enumerate(gradients):
+                    payload = np.empty(self.encoder.nbytes(b - a), np.uint8)
+                    self.encoder.encode(values[a:b], self.residual[rank][a:b], payload)
+                    self.encoder.decode(payload, total, accumulate=rank > 0)
+                payload = np.empty(self.encoder.nbytes(b - a), np.uint8)
+                self.encoder.encode(total, self.owner_residual[a:b], payload)
+                self.encoder.decode(payload, applied[a:b])
+        return applied
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("n", LENGTHS)
+def test_same_bits_as_all_ranks_in_one_process(comm: MPI.Intracomm, agree: Any, n: int, dtype: Any) -> None:
+    rank, size = comm.rank, comm.size
+    encoder = OneBit(block=64)
+    boundaries = (n // 3, n // 2)
+    everyone = Everyone(n, dtype, size, boundaries, encoder)
+    x = np.zeros(n, dtype)
+    plan = bitring.plan_allreduce(x, comm=comm, compression=encoder, boundaries=boundaries, hierarchical=False)
+    applied, given = np.zeros(n), np.zeros(n)
+    for step in range(5):
+        gradients = [gradient(r, step, n, dtype) for r in range(size)]
+        x[:] = gradients[rank]
+        plan()
+        expected = everyone.step(gradients) if size > 1 else gradients[0]
+        agree(comm, x.tobytes() == expected.tobytes(), f"step {step}: {x} is not {expected}")
+        applied += x
+        given += np.sum([g.astype(float) for g in gradients], axis=0)
+    state = plan.state_dict()
+    agree(comm, state["residual"].tobytes() == everyone.residual[rank].tobytes(), "residual")
+    a, b = plan.owned
+    agree(comm, state["owner_residual"].tobytes() == everyone.owner_residual[a:b].tobytes(), "owner_residual")
+    # Nothing is lost: what was applied and all residuals make up the gradients.
+    left = np.sum(everyone.residual, axis=0, dtype=float) + everyone.owner_residual
+    tolerance = {np.float16: 0.1, np.float32: 1e-4, np.float64: 1e-6}[dtype]
+    agree(comm, bool(np.allclose(applied + left, given, atol=tolerance, rtol=0)), "something was lost")
+
+
+def test_nodes_sum_exactly_first(comm: MPI.Intracomm, agree: Any) -> None:
+    """All ranks here are one node: nothing is left to compress, so the sum is exact, and no leader has residuals."""
+    x = np.full(5000, comm.rank + 1.0, np.float32)
+    plan = bitring.plan_allreduce(x, comm=comm, compression="onebit", hierarchical=True)
+    if comm.size > 1:
+        plan.load_state_dict({name: np.full_like(a, 0.5) for name, a in plan.state_dict().items()})
+        plan()
+    # Each rank's residual of 0.5 and the owner's own join the sum. One block has one value: it decodes exactly.
+    once = sum(range(1, comm.size + 1)) + (0.5 * (comm.size + 1) if comm.size > 1 else 0)
+    agree(comm, bool((x == once).all()), f"{x}")
+    agree(comm, not any(a.any() for a in plan.state_dict().values()), "a residual stayed")
+    plan.free()
+
+
+def test_bytes_sent_counts_payloads(comm: MPI.Intracomm, agree: Any) -> None:
+    n, size = 64 << 10, comm.size
+    plan = bitring.plan_allreduce(np.ones(n, np.float32), comm=comm, compression="onebit", hierarchical=False)
+    plan()
+    plan()
+    payload = bitring.OneBit().nbytes(n)
+    total = comm.allreduce(plan.bytes_sent)
+    agree(comm, total == 2 * 2 * (size - 1) * payload, f"{total} bytes sent by all")
+    plan.free()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_raises_everywhere_and_changes_nothing(comm: MPI.Intracomm, agree: Any, bad: float) -> None:
+    culprit = comm.size - 1
+    x = gradient(comm.rank, 0, 3000, np.float32)
+    plan = bitring.plan_allreduce(x, comm=comm, compression="onebit", hierarchical=False)
+    plan()
+    before = {name: a.copy() for name, a in plan.state_dict().items()}
+    x[:] = 1
+    if comm.rank == culprit:
+        x[1234] = bad
+    message = ""
+    try:
+        plan()
+    except bitring.NonFiniteError as error:
+        message = str(error)
+    if comm.size > 1:
+        agree(comm, f"NaN or Inf on rank {culprit}" in message, message)
+        agree(comm, x[0] == 1, "x was changed")
+    same = all((a == before[name]).all() for name, a in plan.state_dict().items())
+    agree(comm, same, "residuals were changed")
+    x[:] = 1
+    plan()
+    plan.free()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"compression": "twobit"}, "unknown compressor 'twobit'; known: "),
+        ({"compression": 3}, "compression must be None, a registered name (onebit"),
+        ({"compression": "onebit", "op": MPI.MAX}, "compression is for sums (op=MPI.SUM); got MAX"),
+        ({"compression": "onebit", "algorithm": "rings"}, "unknown algorithm 'rings'; known: binomial_tree"),
+    ],
+)
+def test_bad_arguments(comm: MPI.Intracomm, arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        bitring.plan_allreduce(np.ones(4, np.float32), comm=comm, **arguments)
+    assert text in str(caught.value)
+
+
+def test_compression_is_for_floats(comm: MPI.Intracomm) -> None:
+    with pytest.raises(TypeError, match="compression is for float16, bfloat16, float32, float64; got int32"):
+        bitring.plan_allreduce(np.ones(4, np.int32), comm=comm, compression="onebit")
+
+
+@pytest.mark.parametrize("differs", ["compression", "boundaries"])
+def test_ranks_that_differ_are_named(comm: MPI.Intracomm, agree: Any, differs: str) -> None:
+    odd = comm.rank == comm.size - 1
+    arguments: dict[str, Any] = {
+        "compression": OneBit(block=128 if odd and differs == "compression" else 64),
+        "boundaries": (7,) if odd and differs == "boundaries" else (8,),
+    }
+    message = ""
+    try:
+        bitring.plan_allreduce(np.ones(100, np.float32), comm=comm, **arguments)
+    except bitring.MismatchError as error:
+        message = str(error)
+    wanted = f"plan_allreduce: ranks disagree on {differs}: rank " if comm.size > 1 else ""
+    agree(comm, wanted in message, message)
+
+
+def test_state_of_another_shape_is_refused(comm: MPI.Intracomm) -> None:
+    plan = bitring.plan_allreduce(np.ones(100, np.float32), comm=comm, compression="onebit")
+    with pytest.raises(ValueError, match=r"residual must have shape \(100,\) and dtype float32; got \(99,\)"):
+        plan.load_state_dict({**plan.state_dict(), "residual": np.zeros(99, np.float32)})
+    with pytest.raises(ValueError, match=r"state must hold \['owner_residual', 'residual'\]; got \['residual'\]"):
+        plan.load_state_dict({"residual": np.zeros(100, np.float32)})
+
+
+def test_kernels_run_beside_a_loop(comm: MPI.Intracomm, agree: Any) -> None:
+    """Started plans of both kinds, in order, on the progress thread."""
+    n = 100_003
+    x, y = np.ones(n, np.float32), np.full(n, 2.0, np.float64)
+    plans = [bitring.plan_allreduce(x, comm=comm, compression="onebit"), bitring.plan_allreduce(y, comm=comm)]
+    for _ in range(3):
+        x[:], y[:] = 1, 2
+        for plan in plans:
+            plan.start()
+        for plan in reversed(plans):
+            plan.wait()
+        agree(comm, bool((x == comm.size).all() and (y == 2 * comm.size).all()), f"{x} {y}")
+    for plan in plans:
+        plan.free()
