@@ -47,7 +47,7 @@ def cost(
 class _Segment:
     """A message or part of one: it passes, then it is applied where it arrived."""
 
-    order: tuple[int, int]  # among those that could start together: place in its message, round
+    order: tuple[int, int]  # among those that could start together: place in its message, step
     sender: int
     receiver: int
     nbytes: int
@@ -98,7 +98,7 @@ def _segments(
                 last += 1
             total = cell_start[last] - cell_start[first]
             if total:
-                segment = _Segment((place, event.sender_round), event.sender, event.receiver, total, event.reduce)
+                segment = _Segment((place, event.step), event.sender, event.receiver, total, event.reduce)
                 for source in _distinct(written[event.sender][first:last]):
                     source.readers.append(segment)
                     segment.to_pass += 1

@@ -5,15 +5,16 @@ keeping the half that holds its own chunk; doubling runs backwards. AllReduce ta
 (p−1)/p·nγ: the ring's bandwidth with far fewer rounds. See Rabenseifner, "Optimization of collective reduction
 operations" (2004).
 
-For other p, let q be the largest power of two below p. The first 2(p−q) ranks are paired, neighbour with neighbour;
-a pair is one virtual rank that owns its two chunks, so what a virtual rank owns is one range. Before halving, the
-partners add half of the buffer each, and the odd one hands its half over (2α + nβ + n/2·γ); after doubling the even one
-sends it the result (α + nβ). AllReduce keeps pairs folded between its two halves.
+For other p, let q be the largest power of two below p. The first 2(p−q) ranks are paired, neighbour with neighbour, and
+a pair is one virtual rank. Before halving, the partners add half of the buffer each, and the odd one hands its half
+over (2α + nβ + n/2·γ); after doubling the even one sends it the result (α + nβ). A virtual rank always owns one range
+of chunks: in reduce-scatter and allgather a pair owns its two; AllReduce, which keeps pairs folded between its two
+halves, spreads the chunks evenly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bitring.collectives.schedule import Algorithm, Receive, Round, Send
 
@@ -31,8 +32,8 @@ class Rabenseifner(Algorithm):
         if paired:
             yield from _fold(rank, size)
         if not paired or rank % 2 == 0:
-            yield from _halve(rank, size)
-            yield from _double(rank, size)
+            yield from _halve(rank, size, _even_share)
+            yield from _double(rank, size, _even_share)
         if paired and rank % 2 == 0:
             yield (Send(rank + 1, 0, size),)
         elif paired:
@@ -44,7 +45,7 @@ class Rabenseifner(Algorithm):
         if paired:
             yield from _fold(rank, size)
         if not paired or rank % 2 == 0:
-            yield from _halve(rank, size)
+            yield from _halve(rank, size, _first_rank)
         if paired and rank % 2 == 0:
             yield (Send(rank + 1, rank + 1, rank + 2),)
         elif paired:
@@ -59,7 +60,7 @@ class Rabenseifner(Algorithm):
             return
         if paired:
             yield (Receive(rank + 1, rank + 1, rank + 2, reduce=False),)
-        yield from _double(rank, size)
+        yield from _double(rank, size, _first_rank)
         if paired:
             yield tuple(Send(rank + 1, first, last) for first, last in _others(rank + 1, size))
 
@@ -69,8 +70,13 @@ def _virtual_size(size: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-def _first(virtual: int, size: int) -> int:
-    """The rank that plays virtual rank ``virtual``, which is also the first chunk that the virtual rank owns."""
+def _even_share(virtual: int, size: int) -> int:
+    """The first chunk of virtual rank ``virtual`` when all own the same, up to a chunk."""
+    return virtual * size // _virtual_size(size)
+
+
+def _first_rank(virtual: int, size: int) -> int:
+    """The rank that plays virtual rank ``virtual``: also its first chunk when a pair owns its two."""
     extra = size - _virtual_size(size)
     return 2 * virtual if virtual < extra else virtual + extra
 
@@ -91,30 +97,35 @@ def _fold(rank: int, size: int) -> Iterator[Round]:
         yield (Send(rank - 1, half, size),)
 
 
-def _exchange(rank: int, size: int, distance: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """The peer at ``distance`` virtual ranks, the range of the rank's own block of ``distance``, and of the peer's."""
+def _exchange(
+    rank: int, size: int, distance: int, first: Callable[[int, int], int]
+) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """The peer at ``distance`` virtual ranks, and the chunks of the blocks of ``distance`` virtual ranks around both.
+
+    ``first`` tells the first chunk that a virtual rank owns.
+    """
     extra = size - _virtual_size(size)
     virtual = rank // 2 if rank < 2 * extra else rank - extra
     own = virtual & -distance
     other = own ^ distance
     return (
-        _first(virtual ^ distance, size),
-        (_first(own, size), _first(own + distance, size)),
-        (_first(other, size), _first(other + distance, size)),
+        _first_rank(virtual ^ distance, size),
+        (first(own, size), first(own + distance, size)),
+        (first(other, size), first(other + distance, size)),
     )
 
 
-def _halve(rank: int, size: int) -> Iterator[Round]:
+def _halve(rank: int, size: int, first: Callable[[int, int], int]) -> Iterator[Round]:
     distance = _virtual_size(size) // 2
     while distance:
-        peer, own, other = _exchange(rank, size, distance)
+        peer, own, other = _exchange(rank, size, distance, first)
         yield (Send(peer, *other), Receive(peer, *own, reduce=True))
         distance //= 2
 
 
-def _double(rank: int, size: int) -> Iterator[Round]:
+def _double(rank: int, size: int, first: Callable[[int, int], int]) -> Iterator[Round]:
     distance = 1
     while distance < _virtual_size(size):
-        peer, own, other = _exchange(rank, size, distance)
+        peer, own, other = _exchange(rank, size, distance, first)
         yield (Send(peer, *own), Receive(peer, *other, reduce=False))
         distance *= 2
