@@ -109,10 +109,9 @@ class Transport:
             assert self._ufunc is not None
             mine = self._buffer[m.start : m.stop]
             theirs = self._scratch[m.slot][: m.stop - m.start]
-            if m.peer < self._rank:
-                self._ufunc(theirs, mine, out=mine)
-            else:
-                self._ufunc(mine, theirs, out=mine)
+            lower, upper = (theirs, mine) if m.peer < self._rank else (mine, theirs)
+            with np.errstate(all="ignore"):  # overflow and NaN are passed on, as MPI does
+                self._ufunc(lower, upper, out=mine)
         return None
 
     def release(self, index: int) -> None:
