@@ -1,0 +1,171 @@
+"""What a model is: named parameters, a loss, and gradients handed out layer by layer."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from bitring.collectives.registry import Registry
+from bitring.models.layers import Array, Backward, Layer, Workspace
+
+
+class Model(ABC):
+    """A classifier with softmax cross-entropy loss, made of layers.
+
+    input_shape: of one sample, without the batch axis, such as ``(28, 28)``. classes: how many. dtype: float32 or
+    float64. seed: of the He initialisation, weights ~ N(0, 2 / inputs), biases 0 (He et al. 2015, arXiv:1502.01852);
+    equal seeds give equal parameters on every rank. xp: the array module, ``numpy`` or ``cupy``.
+
+    ``parameters`` is a dict of contiguous arrays, first layer to last, such as ``"conv1.weight"``, ``"conv1.bias"``.
+    An optimizer changes the arrays in place. A model's calls share scratch memory: one call at a time.
+    """
+
+    EVALUATION_BATCH = 256
+    """Samples at a time in ``logits``, ``loss`` and ``accuracy``, which bounds their memory."""
+
+    def __init__(
+        self, input_shape: tuple[int, ...], classes: int, *, dtype: Any = np.float32, seed: int = 0, xp: Any = np
+    ) -> None:
+        name = type(self).__name__
+        self.input_shape = tuple(int(side) for side in input_shape)
+        if not self.input_shape or min(self.input_shape) < 1:
+            raise ValueError(f"{name}: input_shape must be one or more positive sizes, got {input_shape!r}")
+        if classes < 2:
+            raise ValueError(f"{name}: classes must be at least 2, got {classes!r}")
+        if np.dtype(dtype).name not in ("float32", "float64"):
+            raise ValueError(f"{name}: dtype must be float32 or float64, got {np.dtype(dtype)}")
+        if seed < 0:
+            raise ValueError(f"{name}: seed must not be negative, got {seed!r}")
+        self.classes, self.dtype, self.xp = int(classes), np.dtype(dtype), xp
+        self._layers = self.layers()
+        self._workspace = Workspace(xp)
+        random = np.random.default_rng(seed)
+        self.parameters: dict[str, Array] = {}
+        for layer in self._layers:
+            for parameter, shape in layer.shapes.items():
+                value = np.zeros(shape)
+                if len(shape) > 1:
+                    value = random.normal(0, math.sqrt(2 / math.prod(shape[:-1])), shape)
+                self.parameters[parameter] = xp.asarray(value.astype(self.dtype))
+
+    @abstractmethod
+    def layers(self) -> list[Layer]:
+        """The layers from ``arrange``'s result to the logits (N, classes)."""
+
+    def arrange(self, x: Array) -> Array:
+        """``x`` (N, *input_shape) as the first layer wants it: flat, unless a model says otherwise. A view."""
+        return x.reshape(len(x), -1)
+
+    def loss_and_gradients(
+        self, x: Array, y: Array, on_gradient: Callable[[str, Array], None] | None = None
+    ) -> tuple[float, dict[str, Array]]:
+        """The mean loss over the batch, and its gradient by every parameter, newly made, in ``parameters``' order.
+
+        x: (N, *input_shape), floating; y: (N,), integers below ``classes``. ``on_gradient(name, gradient)`` is called
+        as soon as each gradient is ready, in the reverse of ``parameters``' order. An empty batch has loss 0 and
+        gradients of zeros. Raises TypeError or ValueError, before any work, when x or y are something else.
+        """
+        x, y = self._checked("loss_and_gradients", x, y)
+        ready: dict[str, Array] = {}
+
+        def emit(name: str, gradient: Array) -> None:
+            ready[name] = gradient
+            if on_gradient is not None:
+                on_gradient(name, gradient)
+
+        loss = 0.0
+        if len(x):
+            logits, backwards = self._forward(x)
+            losses, d = self._cross_entropy(logits, y)
+            loss = float(losses.mean())
+            d /= len(x)
+            for backward in reversed(backwards):
+                d = backward(d, emit)
+                if d is None:
+                    break
+        else:
+            for name, value in reversed(self.parameters.items()):
+                emit(name, self.xp.zeros_like(value))
+        return loss, {name: ready[name] for name in self.parameters}
+
+    def logits(self, x: Array) -> Array:
+        """The last layer's output (N, classes), before the softmax; a new array."""
+        x, _ = self._checked("logits", x, None)
+        out = self.xp.empty((len(x), self.classes), self.dtype)
+        for part, logits in self._evaluated(x):
+            out[part] = logits
+        return out
+
+    def loss(self, x: Array, y: Array) -> float:
+        """The mean loss; 0 for no samples. x and y as in ``loss_and_gradients``."""
+        x, y = self._checked("loss", x, y)
+        total = sum(float(self._cross_entropy(logits, y[part])[0].sum()) for part, logits in self._evaluated(x))
+        return total / max(len(x), 1)
+
+    def accuracy(self, x: Array, y: Array) -> float:
+        """The share of samples whose largest logit is their class's; 0 for no samples. x and y as above."""
+        x, y = self._checked("accuracy", x, y)
+        right = sum(int((logits.argmax(axis=1) == y[part]).sum()) for part, logits in self._evaluated(x))
+        return right / max(len(x), 1)
+
+    def _forward(self, x: Array) -> tuple[Array, list[Backward]]:
+        self._workspace.restart()
+        x = self.arrange(x.astype(self.dtype, copy=False))
+        backwards: list[Backward] = []
+        for layer in self._layers:
+            x, backward = layer.forward(self._workspace, self.parameters, x)
+            backwards.append(backward)
+        return x, backwards
+
+    def _evaluated(self, x: Array) -> Iterator[tuple[slice, Array]]:
+        """The logits, some samples at a time; each is overwritten by the next."""
+        for first in range(0, len(x), self.EVALUATION_BATCH):
+            part = slice(first, first + self.EVALUATION_BATCH)
+            yield part, self._forward(x[part])[0]
+
+    def _cross_entropy(self, logits: Array, y: Array) -> tuple[Array, Array]:
+        """Each sample's loss, and the gradient of their sum by the logits, which are overwritten."""
+        samples = self.xp.arange(len(y))
+        logits -= logits.max(axis=1, keepdims=True)
+        of_class = logits[samples, y]
+        exponentials = self.xp.exp(logits)
+        sums = exponentials.sum(axis=1)
+        probabilities = exponentials / sums[:, None]
+        probabilities[samples, y] -= 1
+        return self.xp.log(sums) - of_class, probabilities
+
+    def _checked(self, method: str, x: Any, y: Any) -> tuple[Array, Array]:
+        """x as (N, *input_shape); y is not looked at when the method takes none (None)."""
+        function = f"{type(self).__name__}.{method}"
+        for argument, value in (("x", x), ("y", y)):
+            if (argument == "x" or y is not None) and not isinstance(value, self.xp.ndarray):
+                kind = f"{type(value).__module__}.{type(value).__qualname__}"
+                raise TypeError(f"{function}: {argument} must be a {self.xp.__name__} array, got {kind}")
+        if x.dtype.kind != "f":
+            raise TypeError(f"{function}: x must be floating, such as {self.dtype}, got {x.dtype}")
+        shape = tuple(x.shape[1:])
+        # A last axis of one channel may be there or not.
+        if x.ndim == 0 or (
+            shape != self.input_shape and (*shape, 1) != self.input_shape and shape != (*self.input_shape, 1)
+        ):
+            sizes = ", ".join(str(side) for side in self.input_shape)
+            raise ValueError(f"{function}: x must have shape (N, {sizes}), got {tuple(x.shape)}")
+        if y is not None:
+            if y.dtype.kind not in "iu":
+                raise TypeError(f"{function}: y must be integers, got {y.dtype}")
+            if y.shape != x.shape[:1]:
+                raise ValueError(
+                    f"{function}: y must have shape ({len(x)},) as x has {len(x)} samples, got {tuple(y.shape)}"
+                )
+            if len(y) and not (int(y.min()) >= 0 and int(y.max()) < self.classes):
+                raise ValueError(
+                    f"{function}: y must be from 0 to {self.classes - 1}, got {int(y.min())} to {int(y.max())}"
+                )
+        return x.reshape(len(x), *self.input_shape), y
+
+
+models: Registry[Model] = Registry("model", "models", "Model")
