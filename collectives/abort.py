@@ -20,7 +20,10 @@ def abort_on_exception() -> None:
     """Install the hook, once."""
     if MPI.COMM_WORLD.Get_size() == 1 or os.environ.get("BITRING_ABORT") == "0":
         return
+    before = sys.excepthook
     sys.excepthook = _report_and_abort
+    # A forked child's error is its parent's business: it must not end the job.
+    os.register_at_fork(after_in_child=lambda: setattr(sys, "excepthook", before))
 
 
 def _report_and_abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

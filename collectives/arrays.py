@@ -140,7 +140,7 @@ def as_array(x: Any, function: str, argument: str) -> Array:
     Raises TypeError, naming ``function`` and ``argument``, for anything else.
     """
     if isinstance(x, np.ndarray):
-        return x
+        return np.asarray(x)  # as a plain array: a matrix would keep two dimensions
     if is_device(x):
         return _device_named(_home(x)).asarray(x)
     on_host = hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) in _HOST_DLPACK
@@ -151,7 +151,7 @@ def as_array(x: Any, function: str, argument: str) -> Array:
             )
         return _device_named("cupy").asarray(x)
     if on_host:
-        return np.from_dlpack(x)
+        return _from_dlpack(x, function, argument)
     try:
         return np.asarray(memoryview(x))
     except TypeError:
@@ -159,6 +159,41 @@ def as_array(x: Any, function: str, argument: str) -> Array:
             f"{function}: {argument} must be a NumPy or CuPy array, or offer DLPack, __cuda_array_interface__ or the "
             f"buffer protocol; got {type(x).__name__}"
         ) from None
+
+
+class _Producer:
+    """A DLPack producer that remembers what kind of capsule it gave."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+        self.versioned = False
+
+    def __dlpack_device__(self) -> Any:
+        return self._x.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self._x.__dlpack__(**options)
+        self.versioned = "dltensor_versioned" in repr(capsule)
+        return capsule
+
+
+class _Memory:
+    """The memory of ``array``, writable."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        described = array.__array_interface__
+        self.__array_interface__ = {**described, "data": (described["data"][0], False)}
+
+
+def _from_dlpack(x: Any, function: str, argument: str) -> Any:
+    producer = _Producer(x)
+    try:
+        array = np.from_dlpack(producer)
+    except Exception as error:  # each library has its own; a tensor that requires a gradient is a RuntimeError
+        raise TypeError(f"{function}: {argument} offers DLPack, but {error}") from error
+    # Before version 1 a capsule could not say "read-only", and NumPy takes every such memory for that.
+    return array if producer.versioned or array.flags.writeable else np.asarray(_Memory(array))
 
 
 def flat_view(x: Array, function: str, argument: str, writable: bool) -> Array:

@@ -89,4 +89,5 @@ def _library_reads(spec: Any, function: str, argument: str) -> None:
     except MPI.Exception:
         return
     except Exception as error:
-        raise type(error)(f"{function}: {argument}: {error}") from None
+        kind = ValueError if isinstance(error, (ValueError, BufferError)) else TypeError
+        raise kind(f"{function}: {argument}: {error}") from None

@@ -49,7 +49,7 @@ class Call:
         try:
             check_name(self.algorithm)
             reader(self)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             self.request.error = error
         self.request.library = self.work is None and self.request.error is None
         return self
@@ -154,6 +154,8 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
     def read(call: Call) -> None:
         _check_root(state, "Reduce", root)
         at_root = state.rank == root
+        if is_in_place(sendbuf) and not at_root:
+            raise ValueError(f"Reduce: sendbuf may be MPI.IN_PLACE on rank {root}, the root, only")
         receive = parse(recvbuf, "Reduce", "recvbuf", writable=True) if at_root else None
         send = receive if is_in_place(sendbuf) else parse(sendbuf, "Reduce", "sendbuf", writable=False)
         if send is None or (at_root and receive is None):

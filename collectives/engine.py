@@ -41,6 +41,7 @@ class Lane:
         self.jobs: deque[Job] = deque()
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
+        self.wreck: Job | None = None  # cut short: the library may still write to its memory
 
     def submit(self, steps: Callable[[Progress], Steps], what: str, on_done: Callable[[], None] | None = None) -> Job:
         """Queue a job; it begins when the progress thread or a waiting caller comes to it.
@@ -49,6 +50,7 @@ class Lane:
         """
         if self.broken:
             raise RuntimeError(f"{what}: this communicator is unusable since {self.broken}")
+        _timeout()  # a bad setting is the caller's error, not the progress thread's
         self.count += 1
         job = Job(self, steps, what, self.count, on_done)
         engine.enqueue(job)
@@ -135,14 +137,17 @@ class Job:
             self._complaint = f"rank {self.lane.comm.Get_rank()} has waited {seconds:.0f} s in {self.what}; {who}"
             logger.warning("%s", self._complaint)
         if seconds >= _timeout():
-            self.lane.broken = f"{self.what} timed out"
-            self._steps.close()
+            self.lane.broken, self.lane.wreck = f"{self.what} timed out", self
             self._end(TimeoutError(f"{self._complaint} (BITRING_TIMEOUT={_timeout():g})"))
 
     def _end(self, error: BaseException | None) -> None:
         self.error = error
-        if isinstance(error, MPI.Exception) or (error is not None and not isinstance(error, Exception)):
-            self.lane.broken = f"{self.what} was cut short by {type(error).__name__}"
+        if error is not None and (
+            self._progress.exchanging
+            or isinstance(error, (MPI.Exception, MemoryError))
+            or not isinstance(error, Exception)
+        ):
+            self.lane.broken, self.lane.wreck = f"{self.what} was cut short by {type(error).__name__}", self
         self.done = True
         self.lane.jobs.popleft()
         if self._on_done is not None:
@@ -156,11 +161,9 @@ class Job:
             raise self.error
 
     def test(self) -> bool:
-        """Whether it is over; raises its error. Never waits, but takes the job further when nobody else does."""
+        """Whether it is over. Never waits, but takes the job further when nobody else does."""
         if not self.done:
             engine.nudge(self.lane)
-        if self.done and self.error is not None:
-            raise self.error
         return self.done
 
 

@@ -19,11 +19,15 @@ Steps = Generator[None, None, None]
 
 
 class Progress:
-    """How far a running job has come, read by the engine: whether it moved, and which peers it waits for."""
+    """How far a running job has come, read by the engine: whether it moved, and which peers it waits for.
+
+    ``exchanging``: messages are under way, so that an error now leaves the communicator unusable.
+    """
 
     def __init__(self) -> None:
         self.moves = 0
         self.peers: frozenset[int] = frozenset()
+        self.exchanging = False
 
 
 def execute(transport: Transport, progress: Progress) -> Steps:
@@ -41,7 +45,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
     arrived: set[int] = set()  # received into scratch, waiting for their turn to be reduced
     requests: list[MPI.Request] = []
     request_of: list[int] = []  # the message of each request
-    events: list[tuple[Event, int]] = []
+    events: list[tuple[Event, int, bool]] = []  # the message, and whether it begins then, or ends
 
     def may_begin(index: int) -> bool:
         m = messages[index]
@@ -74,7 +78,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
                     requests.append(transport.begin(index))
                     request_of.append(index)
                 else:
-                    events.append((event, index))
+                    events.append((event, index, True))
             before = turn
             while turn < len(in_order) and position[in_order[turn]] == len(streams[in_order[turn]]):
                 turn += 1
@@ -108,9 +112,10 @@ def execute(transport: Transport, progress: Progress) -> Steps:
         """Take over what was received. Whether that is done already: a device's work ends with an event."""
         event = transport.apply(index)
         if event is not None:
-            events.append((event, index))
+            events.append((event, index, False))
         return event is None
 
+    progress.exchanging = True
     for stream in range(len(streams)):
         begin(stream)
     while unfinished:
@@ -127,11 +132,16 @@ def execute(transport: Transport, progress: Progress) -> Steps:
                 arrived.add(index)
             elif apply(index):
                 finish(index)
-        reached = [index for event, index in events if event.done]
-        if reached:
-            events = [(event, index) for event, index in events if index not in reached]
-        for index in reached:
-            if messages[index].sends:  # its values are ready to be sent
+        reached: list[tuple[int, bool]] = []
+        if events:
+            waiting, events = events, []
+            for event, index, begins in waiting:
+                if event.done:
+                    reached.append((index, begins))
+                else:
+                    events.append((event, index, begins))
+        for index, begins in reached:
+            if begins:
                 requests.append(transport.begin(index))
                 request_of.append(index)
             else:
@@ -141,3 +151,4 @@ def execute(transport: Transport, progress: Progress) -> Steps:
         else:
             progress.peers = frozenset(messages[index].peer for index in request_of)
             yield
+    progress.exchanging = False

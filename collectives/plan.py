@@ -40,6 +40,7 @@ class Plan(ABC):
         self._what = f"{what} (plan {state.plans + 1})"
         self._channel = state.new_channel()
         self._job: Job | None = None
+        self._freed = False
         self.bytes_sent = 0
 
     @abstractmethod
@@ -55,6 +56,8 @@ class Plan(ABC):
         engine.start_thread()
 
     def _submit(self) -> None:
+        if self._freed:
+            raise RuntimeError(f"{self._what}: start: the plan was freed")
         if self._job is not None:
             raise RuntimeError(f"{self._what}: start: the last run must be waited for first")
         self._job = self._state.lane.submit(self._steps, self._what)
@@ -70,7 +73,7 @@ class Plan(ABC):
         """Whether the run that ``start`` began is over (then it counts as waited for)."""
         if self._job is None:
             raise RuntimeError(f"{self._what}: test: nothing was started")
-        if not self._job.done and not self._job.test():
+        if not self._job.test():
             return False
         self.wait()
         return True
@@ -90,7 +93,10 @@ class Plan(ABC):
             raise ValueError(f"{self._what}: load_state_dict: state must be empty; got {sorted(state)}")
 
     def free(self) -> None:
-        """Give MPI's requests back; the plan cannot be used again."""
+        """Give MPI's requests back; the plan cannot be used again. Raises RuntimeError during a run."""
+        if self._job is not None and not self._job.done:
+            raise RuntimeError(f"{self._what}: free: the last run must be waited for first")
+        self._freed = True
 
     def __del__(self) -> None:
         if MPI.Is_initialized() and not MPI.Is_finalized():
@@ -123,6 +129,7 @@ class ExactPlan(Plan):
 
     def free(self) -> None:
         """See Plan."""
+        super().free()
         if self._transport is not None:
             self._transport.close()
 
@@ -174,7 +181,7 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
             raise ValueError(f"{function}: op must be a predefined operation; got one made by MPI.Op.Create")
         if not (ufunc_name(op, flat.dtype) or library_reduces(flat)):
             raise TypeError(f"{function}: {op_name(op)} is not defined for {memory_name(flat)} of {flat.dtype}")
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
     run_agreement(state, request)
     choice = choose(

@@ -134,8 +134,8 @@ class CudaAwareTransport(Transport):
         return self._device.xp
 
     def prepare(self, index: int) -> Event | None:
-        """The values to send may still be on their way through the stream."""
-        return self._device.record() if self.program.messages[index].sends else None
+        """The stream's earlier work may still write the values to send, or use those that are to be replaced."""
+        return self._device.record() if self.program.messages[index].slot < 0 else None
 
     def apply(self, index: int) -> Event | None:
         """Reduce on the device."""

@@ -187,6 +187,7 @@ class CompressedPlan(Plan):
 
     def free(self) -> None:
         """See Plan."""
+        super().free()
         if self._node is not None:
             self._node.close()
 
