@@ -1,0 +1,79 @@
+"""What an optimizer is: settings in a frozen dataclass, state in plain dicts, the update in place.
+
+A class ``class Name(Optimizer):`` in ``training/NAME.py`` registers itself as ``NAME``. It says which arrays it keeps
+for a parameter (``slots``) and what happens to a run of values (``apply``); the walk over parameters is here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bitring.collectives.arrays import xp_of
+from bitring.collectives.registry import Registry
+
+State = dict[str, dict[str, Any]]  # slot -> parameter's name -> array of the parameter's shape and dtype
+
+# Values that are updated at once. On the host a piece and its scratch stay in the cache; on a device a piece is large,
+# since each costs a few kernel launches.
+_HOST_PIECE = 1 << 15
+_DEVICE_PIECE = 1 << 22
+
+
+class Optimizer(ABC):
+    """Base of every optimizer; instances are settings and hold no state."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> tuple[str, ...]:
+        """Names of the arrays kept for each parameter; they start as zeros."""
+
+    @abstractmethod
+    def apply(self, w: Any, g: Any, slots: Mapping[str, Any], t: Any, u: Any) -> None:
+        """Update the values ``w`` and their ``slots`` in place from the gradient ``g``, which is only read.
+
+        All are 1-D, of one size and dtype; ``t`` and ``u`` are scratch.
+        """
+
+    def init(self, parameters: Mapping[str, Any]) -> State:
+        """New state for ``parameters``: zeros, of each parameter's shape, dtype and device."""
+        return {slot: {name: xp_of(w).zeros_like(w) for name, w in parameters.items()} for slot in self.slots}
+
+    def update(self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: State) -> None:
+        """One step, in place on ``parameters`` and ``state``; ``gradients`` are only read.
+
+        ``parameters`` are C-contiguous floating-point arrays, NumPy or CuPy; they may be some of those that ``state``
+        was made for. ``gradients`` has an array of the same shape and dtype for each. Allocates two pieces of scratch.
+        """
+        scratch: dict[Any, tuple[Any, Any]] = {}
+        for name, parameter in parameters.items():
+            xp = xp_of(parameter)
+            n = parameter.size
+            piece = min(_HOST_PIECE if xp is np else _DEVICE_PIECE, n)
+            w, g = parameter.reshape(-1), gradients[name].reshape(-1)
+            slots = {slot: arrays[name].reshape(-1) for slot, arrays in state.items()}
+            t, u = scratch.get(w.dtype, (w[:0], w[:0]))
+            if t.size < piece:
+                t, u = scratch[w.dtype] = xp.empty(piece, w.dtype), xp.empty(piece, w.dtype)
+            for start in range(0, n, max(piece, 1)):
+                part = slice(start, min(start + piece, n))
+                size = part.stop - start
+                self.apply(w[part], g[part], {slot: s[part] for slot, s in slots.items()}, t[:size], u[:size])
+
+    def restart(self, state: State) -> None:
+        """Forget the directions of past steps (momentum), in place; what scales the steps stays."""
+
+
+optimizers: Registry[Optimizer] = Registry("optimizer", "training", "Optimizer")
+
+
+def require_number(owner: str, name: str, value: object, least: float, *, above: bool = False) -> None:
+    """Raise unless ``value`` is a finite number of at least ``least`` (or above it)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < least or (above and value == least):
+        raise ValueError(f"{owner}: {name} must be finite and {'>' if above else '>='} {least:g}, got {value}")
