@@ -1,0 +1,532 @@
+"""Synchronous training, exact and compressed; what all modes share: checks, errors, buckets, state."""
+
+import dataclasses
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
+from bitring.collectives.schedule import algorithms
+from bitring.training.adagrad import AdaGrad
+from bitring.training.data_parallel import DataParallel
+from bitring.training.sgd import SGD
+
+# A multilayer perceptron: 20 -> 30 -> 5, softmax and cross-entropy.
+
+
+def new_mlp(dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"w1": (20, 30), "b1": (30,), "w2": (30, 5), "b2": (5,)}
+    return {name: (rng.standard_normal(shape) * 0.3).astype(dtype) for name, shape in shapes.items()}
+
+
+def mlp_gradients(p, x, y):
+    """Gradients of the mean loss over the samples; zeros when there are none."""
+    h = np.tanh(x @ p["w1"] + p["b1"])
+    logits = h @ p["w2"] + p["b2"]
+    e = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    d = e / e.sum(axis=1, keepdims=True)
+    d[np.arange(len(y)), y] -= 1
+    d /= max(len(y), 1)
+    dh = (d @ p["w2"].T) * (1 - h**2)
+    return {"w1": x.T @ dh, "b1": dh.sum(axis=0), "w2": h.T @ d, "b2": d.sum(axis=0)}
+
+
+def batches(dtype, steps, batch=23):
+    rng = np.random.default_rng(1)
+    for _ in range(steps):
+        yield rng.standard_normal((batch, 20)).astype(dtype), rng.integers(0, 5, batch)
+
+
+def parts(n, size, step):
+    """Unequal parts of a batch, cut differently in every step; some are empty."""
+    return np.sort(np.concatenate([[0], np.random.default_rng(step).integers(0, n + 1, size - 1), [n]]))
+
+
+def raised(call, *arguments, **named):
+    """The exception that a call raises, so that its text can be judged on all ranks together."""
+    try:
+        call(*arguments, **named)
+    except Exception as error:
+        return error
+    return None
+
+
+def describes(error, kind, *texts):
+    return type(error) is kind and all(text in str(error) for text in texts)
+
+
+def snapshot(trainer):
+    """All of a rank's state as bytes."""
+
+    def flat(x):
+        if isinstance(x, dict):
+            return {key: flat(value) for key, value in x.items()}
+        if isinstance(x, list):
+            return [flat(value) for value in x]
+        return x.tobytes() if isinstance(x, np.ndarray) else x
+
+    return flat({key: value for key, value in trainer.state_dict().items() if key != "steps"})
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        SGD(lr=0.1),
+        SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+        AdaGrad(lr=0.05, eps=1e-6, weight_decay=1e-3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)], ids=["f4", "f8"])
+def test_equals_one_process_with_the_same_batches(comm, agree, dtype, tolerance, optimizer):
+    alone = new_mlp(dtype)
+    state = optimizer.init(alone)
+    together = new_mlp(dtype, seed=comm.rank)
+    trainer = DataParallel(together, optimizer, comm=comm, bucket_bytes=1000)
+    for step, (x, y) in enumerate(batches(dtype, 50)):
+        optimizer.update(alone, mlp_gradients(alone, x, y), state)
+        cuts = parts(len(y), comm.size, step)
+        mine = slice(cuts[comm.rank], cuts[comm.rank + 1])
+        trainer.step(mlp_gradients(together, x[mine], y[mine]), weight=len(y[mine]))
+    for name, w in alone.items():
+        error = np.linalg.norm(together[name] - w) / np.linalg.norm(w)
+        agree(comm, error <= tolerance, f"{name}: {error}")
+    agree(comm, trainer.steps == 50)
+    trainer.free()
+
+
+@pytest.mark.parametrize("compression", [None, "onebit"])
+@pytest.mark.parametrize("algorithm", ["auto", *algorithms.names()])
+def test_replicas_are_equal_after_every_step(comm, agree, algorithm, compression):
+    rng = np.random.default_rng(comm.rank)
+    parameters = {
+        "a": rng.standard_normal((40, 60)).astype(np.float32),
+        "b": rng.standard_normal(7).astype(np.float32),
+        "c": rng.standard_normal(3001),
+    }
+    trainer = DataParallel(
+        parameters, SGD(lr=0.1, momentum=0.9), comm=comm, algorithm=algorithm, compression=compression
+    )
+    for step in range(6):
+        gradients = {name: rng.standard_normal(w.shape).astype(w.dtype) for name, w in parameters.items()}
+        trainer.step(gradients, weight=float((comm.rank + step) % 3 + 0.5))
+        agree(comm, len(set(comm.allgather(trainer.digest()))) == 1, f"step {step}")
+    trainer.free()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("compression", [None, "onebit"])
+def test_every_dtype(comm, agree, dtype, compression):
+    w = np.zeros(2500, dtype)
+    trainer = DataParallel({"w": w}, SGD(lr=1.0), comm=comm, compression=compression)
+    trainer.step({"w": np.full(2500, comm.rank + 1, dtype)}, weight=comm.rank + 1)
+    ranks = np.arange(1, comm.size + 1)
+    expected = (ranks * ranks).sum() / ranks.sum()
+    agree(comm, np.allclose(w.astype(float), -expected, rtol=2e-2 if w.itemsize == 2 else 1e-6), str(w[:3]))
+    trainer.free()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_error_feedback_loses_nothing(comm, agree, dtype):
+    """With plain SGD at learning rate 1: what was applied, plus all residuals, is the sum of the gradients."""
+    rng = np.random.default_rng(comm.rank)
+    shapes = {"a": (50, 41), "b": (1024,), "c": (1500,)}
+    parameters = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
+    trainer = DataParallel(parameters, SGD(lr=1.0), comm=comm, compression="onebit")
+    given = {name: np.zeros(shape) for name, shape in shapes.items()}
+    steps = 30
+    for _ in range(steps):
+        gradients = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+        weight = float(rng.integers(0, 4)) if comm.rank else 2.0
+        total = sum(comm.allgather(weight))
+        for name, gradient in gradients.items():
+            given[name] += weight / total * gradient
+        trainer.step(gradients, weight=weight)
+    left = {name: np.zeros(shape) for name, shape in shapes.items()}
+    for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
+        state = plan.state_dict()
+        owed = np.array(state["residual"], np.float64)
+        owed[slice(*plan.owned)] += state["owner_residual"]
+        for name, part in bucket.cut(owed):
+            left[name] += part
+    for name in shapes:
+        total_given = comm.allreduce(given[name])
+        total_left = comm.allreduce(left[name])
+        applied = -parameters[name].astype(np.float64)
+        error = np.abs(applied + total_left - total_given).max() / np.abs(total_given).max()
+        agree(comm, error < (1e-4 if dtype == np.float32 else 1e-12), f"{name}: {error}")
+        agree(comm, comm.size == 1 or np.abs(total_left).max() > 0, f"{name}: there must be residuals")
+    trainer.free()
+
+
+def test_compression_makes_the_exchange_small(comm, agree):
+    def sent(compression):
+        w = np.zeros(1 << 17, np.float32)
+        trainer = DataParallel([w], SGD(), comm=comm, compression=compression)
+        trainer.step([np.ones_like(w)])
+        trainer.free()
+        return trainer.bytes_sent
+
+    exact, compressed = sent(None), sent("onebit")
+    if comm.size == 1:
+        agree(comm, exact == compressed == 0, f"{exact} {compressed}")
+    else:
+        agree(comm, 0 < compressed <= exact / 20, f"{exact} {compressed}")
+
+
+def test_warm_up_is_exact(comm, agree):
+    rng = np.random.default_rng(comm.rank)
+    exact, warm = np.zeros(3000, np.float32), np.zeros(3000, np.float32)
+    trainers = [
+        DataParallel([exact], SGD(), comm=comm),
+        DataParallel([warm], SGD(), comm=comm, compression="onebit", warmup_steps=3),
+    ]
+    for step in range(5):
+        gradient = rng.standard_normal(3000).astype(np.float32)
+        for trainer in trainers:
+            trainer.step([gradient])
+        # One rank has nothing to send, so nothing to encode.
+        agree(comm, np.array_equal(exact, warm) == (step < 3 or comm.size == 1), f"step {step}")
+    for trainer in trainers:
+        trainer.free()
+
+
+def test_buckets(comm, agree):
+    """Reverse order, by dtype, closed at a size; small parameters travel exactly; empty ones do not travel."""
+    parameters = {
+        "a": np.zeros(2000, np.float32),
+        "b": np.zeros((2, 5), np.float32),
+        "c": np.zeros(3000, np.float32),
+        "none": np.zeros((0, 3), np.float32),
+        "d": np.zeros(1024, np.float64),
+        "e": np.zeros(1500, np.float32),
+        "f": np.zeros((), np.float32),
+    }
+    trainer = DataParallel(parameters, SGD(lr=1.0), comm=comm, compression="onebit", bucket_bytes=18000)
+    found = [(list(bucket.views), bucket.compressed, bucket.flat.dtype.name) for bucket in trainer.buckets]
+    expected = [
+        (["e", "c"], True, "float32"),
+        (["f", "b"], False, "float32"),
+        (["d"], True, "float64"),
+        (["a"], True, "float32"),
+    ]
+    agree(comm, sorted(found) == sorted(expected), str(found))
+    trainer.step({name: np.ones_like(w) for name, w in parameters.items()})
+    agree(comm, all(np.allclose(w, -1) for w in parameters.values()))
+    trainer.free()
+
+
+def test_only_empty_parameters(comm, agree):
+    w = np.zeros((0, 3))
+    trainer = DataParallel([w], "sgd", comm=comm, compression="onebit")
+    trainer.step([np.zeros((0, 3))])
+    agree(comm, trainer.steps == 1 and trainer.bytes_sent == 0)
+    trainer.free()
+
+
+def test_gradients_are_only_read_and_may_be_views(comm, agree):
+    parameters = [np.zeros((4, 6)), np.zeros(5)]
+    trainer = DataParallel(parameters, SGD(lr=1.0, momentum=0.5, weight_decay=0.1), comm=comm)
+    big = np.arange(60.0).reshape(6, 10)
+    gradients = [big.T[:8:2], big[0, ::2]]
+    big.flags.writeable = False
+    trainer.step(gradients)
+    for w, g in zip(parameters, gradients, strict=True):
+        agree(comm, np.allclose(w, -g, rtol=1e-14))
+    trainer.free()
+
+
+def test_no_samples_changes_nothing(comm, agree):
+    w = np.ones(2000, np.float32)
+    trainer = DataParallel([w], SGD(momentum=0.9, weight_decay=0.1), comm=comm, compression="onebit")
+    trainer.step([np.ones_like(w)])
+    before = snapshot(trainer)
+    trainer.step([np.full_like(w, np.nan)], weight=0)
+    agree(comm, snapshot(trainer) == before and trainer.steps == 2)
+    trainer.free()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("compression", [None, "onebit"])
+def test_not_finite_raises_everywhere_and_changes_nothing(comm, agree, compression, value):
+    def train(poisoned):
+        rng = np.random.default_rng(comm.rank)
+        parameters = {"a": np.zeros(2000, np.float32), "b": np.zeros(3)}
+        trainer = DataParallel(parameters, SGD(lr=0.1, momentum=0.9), comm=comm, compression=compression)
+        for step in range(5):
+            gradients = {name: rng.standard_normal(w.shape).astype(w.dtype) for name, w in parameters.items()}
+            if poisoned and step == 3:
+                bad = {name: g.copy() for name, g in gradients.items()}
+                if comm.rank == comm.size - 1:
+                    bad["a"][1234] = value
+                before = snapshot(trainer)
+                error = raised(trainer.step, bad)
+                texts = "'a'", f"on rank {comm.size - 1}", "NaN" if np.isnan(value) else "Inf", "(step 3)"
+                agree(comm, describes(error, NonFiniteError, *texts), repr(error))
+                agree(comm, isinstance(error, FloatingPointError))
+                agree(comm, snapshot(trainer) == before and trainer.steps == 3)
+            trainer.step(gradients)
+        trainer.free()
+        return trainer.digest()
+
+    agree(comm, train(False) == train(True))
+
+
+def test_large_but_finite_gradients_pass(comm, agree):
+    w = np.zeros(100, np.float32)
+    trainer = DataParallel([w], SGD(lr=1e-38), comm=comm)
+    trainer.step([np.full(100, 3e38, np.float32)])
+    agree(comm, np.allclose(w, -3, rtol=1e-5))
+    trainer.free()
+
+
+@pytest.mark.parametrize(
+    ("gradients", "weight", "kind", "text"),
+    [
+        ({"a": np.ones(3)}, 1, ValueError, "missing: ['b'], unknown: []"),
+        ({"a": np.ones(3), "b": np.ones(2), "c": np.ones(1)}, 1, ValueError, "missing: [], unknown: ['c']"),
+        (
+            {"a": np.ones(4), "b": np.ones(2)},
+            1,
+            ValueError,
+            "'a' must be float64 of shape (3,), got float64 of shape (4,)",
+        ),
+        ({"a": np.ones(3, "f4"), "b": np.ones(2)}, 1, ValueError, "'a' must be float64 of shape (3,), got float32"),
+        (
+            {"a": [1.0, 1.0, 1.0], "b": np.ones(2)},
+            1,
+            TypeError,
+            "'a' must be an array of numpy, as the parameter is, got",
+        ),
+        ([np.ones(3)], 1, ValueError, "one for each of the 2 parameters, got 1"),
+        (np.ones(5), 1, TypeError, "gradients must be a dict or a list of arrays, got ndarray"),
+        ([np.ones(3), np.ones(2)], -1, ValueError, "weight must be finite and >= 0, got -1.0"),
+        ([np.ones(3), np.ones(2)], np.nan, ValueError, "weight must be finite and >= 0, got nan"),
+        ([np.ones(3), np.ones(2)], "1", TypeError, "weight must be a number"),
+        ([np.ones(3), np.ones(2)], None, TypeError, "weight must be a number"),
+    ],
+)
+def test_a_rank_with_bad_arguments(comm, agree, gradients, weight, kind, text):
+    """It raises its own error, the others one that names it; then training goes on."""
+    parameters = {"a": np.zeros(3), "b": np.zeros(2)}
+    trainer = DataParallel(parameters, SGD(lr=1.0), comm=comm)
+    good = {"a": np.ones(3), "b": np.ones(2)}
+    wrong = comm.size // 2
+    error = raised(trainer.step, *((gradients, weight) if comm.rank == wrong else (good, 1)))
+    if comm.rank == wrong:
+        agree(comm, describes(error, kind, text, "DataParallel.step (step 0)"), repr(error))
+    else:
+        agree(comm, describes(error, PeerError, text, f"rank {wrong} raised {kind.__name__}"), repr(error))
+    agree(comm, all((w == 0).all() for w in parameters.values()) and trainer.steps == 0)
+    trainer.step(good)
+    agree(comm, all(np.allclose(w, -1) for w in parameters.values()))
+    trainer.free()
+
+
+READ_ONLY = np.ones(3)
+READ_ONLY.flags.writeable = False
+SHARED = np.ones(6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        ({"parameters": np.ones(3)}, TypeError, "parameters must be a dict or a list of arrays, got ndarray"),
+        ({"parameters": []}, ValueError, "parameters must hold at least one array"),
+        ({"parameters": {"": np.ones(3)}}, TypeError, "named by non-empty strings, got the name ''"),
+        ({"parameters": {1: np.ones(3)}}, TypeError, "named by non-empty strings, got the name 1"),
+        ({"parameters": {"w": [1.0]}}, TypeError, "'w' must be a NumPy or CuPy array, got list"),
+        (
+            {"parameters": {"w": np.ones(3, int)}},
+            TypeError,
+            "'w' must be one of float16, bfloat16, float32, float64, got int64",
+        ),
+        ({"parameters": {"w": np.ones((3, 4)).T}}, ValueError, "'w' must be C-contiguous, got strides"),
+        ({"parameters": {"w": READ_ONLY}}, ValueError, "'w' must be writable"),
+        ({"parameters": {"u": SHARED[:4], "v": SHARED[3:]}}, ValueError, "'u' and 'v' share memory"),
+        ({"optimizer": "adam"}, ValueError, "unknown optimizer 'adam'; known: adagrad, sgd"),
+        (
+            {"optimizer": SGD},
+            TypeError,
+            "optimizer must be a name (adagrad, sgd) or an instance of Optimizer, got the class SGD itself",
+        ),
+        ({"mode": "async"}, ValueError, "unknown mode 'async'; known: block_momentum, local, sync"),
+        ({"mode": 3}, TypeError, "mode must be a name (block_momentum, local, sync) or an instance of Mode, got 3"),
+        ({"compression": "twobit"}, ValueError, "'twobit'; known: "),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0, got -1"),
+        ({"warmup_steps": 1.5}, TypeError, "warmup_steps must be an int, got float"),
+        ({"bucket_bytes": 0}, ValueError, "bucket_bytes must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments(comm, agree, arguments, kind, text):
+    """On all ranks, and on the last one only."""
+    good: dict[str, Any] = {"parameters": {"w": np.ones(3)}, "optimizer": "sgd", "comm": comm}
+    error = raised(DataParallel, **{**good, **arguments})
+    agree(comm, describes(error, kind, text), repr(error))
+    last = comm.size - 1
+    error = raised(DataParallel, **{**good, **(arguments if comm.rank == last else {})})
+    if comm.rank == last:
+        agree(comm, describes(error, kind, text), repr(error))
+    else:
+        agree(comm, describes(error, PeerError, text, f"rank {last} raised {kind.__name__}"), repr(error))
+
+
+def test_unknown_algorithm(comm, agree):
+    error = raised(DataParallel, [np.ones(3)], "sgd", comm=comm, algorithm="rign")
+    agree(comm, isinstance(error, ValueError) and "rign" in str(error) and "ring" in str(error), repr(error))
+
+
+@pytest.mark.parametrize("comm_given", ["world", 3])
+def test_wrong_comm(comm_given):
+    with pytest.raises(TypeError, match=r"DataParallel: comm must be an mpi4py Intracomm, got (str|int)"):
+        DataParallel([np.ones(3)], "sgd", comm=comm_given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"parameters": {"w": np.ones((3, 2)), "b": np.ones(2)}},
+            "parameter 'w' is float64 of shape (3, 2), not float64 of shape (2, 3)",
+        ),
+        (
+            {"parameters": {"w": np.ones((2, 3), "f4"), "b": np.ones(2)}},
+            "parameter 'w' is float32 of shape (2, 3), not float64",
+        ),
+        ({"parameters": {"b": np.ones(2), "w": np.ones((2, 3))}}, "the parameters are ['b', 'w'], not ['w', 'b']"),
+        ({"parameters": {"w": np.ones((2, 3))}}, "the parameters are ['w'], not ['w', 'b']"),
+        ({"optimizer": SGD(lr=0.5)}, "optimizer is SGD(lr=0.5"),
+        ({"mode": "local"}, "mode is Local(tau=50), not Sync()"),
+        ({"compression": "onebit"}, "compression is OneBit("),
+        ({"algorithm": "ring"}, "algorithm is ring, not auto"),
+        ({"warmup_steps": 2}, "warmup_steps is 2, not 0"),
+        ({"bucket_bytes": 8}, "bucket_bytes is 8, not"),
+    ],
+)
+def test_ranks_that_differ(comm, agree, arguments, text):
+    good: dict[str, Any] = {
+        "parameters": {"w": np.ones((2, 3)), "b": np.ones(2)},
+        "optimizer": SGD(lr=0.1),
+        "comm": comm,
+    }
+    last = comm.size - 1
+    error = raised(DataParallel, **{**good, **(arguments if comm.rank == last else {})})
+    if comm.size == 1:
+        agree(comm, error is None)
+    else:
+        agree(
+            comm, describes(error, MismatchError, f"DataParallel: rank {last} differs from rank 0: {text}"), repr(error)
+        )
+
+
+def test_ranks_at_different_trainers_or_steps(comm, agree):
+    """After a hundred good steps: all raise, naming a rank that differs; then training goes on."""
+    trainers = [DataParallel([np.zeros(3)], SGD(lr=1.0), comm=comm) for _ in range(2)]
+    for _ in range(100):
+        for trainer in trainers:
+            trainer.step([np.ones(3)])
+    last = comm.size - 1
+    error = raised(trainers[1 if comm.rank == last else 0].step, [np.ones(3)])
+    if comm.size == 1:
+        agree(comm, error is None)
+    else:
+        agree(comm, describes(error, MismatchError, "ranks do not do the same", f"rank {last} is at step"), repr(error))
+        if comm.rank == last:
+            trainers[1].steps += 1
+        error = raised(trainers[1].step, [np.ones(3)])
+        agree(comm, describes(error, MismatchError, "after 101 steps", "after 100 steps"), repr(error))
+        if comm.rank == last:
+            trainers[1].steps -= 1
+    for trainer in trainers:
+        trainer.step([np.ones(3)])
+        agree(comm, len(set(comm.allgather(trainer.digest()))) == 1)
+        trainer.free()
+
+
+def test_the_learning_rate_may_change(comm, agree):
+    w = np.zeros(3)
+    trainer = DataParallel([w], SGD(lr=1.0), comm=comm)
+    trainer.step([np.ones(3)])
+    trainer.optimizer = dataclasses.replace(trainer.optimizer, lr=0.5)
+    trainer.step([np.ones(3)])
+    agree(comm, np.allclose(w, -1.5))
+    trainer.free()
+
+
+@pytest.mark.parametrize("compression", [None, "onebit"])
+def test_state_dict_goes_back_in_time(comm, agree, compression):
+    rng = np.random.default_rng(comm.rank)
+    gradients = rng.standard_normal((6, 2000)).astype(np.float32)
+    trainer = DataParallel(
+        [np.zeros(2000, np.float32)], SGD(momentum=0.9), comm=comm, compression=compression, warmup_steps=2
+    )
+    for gradient in gradients[:3]:
+        trainer.step([gradient])
+    state = trainer.state_dict()
+    for gradient in gradients[3:]:
+        trainer.step([gradient])
+    first = trainer.digest()
+    trainer.load_state_dict(state)
+    agree(comm, trainer.steps == 3)
+    for gradient in gradients[3:]:
+        trainer.step([gradient])
+    agree(comm, trainer.digest() == first)
+    trainer.free()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"parameters": [np.zeros(5)]}, "parameter '0' is float64 of shape (4,), not float64 of shape (5,)"),
+        ({"compression": "onebit"}, "compression is None, not OneBit("),
+        ({"mode": "local"}, "mode is Sync, not Local"),
+        ({"optimizer": "adagrad"}, "optimizer is SGD, not AdaGrad"),
+        ({"optimizer": SGD(momentum=0.5)}, "optimizer/velocity/0 is only in one of the two"),
+        ({"bucket_bytes": 8}, "bucket_bytes is 26214400, not 8"),
+    ],
+)
+def test_state_of_another_trainer(comm, agree, arguments, text):
+    good: dict[str, Any] = {"parameters": [np.zeros(4)], "optimizer": "sgd", "comm": comm}
+    trainer, other = DataParallel(**good), DataParallel(**{**good, **arguments})
+    error = raised(trainer.load_state_dict, other.state_dict())
+    agree(comm, describes(error, ValueError, "the state is of another trainer", text), repr(error))
+    trainer.free()
+    other.free()
+
+
+def test_on_part_of_the_world(comm, agree):
+    """Each half trains alone; what they make differs."""
+    half = comm.Split(comm.rank % 2)
+    w = np.zeros(3)
+    trainer = DataParallel([w], SGD(lr=1.0), comm=half)
+    trainer.step([np.full(3, comm.rank % 2 + 1.0)])
+    agree(comm, np.allclose(w, -(comm.rank % 2 + 1)), str(w))
+    trainer.free()
+    half.Free()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compression", [None, "onebit"])
+@pytest.mark.parametrize("mode", ["sync", "local", "block_momentum"])
+def test_on_a_device(comm, agree, mode, compression):
+    import cupy
+
+    rng = np.random.default_rng(comm.rank)
+    host, device = [np.zeros(3000, np.float32)], [cupy.zeros(3000, cupy.float32)]
+    trainers = [
+        DataParallel(w, SGD(momentum=0.9), comm=comm, mode=mode, compression=compression) for w in (host, device)
+    ]
+    for _ in range(60):
+        gradient = rng.standard_normal(3000).astype(np.float32)
+        trainers[0].step([gradient])
+        trainers[1].step([cupy.asarray(gradient)])
+    for trainer in trainers:
+        trainer.synchronize()
+    agree(comm, np.allclose(host[0], device[0].get(), rtol=1e-4, atol=1e-5))
+    error = raised(trainers[1].step, host)
+    agree(comm, isinstance(error, TypeError) or mode != "sync", repr(error))
+    for trainer in trainers:
+        trainer.free()

@@ -1,0 +1,534 @@
+"""Data-parallel training: each rank computes gradients of its part of the batch, the trainer does the rest.
+
+Parameters stay the caller's arrays and are updated in place. For the exchange they are packed into flat buckets, in
+reverse order, since back-propagation finishes the last layer first. What is exchanged, and when, is the mode's matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.arrays import BFLOAT16, is_device, xp_of
+from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
+from bitring.collectives.registry import Registry
+from bitring.compression.encoder import Encoder, compressors
+from bitring.compression.plan import plan_allreduce
+from bitring.training.mode import Mode, modes
+from bitring.training.optimizer import Optimizer, optimizers
+from bitring.training.tree import copied, fill, host_copy, is_array, leaves, set_leaf
+
+DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, BFLOAT16, np.float32, np.float64))
+
+# What ranks can be doing when they meet; the control record holds the index.
+OPERATIONS = ("step", "synchronize", "save_checkpoint", "load_checkpoint")
+
+_trainers_made = 0
+
+
+class Bucket:
+    """Gradients of some parameters of one dtype, packed into ``flat``; ``views`` are its parts, by name."""
+
+    def __init__(self, parameters: Mapping[str, Any], compressed: bool) -> None:
+        first = next(iter(parameters.values()))
+        ends = list(accumulate(array.size for array in parameters.values()))
+        self.compressed = compressed
+        self.starts = [0, *ends[:-1]]
+        self.flat = xp_of(first).empty(ends[-1], first.dtype)
+        self.shapes = {name: array.shape for name, array in parameters.items()}
+        self.views = dict(self.cut(self.flat))
+
+    def cut(self, flat: Any) -> list[tuple[str, Any]]:
+        """Name and part of an array as large as the bucket, each part of the parameter's shape."""
+        return [
+            (name, flat[start : start + math.prod(shape)].reshape(shape))
+            for (name, shape), start in zip(self.shapes.items(), self.starts, strict=True)
+        ]
+
+    def plan(self, comm: MPI.Intracomm, algorithm: str, compression: Encoder | None) -> Any:
+        """A plan on this bucket. Collective."""
+        return plan_allreduce(
+            self.flat,
+            comm=comm,
+            algorithm=algorithm,
+            compression=compression,
+            boundaries=self.starts,
+            check_finite=False,  # the trainer has looked at every gradient
+        )
+
+
+class DataParallel:
+    """Train ``parameters`` on all ranks of ``comm``. Collective, as are ``step``, ``synchronize`` and ``free``.
+
+    ``parameters``: dict of name -> array, or a list (named "0", "1", ...); float16, bfloat16, float32 or float64, NumPy
+    or CuPy (all the same), C-contiguous and writable. They take rank 0's values now and are updated in place.
+    ``optimizer``: a name, or an instance such as ``SGD(lr=0.05)``; settings put into ``trainer.optimizer`` later, such
+    as another learning rate, hold from then on.
+    ``mode``: a name, or an instance such as ``BlockMomentum(tau=50)``.
+    ``compression``: None for an exact exchange, a name, or an instance such as ``OneBit(block=1024)``. Parameters with
+    fewer values than one block travel exactly. The first ``warmup_steps`` steps are exact.
+    ``algorithm``: of the exact exchange, and "auto" chooses. ``bucket_bytes``: buckets are closed at this size.
+
+    Raises on all ranks alike: a rank's own mistake there as TypeError or ValueError, and on the others as PeerError
+    naming that rank; MismatchError where the ranks' arguments differ.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any] | Sequence[Any],
+        optimizer: Optimizer | str,
+        comm: MPI.Intracomm | None = None,
+        mode: Mode | str = "sync",
+        compression: Encoder | str | None = None,
+        algorithm: str = "auto",
+        warmup_steps: int = 0,
+        bucket_bytes: int = 25 << 20,
+    ) -> None:
+        given: Any = comm
+        if not (given is None or isinstance(given, MPI.Intracomm)):
+            raise TypeError(f"DataParallel: comm must be an mpi4py Intracomm, got {type(given).__name__}")
+        self.comm = MPI.COMM_WORLD if comm is None else comm
+        self.rank = self.comm.Get_rank()
+        self.steps = 0
+        """Steps made, those without samples included."""
+        self._problem: Exception | None = None
+        self._operation = "step"
+
+        error: Exception | None = None
+        try:
+            self.optimizer = _chosen("optimizer", optimizer, optimizers, Optimizer)
+            self.mode = _chosen("mode", mode, modes, Mode)
+            self.compression = (
+                None if compression is None else _chosen("compression", compression, compressors, Encoder)
+            )
+            self.algorithm = algorithm
+            self.warmup_steps = _count("warmup_steps", warmup_steps, 0)
+            self._parameters = _checked_parameters(parameters)
+            self._bucket_bytes = _count("bucket_bytes", bucket_bytes, 1)
+        except Exception as problem:  # whatever it is, the other ranks must not wait
+            error = problem
+        _raise_together(self.comm, "DataParallel", error)
+
+        global _trainers_made
+        _trainers_made += 1
+        mine = self.describe()
+        theirs, self._id = self.comm.bcast((mine, _trainers_made))
+        differences: list[str | None] = self.comm.allgather(difference(mine, theirs))
+        for rank, text in enumerate(differences):
+            if text is not None:
+                raise MismatchError(f"DataParallel: rank {rank} differs from rank 0: {text}")
+        self._xp = xp_of(next(iter(self._parameters.values())))
+        for array in self._parameters.values():
+            host = host_copy(array)
+            self.comm.Bcast(host.reshape(-1).view(np.uint8), root=0)
+            if self.rank != 0:
+                fill(array, host)
+
+        self._record = np.zeros(5)  # trainer's id, operation, steps, whether something is wrong, weight
+        self._records = np.zeros((self.size, 5))
+        self.buckets = self._make_buckets()
+        self.plans: list[Any] = []
+        self._exact_plans: dict[int, Any] = {}  # of compressed buckets, for the warm-up
+        for i, bucket in enumerate(self.buckets):
+            self.plans.append(bucket.plan(self.comm, algorithm, self.compression if bucket.compressed else None))
+            if bucket.compressed and self.warmup_steps:
+                self._exact_plans[i] = bucket.plan(self.comm, algorithm, None)
+        self._optimizer_state = self.optimizer.init(self._parameters)
+        self._mode_state = self.mode.init(self)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.comm.Get_size()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Name -> the caller's array."""
+        return self._parameters
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has sent to others in exchanges so far."""
+        return sum(plan.bytes_sent for plan in (*self.plans, *self._exact_plans.values()))
+
+    @property
+    def algorithms(self) -> list[str]:
+        """The algorithm chosen for each bucket."""
+        return [plan.algorithm for plan in self.plans]
+
+    def _make_buckets(self) -> list[Bucket]:
+        block = getattr(self.compression, "block", 1)
+        filling: dict[Any, dict[str, Any]] = {}
+        buckets: list[Bucket] = []
+
+        def close(kind: Any) -> None:
+            buckets.append(Bucket(filling.pop(kind), compressed=kind[1]))
+
+        for name, array in reversed(self._parameters.items()):
+            if not array.size:
+                continue
+            kind = array.dtype, self.compression is not None and array.size >= block
+            held = sum(other.nbytes for other in filling.get(kind, {}).values())
+            if held and held + array.nbytes > self._bucket_bytes:
+                close(kind)
+            filling.setdefault(kind, {})[name] = array
+        for kind in list(filling):
+            close(kind)
+        return buckets
+
+    # What users call
+
+    def step(self, gradients: Mapping[str, Any] | Sequence[Any], weight: float = 1.0) -> None:
+        """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.
+
+        ``gradients`` match the parameters in names (or order), shapes, dtypes and device; any strides; they are only
+        read, and not looked at when ``weight`` is 0. All ranks make equally many steps; total weight 0 changes nothing.
+
+        A rank's bad arguments raise TypeError or ValueError there and PeerError on the others, NaN or Inf
+        NonFiniteError on all; parameters, optimizer and residuals are as before, and training may go on. In a mode that
+        exchanges less often, the rank concerned skips that local step and all raise at the next exchange, before
+        anything is averaged; the exchange is then made at the step after it.
+        """
+        self._operation = "step"
+        taken: dict[str, Any] = {}
+        try:
+            taken, weight = self._checked(gradients, weight)
+        except (TypeError, ValueError, NonFiniteError) as problem:
+            self._problem = self._problem or problem
+            weight = 0.0
+        self.mode.step(self, self._mode_state, taken, weight)
+        self.steps += 1
+
+    def synchronize(self) -> None:
+        """Make the parameters equal on all ranks, as the mode does it. Collective, but for ``sync``."""
+        self._operation = "synchronize"
+        self.mode.synchronize(self, self._mode_state)
+
+    def digest(self) -> str:
+        """A hash of this rank's parameters, bit for bit; equal on all ranks when the replicas are."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, array in self._parameters.items():
+            digest.update(name.encode())
+            digest.update(host_copy(array).reshape(-1).view(np.uint8))
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this rank needs to go on, as NumPy copies and numbers.
+
+        Calls ``synchronize`` first, so it is collective in modes where that is. Holds ``parameters``, ``optimizer``,
+        ``mode``, ``residuals`` (for each bucket, what its plan keeps), ``steps``, ``algorithms`` and ``settings``.
+        """
+        self.synchronize()
+        return {
+            **copied(self.live()),
+            "residuals": [{key: host_copy(x) for key, x in plan.state_dict().items()} for plan in self.plans],
+            "steps": self.steps,
+            "algorithms": self.algorithms,
+            "settings": self.describe(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from this rank's ``state_dict``, of a trainer with the same parameters and settings. Not collective.
+
+        Raises ValueError, before anything is changed, when they are not the same.
+        """
+        where = "DataParallel.load_state_dict"
+        text = difference(resumable(self.describe()), resumable(state["settings"]))
+        if text is None and state["settings"]["bucket_bytes"] != self._bucket_bytes:
+            text = f"bucket_bytes is {self._bucket_bytes}, not {state['settings']['bucket_bytes']}"
+        if text is None and state["settings"]["ranks"] != self.size:
+            text = f"there are {self.size} ranks, not {state['settings']['ranks']}; load_checkpoint can change that"
+        if text is not None:
+            raise ValueError(f"{where}: the state is of another trainer: {text}")
+        given = dict(leaves({part: state[part] for part in ("parameters", "optimizer", "mode")}))
+        wanted = dict(leaves(self.live()))
+        if given.keys() != wanted.keys():
+            odd = "/".join(min(given.keys() ^ wanted.keys()))
+            raise ValueError(f"{where}: the state is of another trainer: {odd} is only in one of the two")
+        self.restore(given, state["steps"])
+        for plan, residuals in zip(self.plans, state["residuals"], strict=True):
+            plan.load_state_dict(residuals)
+
+    def free(self) -> None:
+        """Free the plans. Collective; the parameters stay as they are."""
+        for plan in (*self.plans, *self._exact_plans.values()):
+            plan.free()
+
+    # What modes call; see bitring.training.mode.Trainer
+
+    def agree(self, weight: float, check: Mapping[str, Any] | None = None) -> float:
+        """See :class:`bitring.training.mode.Trainer`."""
+        if check is not None and self._problem is None:
+            bad = self._not_finite(check)
+            if bad is not None:
+                self._problem = NonFiniteError(
+                    f"{self._where()}: the parameter {bad} on rank {self.rank}; training diverged"
+                )
+        self._record[:] = self._id, OPERATIONS.index(self._operation), self.steps, self._problem is not None, weight
+        self.comm.Allgather(self._record, self._records)
+        asked = [tuple(record) for record in self._records[:, :3].tolist()]
+        if len(set(asked)) > 1:
+            raise MismatchError(_odd_one_out(asked))
+        if self._records[:, 3].any():
+            problem, self._problem = self._problem, None
+            _raise_together(self.comm, self._where(), problem)
+        return float(np.cumsum(self._records[:, 4])[-1])  # one after the other, in rank order
+
+    def exchange(
+        self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """See :class:`bitring.training.mode.Trainer`."""
+        warm = self.steps < self.warmup_steps
+        plans = [self._exact_plans.get(i, plan) if warm else plan for i, plan in enumerate(self.plans)]
+        for bucket, plan in zip(self.buckets, plans, strict=True):
+            # 16-bit values are scaled in float32 and rounded once.
+            factor = np.float32(scale) if bucket.flat.dtype.itemsize == 2 else scale
+            for name, view in bucket.views.items():
+                if scale == 0:
+                    view[...] = 0
+                elif minus is None:
+                    self._xp.multiply(arrays[name], factor, out=view, casting="same_kind")
+                else:
+                    self._xp.subtract(arrays[name], minus[name], out=view)
+                    self._xp.multiply(view, factor, out=view, casting="same_kind")
+            plan.start()
+        for bucket, plan in zip(self.buckets, plans, strict=True):
+            plan.wait()
+            yield bucket.views
+
+    def update(self, gradients: Mapping[str, Any]) -> None:
+        """See :class:`bitring.training.mode.Trainer`."""
+        self.optimizer.update({name: self._parameters[name] for name in gradients}, gradients, self._optimizer_state)
+
+    def restart_optimizer(self) -> None:
+        """See :class:`bitring.training.mode.Trainer`."""
+        self.optimizer.restart(self._optimizer_state)
+
+    # What checkpoints call
+
+    def meet(self, operation: str, error: Exception | None) -> None:
+        """Raise on all ranks alike when one has an ``error``, or is not at the same operation and step. Collective."""
+        self._operation = operation
+        self._problem = self._problem or error
+        self.agree(0.0)
+
+    def live(self) -> dict[str, Any]:
+        """The state but for residuals: a tree of the arrays and numbers in use, no copies."""
+        return {"parameters": self._parameters, "optimizer": self._optimizer_state, "mode": self._mode_state}
+
+    def restore(self, values: Mapping[tuple[str, ...], Any], steps: int) -> None:
+        """Fill leaves of ``live``, by path; ``steps`` have been made."""
+        tree = self.live()
+        for path, value in values.items():
+            set_leaf(tree, path, value)
+        self.steps = steps
+        self._problem = None
+
+    def use_algorithms(self, algorithms: Sequence[str]) -> None:
+        """Make the exact plans anew that run another algorithm. Collective."""
+        for i, (bucket, algorithm) in enumerate(zip(self.buckets, algorithms, strict=True)):
+            if not bucket.compressed and self.plans[i].algorithm != algorithm:
+                self.plans[i].free()
+                self.plans[i] = bucket.plan(self.comm, algorithm, None)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, as plain data; all ranks give the same."""
+        return {
+            "parameters": {name: [w.dtype.name, list(w.shape)] for name, w in self._parameters.items()},
+            "optimizer": _text(self.optimizer),
+            "mode": _text(self.mode),
+            "compression": _text(self.compression),
+            "algorithm": self.algorithm,
+            "warmup_steps": self.warmup_steps,
+            "bucket_bytes": self._bucket_bytes,
+            "device": any(map(is_device, self._parameters.values())),
+            "ranks": self.size,
+        }
+
+    # Checks
+
+    def _where(self) -> str:
+        if self._operation.endswith("checkpoint"):
+            return self._operation
+        return f"DataParallel.{self._operation} (step {self.steps})"
+
+    def _checked(self, gradients: Any, weight: Any) -> tuple[dict[str, Any], float]:
+        where = self._where()
+        if isinstance(weight, (str, bytes)) or not hasattr(weight, "__float__"):
+            raise TypeError(f"{where}: weight must be a number, the samples in this rank's part, got {weight!r}")
+        number = float(weight)
+        if not math.isfinite(number) or number < 0:
+            raise ValueError(f"{where}: weight must be finite and >= 0, got {number}")
+        if isinstance(gradients, Mapping):
+            taken = dict(gradients)
+            if taken.keys() != self._parameters.keys():
+                missing = [name for name in self._parameters if name not in taken]
+                extra = [name for name in taken if name not in self._parameters]
+                raise ValueError(
+                    f"{where}: gradients must have the parameters' names; missing: {missing}, unknown: {extra}"
+                )
+        elif isinstance(gradients, (list, tuple)):
+            if len(gradients) != len(self._parameters):
+                raise ValueError(
+                    f"{where}: gradients must be one for each of the {len(self._parameters)} parameters, "
+                    f"got {len(gradients)}"
+                )
+            taken = dict(zip(self._parameters, gradients, strict=True))
+        else:
+            raise TypeError(f"{where}: gradients must be a dict or a list of arrays, got {type(gradients).__name__}")
+        for name, w in self._parameters.items():
+            g = taken[name]
+            if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
+                g = taken[name] = np.asarray(g)
+            if type(g) is not type(w) and not (isinstance(g, np.ndarray) and isinstance(w, np.ndarray)):
+                raise TypeError(
+                    f"{where}: the gradient of {name!r} must be an array of {self._xp.__name__}, as the parameter is, "
+                    f"got {type(g).__module__}.{type(g).__name__}"
+                )
+            if g.shape != w.shape or g.dtype != w.dtype:
+                raise ValueError(
+                    f"{where}: the gradient of {name!r} must be {w.dtype.name} of shape {w.shape}, "
+                    f"got {g.dtype.name} of shape {g.shape}"
+                )
+        if number:
+            bad = self._not_finite(taken)
+            if bad is not None:
+                raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self.rank}")
+        return taken, number
+
+    def _not_finite(self, arrays: Mapping[str, Any]) -> str | None:
+        """Name the first array that holds NaN or Inf, and say which.
+
+        A sum is finite only if all its terms are, and is the quickest pass over an array; when it is not, it may have
+        overflowed, and the values themselves are looked at.
+        """
+        xp = self._xp
+        sums = xp.empty(len(arrays), np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, array in enumerate(arrays.values()):
+                wide = np.float64 if array.dtype == np.float64 else np.float32
+                sums[i] = array.sum(dtype=wide)
+            finite = np.isfinite(host_copy(sums))
+        for (name, array), good in zip(arrays.items(), finite, strict=True):
+            if not good and not bool(xp.isfinite(array).all()):
+                return f"{name!r} holds {'NaN' if bool(xp.isnan(array).any()) else 'Inf'}"
+        return None
+
+
+def resumable(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a description that a state must share with the trainer that goes on from it."""
+    return {
+        "parameters": description["parameters"],
+        "optimizer": description["optimizer"].partition("(")[0],
+        "mode": description["mode"].partition("(")[0],
+        "compression": description["compression"],
+    }
+
+
+def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
+    """What differs first between two descriptions, in words; None when nothing does."""
+    for key, value in here.items():
+        other = there[key]
+        if value == other and (key != "parameters" or list(value) == list(other)):
+            continue
+        if key != "parameters":
+            return f"{key} is {value}, not {other}"
+        if list(value) != list(other):
+            return f"the parameters are {list(value)}, not {list(other)}"
+        name = next(name for name in value if value[name] != other[name])
+        kinds = [f"{dtype} of shape {tuple(shape)}" for dtype, shape in (value[name], other[name])]
+        return f"parameter {name!r} is {kinds[0]}, not {kinds[1]}"
+    return None
+
+
+def _text(settings: object) -> str:
+    """Settings in words that are the same on every rank and in every run."""
+    return repr(settings) if settings is None or dataclasses.is_dataclass(settings) else type(settings).__name__
+
+
+def _count(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"DataParallel: {name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"DataParallel: {name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def _chosen(argument: str, given: Any, registry: Registry[Any], base: type[Any]) -> Any:
+    if isinstance(given, str):
+        return registry.get(given)()
+    if isinstance(given, base):
+        return given
+    shown = f"the class {given.__name__} itself" if isinstance(given, type) else repr(given)
+    raise TypeError(
+        f"DataParallel: {argument} must be a name ({', '.join(registry.names())}) or an instance of {base.__name__}, "
+        f"got {shown}"
+    )
+
+
+def _checked_parameters(parameters: Any) -> dict[str, Any]:
+    where = "DataParallel: parameters"
+    if isinstance(parameters, Mapping):
+        named = dict(parameters)
+    elif isinstance(parameters, (list, tuple)):
+        named = {str(i): array for i, array in enumerate(parameters)}
+    else:
+        raise TypeError(f"{where} must be a dict or a list of arrays, got {type(parameters).__name__}")
+    if not named:
+        raise ValueError(f"{where} must hold at least one array, got none")
+    first = next(iter(named.values()))
+    extents: list[tuple[int, int, str]] = []
+    for name, array in named.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{where} must be named by non-empty strings, got the name {name!r}")
+        if not is_array(array):
+            raise TypeError(f"{where}: {name!r} must be a NumPy or CuPy array, got {type(array).__name__}")
+        if is_device(array) != is_device(first):
+            raise TypeError(f"{where}: {name!r} must be on the same device as the others")
+        if array.dtype not in DTYPES:
+            known = ", ".join(dtype.name for dtype in DTYPES)
+            raise TypeError(f"{where}: {name!r} must be one of {known}, got {array.dtype.name}")
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{where}: {name!r} must be C-contiguous, got strides {array.strides}")
+        if isinstance(array, np.ndarray):
+            if not array.flags.writeable:
+                raise ValueError(f"{where}: {name!r} must be writable, got a read-only array")
+            if array.size:
+                extents.append((array.ctypes.data, array.ctypes.data + array.nbytes, name))
+    extents.sort()
+    for (_, end, name), (start, _, other) in pairwise(extents):
+        if start < end:
+            raise ValueError(f"{where}: {name!r} and {other!r} share memory; give a shared array once")
+    return named
+
+
+def _raise_together(comm: MPI.Intracomm, where: str, error: Exception | None) -> None:
+    """Raise on all ranks when any has an ``error``: the rank itself its own, the others one naming it. Collective."""
+    mine = None if error is None else (isinstance(error, NonFiniteError), type(error).__name__, str(error))
+    for rank, theirs in enumerate(comm.allgather(mine)):
+        if error is not None:
+            raise error
+        if theirs is not None:
+            not_finite, kind, text = theirs
+            raise NonFiniteError(text) if not_finite else PeerError(f"{where}: rank {rank} raised {kind}: {text}")
+
+
+def _odd_one_out(asked: Sequence[tuple[float, ...]]) -> str:
+    """Say which rank is doing something else than most."""
+    usual = Counter(asked).most_common(1)[0][0]
+    odd = next(rank for rank, one in enumerate(asked) if one != usual)
+    other = next(rank for rank, one in enumerate(asked) if one == usual)
+
+    def words(rank: int) -> str:
+        trainer, operation, steps = map(int, asked[rank])
+        return f"rank {rank} is at {OPERATIONS[operation]}, after {steps} steps of its trainer number {trainer}"
+
+    return f"DataParallel: ranks do not do the same: {words(odd)}; {words(other)}"

@@ -1,0 +1,115 @@
+"""What a mode is: when ranks exchange, and what.
+
+A class ``class Name(Mode):`` in ``training/NAME.py`` registers itself as ``NAME``. A mode is a frozen dataclass of
+settings. Its state is a dict that ``init`` makes: numbers, arrays, and dicts of these; the trainer keeps it, and
+checkpoints carry it. What a mode may ask of the trainer is :class:`Trainer`, no more.
+
+Modes that exchange once in a block of steps share the functions at the end: in between each rank trains alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from bitring.collectives.registry import Registry
+
+State = dict[str, Any]
+
+
+class Trainer(Protocol):
+    """The part of :class:`bitring.DataParallel` that modes use."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Name -> array, to be changed in place."""
+        ...
+
+    def agree(self, weight: float, check: Mapping[str, Any] | None = None) -> float:
+        """The sum of all ranks' weights. Collective: one small record a rank; must precede ``exchange``.
+
+        Raises on all ranks when any rank had bad arguments or NaN or Inf in a gradient since the last call, or has it
+        in the arrays of ``check``, or is at another step.
+        """
+        ...
+
+    def exchange(
+        self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The sum over ranks of scale·(arrays − minus), bucket by bucket: name -> array, which may be overwritten.
+
+        Collective. ``arrays`` are only read. Later buckets travel while the earlier ones are used; iterate to the end.
+        """
+        ...
+
+    def update(self, gradients: Mapping[str, Any]) -> None:
+        """Let the optimizer change the parameters that ``gradients`` names, in place. ``gradients`` are only read."""
+        ...
+
+    def restart_optimizer(self) -> None:
+        """Forget the optimizer's momentum."""
+        ...
+
+
+class Mode(ABC):
+    """Base of every mode; instances are settings and hold no state."""
+
+    @abstractmethod
+    def init(self, trainer: Trainer) -> State:
+        """New state. The parameters are equal on all ranks by now."""
+
+    @abstractmethod
+    def step(self, trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
+        """One step with this rank's ``gradients``, the mean over ``weight`` samples; both are checked.
+
+        ``weight`` 0 means that this rank takes no part: its batch was empty, or its arguments were bad, which
+        ``trainer.agree`` will raise. The gradients are then not to be looked at.
+        """
+
+    @abstractmethod
+    def synchronize(self, trainer: Trainer, state: State) -> None:
+        """Make the parameters equal on all ranks, for a checkpoint or an evaluation. Collective where that needs it."""
+
+
+modes: Registry[Mode] = Registry("mode", "training", "Mode")
+
+
+def copies(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of each array."""
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+def new_block(trainer: Trainer) -> State:
+    """State of a block of steps that ranks make alone: how many, of what weight, and where the block began."""
+    return {"steps": 0, "weight": 0.0, "start": copies(trainer.parameters)}
+
+
+def local_step(trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
+    """A step of this rank alone; nothing changes when ``weight`` is 0."""
+    if weight:
+        trainer.update(gradients)
+    state["steps"] += 1
+    state["weight"] += weight
+
+
+def mean_changes(trainer: Trainer, state: State) -> Iterator[dict[str, Any]]:
+    """End the block: the mean over its samples of parameters − start, bucket by bucket; nothing for no samples."""
+    total = trainer.agree(state["weight"], trainer.parameters)
+    if total:
+        yield from trainer.exchange(trainer.parameters, state["weight"] / total, minus=state["start"])
+    state["steps"] = 0
+    state["weight"] = 0.0
+
+
+def require_tau(owner: str, tau: object) -> None:
+    """Raise unless ``tau`` is a whole number of steps."""
+    if isinstance(tau, bool) or not isinstance(tau, int):
+        raise TypeError(f"{owner}: tau must be an int, a number of steps, got {type(tau).__name__}")
+    if tau < 1:
+        raise ValueError(f"{owner}: tau must be at least 1 step, got {tau}")
