@@ -30,7 +30,7 @@ run_with_progress() {
     echo "$what ..."
     while kill -0 "$pid" 2>/dev/null; do
         sleep 1
-        last=$(tail -n 1 "$log" | cut -c 1-70)
+        last=$(grep -v WARNING "$log" | tail -n 1 | cut -c 1-70)
         if [ -t 1 ]; then
             printf '\r\033[K  %3d s  %s' $((SECONDS - start)) "$last"
         elif [ $(((SECONDS - start) % 15)) -eq 14 ]; then
@@ -74,9 +74,10 @@ environment() {
     if [ ${#missing[@]} -eq 0 ]; then
         return
     fi
+    # Modules are compiled when they are first imported; pip would spend most of its time on those that never are.
     run_with_progress "Installing bitring with ${missing[*]} into $folder (a minute or two the first time)" \
         "$folder/install.log" "$folder/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-        --editable ".[$(IFS=, && echo "${missing[*]}")]"
+        --no-compile --editable ".[$(IFS=, && echo "${missing[*]}")]"
     {
         echo "$digest"
         {

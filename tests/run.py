@@ -197,7 +197,10 @@ def run(ranks: int, logs: Path, arguments: list[str]) -> dict[str, str]:
     """Run the tests, starting again behind each one that hung. Returns each test's outcome."""
     outcomes: dict[str, str] = {}
     prefix, extra = launcher(ranks)
-    options = ["--with-mpi", "-p", "no:cacheprovider"] if ranks > 1 else []
+    # Open MPI gives ranks a terminal whether there is one or not.
+    options = [f"--color={'yes' if sys.stdout.isatty() else 'no'}"]
+    if ranks > 1:
+        options += ["--with-mpi", "-p", "no:cacheprovider"]
     pytest = [sys.executable, "-m", "pytest", *options, *arguments]
     for start in range(1, STARTS + 1):
         here = logs / f"start-{start}"
