@@ -30,7 +30,7 @@ run_with_progress() {
     echo "$what ..."
     while kill -0 "$pid" 2>/dev/null; do
         sleep 1
-        last=$(grep -v WARNING "$log" | tail -n 1 | cut -c 1-70)
+        last=$(sed '/WARNING/d' "$log" | tail -n 1 | cut -c 1-70)
         if [ -t 1 ]; then
             printf '\r\033[K  %3d s  %s' $((SECONDS - start)) "$last"
         elif [ $(((SECONDS - start) % 15)) -eq 14 ]; then
