@@ -177,6 +177,22 @@ def test_compression_makes_the_exchange_small(comm, agree):
         agree(comm, 0 < compressed <= exact / 20, f"{exact} {compressed}")
 
 
+@pytest.mark.parametrize("compression", [None, "onebit"])
+def test_large_buckets_travel_while_others_are_packed(comm, agree, compression, monkeypatch):
+    """As bits, it makes no difference."""
+    digests = []
+    for overlap_bytes in (0, 1 << 30):
+        monkeypatch.setattr("bitring.training.data_parallel.OVERLAP_BYTES", overlap_bytes)
+        rng = np.random.default_rng(comm.rank)
+        parameters = [np.zeros(n, np.float32) for n in (3000, 2000, 5, 4000)]
+        trainer = DataParallel(parameters, SGD(momentum=0.9), comm=comm, compression=compression, bucket_bytes=100)
+        for _ in range(5):
+            trainer.step([rng.standard_normal(w.shape).astype(np.float32) for w in parameters])
+        digests.append(trainer.digest())
+        trainer.free()
+    agree(comm, digests[0] == digests[1] == comm.bcast(digests[0]))
+
+
 def test_warm_up_is_exact(comm, agree):
     rng = np.random.default_rng(comm.rank)
     exact, warm = np.zeros(3000, np.float32), np.zeros(3000, np.float32)

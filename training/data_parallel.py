@@ -28,6 +28,9 @@ from bitring.training.tree import copied, fill, host_copy, is_array, leaves, set
 
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, BFLOAT16, np.float32, np.float64))
 
+# Below this size the exchange is over before waking the progress thread has paid.
+OVERLAP_BYTES = 8 << 20
+
 # What ranks can be doing when they meet; the control record holds the index.
 OPERATIONS = ("step", "synchronize", "save_checkpoint", "load_checkpoint")
 
@@ -135,6 +138,7 @@ class DataParallel:
         self._record = np.zeros(5)  # trainer's id, operation, steps, whether something is wrong, weight
         self._records = np.zeros((self.size, 5))
         self.buckets = self._make_buckets()
+        self._overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= OVERLAP_BYTES
         self.plans: list[Any] = []
         self._exact_plans: dict[int, Any] = {}  # of compressed buckets, for the warm-up
         for i, bucket in enumerate(self.buckets):
@@ -299,9 +303,13 @@ class DataParallel:
                 else:
                     self._xp.subtract(arrays[name], minus[name], out=view)
                     self._xp.multiply(view, factor, out=view, casting="same_kind")
-            plan.start()
+            if self._overlaps:
+                plan.start()
         for bucket, plan in zip(self.buckets, plans, strict=True):
-            plan.wait()
+            if self._overlaps:
+                plan.wait()
+            else:
+                plan()
             yield bucket.views
 
     def update(self, gradients: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Trainer(Protocol):
     ) -> Iterator[dict[str, Any]]:
         """The sum over ranks of scale·(arrays − minus), bucket by bucket: name -> array, which may be overwritten.
 
-        Collective. ``arrays`` are only read. Later buckets travel while the earlier ones are used; iterate to the end.
+        Collective. ``arrays`` are only read. Later buckets may travel while earlier ones are used; iterate to the end.
         """
         ...
 
