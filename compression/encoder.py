@@ -19,6 +19,8 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 VALUE_DTYPES: tuple[Any, ...] = tuple(np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 """The dtypes that can be encoded, and decoded to."""
 
+FLOAT32, FLOAT64 = VALUE_DTYPES[2:]
+UINT8 = np.dtype(np.uint8)
 _NAMES = ", ".join(dtype.name for dtype in VALUE_DTYPES)
 
 
@@ -75,7 +77,7 @@ def residual_dtype(dtype: Any) -> Any:
     dtype = np.dtype(dtype)
     if dtype not in VALUE_DTYPES:
         raise TypeError(f"compression is for {_NAMES}; got {dtype.name}")
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
 def check_encode(encoder: Encoder, values: Array, residual: Array, payload: Array) -> None:
@@ -83,7 +85,7 @@ def check_encode(encoder: Encoder, values: Array, residual: Array, payload: Arra
     function = f"{type(encoder).__name__}.encode"
     _check(function, "values", values, VALUE_DTYPES)
     _check(function, "residual", residual, (residual_dtype(values.dtype),), written=True, like=values)
-    _check(function, "payload", payload, (np.dtype(np.uint8),), written=True, like=values)
+    _check(function, "payload", payload, (UINT8,), written=True, like=values)
     if residual.size != values.size:
         raise ValueError(f"{function}: residual must have as many values as values, {values.size}; got {residual.size}")
     needed = encoder.nbytes(values.size)
@@ -96,7 +98,7 @@ def check_encode(encoder: Encoder, values: Array, residual: Array, payload: Arra
 def check_decode(encoder: Encoder, payload: Array, out: Array) -> None:
     """Raise unless the arguments are as ``Encoder.decode`` wants them; the payload's size is the encoder's to check."""
     function = f"{type(encoder).__name__}.decode"
-    _check(function, "payload", payload, (np.dtype(np.uint8),))
+    _check(function, "payload", payload, (UINT8,))
     _check(function, "out", out, VALUE_DTYPES, written=True, like=payload)
 
 
@@ -109,16 +111,21 @@ def check_size(encoder: Encoder, payload: Array, out: Array, expected: int) -> N
         )
 
 
+def _on_device(x: Array) -> bool:
+    return type(x) is not np.ndarray and is_device(x)
+
+
 def _check(
     function: str, argument: str, x: Array, dtypes: tuple[Any, ...], written: bool = False, like: Array = None
 ) -> None:
-    if not (isinstance(x, np.ndarray) or is_device(x)):
+    on_device = _on_device(x)
+    if not (on_device or isinstance(x, np.ndarray)):
         raise TypeError(f"{function}: {argument} must be a NumPy or CuPy array; got {type(x).__name__}")
-    if like is not None and is_device(x) != is_device(like):
+    if like is not None and on_device != _on_device(like):
         places = ["host", "device"]
         raise TypeError(
-            f"{function}: {argument} must be in {places[is_device(like)]} memory, as the other arrays are; "
-            f"got an array in {places[is_device(x)]} memory"
+            f"{function}: {argument} must be in {places[not on_device]} memory, as the other arrays are; "
+            f"got an array in {places[on_device]} memory"
         )
     if x.dtype not in dtypes:  # another byte order is another dtype
         names = " or ".join(dtype.name for dtype in dtypes)
