@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from pathlib import Path
 
 import click
 
 from bitring import __version__
+from bitring.launcher import launched_rank
 
 _FOLDER = Path(__file__).resolve().parent / "commands"
 
@@ -58,8 +60,16 @@ def _bitring() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit."""
-    _bitring(prog_name="bitring")
+    """Run the command line and exit. Of ranks that all refuse their arguments, the first says why."""
+    try:
+        status = _bitring(prog_name="bitring", standalone_mode=False)
+    except click.ClickException as error:
+        if launched_rank() == 0:
+            error.show()
+        status = error.exit_code
+    except click.Abort:  # Ctrl-C
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""How a training run shows itself: a bar on a terminal, else a line an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from bitring.commands._terminal import terminal_width
+
+
+class Progress:
+    """A context manager around the epochs ``done`` to ``epochs``, of ``steps`` steps each; for rank 0 alone."""
+
+    def __init__(self, done: int, epochs: int, steps: int) -> None:
+        self._epochs = epochs
+        self._bar: Any = None
+        width = terminal_width()
+        if width is not None:
+            self._bar = _bar(width)
+        if self._bar is not None:
+            self._task = self._bar.add_task("", total=epochs * steps, completed=done * steps, epoch=done + 1, loss="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, epoch: int, loss: float) -> None:
+        """A step of ``epoch`` was made; ``loss`` is this rank's."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, epoch=epoch, loss=f"loss {loss:.3f}")
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """An epoch has ended."""
+        line = (
+            f"epoch {record['epoch']:>{len(str(self._epochs))}}/{self._epochs}  loss {record['train_loss']:.4f}  "
+            f"test accuracy {record['test_accuracy']:.4f}  {record['samples_per_second']:,.0f} samples/s  "
+            f"{megabytes(record['bytes_sent'])} sent  {record['seconds']:.1f} s"
+        )
+        if self._bar is None:
+            click.echo(line)
+        else:
+            self._bar.console.print(line, highlight=False)
+
+
+def _bar(width: int) -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    return Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(force_terminal=True, width=width),
+        expand=True,
+        transient=True,
+    )
+
+
+def megabytes(nbytes: float) -> str:
+    """In powers of ten, as networks are measured."""
+    return f"{nbytes / 1e6:,.{1 if nbytes < 1e8 else 0}f} MB"

@@ -1,0 +1,96 @@
+"""What the commands that use MPI share: ranks that fail together, end together, and leave each other's cores alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from typing import NoReturn, TypeVar
+
+import click
+from mpi4py import MPI
+from threadpoolctl import threadpool_limits
+
+from bitring.collectives.abort import abort_on_exception
+from bitring.collectives.errors import MismatchError
+from bitring.machine import node_map
+
+T = TypeVar("T")
+
+# What a user's mistake raises. Anything else is a defect and deserves its traceback.
+_MISTAKES = (ValueError, TypeError, OSError, ImportError)
+
+
+def fail(comm: MPI.Intracomm, message: str, status: int = 2) -> NoReturn:
+    """End the command on all ranks, which must all call this; rank 0 prints."""
+    if comm.rank == 0:
+        click.echo(f"Error: {message}", err=True)
+    raise click.exceptions.Exit(status)
+
+
+def together(comm: MPI.Intracomm, prepare: Callable[[], T]) -> T:
+    """What ``prepare`` returns. A mistake that any rank finds in it ends the command on all. Collective."""
+    result: list[T] = []
+    problem: str | None = None
+    try:
+        result.append(prepare())
+    except _MISTAKES as error:
+        problem = str(error) or type(error).__name__
+    problems = comm.allgather(problem)
+    for rank, text in enumerate(problems):
+        if text is not None:
+            fail(comm, text if rank == 0 else f"rank {rank}: {text}")
+    return result[0]
+
+
+@contextlib.contextmanager
+def ending_together(comm: MPI.Intracomm) -> Generator[None]:
+    """Around a command's body: an exception on one rank, or Ctrl-C, ends all ranks; none waits for one that is gone."""
+    abort_on_exception()
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        if comm.size > 1:
+            if comm.rank != 0:
+                time.sleep(1)  # all ranks were interrupted; rank 0 has something to say first
+            MPI.COMM_WORLD.Abort(130)
+        raise
+    except Exception as error:
+        if comm.size > 1:
+            # Here, while the other ranks may still be waiting for this one.
+            sys.excepthook(type(error), error, error.__traceback__)
+        raise
+
+
+def thread_share(comm: MPI.Intracomm) -> int:
+    """How many threads this rank may use: its cores, shared with the node's ranks that may use the same. Collective.
+
+    OMP_NUM_THREADS, where it is set, is the user's own answer.
+    """
+    mine = os.sched_getaffinity(0)
+    cores = comm.allgather(mine)
+    node = next(ranks for ranks in node_map(comm) if comm.rank in ranks)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return max(1, len(mine) // sum(1 for rank in node if cores[rank] & mine))
+
+
+def limit_threads(comm: MPI.Intracomm) -> int:
+    """Keep NumPy's linear algebra to this rank's share of the cores, for good. Collective; returns the share."""
+    share = thread_share(comm)
+    threadpool_limits(limits=share)
+    return share
+
+
+def same_everywhere(comm: MPI.Intracomm, what: str, value: str) -> None:
+    """Raise MismatchError on all ranks unless all have the same ``value``. Collective."""
+    values = comm.allgather(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise MismatchError(f"{what} differ: rank {rank} has {other}, rank 0 has {values[0]}")

@@ -1,0 +1,91 @@
+"""What ``bitring train`` was asked for, and the objects that stand for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bitring.collectives.registry import Registry
+from bitring.collectives.selection import check_name
+from bitring.compression.encoder import Encoder, compressors
+from bitring.training.mode import Mode, modes
+from bitring.training.optimizer import Optimizer, optimizers
+
+T = TypeVar("T")
+
+# Good for the networks and data sets that come with bitring.
+_DEFAULTS: dict[str, dict[str, float]] = {"sgd": {"lr": 0.02, "momentum": 0.9}}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of ``bitring train``, unchecked; None where a default depends on another option."""
+
+    model: str
+    data: str
+    data_directory: Path | None
+    mode: str
+    tau: int | None
+    compression: str
+    block: int | None
+    warmup_steps: int
+    algorithm: str
+    optimizer: str
+    lr: float | None
+    momentum: float | None
+    batch: int
+    epochs: int
+    seed: int
+    output: Path
+    checkpoint_every: int
+    resume: bool
+
+    def check(self) -> None:
+        """Raise ValueError, naming the option, for numbers that are out of range and for unknown algorithms."""
+        for name, least in (("batch", 1), ("epochs", 1), ("checkpoint_every", 1), ("warmup_steps", 0), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+        check_name(self.algorithm)
+
+    def make_mode(self) -> Mode:
+        """The mode. Raises ValueError for an unknown one, or an option that is not for it."""
+        return _make(modes, self.mode, tau=self.tau)
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer. Raises ValueError as ``make_mode`` does."""
+        given = {"lr": self.lr, "momentum": self.momentum}
+        defaults = _DEFAULTS.get(self.optimizer, {})
+        return _make(
+            optimizers,
+            self.optimizer,
+            **{name: defaults.get(name) if value is None else value for name, value in given.items()},
+        )
+
+    def make_compression(self) -> Encoder | None:
+        """The compressor, None for an exact exchange. Raises ValueError as ``make_mode`` does."""
+        if self.compression == "none":
+            if self.block is not None:
+                raise ValueError("--block is for a compressor; --compression is none")
+            return None
+        if self.compression not in compressors.names():
+            raise ValueError(f"unknown compressor {self.compression!r}; known: none, {', '.join(compressors.names())}")
+        return _make(compressors, self.compression, block=self.block)
+
+    def of_the_result(self) -> dict[str, Any]:
+        """What must be the same for a run to go on as it began; not how long it is to go on."""
+        left_out = ("data_directory", "epochs", "output", "checkpoint_every", "resume")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+
+
+def _make(registry: Registry[T], name: str, **options: Any) -> T:
+    """The thing registered as ``name``, with those ``options`` that are given."""
+    cls: Any = registry.get(name)
+    given = {option: value for option, value in options.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(cls)}
+    for option in given:
+        if option not in known:
+            raise ValueError(f"--{option} is not for the {registry.kind} {name}")
+    made: T = cls(**given)
+    return made

@@ -1,0 +1,70 @@
+"""Train a model on all ranks: mpirun -n 2 bitring train --output DIR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bitring.collectives.registry import Registry
+from bitring.collectives.schedule import algorithms
+from bitring.commands._settings import Settings
+from bitring.compression.encoder import compressors
+from bitring.models.dataset import datasets
+from bitring.models.model import models
+from bitring.training.mode import modes
+from bitring.training.optimizer import optimizers
+
+
+def _names(registry: Registry[Any]) -> str:
+    return ", ".join(registry.names())
+
+
+@click.command("train")
+@click.option("--model", default="cnn", show_default=True, help=f"One of: {_names(models)}.")
+@click.option(
+    "--data",
+    default="digits",
+    show_default=True,
+    help=f"One of: {_names(datasets)}; or a path ending in .npz.",
+)
+@click.option("--data-directory", type=click.Path(path_type=Path), help="Where the data set's files are.")
+@click.option("--mode", default="sync", show_default=True, help=f"One of: {_names(modes)}.")
+@click.option("--tau", type=int, help="Steps between two exchanges, for the modes local and block_momentum.")
+@click.option("--compression", default="none", show_default=True, help=f"One of: none, {_names(compressors)}.")
+@click.option("--block", type=int, help="Values that share a pair of levels, for onebit.")
+@click.option("--warmup-steps", type=int, default=0, show_default=True, help="Exact steps before compression begins.")
+@click.option(
+    "--algorithm", default="auto", show_default=True, help=f"Of the exact exchange. One of: auto, {_names(algorithms)}."
+)
+@click.option("--optimizer", default="sgd", show_default=True, help=f"One of: {_names(optimizers)}.")
+@click.option("--lr", type=float, help="Learning rate.  [default: 0.02 for sgd, 0.01 for adagrad]")
+@click.option("--momentum", type=float, help="For sgd.  [default: 0.9]")
+@click.option("--batch", type=int, default=64, show_default=True, help="Samples in a step, of all ranks together.")
+@click.option("--epochs", type=int, default=15, show_default=True, help="Passes through the training samples.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the initial parameters and the data's order.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for metrics.jsonl, summary.json, curve.png and checkpoint.npz; an earlier run's are replaced.",
+)
+@click.option(
+    "--checkpoint-every",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Epochs between two checkpoints.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder, if there is one.")
+def command(**options: object) -> None:
+    """Train a model on all ranks, for example:
+
+    mpirun -n 2 bitring train --model cnn --data digits --compression onebit --output runs/first
+
+    One seed gives one result, to the bit, on the same number of ranks.
+    """
+    from bitring.commands._train import run  # initialises MPI
+
+    run(Settings(**options))  # type: ignore[arg-type]

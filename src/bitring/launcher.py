@@ -1,0 +1,22 @@
+"""What the launcher (mpirun, srun) told this process, without MPI, which may not work yet."""
+
+from __future__ import annotations
+
+import os
+
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def launched_rank() -> int:
+    """This process's number among those started together; 0 for one started by itself."""
+    return _first(RANK_VARIABLES, 0)
+
+
+def launched_size() -> int:
+    """How many processes were started together; 1 for one started by itself."""
+    return _first(SIZE_VARIABLES, 1)
+
+
+def _first(variables: tuple[str, ...], otherwise: int) -> int:
+    return next((int(os.environ[name]) for name in variables if os.environ.get(name, "").isdigit()), otherwise)
