@@ -92,8 +92,9 @@ def test_a_resumed_run_continues_bit_for_bit(comm, agree, path, mode, compressio
 
 @pytest.mark.parametrize("mode", list(SETTINGS), ids=str)
 def test_on_other_numbers_of_ranks(comm, agree, path, mode):
-    """From every number of ranks to every other; what is owed keeps its sum, and replicas stay equal."""
-    for old in range(1, comm.size + 1):
+    """Fewer and more; what is owed keeps its sum, and replicas stay equal."""
+    some = comm.size // 2 + 1
+    for old, new in sorted({(1, comm.size), (comm.size, 1), (comm.size, some), (some, comm.size)}):
         writers = comm.Split(0 if comm.rank < old else 1, comm.rank)
         owed, steps, digest = None, 0, ""
         if comm.rank < old:
@@ -103,25 +104,24 @@ def test_on_other_numbers_of_ranks(comm, agree, path, mode):
             owed, steps, digest = residual_sum(trainer), trainer.steps, trainer.digest()
             trainer.free()
         owed, steps, digest = comm.bcast((owed, steps, digest) if comm.rank == 0 else None)
-        for new in {1, comm.size} - {old}:
-            readers = comm.Split(0 if comm.rank < new else 1, comm.rank)
-            ok, found = True, ""
-            if comm.rank < new:
-                trainer = new_trainer(readers, mode, compression="onebit")
-                load_checkpoint(path, trainer)
-                ok = trainer.steps == steps and trainer.digest() == digest
-                for name, x in residual_sum(trainer).items():
-                    close = np.allclose(x, owed[name], rtol=1e-5, atol=1e-5)
-                    ok, found = ok and close, found or ("" if close else name)
-                if new > old:
-                    zero = all(not plan.state_dict()["residual"].any() for plan in trainer.plans if plan.state_dict())
-                    ok = ok and zero == (comm.rank >= old or old == 1)
-                train(trainer, 4)
-                trainer.synchronize()
-                ok = ok and len(set(readers.allgather(trainer.digest()))) == 1
-                trainer.free()
-            agree(comm, ok, f"{old} -> {new}: {found}")
-            readers.Free()
+        readers = comm.Split(0 if comm.rank < new else 1, comm.rank)
+        ok, found = True, ""
+        if comm.rank < new:
+            trainer = new_trainer(readers, mode, compression="onebit")
+            load_checkpoint(path, trainer)
+            ok = trainer.steps == steps and trainer.digest() == digest
+            for name, x in residual_sum(trainer).items():
+                close = np.allclose(x, owed[name], rtol=1e-5, atol=1e-5)
+                ok, found = ok and close, found or ("" if close else name)
+            if new > old:
+                zero = all(not plan.state_dict()["residual"].any() for plan in trainer.plans if plan.state_dict())
+                ok = ok and zero == (comm.rank >= old or old == 1)
+            train(trainer, 4)
+            trainer.synchronize()
+            ok = ok and len(set(readers.allgather(trainer.digest()))) == 1
+            trainer.free()
+        agree(comm, ok, f"{old} -> {new}: {found}")
+        readers.Free()
         writers.Free()
 
 
