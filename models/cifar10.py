@@ -35,9 +35,9 @@ class CIFAR10(Dataset):
             "version's files, without .bin, serve as well).",
         )
         batches = [_read_binary(path) if path.name.endswith(".bin") else _read_python(path) for path in paths]
-        x = [images(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)) for pixels, _ in batches]
+        x = [images(np.ascontiguousarray(p.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))) for p, _ in batches]
         y = [classes(path, labels, len(labels), 10) for path, (_, labels) in zip(paths, batches, strict=True)]
-        return Data(np.concatenate(x[:-1]), np.concatenate(y[:-1]), np.ascontiguousarray(x[-1]), y[-1])
+        return Data(np.concatenate(x[:-1]), np.concatenate(y[:-1]), x[-1], y[-1])
 
 
 def _read_binary(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:

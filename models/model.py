@@ -94,7 +94,7 @@ class Model(ABC):
 
     def logits(self, x: Array) -> Array:
         """The last layer's output (N, classes), before the softmax; a new array."""
-        x, _ = self._checked("logits", x, None)
+        x = self._checked_x("logits", x)
         out = self.xp.empty((len(x), self.classes), self.dtype)
         for part, logits in self._evaluated(x):
             out[part] = logits
@@ -138,34 +138,40 @@ class Model(ABC):
         probabilities[samples, y] -= 1
         return self.xp.log(sums) - of_class, probabilities
 
-    def _checked(self, method: str, x: Any, y: Any) -> tuple[Array, Array]:
-        """x as (N, *input_shape); y is not looked at when the method takes none (None)."""
+    def _checked_x(self, method: str, x: Any) -> Array:
+        """x as (N, *input_shape); a last axis of one channel may be there or not."""
         function = f"{type(self).__name__}.{method}"
-        for argument, value in (("x", x), ("y", y)):
-            if (argument == "x" or y is not None) and not isinstance(value, self.xp.ndarray):
-                kind = f"{type(value).__module__}.{type(value).__qualname__}"
-                raise TypeError(f"{function}: {argument} must be a {self.xp.__name__} array, got {kind}")
+        self._check_array(function, "x", x)
         if x.dtype.kind != "f":
             raise TypeError(f"{function}: x must be floating, such as {self.dtype}, got {x.dtype}")
-        shape = tuple(x.shape[1:])
-        # A last axis of one channel may be there or not.
-        if x.ndim == 0 or (
-            shape != self.input_shape and (*shape, 1) != self.input_shape and shape != (*self.input_shape, 1)
-        ):
+        if x.ndim == 0 or _without_one_channel(x.shape[1:]) != _without_one_channel(self.input_shape):
             sizes = ", ".join(str(side) for side in self.input_shape)
             raise ValueError(f"{function}: x must have shape (N, {sizes}), got {tuple(x.shape)}")
-        if y is not None:
-            if y.dtype.kind not in "iu":
-                raise TypeError(f"{function}: y must be integers, got {y.dtype}")
-            if y.shape != x.shape[:1]:
-                raise ValueError(
-                    f"{function}: y must have shape ({len(x)},) as x has {len(x)} samples, got {tuple(y.shape)}"
-                )
-            if len(y) and not (int(y.min()) >= 0 and int(y.max()) < self.classes):
-                raise ValueError(
-                    f"{function}: y must be from 0 to {self.classes - 1}, got {int(y.min())} to {int(y.max())}"
-                )
-        return x.reshape(len(x), *self.input_shape), y
+        return x.reshape(len(x), *self.input_shape)
+
+    def _checked(self, method: str, x: Any, y: Any) -> tuple[Array, Array]:
+        """x as (N, *input_shape), and y."""
+        x = self._checked_x(method, x)
+        function = f"{type(self).__name__}.{method}"
+        self._check_array(function, "y", y)
+        if y.dtype.kind not in "iu":
+            raise TypeError(f"{function}: y must be integers, got {y.dtype}")
+        if y.shape != x.shape[:1]:
+            raise ValueError(f"{function}: y must have shape ({len(x)},), as many as x, got {tuple(y.shape)}")
+        if len(y) and not (int(y.min()) >= 0 and int(y.max()) < self.classes):
+            raise ValueError(
+                f"{function}: y must be from 0 to {self.classes - 1}, got {int(y.min())} to {int(y.max())}"
+            )
+        return x, y
+
+    def _check_array(self, function: str, argument: str, value: Any) -> None:
+        if not isinstance(value, self.xp.ndarray):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"{function}: {argument} must be a {self.xp.__name__} array, got {kind}")
+
+
+def _without_one_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape)
 
 
 models: Registry[Model] = Registry("model", "models", "Model")

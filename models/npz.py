@@ -22,11 +22,13 @@ def load_npz(path: Path) -> Data:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected an .npz file with the arrays {', '.join(NAMES)}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in NAMES if name not in file]
+        with path.open("rb") as file, zipfile.ZipFile(file):  # NumPy leaves a file open that is no archive
+            pass
+        with np.load(path, allow_pickle=False) as content:
+            missing = [name for name in NAMES if name not in content]
             if missing:
-                raise ValueError(f"it has no {', '.join(missing)}, only {', '.join(file) or 'nothing'}")
-            arrays: dict[str, Any] = {name: file[name] for name in NAMES}
+                raise ValueError(f"it has no {', '.join(missing)}, only {', '.join(content) or 'nothing'}")
+            arrays: dict[str, Any] = {name: content[name] for name in NAMES}
         for name, array in arrays.items():
             kinds = "iu" if name.startswith("y") else "f"
             if array.dtype.kind not in kinds and not (name.startswith("x") and array.dtype == np.uint8):
