@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from bitring.collectives.arrays import xp_of
 from bitring.training.optimizer import Optimizer, State, require_number
 
@@ -68,4 +66,4 @@ class SGD(Optimizer):
     def restart(self, state: State) -> None:
         """Set the velocity to zero."""
         for velocity in state.get("velocity", {}).values():
-            velocity.fill(np.zeros((), velocity.dtype))
+            velocity.fill(0)
