@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,4 +222,6 @@ def _compile_once_a_node(encoder: Encoder, flat: Array, node: MPI.Intracomm) -> 
         if turn == (node.Get_rank() == 0):
             encoder.warm_up(flat.dtype)
             encoder.warm_up(residual_dtype(flat.dtype))
-        node.Barrier()
+        everyone = node.Ibarrier()
+        while not everyone.Test():
+            time.sleep(0.001)  # a library's own barrier would spin on the core that compiles

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bitring.training.batches import Batches as Batches
     from bitring.training.batches import shard as shard
     from bitring.training.block_momentum import BlockMomentum as BlockMomentum
+    from bitring.training.checkpoint import CheckpointError as CheckpointError
     from bitring.training.checkpoint import load_checkpoint as load_checkpoint
     from bitring.training.checkpoint import save_checkpoint as save_checkpoint
     from bitring.training.data_parallel import DataParallel as DataParallel
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Algorithm": "collectives.schedule",
     "Batches": "training.batches",
+    "CheckpointError": "training.checkpoint",
     "Communicator": "collectives.communicator",
     "DataParallel": "training.data_parallel",
     "Encoder": "compression.encoder",
