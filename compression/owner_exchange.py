@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bitring.compression.encoder import Encoder, residual_dtype
 from mpi4py import MPI
 
 from bitring.collectives.arrays import Array, Event, device_of, xp_of
 from bitring.collectives.cuda_aware import cuda_aware
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.transport import message_tag
+from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.layout import cut
 
 _TO_OWNER = 0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from mpi4py import MPI
 
 from bitring.collectives.agreement import Request, wait_for
@@ -18,6 +17,7 @@ from bitring.collectives.operators import op_name
 from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact, run_agreement, transport_for
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
+from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.owner_exchange import OwnerExchange
 
 
