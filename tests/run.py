@@ -11,6 +11,7 @@ LOGS/result ends up with the numbers passed, failed and skipped.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -234,6 +235,8 @@ def run(ranks: int, logs: Path, arguments: list[str]) -> dict[str, str]:
 
 
 def main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what is printed here keeps its place between the runs' output
     ranks, logs, arguments = int(sys.argv[1]), Path(sys.argv[2]).resolve(), sys.argv[3:]
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
