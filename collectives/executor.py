@@ -42,7 +42,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
     turn = 0  # the streams in_order[:turn] have begun all their receives
     busy: set[int] = set()  # slots in use
     wanting: dict[int, set[int]] = {}  # slot -> streams whose next message is received there
-    arrived: set[int] = set()  # received into scratch, waiting for their turn to be reduced
+    arrived: set[int] = set()  # received into scratch, waiting for their turn to be taken over
     requests: list[MPI.Request] = []
     request_of: list[int] = []  # the message of each request
     events: list[tuple[Event, int, bool]] = []  # the message, and whether it begins then, or ends
@@ -53,7 +53,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
         if m.sends or (m.early and free):
             return free
         in_turn = turn == len(in_order) or m.stream <= in_order[turn]
-        return in_turn and (free or m.reduces)
+        return in_turn and (free or m.slot >= 0)
 
     def begin(stream: int) -> None:
         """Begin as many of the stream's messages as may begin now, and of the streams that this lets in."""

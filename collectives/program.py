@@ -33,7 +33,7 @@ class Message:
     stream: int  # index of the transfer it is a segment of
     sequence: int  # position among the messages of this direction between the two ranks; both ranks agree on it
     slot: int  # scratch segment it is received in; -1: none
-    waits: int  # messages that must finish before it may be sent, received in place, or reduced
+    waits: int  # messages that must finish before it may be sent, received in place, or taken out of scratch
     early: bool  # a receive that may be posted as soon as nothing is waited for, even out of order
 
 
@@ -77,6 +77,7 @@ def compile_program(schedule: Iterable[Round], chunks: int, n: int, segment: int
     shared = own_streams = own_slots = values_sent = slot_values = 0
 
     for transfers in schedule:
+        round_start = len(messages)
         # Sends read what is there before the round's receives are applied, so they are entered first.
         for transfer in sorted(transfers, key=lambda t: not isinstance(t, Send)):
             sends = isinstance(transfer, Send)
@@ -98,11 +99,14 @@ def compile_program(schedule: Iterable[Round], chunks: int, n: int, segment: int
             ]
             for need in needs:
                 need.discard(-1)
+            # What replaces values that this same round sends is received aside: ranks that swap would wait for each
+            # other's receive, and only then take back what they sent.
+            aside = reduces or (not sends and any(i >= round_start for need in needs for i in need))
             # Only receives that build on earlier ones may overtake: a tree's second child. They need scratch of
             # their own, so that nothing received in order ever waits for a segment that they hold.
-            early = not sends and all(needs) and (not reduces or own_streams < OWN_SLOT_STREAMS)
+            early = not sends and all(needs) and (not aside or own_streams < OWN_SLOT_STREAMS)
             base = own_slots
-            if reduces and early:
+            if aside and early:
                 own_streams += 1
                 own_slots += min(WINDOW, len(pieces))
             stream: list[int] = []
@@ -111,7 +115,7 @@ def compile_program(schedule: Iterable[Round], chunks: int, n: int, segment: int
                 key = (sends, transfer.peer)
                 sequences[key] = sequences.get(key, -1) + 1
                 slot = -1
-                if reduces:
+                if aside:
                     slot = SHARED_SLOTS + base + k % WINDOW if early else shared % SHARED_SLOTS
                     shared += not early
                     slot_values = max(slot_values, starts[b] - starts[a])

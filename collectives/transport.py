@@ -103,15 +103,19 @@ class Transport:
         return self._bytes[m.start * itemsize : m.stop * itemsize]
 
     def apply(self, index: int) -> Event | None:
-        """Take over a received message: reduce it into the buffer if it is to be reduced."""
+        """Take over a received message: reduce or copy what came into scratch."""
         m = self.program.messages[index]
+        if m.slot < 0:
+            return None
+        mine = self._buffer[m.start : m.stop]
+        theirs = self._scratch[m.slot][: m.stop - m.start]
         if m.reduces:
             assert self._ufunc is not None
-            mine = self._buffer[m.start : m.stop]
-            theirs = self._scratch[m.slot][: m.stop - m.start]
             lower, upper = (theirs, mine) if m.peer < self._rank else (mine, theirs)
             with np.errstate(all="ignore"):  # overflow and NaN are passed on, as MPI does
                 self._ufunc(lower, upper, out=mine)
+        else:
+            mine[:] = theirs
         return None
 
     def release(self, index: int) -> None:
@@ -138,9 +142,9 @@ class CudaAwareTransport(Transport):
         return self._device.record() if self.program.messages[index].slot < 0 else None
 
     def apply(self, index: int) -> Event | None:
-        """Reduce on the device."""
+        """Reduce or copy on the device."""
         super().apply(index)
-        return self._device.record() if self.program.messages[index].reduces else None
+        return self._device.record() if self.program.messages[index].slot >= 0 else None
 
 
 class StagedTransport(Transport):

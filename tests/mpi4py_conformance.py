@@ -1,4 +1,4 @@
-"""mpi4py's own test modules with a bitring.Communicator as their communicator; tests/test_mpi4py_conformance.py runs it.
+"""mpi4py's own test modules with a bitring.Communicator as their communicator, for test_mpi4py_conformance.py.
 
 python mpi4py_conformance.py FOLDER --algorithm NAME [--only SUBSTRING] MODULE ...
 
