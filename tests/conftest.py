@@ -6,6 +6,7 @@ For tests
                the ranks where it did not. Collective: a rank with nothing to complain about calls it too.
     ``mpi_tmp_path`` (from pytest-mpi) is one folder for all ranks, ``tmp_path`` one folder for each.
     ``clean_environment(NAME="value")`` is the environment for a process that a test starts itself.
+    ``on_ranks(2, "-m", "bitring", ...)`` runs Python on as many ranks, under this environment's mpirun.
 
 Marks: ``single`` runs on one rank only and is left out under mpirun; ``gpu`` is skipped without a CUDA device; ``slow``
 is skipped without ``--all``. Property tests draw the same examples on every rank.
@@ -18,8 +19,11 @@ its progress there, and its stacks at a test's time limit, which the runner enfo
 from __future__ import annotations
 
 import faulthandler
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -74,6 +78,36 @@ def clean_environment() -> Callable[..., dict[str, str]]:
         return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | extra
 
     return environment
+
+
+@pytest.fixture
+def on_ranks(clean_environment: Callable[..., dict[str, str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Returns the finished process; ``env`` adds to its environment, ``cwd`` is its folder."""
+    spec = importlib.util.spec_from_file_location("bitring_tests_run", Path(__file__).with_name("run.py"))
+    assert spec is not None and spec.loader is not None
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+
+    def on_ranks(
+        ranks: int,
+        *arguments: str | Path,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 50,
+    ) -> subprocess.CompletedProcess[str]:
+        prefix, extra = runner.launcher(ranks)
+        return subprocess.run(
+            [*prefix, sys.executable, *map(str, arguments)],
+            env=clean_environment(**extra, **(env or {})),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return on_ranks
 
 
 def _world() -> tuple[int, int]:

@@ -66,6 +66,7 @@ def _bar(width: int) -> Any:
         console=Console(force_terminal=True, width=width),
         expand=True,
         transient=True,
+        refresh_per_second=4,
     )
 
 

@@ -24,6 +24,7 @@ def terminal_width() -> int | None:
             process = Path(f"/proc/{pid}")
             if (process / "comm").read_text().strip() in _LAUNCHERS:
                 with open(process / "fd" / "1", "rb", buffering=0) as output:
-                    return os.get_terminal_size(output.fileno()).columns if output.isatty() else None
+                    # A terminal that does not know its size has 0 columns.
+                    return (os.get_terminal_size(output.fileno()).columns or 80) if output.isatty() else None
             pid = int((process / "stat").read_text().rpartition(")")[2].split()[1])
     return None

@@ -1,0 +1,316 @@
+"""``bitring train``: what it writes, what it refuses, and that a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from bitring import __main__
+
+pytestmark = [pytest.mark.single, pytest.mark.timeout(120)]
+
+BITRING = [sys.executable, "-m", "bitring"]
+FILES = {"metrics.jsonl", "summary.json", "curve.png", "checkpoint.npz"}
+
+
+def train(*arguments: object) -> Any:
+    """On one rank, in this process."""
+    return CliRunner().invoke(__main__._bitring, ["train", *map(str, arguments)], prog_name="bitring")
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return read
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks(on_ranks, tmp_path: Path):
+    folder = tmp_path / "run"
+    arguments = ["--model", "mlp", "--data", "digits", "--compression", "onebit", "--epochs", 3, "--output", folder]
+    done = on_ranks(2, "-m", "bitring", "train", *map(str, arguments))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert set(os.listdir(folder)) - {"checkpoint.npz.previous"} == FILES
+
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["epoch", f"{epoch}/3"] for epoch in (1, 2, 3)]
+    assert lines[3].startswith("test accuracy  0.")
+    assert "MB a rank; an exact exchange in each step sends" in lines[4]
+    assert lines[5] == f"curve          {folder}/curve.png"
+    assert len(lines) == 6  # rank 0 alone prints
+
+    records, result = history(folder), summary(folder)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert set(records[0]) == {
+        "epoch", "train_loss", "test_accuracy", "seconds", "samples_per_second", "bytes_sent", "bytes_exact", "digest",
+    }  # fmt: skip
+    assert records[2]["train_loss"] < records[0]["train_loss"]
+    assert records[2]["bytes_sent"] == 3 * records[0]["bytes_sent"]
+    assert records[0]["seconds"] < records[2]["seconds"]
+    assert result["test_accuracy"] == records[2]["test_accuracy"] > 0.5
+    assert result["bytes_sent"] * 20 < result["bytes_exact"]
+    for name, value in {
+        "ranks": 2, "mode": "sync", "compression": "onebit", "algorithm": "auto", "seed": 0, "lr": 0.02, "epochs": 3,
+    }.items():  # fmt: skip
+        assert result[name] == value
+    assert {"train_loss", "seconds", "samples_per_second", "versions"} <= set(result)
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+RUNS = """
+import sys
+from bitring.__main__ import main
+
+output = sys.argv[1]
+for mode in ("sync", "local", "block_momentum"):
+    shared = ["bitring", "train", "--model", "mlp", "--mode", mode, "--compression", "onebit", "--batch", "360"]
+    shared += ["--tau", "3"] * (mode != "sync")
+    for folder, *more in (("whole", "2"), ("parts", "1"), ("parts", "2", "--resume")):
+        sys.argv = [*shared, "--output", f"{output}/{mode}/{folder}", "--epochs", *more]
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, end.code
+"""
+
+
+def test_resumed_equals_uninterrupted(on_ranks, tmp_path: Path):
+    """Two ranks, compressed: parameters, residuals and the mode's state must all have been kept."""
+    done = on_ranks(2, "-c", RUNS, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for mode in ("sync", "local", "block_momentum"):
+        whole, parts = tmp_path / mode / "whole", tmp_path / mode / "parts"
+        assert history(whole)[0]["digest"] != history(whole)[1]["digest"]
+        for one, other in zip(history(whole), history(parts), strict=True):
+            for name in ("epoch", "train_loss", "test_accuracy", "bytes_sent", "bytes_exact", "digest"):
+                assert one[name] == other[name], (mode, name)
+        with np.load(whole / "checkpoint.npz") as one, np.load(parts / "checkpoint.npz") as other:
+            assert set(one.files) == set(other.files)
+            for name in one.files:
+                if name != "header.json":
+                    np.testing.assert_array_equal(one[name], other[name], err_msg=f"{mode}: {name}")
+
+
+def test_one_rank_and_one_seed_give_the_same_bits(tmp_path: Path):
+    digests: dict[str, str] = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        result = train("--model", "softmax", "--epochs", 1, "--seed", seed, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert "bytes sent     none, there is one rank" in result.output
+        digests[name] = summary(tmp_path / name)["digest"]
+    assert digests["a"] == digests["b"] != digests["c"]
+
+
+def test_a_complete_run_is_not_repeated(tmp_path: Path):
+    arguments = ["--model", "softmax", "--epochs", 1, "--output", tmp_path]
+    train(*arguments)
+    before = history(tmp_path)
+    result = train(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+    assert history(tmp_path) == before
+    assert set(os.listdir(tmp_path)) >= FILES
+    # Without --resume it begins anew.
+    train(*arguments)
+    assert history(tmp_path)[0]["seconds"] != before[0]["seconds"]
+    assert len(history(tmp_path)) == 1
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path: Path):
+    result = train("--model", "softmax", "--epochs", 1, "--output", tmp_path, "--resume")
+    assert result.exit_code == 0
+    assert f"{tmp_path}/checkpoint.npz is not there: starting from the beginning" in result.output
+
+
+def test_resume_with_other_settings_is_refused(tmp_path: Path):
+    train("--model", "softmax", "--epochs", 1, "--output", tmp_path)
+    result = train("--model", "softmax", "--epochs", 2, "--output", tmp_path, "--resume", "--seed", 5)
+    assert result.exit_code == 2
+    assert "Error: --resume: the checkpoint was made with --seed 0; got 5" in result.output
+    result = train("--model", "mlp", "--epochs", 2, "--output", tmp_path, "--resume")
+    assert result.exit_code == 2
+    assert "belongs to other training" in result.output
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
+    train("--model", "softmax", "--epochs", 2, "--output", tmp_path)
+    checkpoint = tmp_path / "checkpoint.npz"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    result = train("--model", "softmax", "--epochs", 3, "--output", tmp_path, "--resume")
+    assert result.exit_code == 2
+    assert "truncated or damaged" in result.output
+    assert f"the checkpoint before it is {checkpoint}.previous" in result.output
+    assert (tmp_path / "summary.json").exists()  # nothing was touched
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "cnm"], "Error: unknown model 'cnm'; known: cnn, mlp, softmax"),
+        (["--data", "digit"], "Error: load: unknown data set 'digit'; known: cifar10, digits,"),
+        (["--mode", "asink"], "Error: unknown mode 'asink'; known: block_momentum, local, sync"),
+        (["--compression", "2bit"], "Error: unknown compressor '2bit'; known: none, onebit"),
+        (["--algorithm", "rong"], "Error: unknown algorithm 'rong'; known: binomial_tree,"),
+        (["--optimizer", "adam"], "Error: unknown optimizer 'adam'; known: adagrad, sgd"),
+        (["--optimizer", "adagrad", "--momentum", "0.5"], "Error: --momentum is not for the optimizer adagrad"),
+        (["--tau", "5"], "Error: --tau is not for the mode sync"),
+        (["--block", "64"], "Error: --block is for a compressor; --compression is none"),
+        (["--compression", "onebit", "--block", "10"], "OneBit: block must be a positive multiple of 64; got 10"),
+        (["--batch", "0"], "Error: --batch must be at least 1; got 0"),
+        (["--checkpoint-every", "0"], "Error: --checkpoint-every must be at least 1; got 0"),
+        (["--lr", "-1"], "SGD: lr must be finite and > 0, got -1.0"),
+        (["--data", "nowhere.npz"], "nowhere.npz"),
+        (["--output", "/proc/no"], "Error: --output /proc/no cannot be written: "),
+    ],
+)
+def test_mistakes(tmp_path: Path, arguments: list[str], message: str):
+    result = train("--output", tmp_path / "run", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_mistakes_end_all_ranks_alike(on_ranks, tmp_path: Path):
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["--output", tmp_path / "file" / "run"], "--output "),  # only rank 0 looks at it
+        (["--output", tmp_path / "run", "--data", "mnist", "--data-directory", tmp_path], "mnist: found no place"),
+        (["--output", tmp_path / "run", "--modle", "cnn"], "No such option"),
+    ):
+        done = on_ranks(2, "-m", "bitring", "train", *arguments)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.count("Error: ") == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_training_that_diverges(on_ranks, tmp_path: Path):
+    done = on_ranks(2, "-m", "bitring", "train", "--model", "mlp", "--lr", "1000", "--output", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("Error: ") == 1
+    assert "holds NaN on rank" in done.stderr
+    assert "a smaller --lr may help" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+
+
+RAISES = """
+import sys
+from bitring.__main__ import main
+from bitring.training.data_parallel import DataParallel
+
+step = DataParallel.step
+
+def failing(self, gradients, weight=1.0):
+    if self.rank == 1 and self.steps == 3:
+        raise RuntimeError("the disk of rank 1 caught fire")
+    step(self, gradients, weight)
+
+DataParallel.step = failing
+sys.argv = ["bitring", "train", "--model", "mlp", "--output", sys.argv[1]]
+main()
+"""
+
+
+def test_a_rank_that_raises_ends_all(on_ranks, tmp_path: Path):
+    begin = time.monotonic()
+    done = on_ranks(3, "-c", RAISES, tmp_path)
+    assert done.returncode != 0
+    assert "[rank 1] RuntimeError: the disk of rank 1 caught fire" in done.stderr
+    assert "[rank 1] Traceback" in done.stderr
+    assert "[rank 0] Traceback" not in done.stderr
+    assert time.monotonic() - begin < 40
+
+
+DIFFERS = """
+import sys
+from mpi4py import MPI
+from bitring.__main__ import main
+from bitring.training.data_parallel import DataParallel
+
+synchronize = DataParallel.synchronize
+
+def disturbed(self):
+    synchronize(self)
+    if self.rank == 1:
+        next(iter(self.parameters.values()))[0] += 1
+
+DataParallel.synchronize = disturbed
+sys.argv = ["bitring", "train", "--model", "mlp", "--epochs", "1", "--output", sys.argv[1]]
+main()
+"""
+
+
+def test_replicas_that_differ_are_found(on_ranks, tmp_path: Path):
+    done = on_ranks(2, "-c", DIFFERS, tmp_path)
+    assert done.returncode != 0
+    assert "MismatchError: after epoch 1 the parameters differ: rank 1 has " in done.stderr
+
+
+def test_ctrl_c(tmp_path: Path, clean_environment):
+    def mind_ctrl_c() -> None:  # which a shell makes its background jobs ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [*BITRING, "train", "--model", "softmax", "--epochs", "100000", "--output", "run"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=mind_ctrl_c,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.split()[1] == "2/100000":
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; --resume goes on after epoch " in errors
+    assert "Traceback" not in errors
+
+
+def test_the_bar_is_shown_through_mpirun(tmp_path: Path, clean_environment):
+    """The launcher's terminal counts: a rank's own output is a pipe."""
+    mpirun = Path(sys.executable).with_name("mpirun")
+    if (
+        not mpirun.exists()
+        or "Open MPI" in subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
+    ):
+        pytest.skip("how MPICH's mpirun passes output on")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [mpirun, "-n", "2", *BITRING, "train", "--model", "softmax", "--epochs", "2", "--output", "run"],
+        cwd=tmp_path,
+        env=clean_environment(TERM="xterm"),
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        shown += piece
+    os.close(ours)
+    assert process.wait(timeout=30) == 0, shown.decode()
+    assert "━".encode() in shown
+    assert b"epoch 2/2  loss" in shown
