@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Any
 
@@ -227,6 +228,23 @@ def test_models_use_only_the_array_module(name: str, shape: tuple[int, ...]) -> 
     assert device.loss_and_gradients(on_device(x[:0]), on_device(y[:0]))[0] == 0.0
     with pytest.raises(TypeError, match=re.escape("loss_and_gradients: x must be a device array, got numpy.ndarray")):
         device.loss_and_gradients(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8, 8), (6, 5, 3), (28, 28)], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("name", models.names())
+def test_models_on_cupy_equal_those_on_numpy(name: str, shape: tuple[int, ...]) -> None:
+    cupy: Any = importlib.import_module("cupy")
+    host = models.get(name)(shape, 5, dtype=np.float64, seed=3)
+    device = models.get(name)(shape, 5, dtype=np.float64, seed=3, xp=cupy)
+    random = np.random.default_rng(6)
+    x, y = random.random((4, *shape)), random.integers(0, 5, 4)
+    host_loss, host_gradients = host.loss_and_gradients(x, y)
+    loss, gradients = device.loss_and_gradients(cupy.asarray(x), cupy.asarray(y))
+    assert loss == pytest.approx(host_loss, rel=1e-12)
+    for parameter, gradient in gradients.items():
+        np.testing.assert_allclose(gradient.get(), host_gradients[parameter], rtol=1e-9, atol=1e-13)
+    assert device.accuracy(cupy.asarray(x), cupy.asarray(y)) == host.accuracy(x, y)
 
 
 def test_the_stand_in_refuses_what_cupy_refuses() -> None:
