@@ -99,6 +99,7 @@ class Plan(ABC):
         self._freed = True
 
     def __del__(self) -> None:
+        self._job = None  # a run holds its plan, so none is under way; but the last one may not have been waited for
         if MPI.Is_initialized() and not MPI.Is_finalized():
             self.free()
 

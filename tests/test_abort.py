@@ -1,0 +1,98 @@
+"""A rank that raises ends the job within seconds, and its traceback says which rank it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from run import launcher
+
+pytestmark = pytest.mark.single
+
+START = """
+import os, sys, time
+import numpy as np
+from mpi4py import MPI
+from bitring.collectives.communicator import Communicator
+comm = Communicator(MPI.COMM_WORLD, algorithm="ring")
+x = np.ones(1000)
+comm.Allreduce(MPI.IN_PLACE, x)
+"""
+
+
+def run(clean_environment, text: str, ranks: int = 3, **environment: str):
+    prefix, extra = launcher(ranks)
+    begun = time.monotonic()
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", START + text],
+        env=clean_environment(**extra, **environment),
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    return done, time.monotonic() - begun
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        "comm.Allreduce(MPI.IN_PLACE, x)",
+        "comm.Iallreduce(MPI.IN_PLACE, x).Wait()",
+        "MPI.COMM_WORLD.Barrier()",
+        "time.sleep(100)",
+    ],
+)
+def test_one_rank_raises_while_the_others_wait(clean_environment, wait: str):
+    done, seconds = run(clean_environment, f"if comm.rank == 1: raise KeyError('lost my data')\n{wait}\n")
+    assert done.returncode != 0
+    assert "[rank 1] Traceback (most recent call last):" in done.stderr
+    assert "[rank 1] KeyError: 'lost my data'" in done.stderr
+    assert "[rank 0] " not in done.stderr
+    assert seconds < 20
+
+
+def test_ranks_that_raise_together_stay_legible(clean_environment):
+    done, seconds = run(clean_environment, "comm.Allreduce(MPI.IN_PLACE, np.zeros(5 + (comm.rank == 2)))\n")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "MismatchError: " in line]
+    assert told
+    for line in told:
+        rank = line.split("]")[0][-1]
+        name = "bitring.collectives.errors.MismatchError"
+        assert line.startswith(f"[rank {rank}] {name}: Allreduce: ranks disagree on count: rank 2 gave 6, rank 0 gave 5")
+    assert seconds < 20
+
+
+def test_it_can_be_turned_off(clean_environment):
+    text = "if comm.rank == 1: raise KeyError('lost')\nprint('survived', flush=True)\n"
+    done, _ = run(clean_environment, text, 2, BITRING_ABORT="0")
+    assert "survived" in done.stdout
+    assert "[rank 1]" not in done.stderr
+    assert "KeyError: 'lost'" in done.stderr
+
+
+def test_one_rank_alone_and_a_forked_child_raise_as_usual(clean_environment):
+    done, _ = run(clean_environment, "raise KeyError('lost')\n", 1)
+    assert done.returncode == 1
+    assert "[rank" not in done.stderr
+    text = """
+child = os.fork()
+if child == 0:
+    raise KeyError('the child lost it')
+os.waitpid(child, 0)
+comm.Allreduce(MPI.IN_PLACE, x)
+print('well', flush=True)
+"""
+    done, _ = run(clean_environment, text, 2)
+    assert "KeyError: 'the child lost it'" in done.stderr
+    assert "[rank" not in done.stderr
+    assert done.stdout.count("well") == 2, done.stderr
+
+
+def test_a_program_that_ends_well_is_left_alone(clean_environment):
+    done, _ = run(clean_environment, "print('over')\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["over"] * 3

@@ -1,0 +1,254 @@
+"""Exact plans: started, waited for, tested, called; several at once; errors; what they leave behind."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from bitring.collectives.communicator import Communicator
+from bitring.collectives.plan import plan_exact
+from bitring.collectives.schedule import algorithms
+
+ALGORITHMS = ["auto", *(name for name in algorithms.names() if "allreduce" in algorithms.get(name).collectives()), "mpi"]
+
+
+@pytest.fixture
+def world(comm):
+    duplicate = Communicator(comm.Dup())
+    yield duplicate
+    duplicate.Free()
+
+
+def make(x, comm, algorithm: str = "ring", op=None):
+    from mpi4py import MPI
+
+    return plan_exact(x, comm, op or MPI.SUM, algorithm)
+
+
+def triangle(comm) -> int:
+    return comm.size * (comm.size + 1) // 2
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids="with_{}".format)  # pytest-mpi takes "mpi" for its mark
+def test_start_wait_test_and_call(world, agree, algorithm: str):
+    x = np.empty((3, 41), np.float32)
+    plan = make(x, world, algorithm)
+
+    def run(how) -> bool:
+        x[:] = world.rank + 1
+        how()
+        return bool((x == triangle(world)).all())
+
+    def started():
+        plan.start()
+        plan.wait()
+
+    def polled():
+        plan.start()
+        while not plan.test():
+            time.sleep(0.0001)
+
+    for how in (plan, started, polled, plan):
+        agree(world, run(how), f"{how}: {x}")
+    agree(world, algorithm in ("auto", plan.algorithm) and bool(plan.why), f"{plan.algorithm}: {plan.why}")
+    plan.free()
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
+def test_small_buffers_of_any_order(world, agree, n: int):
+    x = np.asfortranarray(np.full((n, 3), world.rank + 1, np.int16))
+    for algorithm in ALGORITHMS:
+        x[:] = world.rank + 1
+        plan = make(x, world, algorithm)
+        plan()
+        agree(world, bool((x == triangle(world)).all()), f"{algorithm}: {x}")
+        plan.free()
+
+
+def test_several_plans_at_once_waited_for_in_any_order(world, agree):
+    xs = [np.empty(1000 + 7 * k) for k in range(6)]
+    plans = [make(x, world, ALGORITHMS[k % len(ALGORITHMS)]) for k, x in enumerate(xs)]
+    for turn in range(5):
+        for k, x in enumerate(xs):
+            x[:] = (world.rank + 1) * (k + 1)
+        for plan in plans:
+            plan.start()
+        order = np.random.default_rng(world.rank + turn).permutation(len(plans))  # each rank its own
+        for k in order:
+            plans[k].wait()
+        right = [bool((x == triangle(world) * (k + 1)).all()) for k, x in enumerate(xs)]
+        agree(world, all(right), str(right))
+    for plan in plans:
+        plan.free()
+
+
+def test_plans_on_several_communicators_started_in_different_orders(world, agree):
+    comms = [world, world.Dup(), world.Split(0, -world.rank)]
+    xs = [np.full(501, world.rank + 1.0) for _ in comms]
+    plans = [make(x, comm) for x, comm in zip(xs, comms, strict=True)]
+    for k in np.random.default_rng(world.rank).permutation(len(plans)):
+        plans[k].start()
+    for k in np.random.default_rng(9 + world.rank).permutation(len(plans)):
+        plans[k].wait()
+    agree(world, all((x == triangle(world)).all() for x in xs), "wrong sum")
+    for plan in plans:
+        plan.free()
+    for comm in comms[1:]:
+        comm.Free()
+
+
+def test_calls_between_start_and_wait(world, agree):
+    x, y = np.full(3000, world.rank + 1.0), np.full(11, world.rank + 1.0)
+    plan = make(x, world)
+    plan.start()
+    world.Allreduce(None, y)
+    plan.wait()
+    agree(world, bool((x == triangle(world)).all() and (y == triangle(world)).all()), "wrong sum")
+    plan.free()
+
+
+def test_misuse_is_told(world, agree):
+    x = np.zeros(2_000)
+    plan = make(x, world)
+    name = rf"allreduce of 2000 float64 values by ring \(plan \d+\): "
+    with pytest.raises(RuntimeError, match=name + "wait: nothing was started"):
+        plan.wait()
+    with pytest.raises(RuntimeError, match=name + "test: nothing was started"):
+        plan.test()
+    plan.start()
+    with pytest.raises(RuntimeError, match=name + "start: the last run must be waited for first"):
+        plan.start()
+    with pytest.raises(RuntimeError, match=name + "start: the last run must be waited for first"):
+        plan()
+    plan.wait()
+    with pytest.raises(RuntimeError, match="wait: nothing was started"):
+        plan.wait()
+    assert plan.state_dict() == {}
+    plan.load_state_dict({})
+    with pytest.raises(ValueError, match=r"load_state_dict: state must be empty; got \['residual'\]"):
+        plan.load_state_dict({"residual": x})
+    plan.free()
+    plan.free()
+    with pytest.raises(RuntimeError, match=name + "start: the plan was freed"):
+        plan.start()
+    agree(world, True)
+
+
+def test_a_plan_is_not_freed_during_its_run(world, agree):
+    x = np.zeros(1000)
+    plan = make(x, world)
+    if world.rank == 0:
+        world.Barrier()
+    plan.start()
+    raised = False
+    if world.size > 1 and world.rank != 0:  # rank 0 has not begun
+        try:
+            plan.free()
+        except RuntimeError as error:
+            raised = "free: the last run must be waited for first" in str(error)
+        world.Barrier()
+    elif world.size > 1:
+        raised = True
+    else:
+        raised = True
+    plan.wait()
+    plan.free()
+    agree(world, raised, "no error")
+
+
+def test_bad_arguments_raise_on_all_ranks(world, agree):
+    from mpi4py import MPI
+
+    for wrong, kind, text in [
+        (lambda: make(np.zeros((4, 4))[:, 1], world), ValueError, "plan_allreduce: x must be contiguous"),
+        (lambda: make([1.0, 2.0], world), TypeError, "plan_allreduce: x must be a NumPy or CuPy array"),
+        (lambda: make(np.array(["a"]), world), TypeError, "plan_allreduce: x must have a numeric dtype"),
+        (lambda: make(np.zeros(3), world, op=MPI.MAXLOC), TypeError, None),
+        (lambda: make(np.zeros(3), world, "none"), ValueError, "unknown algorithm 'none'; known: binomial_tree"),
+    ]:
+        if text is None:
+            continue
+        with pytest.raises(kind, match=text):
+            wrong()
+    own = MPI.Op.Create(lambda a, b, _: None, commute=True)
+    with pytest.raises(ValueError, match=r"op must be a predefined operation; got one made by MPI\.Op\.Create"):
+        make(np.zeros(3), world, op=own)
+    own.Free()
+    agree(world, True)
+
+
+def test_bytes_sent(world, agree):
+    p, n = world.size, 40 * world.size
+    x = np.zeros(n, np.float32)
+    plan = make(x, world)
+    agree(world, plan.bytes_sent == 0)
+    for times in (1, 2, 3):
+        plan()
+        agree(world, plan.bytes_sent == times * 2 * (p - 1) * 160, f"{plan.bytes_sent}")
+    plan.free()
+    plan = make(x, world, "mpi")
+    plan()
+    agree(world, plan.bytes_sent == 2 * (p - 1) * 160, f"{plan.bytes_sent}")  # the least there can be
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids="with_{}".format)  # pytest-mpi takes "mpi" for its mark
+def test_the_second_call_allocates_nothing_big(world, agree, algorithm: str):
+    x = np.zeros(1 << 20, np.float32)
+    plan = make(x, world, algorithm)
+    plan()
+    tracemalloc.start()
+    for _ in range(2):
+        plan()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    agree(world, most < 100_000, f"{most} bytes for a buffer of {x.nbytes}")
+    plan.free()
+
+
+def test_plans_leave_no_requests_behind(world, agree):
+    x = np.zeros(64)
+    for _ in range(300):
+        plan = make(x, world, "recursive_doubling")
+        plan()
+        del plan  # as free() does
+    gc.collect()
+    plan = make(x, world)
+    plan()
+    agree(world, True)
+    plan.free()
+
+
+def test_a_dropped_plan_still_finishes_its_run(world, agree):
+    x = np.full(5000, world.rank + 1.0)
+    plan = make(x, world)
+    plan.start()
+    del plan
+    y = np.zeros(1)
+    world.Allreduce(None, y)  # comes after it
+    agree(world, bool((x == triangle(world)).all()), "wrong sum")
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("end", ["MPI.Finalize()", "pass"])
+def test_a_plan_that_outlives_mpi(clean_environment, end: str):
+    text = f"""
+import numpy as np
+from mpi4py import MPI
+from bitring.collectives.plan import plan_exact
+plan = plan_exact(np.zeros(5), MPI.COMM_WORLD, MPI.SUM, "ring")
+plan.start(); plan.wait()
+{end}
+print("over", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=clean_environment(), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout == "over\n"
+    assert done.stderr == ""
