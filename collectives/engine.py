@@ -188,10 +188,14 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopped: str | None = None
 
+    def check(self, what: str) -> None:
+        """Raise RuntimeError when this process must not communicate any more."""
+        if self._stopped:
+            raise RuntimeError(f"{what}: {self._stopped}")
+
     def enqueue(self, job: Job) -> None:
         """Put the job at the end of its lane."""
-        if self._stopped:
-            raise RuntimeError(f"{job.what}: {self._stopped}")
+        self.check(job.what)
         with self._wake:
             job.lane.jobs.append(job)
             if job.lane not in self._lanes:

@@ -12,7 +12,7 @@ from typing import Any
 from mpi4py import MPI
 
 from bitring.collectives.abort import abort_on_exception
-from bitring.collectives.engine import Lane
+from bitring.collectives.engine import Lane, engine
 from bitring.collectives.transport import CHANNELS
 
 
@@ -75,6 +75,7 @@ def state_of(comm: MPI.Intracomm) -> State:
     """The communicator's state, made on first use; collective then."""
     state = comm.Get_attr(_keyval())
     if state is None:
+        engine.check("the first collective of a communicator")
         abort_on_exception()
         private = MPI.Intracomm.Dup(MPI.Intracomm(comm))
         private.Set_errhandler(MPI.ERRORS_RETURN)

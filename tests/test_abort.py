@@ -62,7 +62,9 @@ def test_ranks_that_raise_together_stay_legible(clean_environment):
     for line in told:
         rank = line.split("]")[0][-1]
         name = "bitring.collectives.errors.MismatchError"
-        assert line.startswith(f"[rank {rank}] {name}: Allreduce: ranks disagree on count: rank 2 gave 6, rank 0 gave 5")
+        assert line.startswith(
+            f"[rank {rank}] {name}: Allreduce: ranks disagree on count: rank 2 gave 6, rank 0 gave 5"
+        )
     assert seconds < 20
 
 
@@ -95,4 +97,4 @@ print('well', flush=True)
 def test_a_program_that_ends_well_is_left_alone(clean_environment):
     done, _ = run(clean_environment, "print('over')\n")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["over"] * 3
+    assert done.stdout.count("over") == 3

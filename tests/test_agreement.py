@@ -94,7 +94,9 @@ def test_roots_that_differ(world, agree):
     differ = f"ranks disagree on root: rank {last} gave 1, rank 0 gave 0"
     everyone_raises(world, agree, lambda: world.Bcast(np.zeros(3), root), "MismatchError", f"Bcast: {differ}")
     both = np.zeros((2, 3))
-    everyone_raises(world, agree, lambda: world.Reduce(both[0], both[1], root=root), "MismatchError", f"Reduce: {differ}")
+    everyone_raises(
+        world, agree, lambda: world.Reduce(both[0], both[1], root=root), "MismatchError", f"Reduce: {differ}"
+    )
 
 
 @pytest.mark.parametrize("after", [0, 100])
@@ -163,14 +165,14 @@ def test_bad_arguments_of_the_other_calls(world, agree):
         if rank == bad:
             everyone_raises(world, agree, wrong, kind, f"{function}: ", text)
         else:
-            everyone_raises(world, agree, right, "PeerError", f"{function}: rank {bad} could not take part: {kind}", text)
+            everyone_raises(
+                world, agree, right, "PeerError", f"{function}: rank {bad} could not take part: {kind}", text
+            )
 
     def fine():
         world.Allgather(np.zeros(3), whole)
 
-    on_one_rank(
-        "Allgather", lambda: world.Allgather(np.zeros(4), whole), fine, "ValueError", "recvbuf must have"
-    )
+    on_one_rank("Allgather", lambda: world.Allgather(np.zeros(4), whole), fine, "ValueError", "recvbuf must have")
     on_one_rank(
         "Allreduce",
         lambda: world.Allreduce(np.zeros(4), np.zeros(3)),

@@ -15,7 +15,11 @@ from bitring.collectives.communicator import Communicator
 from bitring.collectives.plan import plan_exact
 from bitring.collectives.schedule import algorithms
 
-ALGORITHMS = ["auto", *(name for name in algorithms.names() if "allreduce" in algorithms.get(name).collectives()), "mpi"]
+ALGORITHMS = [
+    "auto",
+    *(name for name in algorithms.names() if "allreduce" in algorithms.get(name).collectives()),
+    "mpi",
+]
 
 
 @pytest.fixture
