@@ -211,6 +211,7 @@ def allgather_call(state: State, sendbuf: Any, recvbuf: Any, algorithm: str) -> 
         if send is not receive:
             _same("Allgather", sent, received, blocks_received=state.size)
             call.before = _copy_to(received[state.rank * block : (state.rank + 1) * block], sent)
+        call.library = device_of(receive) is None
         call.terms(received, nbytes=block)
 
     return Call("Allgather", "allgather", algorithm).read(read)
@@ -224,6 +225,7 @@ def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
         flat = parse(buf, "Bcast", "buf", writable=state.rank != root)
         if flat is not None:
             work = bytes_of(flat)
+            call.library = device_of(flat) is None
             call.terms(work, nbytes=work.size, root=root)
 
     return Call("Bcast", "broadcast", algorithm, root).read(read)

@@ -66,9 +66,13 @@ class Comm:
     def Get_rank(self) -> int:  # noqa: N802
         return self.rank
 
+    def _host(self, memory: Any) -> np.ndarray:
+        """What a library that takes device memory reads: it knows nothing of the device's stream."""
+        return np.asarray(getattr(memory, "_memory", memory))
+
     def Isend(self, memory: Any, peer: int, tag: int) -> Request:  # noqa: N802
         assert 0 <= peer < self.size and peer != self.rank and 0 <= tag < 32767
-        host = np.asarray(memory)
+        host = self._host(memory)
         request = Request(host if self.network.rendezvous else host.copy())
         request.done = not self.network.rendezvous
         self.network.sends[self.rank, peer, tag].append(request)
@@ -76,7 +80,7 @@ class Comm:
 
     def Irecv(self, memory: Any, peer: int, tag: int) -> Request:  # noqa: N802
         assert 0 <= peer < self.size and peer != self.rank and 0 <= tag < 32767
-        request = Request(np.asarray(memory))
+        request = Request(self._host(memory))
         self.network.receives[peer, self.rank, tag].append(request)
         return request
 

@@ -120,7 +120,7 @@ def test_calls_between_start_and_wait(world, agree):
 def test_misuse_is_told(world, agree):
     x = np.zeros(2_000)
     plan = make(x, world)
-    name = rf"allreduce of 2000 float64 values by ring \(plan \d+\): "
+    name = r"allreduce of 2000 float64 values by ring \(plan \d+\): "
     with pytest.raises(RuntimeError, match=name + "wait: nothing was started"):
         plan.wait()
     with pytest.raises(RuntimeError, match=name + "test: nothing was started"):

@@ -1,0 +1,164 @@
+"""A device over host memory, with one stream whose work is done LATE.
+
+Copies and ufuncs are queued; they are performed when an event behind them has been polled a few times, and not
+before, so that a forgotten synchronisation reads or sends old values. Ufuncs and slices are queued like copies.
+``__cuda_array_interface__`` gives the host pointer, so that mpi4py takes a :class:`DeviceArray` as it would a CUDA
+array; conversion to NumPy raises, as CuPy's does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+POLLS = 3
+"""How often an event is asked before the work in front of it is performed."""
+
+
+class Stream:
+    """Work in order. ``ended`` counts what has been performed, ``asked`` all there ever was."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Callable[[], None]] = deque()
+        self.asked = self.ended = 0
+
+    def ask(self, work: Callable[[], None]) -> None:
+        self.queue.append(work)
+        self.asked += 1
+
+    def perform(self, until: int) -> None:
+        with np.errstate(all="ignore"):
+            while self.ended < until:
+                self.queue.popleft()()
+                self.ended += 1
+
+    def synchronize(self) -> None:
+        self.perform(self.asked)
+
+
+stream = Stream()
+
+
+class Event:
+    def __init__(self) -> None:
+        self._behind = stream.asked
+        self._polls = 0
+
+    @property
+    def done(self) -> bool:
+        self._polls += 1
+        if self._polls > POLLS:
+            stream.perform(self._behind)
+        return stream.ended >= self._behind
+
+
+class DeviceArray:
+    """Values in device memory. ``get`` waits for the stream, nothing else does."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self._memory = memory
+
+    def get(self) -> np.ndarray:
+        stream.synchronize()
+        return self._memory.copy()
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("implicit conversion of a device array to NumPy")
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        described = self._memory.__array_interface__
+        return {"version": 0, **{key: described[key] for key in ("shape", "typestr", "data", "strides")}}
+
+    dtype = property(lambda self: self._memory.dtype)
+    shape = property(lambda self: self._memory.shape)
+    size = property(lambda self: self._memory.size)
+    nbytes = property(lambda self: self._memory.nbytes)
+    flags = property(lambda self: self._memory.flags)
+    strides = property(lambda self: self._memory.strides)
+    itemsize = property(lambda self: self._memory.itemsize)
+    T = property(lambda self: DeviceArray(self._memory.T))
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def view(self, dtype: Any) -> DeviceArray:
+        return DeviceArray(self._memory.view(dtype))
+
+    def reshape(self, *shape: Any) -> DeviceArray:
+        return DeviceArray(self._memory.reshape(*shape))
+
+    def __getitem__(self, part: Any) -> DeviceArray:
+        return DeviceArray(self._memory[part])
+
+    def __setitem__(self, part: Any, values: Any) -> None:
+        assert isinstance(values, (DeviceArray, int, float)), "a host array was assigned to device memory"
+        source = values._memory if isinstance(values, DeviceArray) else values
+        target = self._memory
+
+        def assign() -> None:
+            target[part] = source
+
+        stream.ask(assign)
+
+
+ndarray = DeviceArray
+
+
+def empty(shape: Any, dtype: Any = np.float64) -> DeviceArray:
+    return DeviceArray(np.full(shape, 77).astype(dtype))
+
+
+def array(values: np.ndarray) -> DeviceArray:
+    """A device array that holds ``values``: only when the stream has come to it."""
+    made = DeviceArray(np.full(values.shape, 55).astype(values.dtype))
+    source = values.copy()
+
+    def fill() -> None:
+        made._memory[...] = source
+
+    stream.ask(fill)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """NumPy's ufuncs, queued."""
+    ufunc = getattr(np, name)
+    if not isinstance(ufunc, np.ufunc):
+        raise AttributeError(name)
+
+    def queued(a: DeviceArray, b: DeviceArray, out: DeviceArray) -> DeviceArray:
+        stream.ask(lambda: ufunc(a._memory, b._memory, out=out._memory))
+        return out
+
+    return queued
+
+
+class FakeDevice:
+    """bitring's Device interface."""
+
+    xp: Any = sys.modules[__name__]
+
+    def asarray(self, x: Any) -> DeviceArray:
+        assert isinstance(x, DeviceArray)
+        return x
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return np.full(nbytes, 33, np.uint8)
+
+    def copy_out(self, host: np.ndarray, array: DeviceArray) -> Event:
+        assert isinstance(host, np.ndarray) and host.dtype == array.dtype and host.size == array.size
+        stream.ask(lambda: np.copyto(host, array._memory))
+        return Event()
+
+    def copy_in(self, array: DeviceArray, host: np.ndarray) -> Event:
+        assert isinstance(host, np.ndarray) and host.dtype == array.dtype and host.size == array.size
+        stream.ask(lambda: np.copyto(array._memory, host))
+        return Event()
+
+    def record(self) -> Event:
+        return Event()
