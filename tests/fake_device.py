@@ -1,4 +1,4 @@
-"""A device over host memory, with one stream whose work is done LATE.
+"""A device over host memory, with a stream whose work is done LATE.
 
 Copies and ufuncs are queued; they are performed when an event behind them has been polled a few times, and not
 before, so that a forgotten synchronisation reads or sends old values. Ufuncs and slices are queued like copies.
@@ -44,7 +44,8 @@ stream = Stream()
 
 
 class Event:
-    def __init__(self) -> None:
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
         self._behind = stream.asked
         self._polls = 0
 
@@ -52,18 +53,19 @@ class Event:
     def done(self) -> bool:
         self._polls += 1
         if self._polls > POLLS:
-            stream.perform(self._behind)
-        return stream.ended >= self._behind
+            self._stream.perform(self._behind)
+        return self._stream.ended >= self._behind
 
 
 class DeviceArray:
     """Values in device memory. ``get`` waits for the stream, nothing else does."""
 
-    def __init__(self, memory: np.ndarray) -> None:
+    def __init__(self, memory: np.ndarray, stream: Stream = stream) -> None:
         self._memory = memory
+        self.stream = stream
 
     def get(self) -> np.ndarray:
-        stream.synchronize()
+        self.stream.synchronize()
         return self._memory.copy()
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
@@ -81,19 +83,19 @@ class DeviceArray:
     flags = property(lambda self: self._memory.flags)
     strides = property(lambda self: self._memory.strides)
     itemsize = property(lambda self: self._memory.itemsize)
-    T = property(lambda self: DeviceArray(self._memory.T))
+    T = property(lambda self: DeviceArray(self._memory.T, self.stream))
 
     def __len__(self) -> int:
         return len(self._memory)
 
     def view(self, dtype: Any) -> DeviceArray:
-        return DeviceArray(self._memory.view(dtype))
+        return DeviceArray(self._memory.view(dtype), self.stream)
 
     def reshape(self, *shape: Any) -> DeviceArray:
-        return DeviceArray(self._memory.reshape(*shape))
+        return DeviceArray(self._memory.reshape(*shape), self.stream)
 
     def __getitem__(self, part: Any) -> DeviceArray:
-        return DeviceArray(self._memory[part])
+        return DeviceArray(self._memory[part], self.stream)
 
     def __setitem__(self, part: Any, values: Any) -> None:
         assert isinstance(values, (DeviceArray, int, float)), "a host array was assigned to device memory"
@@ -103,7 +105,7 @@ class DeviceArray:
         def assign() -> None:
             target[part] = source
 
-        stream.ask(assign)
+        self.stream.ask(assign)
 
 
 ndarray = DeviceArray
@@ -113,9 +115,9 @@ def empty(shape: Any, dtype: Any = np.float64) -> DeviceArray:
     return DeviceArray(np.full(shape, 77).astype(dtype))
 
 
-def array(values: np.ndarray) -> DeviceArray:
+def array(values: np.ndarray, stream: Stream = stream) -> DeviceArray:
     """A device array that holds ``values``: only when the stream has come to it."""
-    made = DeviceArray(np.full(values.shape, 55).astype(values.dtype))
+    made = DeviceArray(np.full(values.shape, 55).astype(values.dtype), stream)
     source = values.copy()
 
     def fill() -> None:
@@ -132,7 +134,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
 
     def queued(a: DeviceArray, b: DeviceArray, out: DeviceArray) -> DeviceArray:
-        stream.ask(lambda: ufunc(a._memory, b._memory, out=out._memory))
+        out.stream.ask(lambda: ufunc(a._memory, b._memory, out=out._memory))
         return out
 
     return queued
@@ -143,6 +145,9 @@ class FakeDevice:
 
     xp: Any = sys.modules[__name__]
 
+    def __init__(self, stream: Stream = stream) -> None:
+        self._stream = stream
+
     def asarray(self, x: Any) -> DeviceArray:
         assert isinstance(x, DeviceArray)
         return x
@@ -152,13 +157,13 @@ class FakeDevice:
 
     def copy_out(self, host: np.ndarray, array: DeviceArray) -> Event:
         assert isinstance(host, np.ndarray) and host.dtype == array.dtype and host.size == array.size
-        stream.ask(lambda: np.copyto(host, array._memory))
-        return Event()
+        self._stream.ask(lambda: np.copyto(host, array._memory))
+        return Event(self._stream)
 
     def copy_in(self, array: DeviceArray, host: np.ndarray) -> Event:
         assert isinstance(host, np.ndarray) and host.dtype == array.dtype and host.size == array.size
-        stream.ask(lambda: np.copyto(array._memory, host))
-        return Event()
+        self._stream.ask(lambda: np.copyto(array._memory, host))
+        return Event(self._stream)
 
     def record(self) -> Event:
-        return Event()
+        return Event(self._stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 
 import fake_device
@@ -207,9 +208,13 @@ def simulate(monkeypatch):
 
     def simulate(kind, name: str, collective: str, size: int, n: int, segment: int, seed: int) -> bool:
         inputs = [(np.arange(n) % 7 + 100 * rank).astype(np.float64) for rank in range(size)]
-        buffers = [fake_device.array(x) for x in inputs]
-        args = dict(segment=segment, seed=seed, make=lambda *args: kind(fake_device.FakeDevice(), *args))
-        run(monkeypatch, algorithms.get(name)(), collective, buffers, **args)
+        streams = [fake_device.Stream() for _ in inputs]  # each rank has a device of its own
+        buffers = [fake_device.array(x, stream) for x, stream in zip(inputs, streams, strict=True)]
+
+        def make(comm, *args):
+            return kind(fake_device.FakeDevice(streams[comm.rank]), comm, *args)
+
+        run(monkeypatch, algorithms.get(name)(), collective, buffers, segment=segment, seed=seed, make=make)
         results = [x.get() for x in buffers]
         starts = [chunk_start(n, size, c) for c in range(size + 1)]
         if collective == "broadcast":
@@ -221,7 +226,7 @@ def simulate(monkeypatch):
         if collective == "reduce":
             return np.array_equal(results[0], want)
         if collective == "reduce_scatter":
-            chunks = [slice(*pair) for pair in zip(starts, starts[1:], strict=False)]
+            chunks = [slice(*pair) for pair in itertools.pairwise(starts)]
             return all(np.array_equal(x[part], want[part]) for x, part in zip(results, chunks, strict=True))
         return all(np.array_equal(x, want) for x in results)
 
@@ -274,7 +279,7 @@ def test_a_receive_in_place_that_does_not_wait_for_earlier_work_gives_wrong_valu
 def test_the_fake_device_is_late_and_jealous():
     x = fake_device.array(np.ones(3))
     assert x._memory[0] == 55
-    event = fake_device.Event()
+    event = fake_device.Event(fake_device.stream)
     polls = [event.done for _ in range(fake_device.POLLS + 1)]
     assert polls == [False] * fake_device.POLLS + [True]
     assert x._memory[0] == 1
