@@ -59,10 +59,12 @@ def test_two_ranks(on_ranks, tmp_path: Path):
         "epoch", "train_loss", "test_accuracy", "seconds", "samples_per_second", "bytes_sent", "bytes_exact", "digest",
     }  # fmt: skip
     assert records[2]["train_loss"] < records[0]["train_loss"]
-    assert records[2]["bytes_sent"] == 3 * records[0]["bytes_sent"]
+    sent = [record["bytes_sent"] for record in records]
+    assert sent[0] > sent[2] - sent[1] == sent[1] - sent[0]  # the first step of 69 is exact
+    assert result["warmup_steps"] == 1
     assert records[0]["seconds"] < records[2]["seconds"]
     assert result["test_accuracy"] == records[2]["test_accuracy"] > 0.5
-    assert result["bytes_sent"] * 20 < result["bytes_exact"]
+    assert result["bytes_sent"] * 15 < result["bytes_exact"]
     for name, value in {
         "ranks": 2, "mode": "sync", "compression": "onebit", "algorithm": "auto", "seed": 0, "lr": 0.02, "epochs": 3,
     }.items():  # fmt: skip
@@ -72,15 +74,22 @@ def test_two_ranks(on_ranks, tmp_path: Path):
 
 
 RUNS = """
-import sys
+import shutil, sys
+from mpi4py import MPI
 from bitring.__main__ import main
 
 output = sys.argv[1]
 for mode in ("sync", "local", "block_momentum"):
     shared = ["bitring", "train", "--model", "mlp", "--mode", mode, "--compression", "onebit", "--batch", "360"]
-    shared += ["--tau", "3"] * (mode != "sync")
-    for folder, *more in (("whole", "2"), ("parts", "1"), ("parts", "2", "--resume")):
-        sys.argv = [*shared, "--output", f"{output}/{mode}/{folder}", "--epochs", *more]
+    shared += ["--tau", "3"] * (mode != "sync") + ["--epochs", "2", "--output"]
+    whole, parts = f"{output}/{mode}/whole", f"{output}/{mode}/parts"
+    for arguments in ([whole], [parts, "--resume"]):
+        if parts in arguments and MPI.COMM_WORLD.rank == 0:
+            # What a run that was interrupted in its second epoch leaves behind.
+            shutil.copytree(whole, parts)
+            shutil.move(f"{parts}/checkpoint.npz.previous", f"{parts}/checkpoint.npz")
+        MPI.COMM_WORLD.Barrier()
+        sys.argv = [*shared, *arguments]
         try:
             main()
         except SystemExit as end:
@@ -95,9 +104,10 @@ def test_resumed_equals_uninterrupted(on_ranks, tmp_path: Path):
     for mode in ("sync", "local", "block_momentum"):
         whole, parts = tmp_path / mode / "whole", tmp_path / mode / "parts"
         assert history(whole)[0]["digest"] != history(whole)[1]["digest"]
-        for one, other in zip(history(whole), history(parts), strict=True):
-            for name in ("epoch", "train_loss", "test_accuracy", "bytes_sent", "bytes_exact", "digest"):
-                assert one[name] == other[name], (mode, name)
+        assert history(whole)[0] == history(parts)[0]
+        assert history(whole)[1]["seconds"] != history(parts)[1]["seconds"]  # it was trained again
+        for name in ("epoch", "train_loss", "test_accuracy", "bytes_sent", "bytes_exact", "digest"):
+            assert history(whole)[1][name] == history(parts)[1][name], (mode, name)
         with np.load(whole / "checkpoint.npz") as one, np.load(parts / "checkpoint.npz") as other:
             assert set(one.files) == set(other.files)
             for name in one.files:

@@ -30,7 +30,7 @@ class Settings:
     tau: int | None
     compression: str
     block: int | None
-    warmup_steps: int
+    warmup_steps: int | None
     algorithm: str
     optimizer: str
     lr: float | None
@@ -45,7 +45,7 @@ class Settings:
     def check(self) -> None:
         """Raise ValueError, naming the option, for numbers that are out of range and for unknown algorithms."""
         for name, least in (("batch", 1), ("epochs", 1), ("checkpoint_every", 1), ("warmup_steps", 0), ("seed", 0)):
-            if (value := getattr(self, name)) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
         check_name(self.algorithm)
 

@@ -41,6 +41,10 @@ digest: of the parameters.
 """
 
 
+WARMUP_SHARE = 64
+"""One step in so many, the first ones, is exact: gradients are large there and change fast, and residuals lag."""
+
+
 @dataclass(frozen=True)
 class _Parts:
     """What the settings stand for."""
@@ -50,6 +54,9 @@ class _Parts:
     optimizer: Optimizer
     mode: Mode
     compression: Encoder | None
+    batches: Batches
+    steps: int  # of all epochs
+    warmup_steps: int
 
 
 def run(settings: Settings) -> None:
@@ -67,7 +74,7 @@ def run(settings: Settings) -> None:
                 mode=parts.mode,
                 compression=parts.compression,
                 algorithm=settings.algorithm,
-                warmup_steps=settings.warmup_steps,
+                warmup_steps=parts.warmup_steps,
             ),
         )
         history = together(comm, lambda: _begin(settings, comm, trainer))
@@ -92,7 +99,12 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> _Parts:
         _make_writable(settings.output)
     data = load(settings.data, settings.data_directory)
     made = model(data.input_shape, data.classes, seed=settings.seed)
-    return _Parts(data, made, optimizer, mode, compression)
+    batches = Batches(data.x_train, data.y_train, settings.batch)
+    steps = len(batches) * settings.epochs
+    warmup_steps = settings.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = 0 if compression is None else steps // WARMUP_SHARE
+    return _Parts(data, made, optimizer, mode, compression, batches, steps, warmup_steps)
 
 
 def _make_writable(folder: Path) -> None:
@@ -136,8 +148,8 @@ def _train(
     settings: Settings, comm: MPI.Intracomm, parts: _Parts, trainer: DataParallel, history: list[Record]
 ) -> None:
     """Make the epochs that are missing in ``history``, and append their records. Collective."""
-    data, model = parts.data, parts.model
-    batches = Batches(data.x_train, data.y_train, settings.batch)
+    data, model, batches = parts.data, parts.model, parts.batches
+    optimizer: Any = parts.optimizer
     nbytes = sum(array.nbytes for array in model.parameters.values())
     exact = 2 * (comm.size - 1) * nbytes * len(batches) // comm.size  # an epoch
     sent_before = history[-1]["bytes_sent"] if history else 0
@@ -152,6 +164,8 @@ def _train(
             begin = time.perf_counter()
             for x, y in shard(batches, comm, seed=settings.seed, epoch=epoch):
                 loss, gradients = model.loss_and_gradients(x, y)
+                # Falls to 0 along a straight line, and the noise of batches and of one bit with it.
+                trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / parts.steps))
                 trainer.step(gradients, weight=len(x))
                 total += loss * len(x)
                 if progress is not None:
@@ -213,6 +227,7 @@ def _conclude(
         "epochs": len(history),
         **settings.of_the_result(),
         **dataclasses.asdict(optimizer),
+        "warmup_steps": parts.warmup_steps,
         "algorithms": sorted(set(trainer.algorithms)),
         "versions": versions(),
     }

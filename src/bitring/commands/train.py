@@ -34,12 +34,16 @@ def _names(registry: Registry[Any]) -> str:
 @click.option("--tau", type=int, help="Steps between two exchanges, for the modes local and block_momentum.")
 @click.option("--compression", default="none", show_default=True, help=f"One of: none, {_names(compressors)}.")
 @click.option("--block", type=int, help="Values that share a pair of levels, for onebit.")
-@click.option("--warmup-steps", type=int, default=0, show_default=True, help="Exact steps before compression begins.")
+@click.option("--warmup-steps", type=int, help="Exact steps before compression begins.  [default: 1/64 of all]")
 @click.option(
     "--algorithm", default="auto", show_default=True, help=f"Of the exact exchange. One of: auto, {_names(algorithms)}."
 )
 @click.option("--optimizer", default="sgd", show_default=True, help=f"One of: {_names(optimizers)}.")
-@click.option("--lr", type=float, help="Learning rate.  [default: 0.02 for sgd, 0.01 for adagrad]")
+@click.option(
+    "--lr",
+    type=float,
+    help="Learning rate at the start; it falls to 0 at the end.  [default: 0.02 for sgd, 0.01 for adagrad]",
+)
 @click.option("--momentum", type=float, help="For sgd.  [default: 0.9]")
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples in a step, of all ranks together.")
 @click.option("--epochs", type=int, default=15, show_default=True, help="Passes through the training samples.")
