@@ -3,6 +3,9 @@
 A layer holds shapes and nothing else. ``forward`` returns its output and a function that carries the gradient back.
 Parameters are read from the model's dictionary in every call: an optimizer updates those arrays in place.
 
+A weight's first axis counts the outputs, so that what one output's values are made with lies together: the column of
+the weight matrix that 1-bit SGD quantizes as one (Seide et al., 2014).
+
 Shape letters: N samples, H rows, W columns, C channels, K kernel side, F filters.
 """
 
@@ -64,25 +67,25 @@ class Layer(ABC):
 
 
 class Dense(Layer):
-    """y = x W + b: (N, inputs) to (N, outputs), with W (inputs, outputs)."""
+    """y = x Wᵀ + b: (N, inputs) to (N, outputs), with W (outputs, inputs)."""
 
     def __init__(self, name: str, inputs: int, outputs: int, *, input_gradient: bool = True) -> None:
         self.weight, self.bias = f"{name}.weight", f"{name}.bias"
-        super().__init__({self.weight: (inputs, outputs), self.bias: (outputs,)})
+        super().__init__({self.weight: (outputs, inputs), self.bias: (outputs,)})
         self.input_gradient = input_gradient
 
     def forward(self, workspace: Workspace, parameters: Mapping[str, Array], x: Array) -> tuple[Array, Backward]:
         """See Layer. Keeps ``x``."""
         xp, weight = workspace.xp, parameters[self.weight]
-        y = xp.matmul(x, weight, out=workspace.empty((len(x), weight.shape[1]), x.dtype))
+        y = xp.matmul(x, weight.T, out=workspace.empty((len(x), len(weight)), x.dtype))
         y += parameters[self.bias]
 
         def backward(dy: Array, emit: Emit) -> Array:
             emit(self.bias, dy.sum(axis=0))
-            emit(self.weight, x.T @ dy)
+            emit(self.weight, dy.T @ x)
             if not self.input_gradient:
                 return None
-            return xp.matmul(dy, weight.T, out=workspace.empty(x.shape, x.dtype))
+            return xp.matmul(dy, weight, out=workspace.empty(x.shape, x.dtype))
 
         return y, backward
 
@@ -91,7 +94,7 @@ class Conv(Layer):
     """Convolution with K×K kernels, stride 1: (N, H, W, C) to (N, H + 2·padding − K + 1, W + 2·padding − K + 1, F).
 
     The K neighbours in a column of x are laid side by side: K times the data, where patches of K×K values would be K·K
-    times. The weight is (K, K, C, F) by column, row, channel, filter, so what a kernel meets in K columns is one run of
+    times. The weight is (F, K, K, C) by filter, column, row, channel, so what a kernel meets in K columns is one run of
     K·K·C values, and an output column of the whole batch is one matrix product over a strided view, with no sum
     outside of the product. The gradient goes back to the input in the same way.
     """
@@ -100,7 +103,7 @@ class Conv(Layer):
         self, name: str, channels: int, filters: int, *, kernel: int = 5, padding: int = 0, input_gradient: bool = True
     ) -> None:
         self.weight, self.bias = f"{name}.weight", f"{name}.bias"
-        super().__init__({self.weight: (kernel, kernel, channels, filters), self.bias: (filters,)})
+        super().__init__({self.weight: (filters, kernel, kernel, channels), self.bias: (filters,)})
         self.kernel, self.padding, self.input_gradient = kernel, padding, input_gradient
 
     def forward(self, workspace: Workspace, parameters: Mapping[str, Array], x: Array) -> tuple[Array, Backward]:
@@ -112,7 +115,7 @@ class Conv(Layer):
             padded[...] = 0
             padded[:, padding : padding + h, padding : padding + w] = x
             x = padded
-        h_in, w_in, f = x.shape[1], x.shape[2], weight.shape[3]
+        h_in, w_in, f = x.shape[1], x.shape[2], len(weight)
         h_out, w_out = h_in - k + 1, w_in - k + 1
         neighbours = workspace.empty((n, h_out, w_in, k, c), dtype)
         for i in range(k):
@@ -122,19 +125,19 @@ class Conv(Layer):
             neighbours, (w_out, n * h_out, k * k * c), (column, w_in * column, dtype.itemsize)
         )
         y = workspace.empty((n * h_out, w_out, f), dtype)
-        xp.matmul(met, weight.reshape(-1, f), out=y.transpose(1, 0, 2))
+        xp.matmul(met, weight.reshape(f, -1).T, out=y.transpose(1, 0, 2))
         y += parameters[self.bias]
 
         def backward(dy: Array, emit: Emit) -> Array:
             emit(self.bias, dy.reshape(-1, f).sum(axis=0))
             by_column = dy.reshape(n * h_out, w_out, f).transpose(1, 0, 2)
-            products = workspace.empty((w_out, k * k * c, f), dtype)
-            xp.matmul(met.transpose(0, 2, 1), by_column, out=products)
+            products = workspace.empty((w_out, f, k * k * c), dtype)
+            xp.matmul(by_column.transpose(0, 2, 1), met, out=products)
             emit(self.weight, products.sum(axis=0).reshape(weight.shape))
             if not self.input_gradient:
                 return None
             # Input column j takes from the output columns j − k + 1 to j, the last through the kernels' first column.
-            turned = xp.ascontiguousarray(weight[::-1].reshape(k, k * c, f).transpose(0, 2, 1)).reshape(k * f, k * c)
+            turned = xp.ascontiguousarray(weight[:, ::-1].transpose(1, 0, 2, 3)).reshape(k * f, k * c)
             dy = dy.reshape(n * h_out, w_out * f)
             dneighbours = workspace.empty((n * h_out, w_in, k * c), dtype)
             for j in range(w_in):

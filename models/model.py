@@ -49,7 +49,7 @@ class Model(ABC):
             for parameter, shape in layer.shapes.items():
                 value = np.zeros(shape)
                 if len(shape) > 1:
-                    value = random.normal(0, math.sqrt(2 / math.prod(shape[:-1])), shape)
+                    value = random.normal(0, math.sqrt(2 / math.prod(shape[1:])), shape)
                 self.parameters[parameter] = xp.asarray(value.astype(self.dtype))
 
     @abstractmethod

@@ -85,13 +85,13 @@ def random_parameters(layer: Layer, random: np.random.Generator, dtype: Any = np
 
 
 def plain_conv(x: Any, weight: Any, bias: Any, padding: int) -> Any:
-    """By its definition; the weight is (column, row, channel, filter)."""
+    """By its definition; the weight is (filter, column, row, channel)."""
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    k = weight.shape[0]
-    y = np.zeros((len(x), x.shape[1] - k + 1, x.shape[2] - k + 1, weight.shape[3]), x.dtype)
+    k = weight.shape[1]
+    y = np.zeros((len(x), x.shape[1] - k + 1, x.shape[2] - k + 1, len(weight)), x.dtype)
     for i in range(y.shape[1]):
         for j in range(y.shape[2]):
-            y[:, i, j] = np.einsum("nhwc,whcf->nf", x[:, i : i + k, j : j + k], weight) + bias
+            y[:, i, j] = np.einsum("nhwc,fwhc->nf", x[:, i : i + k, j : j + k], weight) + bias
     return y
 
 

@@ -125,24 +125,24 @@ def test_the_network_of_the_card() -> None:
     """Unpadded at 28×28: 28 -> 24 -> 12 -> 8 -> 4; the 8×8 digits keep their size: 8 -> 4 -> 2."""
     shapes = {name: value.shape for name, value in CNN((28, 28), 10).parameters.items()}
     assert shapes == {
-        "conv1.weight": (5, 5, 1, 32),
+        "conv1.weight": (32, 5, 5, 1),
         "conv1.bias": (32,),
-        "conv2.weight": (5, 5, 32, 64),
+        "conv2.weight": (64, 5, 5, 32),
         "conv2.bias": (64,),
-        "dense1.weight": (4 * 4 * 64, 1024),
+        "dense1.weight": (1024, 4 * 4 * 64),
         "dense1.bias": (1024,),
-        "dense2.weight": (1024, 10),
+        "dense2.weight": (10, 1024),
         "dense2.bias": (10,),
     }
-    assert CNN((8, 8), 10).parameters["dense1.weight"].shape == (2 * 2 * 64, 1024)
-    assert CNN((32, 32, 3), 10).parameters["conv1.weight"].shape == (5, 5, 3, 32)
+    assert CNN((8, 8), 10).parameters["dense1.weight"].shape == (1024, 2 * 2 * 64)
+    assert CNN((32, 32, 3), 10).parameters["conv1.weight"].shape == (32, 5, 5, 3)
     assert list(Softmax((8, 8), 10).parameters) == ["dense1.weight", "dense1.bias"]
     assert [value.shape for value in MLP((8, 8), 10, hidden=(7, 5)).parameters.values()] == [
-        (64, 7),
+        (7, 64),
         (7,),
-        (7, 5),
+        (5, 7),
         (5,),
-        (5, 10),
+        (10, 5),
         (10,),
     ]
 
@@ -177,7 +177,7 @@ def test_seed_makes_the_parameters(name: str, shape: tuple[int, ...]) -> None:
         else:
             assert (value != other.parameters[parameter]).any()
             if value.size > 1000:  # He: standard deviation sqrt(2 / inputs)
-                inputs = np.prod(value.shape[:-1])
+                inputs = np.prod(value.shape[1:])
                 assert value.std() == pytest.approx(np.sqrt(2 / inputs), rel=0.1)
 
 
@@ -186,7 +186,7 @@ def test_parameters_are_read_in_every_call() -> None:
     x, y = np.ones((1, 2)), np.array([0])
     model.parameters["dense1.weight"][...] = 0
     assert model.loss(x, y) == pytest.approx(np.log(2))
-    model.parameters["dense1.weight"][:, 0] = 50
+    model.parameters["dense1.weight"][0] = 50
     assert model.loss(x, y) == pytest.approx(0, abs=1e-12)
 
 
