@@ -34,10 +34,15 @@ _NAP_SECONDS = 20e-6
 
 
 class Lane:
-    """The jobs of one communicator, in order. ``comm`` is bitring's private duplicate of it."""
+    """The jobs of one communicator, in order. ``comm`` is bitring's private duplicate of it.
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    ``made``: the request that makes ``comm``, for which the first job waits; None when it is there.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int) -> None:
         self.comm = comm
+        self._made = made
+        self.rank = rank
         self.jobs: deque[Job] = deque()
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
@@ -56,6 +61,17 @@ class Lane:
         engine.enqueue(job)
         return job
 
+    def run(self, steps: Callable[[Progress], Steps], progress: Progress) -> Steps:
+        """A job's steps, when the communicator is there."""
+        while self._made is not None:
+            if self._made.Test():
+                self._made = None
+                self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+                progress.moves += 1
+            else:
+                yield
+        yield from steps(progress)
+
     def drain_notes(self) -> None:
         """Receive what others said while they waited for this rank."""
         note = np.empty(1, np.int64)
@@ -64,8 +80,13 @@ class Lane:
             self.comm.Recv(note, status.Get_source(), NOTE_TAG)
 
     def absent(self, number: int) -> list[int]:
-        """The ranks that have not come to job ``number``: those that wait in it, too, tell each other."""
-        rank, size = self.comm.Get_rank(), self.comm.Get_size()
+        """The ranks that have not come to job ``number``: those that wait in it, too, tell each other.
+
+        Empty while there is no communicator to tell it in.
+        """
+        if self._made is not None:
+            return []
+        rank, size = self.rank, self.comm.Get_size()
         note = np.array([number], np.int64)
         others = [r for r in range(size) if r != rank]
         sent = [self.comm.Isend(note, r, NOTE_TAG) for r in others]
@@ -102,7 +123,7 @@ class Job:
         self.error: BaseException | None = None
         self._on_done = on_done
         self._progress = Progress()
-        self._steps = steps(self._progress)
+        self._steps = lane.run(steps, self._progress)
         self._seen = (-1, 0.0)  # moves, and when they were first counted
         self._warned = False
 
@@ -129,12 +150,13 @@ class Job:
         if not self._warned:
             self._warned = True
             missing = self.lane.absent(self.number)
-            who = (
-                f"ranks that have not come to it: {missing}"
-                if missing
-                else f"messages due from ranks {sorted(self._progress.peers)}"
-            )
-            self._complaint = f"rank {self.lane.comm.Get_rank()} has waited {seconds:.0f} s in {self.what}; {who}"
+            if missing:
+                who = f"ranks that have not come to it: {missing}"
+            elif self._progress.peers:
+                who = f"messages due from ranks {sorted(self._progress.peers)}"
+            else:
+                who = "some rank has not come to it"
+            self._complaint = f"rank {self.lane.rank} has waited {seconds:.0f} s in {self.what}; {who}"
             logger.warning("%s", self._complaint)
         if seconds >= _timeout():
             self.lane.broken, self.lane.wreck = f"{self.what} timed out", self

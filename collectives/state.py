@@ -19,10 +19,11 @@ from bitring.collectives.transport import CHANNELS
 class State:
     """``lane`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self.lane = Lane(comm)
-        self.rank = comm.Get_rank()
-        self.size = comm.Get_size()
+    def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, size: int) -> None:
+        """``comm`` is private to bitring; ``made`` the request that makes it, if it is not there yet."""
+        self.lane = Lane(comm, made, rank)
+        self.rank = rank
+        self.size = size
         self.plans = 0
         self.cache: dict[Any, Any] = {}
 
@@ -39,7 +40,8 @@ class State:
     @functools.cached_property
     def node(self) -> State:
         """The state of the ranks of this node, those that share memory. Collective when first asked for."""
-        return State(MPI.Intracomm(self.comm.Split_type(MPI.COMM_TYPE_SHARED)))
+        comm = MPI.Intracomm(self.comm.Split_type(MPI.COMM_TYPE_SHARED))
+        return State(comm, None, comm.Get_rank(), comm.Get_size())
 
     @functools.cached_property
     def leaders(self) -> MPI.Intracomm:
@@ -77,9 +79,9 @@ def state_of(comm: MPI.Intracomm) -> State:
     if state is None:
         engine.check("the first collective of a communicator")
         abort_on_exception()
-        private = MPI.Intracomm.Dup(MPI.Intracomm(comm))
-        private.Set_errhandler(MPI.ERRORS_RETURN)
-        state = State(private)
+        # Nonblocking, since a nonblocking collective may be the first, and ranks may come to it in different orders.
+        private, made = MPI.Intracomm(comm).Idup()
+        state = State(private, made, comm.Get_rank(), comm.Get_size())
         comm.Set_attr(_keyval(), state)
     assert isinstance(state, State)
     return state
