@@ -1,0 +1,70 @@
+"""The one place that chooses: what was asked for where it can be had, and why not where it cannot."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitring.collectives.schedule import algorithms
+from bitring.collectives.selection import RING_FROM_NBYTES, check_name, choose, segment_values
+
+pytestmark = pytest.mark.single
+
+KNOWN = "binomial_tree, double_binary_tree, mpi, rabenseifner, recursive_doubling, ring"
+
+
+@pytest.mark.parametrize(
+    ("asked", "collective", "nbytes", "size", "own", "library", "name", "why"),
+    [
+        ("ring", "allreduce", 1, 4, True, True, "ring", "asked for"),
+        ("mpi", "allreduce", 1, 4, True, True, "mpi", "asked for"),
+        ("mpi", "allreduce", 1, 4, True, False, "ring", "does not hand this dtype or memory"),
+        ("ring", "allreduce", 1, 4, False, True, "mpi", "only the MPI library serves this operation"),
+        ("recursive_doubling", "broadcast", 1, 4, True, True, "mpi", "has no broadcast"),
+        ("recursive_doubling", "broadcast", 1, 4, True, False, "ring", "has no broadcast, and the MPI library"),
+        ("auto", "allreduce", RING_FROM_NBYTES, 4, True, True, "ring", "at least"),
+        ("auto", "allreduce", RING_FROM_NBYTES - 1, 4, True, True, "mpi", "fewer than"),
+        ("auto", "allreduce", 1, 4, True, False, "ring", "does not serve this dtype or memory"),
+        ("auto", "allreduce", 1 << 30, 4, False, True, "mpi", "only the MPI library"),
+        ("auto", "allreduce", 1 << 30, 1, True, True, "mpi", "one rank"),
+    ],
+)
+def test_choices(asked, collective, nbytes, size, own, library, name, why):
+    choice = choose(collective, asked, nbytes, size, own, library)
+    assert choice.name == name
+    assert why in choice.why
+
+
+def test_what_is_chosen_can_be_run():
+    for asked in ("auto", *algorithms.names()):
+        for collective in ("allreduce", "reduce_scatter", "allgather", "reduce", "broadcast"):
+            for nbytes in (0, 1 << 30):
+                for own, library in ((True, True), (True, False), (False, True)):
+                    for size in (1, 2, 5):
+                        name = choose(collective, asked, nbytes, size, own, library).name
+                        if name == "mpi":
+                            assert library
+                        else:
+                            assert own
+                            assert collective in algorithms.get(name).collectives()
+
+
+def test_unknown_names_list_the_known_ones():
+    check_name("auto")
+    for name in ("rign", "", "Ring"):
+        with pytest.raises(ValueError, match=f"unknown algorithm '{name}'; known: {KNOWN}"):
+            check_name(name)
+        with pytest.raises(ValueError, match=f"unknown algorithm '{name}'; known: {KNOWN}"):
+            choose("allreduce", name, 1, 2, True, True)
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16, 32])
+def test_segments(itemsize):
+    for nbytes in [0, 1, 31, 1000, 1 << 16, 1 << 20, 1 << 24, 1 << 28, 1 << 32, (1 << 34) + 7]:
+        nbytes -= nbytes % itemsize
+        values = segment_values(nbytes, itemsize)
+        assert values >= 1
+        assert values * itemsize < 1 << 31
+        count = -(-(nbytes // itemsize) // values)
+        assert count <= 1024 + 1
+        if nbytes <= 1 << 32:
+            assert values * itemsize <= 4 << 20
