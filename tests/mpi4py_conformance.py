@@ -34,7 +34,7 @@ def with_communicators(module: types.ModuleType, world: Communicator, own: Commu
     vars(module)["MPI"] = types.SimpleNamespace(**names)  # setUp duplicates what it finds there
     for case in vars(module).values():
         if isinstance(case, type) and issubclass(case, unittest.TestCase) and "COMM" in vars(case):
-            case.COMM = world if "World" in case.__name__ else own
+            setattr(case, "COMM", world if "World" in case.__name__ else own)  # noqa: B010
     return unittest.defaultTestLoader.loadTestsFromModule(module)
 
 

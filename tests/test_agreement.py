@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -76,12 +78,13 @@ def test_ranks_that_differ(world, agree, function: str, after: int):
     for _ in range(after if function != "Allreduce_init" else 10 * bool(after)):
         call(good)
     # With two ranks neither is the odd one out; the first rank's value then counts as usual.
-    for term, arguments, here, there in [
+    cases: list[tuple[str, dict[str, Any], str, str]] = [
         ("dtype", {"x": np.zeros(4, np.float32 if odd else np.float64)}, "float32", "float64"),
         ("count", {"x": np.zeros(5 if odd else 4)}, "5", "4"),
         ("op", {"x": good, "op": MPI.MAX if odd else MPI.SUM}, "MAX", "SUM"),
         ("algorithm", {"x": good, "algorithm": "mpi" if odd else "ring"}, "mpi", "ring"),
-    ]:
+    ]
+    for term, arguments, here, there in cases:
         text = f"{function}: ranks disagree on {term}: rank {last} gave {here}, rank 0 gave {there}"
         everyone_raises(world, agree, lambda arguments=arguments: call(**arguments), "MismatchError", text)
 

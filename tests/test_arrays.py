@@ -39,7 +39,7 @@ class RequiresGrad(Dlpack):
 
 def test_arrays_share_memory():
     x = np.arange(6.0)
-    for given in (x, x.reshape(2, 3), memoryview(x), Dlpack(x), Dlpack1(x)):
+    for given in (x, x.reshape(2, 3), memoryview(x.data), Dlpack(x), Dlpack1(x)):
         got = as_array(given, "f", "x")
         assert type(got) is np.ndarray
         assert np.shares_memory(got, x)

@@ -244,7 +244,7 @@ def test_every_dtype_and_operation_over_mpi(private, agree):
 
     wrong = ""
     names = itertools.cycle(ALLREDUCES)
-    for dtype in map(np.dtype, DTYPES):
+    for dtype in [np.dtype(code) for code in DTYPES]:
         for op in (MPI.SUM, MPI.PROD, MPI.MAX, MPI.MIN, MPI.LAND, MPI.LOR, MPI.LXOR, MPI.BAND, MPI.BOR, MPI.BXOR):
             ufunc, name = ufunc_name(op, dtype), next(names)
             if ufunc is None:

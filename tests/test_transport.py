@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from typing import Any
 
 import fake_device
 import ml_dtypes
@@ -161,7 +162,7 @@ def test_other_dtypes_and_operations(world, device, agree):
     from mpi4py import MPI
 
     dtypes = ["?", "b", "H", "i", "L", "e", "d", "F"] + ([ml_dtypes.bfloat16] if device is Fake else [])
-    for dtype in map(np.dtype, dtypes):
+    for dtype in [np.dtype(code) for code in dtypes]:
         op = MPI.LOR if dtype.kind == "b" else MPI.SUM if dtype.kind == "c" else MPI.MAX
         x = device.array((np.arange(9) % 2 * world.rank).astype(dtype))
         world.Allreduce(MPI.IN_PLACE, x, op)
@@ -198,7 +199,7 @@ def test_mistakes_with_device_memory(comm, device, agree):
 
 # In one process, in every order: what a forgotten synchronisation would do.
 
-KINDS = {"staged": StagedTransport, "cuda-aware": CudaAwareTransport}
+KINDS: dict[str, Any] = {"staged": StagedTransport, "cuda-aware": CudaAwareTransport}
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def simulate(monkeypatch):
         if collective == "allgather":
             want = np.concatenate([x[starts[r] : starts[r + 1]] for r, x in enumerate(inputs)])
             return all(np.array_equal(x, want) for x in results)
-        want = sum(inputs)
+        want = np.sum(inputs, axis=0)
         if collective == "reduce":
             return np.array_equal(results[0], want)
         if collective == "reduce_scatter":
@@ -256,15 +257,14 @@ MUTANTS = {
 @pytest.mark.single
 @pytest.mark.parametrize(("kind", "method"), MUTANTS)
 def test_a_transport_that_forgets_an_event_gives_wrong_sums(simulate, kind: str, method: str):
-    class Forgetful(KINDS[kind]):
-        pass
+    forgetful = type("Forgetful", (KINDS[kind],), {})
 
     def forget(self, index):
         getattr(KINDS[kind], method)(self, index)
 
-    setattr(Forgetful, method, forget)
+    setattr(forgetful, method, forget)
     # Enough segments that scratch and staging memory are used again.
-    assert not all(simulate(Forgetful, "ring", "allreduce", 3, 200, 3, seed) for seed in range(5))
+    assert not all(simulate(forgetful, "ring", "allreduce", 3, 200, 3, seed) for seed in range(5))
 
 
 @pytest.mark.single
