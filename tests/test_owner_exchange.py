@@ -50,7 +50,7 @@ def test_same_bits_as_all_ranks_in_one_process(comm: MPI.Intracomm, agree: Any, 
     boundaries = (n // 3, n // 2)
     everyone = Everyone(n, dtype, size, boundaries, encoder)
     x = np.zeros(n, dtype)
-    plan = bitring.plan_allreduce(x, comm=comm, compression=encoder, boundaries=boundaries, hierarchical=False)
+    plan: Any = bitring.plan_allreduce(x, comm=comm, compression=encoder, boundaries=boundaries, hierarchical=False)
     applied, given = np.zeros(n), np.zeros(n)
     for step in range(5):
         gradients = [gradient(r, step, n, dtype) for r in range(size)]
