@@ -63,6 +63,7 @@ def describe(comm: MPI.Intracomm) -> dict[str, Any]:
         "processor": processor(),
         "cores_of_node": os.cpu_count(),
         "cores_of_rank": [len(cpus) for cpus in comm.allgather(sorted(os.sched_getaffinity(0)))],
+        "load_average": round(os.getloadavg()[0], 1),  # above 1 or so, others were at work, too
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "ranks": comm.size,
         "nodes": len(node_map(comm)),

@@ -35,23 +35,30 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     draw_curves({"": history}, path, f"{title}: {last['test_accuracy']:.2%} after {last['epoch']} epochs")
 
 
-def draw_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str) -> None:
-    """Draw several runs, by label, as ``draw_curve`` does one."""
+def draw_curves(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str, by: str = "seconds"
+) -> None:
+    """Draw several runs, by label, as ``draw_curve`` does one; the right half by ``"seconds"`` or ``"bytes_sent"``."""
     picture = figure(9, 3.6)
     left, right = picture.subplots(1, 2, sharey=True)
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-    for axes, field, label in ((left, "epoch", "epoch"), (right, "seconds", "seconds of training")):
+    labels = {"epoch": "epoch", "seconds": "seconds of training", "bytes_sent": "bytes sent by a rank"}
+    for axes, field in ((left, "epoch"), (right, by)):
         plain(axes)
-        axes.set_xlabel(label)
+        axes.set_xlabel(labels[field])
         for color, (name, history) in zip(COLORS, histories.items(), strict=False):
             x, y = ([record[key] for record in history] for key in (field, "test_accuracy"))
             axes.plot(x, y, "o-", color=color, markersize=4, linewidth=1.6, label=name or None, clip_on=False)
-        axes.set_xlim(left=0)
+        if field == "bytes_sent":
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(EngFormatter("B"))
+        else:
+            axes.set_xlim(left=0)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     left.set_ylabel("test accuracy")
     if len(histories) > 1:
-        right.legend(frameon=False, loc="lower right")
+        left.legend(frameon=False, loc="lower right")
     picture.suptitle(title, fontsize=11)
     picture.savefig(path)

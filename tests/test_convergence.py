@@ -1,0 +1,43 @@
+"""One bit per value trains the CNN on Fashion-MNIST as well as the exact exchange."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.single
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path("/usr/share/datasets/fashion-mnist")
+
+
+def check(results: dict[str, Any]) -> None:
+    exact, onebit = (results["runs"][name]["summary"] for name in ("none", "onebit"))
+    for name in ("seed", "epochs", "model", "data", "ranks", "batch", "lr", "momentum"):
+        assert exact[name] == onebit[name]
+    assert (exact["ranks"], exact["epochs"], exact["data"]) == (4, 5, "fashion-mnist")
+    assert min(exact["test_accuracy"], onebit["test_accuracy"]) >= 0.89
+    assert abs(exact["test_accuracy"] - onebit["test_accuracy"]) <= 0.005
+    assert onebit["bytes_sent"] * 20 <= exact["bytes_sent"]
+
+
+def test_the_kept_results():
+    check(json.loads((ROOT / "benchmarks" / "results" / "convergence-fashion-mnist.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not DATA.exists(), reason="no Fashion-MNIST; Debian's dataset-fashion-mnist brings it")
+def test_anew(tmp_path: Path, clean_environment):
+    """Goes on with what an interrupted run of this test has left behind."""
+    script = ROOT / "benchmarks" / "convergence_fashion_mnist.py"
+    work = ROOT / "build" / "convergence-test"
+    subprocess.run([sys.executable, script, "--results", tmp_path, "--work", work], env=clean_environment(), check=True)
+    shutil.rmtree(work)
+    check(json.loads((tmp_path / "convergence-fashion-mnist.json").read_text()))
