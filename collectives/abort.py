@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 import traceback
 from types import TracebackType
 
@@ -34,4 +35,5 @@ def _report_and_abort(kind: type[BaseException], error: BaseException, trace: Tr
     sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
     sys.stderr.flush()
     if MPI.Is_initialized() and not MPI.Is_finalized():
+        time.sleep(0.2)  # a launcher may drop what it has not read from the ranks by then
         MPI.COMM_WORLD.Abort(1)
