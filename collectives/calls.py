@@ -22,6 +22,8 @@ from bitring.collectives.state import State
 from bitring.collectives.transport import Transport
 
 _CACHED_TRANSPORTS = 16
+_CACHED_SCRATCH_NBYTES = 64 << 20
+"""What a communicator keeps for calls without a plan, the last used ones; the very last is kept whatever its size."""
 
 
 class Call:
@@ -99,8 +101,9 @@ class Call:
         yield from self.run(state, transport, progress)
         transport.unbind()
         state.cache[key] = [*idle, transport]  # the key used last is dropped last
-        if len(state.cache) > _CACHED_TRANSPORTS:
-            del state.cache[next(iter(state.cache))]
+        scratch = sum(kept.scratch_nbytes for kept_alike in state.cache.values() for kept in kept_alike)
+        while len(state.cache) > 1 and (len(state.cache) > _CACHED_TRANSPORTS or scratch > _CACHED_SCRATCH_NBYTES):
+            scratch -= sum(kept.scratch_nbytes for kept in state.cache.pop(next(iter(state.cache))))
 
 
 def _copy_to(target: Array, source: Array) -> Callable[[], None]:

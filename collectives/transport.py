@@ -55,6 +55,11 @@ class Transport:
         self._requests: dict[int, MPI.Prequest] = {}
         self._scratch: dict[int, Array] = {}
 
+    @property
+    def scratch_nbytes(self) -> int:
+        """Memory that it keeps."""
+        return len(self.program.slots) * self.program.slot_values * self._dtype.itemsize
+
     def bind(self, buffer: Array) -> None:
         """Work on ``buffer`` from now on."""
         xp = self._xp(buffer)

@@ -550,3 +550,15 @@ print("well", flush=True)
         check=False,
     )
     assert done.stdout.count("well") == 2, done.stdout + done.stderr
+
+
+def test_calls_of_many_sizes_keep_little_scratch(comm, agree):
+    from mpi4py import MPI
+
+    ours = Communicator(comm, algorithm="ring").Dup()
+    for mib in range(1, 33):
+        ours.Allreduce(MPI.IN_PLACE, np.ones(mib << 18, np.float32))
+    kept = sum(t.scratch_nbytes for alike in state_of(ours).cache.values() for t in alike)
+    agree(comm, kept <= 64 << 20, f"{kept} bytes are kept")
+    agree(comm, comm.size == 1 or kept > 0, "nothing is kept")
+    ours.Free()
