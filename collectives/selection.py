@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from bitring.collectives.schedule import Algorithm, algorithms
 
-RING_FROM_NBYTES = 64 << 10
-"""From this size on the ring beats the library's own call, measured with 2 and 4 ranks on one machine."""
+RING_FROM_NBYTES = 16 << 20
+"""From about here on the portable executor's ring beats the library's own AllReduce. With 2 and with 4 ranks on 2 cores
+it has 1.2 and 0.9 times its speed at 16 MiB, 2.8 and 2.9 times at 64 MiB (benchmarks/results/allreduce-portable-*)."""
 
 
 class Choice(NamedTuple):
