@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -26,6 +27,9 @@ class Event(Protocol):
     def done(self) -> bool:
         """Whether the work before this point has finished."""
         ...
+
+
+Surroundings = Callable[[], AbstractContextManager[Any]]
 
 
 class Device(Protocol):
@@ -51,6 +55,10 @@ class Device(Protocol):
 
     def record(self) -> Event:
         """An event at the end of the current stream."""
+        ...
+
+    def capture(self) -> Surroundings:
+        """What is current in the calling thread (device, stream), to be entered in another thread."""
         ...
 
 
@@ -97,6 +105,18 @@ class Cupy:
         event.record()
         return _CudaEvent(event)
 
+    def capture(self) -> Surroundings:
+        """See Device."""
+        device, stream = self.xp.cuda.Device(), self.xp.cuda.get_current_stream()
+
+        def enter() -> AbstractContextManager[Any]:
+            stack = ExitStack()
+            stack.enter_context(device)
+            stack.enter_context(stream)
+            return stack
+
+        return enter
+
 
 devices: dict[str, Callable[[], Device]] = {"cupy": Cupy}
 """Array type's top-level module -> its device."""
@@ -112,6 +132,21 @@ def _device_named(name: str) -> Device:
 
 def _home(x: Any) -> str:
     return type(x).__module__.partition(".")[0]
+
+
+def surroundings() -> Surroundings | None:
+    """What of the calling thread a job must find in the thread that runs it; None while no device is in use."""
+    captured = [device.capture() for device in _made.values()]
+    if not captured:
+        return None
+
+    def enter() -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for each in captured:
+            stack.enter_context(each())
+        return stack
+
+    return enter
 
 
 def is_device(x: Any) -> bool:

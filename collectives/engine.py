@@ -20,6 +20,7 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.arrays import surroundings
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.transport import NOTE_TAG
 
@@ -124,13 +125,18 @@ class Job:
         self._on_done = on_done
         self._progress = Progress()
         self._steps = lane.run(steps, self._progress)
+        self._surroundings = surroundings()
         self._seen = (-1, 0.0)  # moves, and when they were first counted
         self._warned = False
 
     def advance(self) -> bool:
         """Do what can be done now. Whether anything moved."""
         try:
-            next(self._steps)
+            if self._surroundings is None:
+                next(self._steps)
+            else:
+                with self._surroundings():
+                    next(self._steps)
         except StopIteration:
             self._end(None)
             return True

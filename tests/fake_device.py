@@ -8,7 +8,9 @@ array; conversion to NumPy raises, as CuPy's does.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +43,16 @@ class Stream:
 
 
 stream = Stream()
+
+
+class Current(threading.local):
+    """What stands for CUDA's current device and stream, which each thread has for itself."""
+
+    def __init__(self) -> None:
+        self.name = "user's" if threading.current_thread() is threading.main_thread() else "another thread's"
+
+
+current = Current()
 
 
 class Event:
@@ -166,4 +178,16 @@ class FakeDevice:
         return Event(self._stream)
 
     def record(self) -> Event:
+        assert current.name == "user's", "the device is used outside of the surroundings of the thread that asked"
         return Event(self._stream)
+
+    def capture(self) -> Any:
+        name = current.name
+
+        @contextlib.contextmanager
+        def enter() -> Any:
+            before, current.name = current.name, name
+            yield
+            current.name = before
+
+        return enter

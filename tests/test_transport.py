@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import types
 from typing import Any
 
@@ -286,3 +287,18 @@ def test_the_fake_device_is_late_and_jealous():
     with pytest.raises(TypeError, match="implicit conversion"):
         np.asarray(x)
     assert isinstance(fake_device, types.ModuleType)
+
+
+def test_a_started_plan_uses_the_device_of_the_thread_that_started_it(comm, device):
+    """CUDA's current device and stream are each thread's own; the fake device refuses any others."""
+    from mpi4py import MPI
+
+    duplicate = Communicator(comm.Dup(), algorithm="ring")
+    x = device.array(mine(duplicate, 5000))
+    plan = plan_exact(x, duplicate, MPI.SUM, "ring")
+    plan.start()
+    while not plan.test():
+        time.sleep(0.001)
+    np.testing.assert_array_equal(device.get(x), total(duplicate, 5000))
+    plan.free()
+    duplicate.Free()
