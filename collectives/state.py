@@ -81,6 +81,8 @@ def state_of(comm: MPI.Intracomm) -> State:
         abort_on_exception()
         # Nonblocking, since a nonblocking collective may be the first, and ranks may come to it in different orders.
         private, made = MPI.Intracomm(comm).Idup()
+        if comm.Get_size() == 1:
+            made.Wait()  # nobody to wait for; and plans of one rank run no job that would
         state = State(private, made, comm.Get_rank(), comm.Get_size())
         comm.Set_attr(_keyval(), state)
     assert isinstance(state, State)
