@@ -31,6 +31,9 @@ using Reduce = void (*)(std::size_t n, std::size_t inputs, const void* const* in
 // Null for what MPI does not define (max of complex numbers, bitwise operations on floats, ...).
 Reduce reduce_kernel(Op op, Type type) noexcept;
 
+// The same for one of the instruction sets below; null also where the processor lacks it.
+Reduce reduce_kernel(Op op, Type type, std::string_view instruction_set) noexcept;
+
 // "baseline", "avx2" or "avx512": what reduce_kernel's are compiled for.
 std::string_view instruction_set() noexcept;
 
