@@ -156,7 +156,7 @@ def run(command: Sequence[str], *, hosts: int, ranks_per_host: int = 1, rate: fl
     """Run ``command`` on emulated hosts, and return its exit status; 1 when it was faster than the wire.
 
     ``rate`` is in bytes a second. Only from the main thread: it takes SIGINT, SIGTERM and SIGHUP, on which the command
-    is ended, everything cleaned up, and 128 + the signal's number returned. Raises HostsError when there can be no hosts.
+    is ended, everything cleaned up, and 128 + the signal's number returned. Raises HostsError when there are none.
     """
     # Two milliseconds' worth: while all processors are busy, a timer may be that late. A packet of 64 KiB must fit.
     made = Lab(hosts, ranks_per_host, rate, max(round(2e-3 * (rate or 0)), 128 << 10))
@@ -190,6 +190,15 @@ def run(command: Sequence[str], *, hosts: int, ranks_per_host: int = 1, rate: fl
         print(f"hosts.py: {wrong}", file=sys.stderr)
         return 1
     return 128 - status if status < 0 else status
+
+
+def rerun(asked: argparse.Namespace) -> int:
+    """Run this process's own command line on the hosts that ``add_options`` has asked for; its exit status."""
+    try:
+        return run([sys.executable, *sys.argv], hosts=asked.hosts, ranks_per_host=asked.ranks_per_host, rate=asked.rate)
+    except HostsError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
 
 
 def probe() -> str | None:
