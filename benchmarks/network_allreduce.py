@@ -71,7 +71,10 @@ def main() -> int:
         if asked.plot:
             from bitring.commands._pictures import figure
 
-            figure(1, 1)  # without matplotlib, say so now
+            try:
+                figure(1, 1)
+            except ImportError as error:  # no matplotlib: better known before the measurement
+                parser.error(str(error))
         return hosts.rerun(asked)
     work(asked, lab)
     return 0
