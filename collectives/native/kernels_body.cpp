@@ -5,10 +5,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
-#ifdef __F16C__
+#if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
@@ -166,10 +169,10 @@ struct Bfloat16 {
     static Words join(Floats lower, Floats upper) { return rounded(lower) >> 16 | (rounded(upper) & 0xffff0000u); }
 
 private:
-    // To nearest, ties to even, in the upper half; a NaN, quiet after any arithmetic, is only cut off.
+    // To nearest, ties to even, in the upper half. A NaN that two bfloat16 make has nothing below it to round.
     static Words rounded(Floats x) {
         const Words bits = (Words)x;
-        return bits + ((0x7fff + ((bits >> 16) & 1)) & (Words)(x == x));
+        return bits + 0x7fff + ((bits >> 16) & 1);
     }
 };
 
@@ -181,25 +184,29 @@ struct Float16 {
     static Words join(Floats lower, Floats upper) { return narrowed(lower) | narrowed(upper) << 16; }
 
 private:
+    // Signed, as compared: SSE2 compares nothing else.
+    using Integers = V<std::int32_t>;
+
     static Floats widened(Words half) {
-        const Words bits = (half & 0x7fff) << 13;
-        const Words normal = bits + ((127 - 15) << 23);
+        const Integers bits = (Integers)((half & 0x7fff) << 13);
+        const Integers normal = bits + ((127 - 15) << 23);
         // The leading 1 that a subnormal lacks is put there and taken off again.
-        const Words subnormal = (Words)((Floats)(bits + ((127 - 14) << 23)) - 0x1p-14f);
-        const Words special = bits + ((255 - 31) << 23);
-        const Words finite = bits < (1u << 23) ? subnormal : normal;
-        return (Floats)((bits < (31u << 23) ? finite : special) | (half & 0x8000) << 16);
+        const Integers subnormal = (Integers)((Floats)(bits + ((127 - 14) << 23)) - 0x1p-14f);
+        const Integers special = bits + ((255 - 31) << 23);
+        const Integers finite = bits < (1 << 23) ? subnormal : normal;
+        return (Floats)((Words)(bits < (31 << 23) ? finite : special) | (half & 0x8000) << 16);
     }
 
     static Words narrowed(Floats x) {
-        const Words bits = (Words)x & 0x7fffffffu, sign = (Words)x >> 16 & 0x8000;
+        const Words sign = (Words)x >> 16 & 0x8000;
+        const Integers bits = (Integers)x & 0x7fffffff;
         // The carry of rounding goes on into the exponent, as it must.
-        const Words normal = (bits - ((127 - 15) << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+        const Integers normal = (bits - ((127 - 15) << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
         // Adding 0.5 leaves no more bits below it than a subnormal half has: float32's own rounding is the half's.
-        const Words subnormal = (Words)((Floats)bits + 0.5f) - (126u << 23);
-        const Words special = bits > (255u << 23) ? bits >> 13 | 0x7e00 : Words{} + 0x7c00;
-        const Words finite = bits < ((127u - 14) << 23) ? subnormal : normal;
-        return sign | (bits < ((127u + 16) << 23) ? finite : special & 0x7fff);
+        const Integers subnormal = (Integers)((Floats)bits + 0.5f) - (126 << 23);
+        const Integers special = 0x7c00 | (0x0200 & (bits > (255 << 23)));
+        const Integers finite = bits < ((127 - 14) << 23) ? subnormal : normal;
+        return sign | (Words)(bits < ((127 + 16) << 23) ? finite : special);
     }
 };
 
@@ -220,48 +227,34 @@ struct PairProduct {
 };
 
 #if defined(__F16C__)
-// As vectors of halves, a lower and an upper part of a register each.
+// A register of floats, half a register of halves.
 struct ConvertedHalves {
-    using Vector = Halves;
 #if defined(__AVX512F__)
-    using Part = __m256i;
+    using Vector = __m256i;
     // The plain forms start from an undefined register, of which GCC warns.
-    static Floats widened(Part x) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, x); }
-    static Part narrowed(Floats x) { return _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+    static Floats widened(Vector x) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, x); }
+    static Vector narrowed(Floats x) { return _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 #else
-    using Part = __m128i;
-    static Floats widened(Part x) { return (Floats)_mm256_cvtph_ps(x); }
-    static Part narrowed(Floats x) { return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+    using Vector = __m128i;
+    static Floats widened(Vector x) { return (Floats)_mm256_cvtph_ps(x); }
+    static Vector narrowed(Floats x) { return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 #endif
-    struct Parts {
-        Part lower, upper;
-    };
-
-    static Parts split(Vector x) {
-        Parts parts;
-        __builtin_memcpy(&parts, &x, sizeof x);
-        return parts;
-    }
-    static Vector join(Floats lower, Floats upper) {
-        const Parts parts = {narrowed(lower), narrowed(upper)};
-        Vector x;
-        __builtin_memcpy(&x, &parts, sizeof x);
-        return x;
-    }
 };
+#elif defined(__aarch64__)
+struct ConvertedHalves {
+    typedef std::uint16_t Vector __attribute__((vector_size(8)));
+    static Floats widened(Vector x) { return (Floats)vcvt_f32_f16((float16x4_t)x); }
+    static Vector narrowed(Floats x) { return (Vector)vcvt_f16_f32((float32x4_t)x); }
+};
+#endif
 
+#if defined(__F16C__) || defined(__aarch64__)
 struct HalfSum : ConvertedHalves {
-    static Vector apply(Vector a, Vector b) {
-        const Parts p = split(a), q = split(b);
-        return join(widened(p.lower) + widened(q.lower), widened(p.upper) + widened(q.upper));
-    }
+    static Vector apply(Vector a, Vector b) { return narrowed(widened(a) + widened(b)); }
 };
 
 struct HalfProduct : ConvertedHalves {
-    static Vector apply(Vector a, Vector b) {
-        const Parts p = split(a), q = split(b);
-        return join(widened(p.lower) * widened(q.lower), widened(p.upper) * widened(q.upper));
-    }
+    static Vector apply(Vector a, Vector b) { return narrowed(widened(a) * widened(b)); }
 };
 #else
 using HalfSum = PairSum<Float16>;
@@ -270,29 +263,44 @@ using HalfProduct = PairProduct<Float16>;
 
 // The same for all: bytes in, bytes out.
 
+// At any address, over any type. (GCC copies 16 bytes by way of general registers where memcpy says so.)
+template <class Vector>
+struct [[gnu::packed, gnu::may_alias]] Anywhere {
+    Vector value;
+};
+
 template <class Vector>
 inline Vector load(const void* from, std::size_t offset) {
-    Vector value;
-    __builtin_memcpy(&value, static_cast<const char*>(from) + offset, sizeof value);
-    return value;
+    return reinterpret_cast<const Anywhere<Vector>*>(static_cast<const char*>(from) + offset)->value;
 }
 
 template <class Vector>
 inline void store(void* to, std::size_t offset, Vector value) {
-    __builtin_memcpy(static_cast<char*>(to) + offset, &value, sizeof value);
+    reinterpret_cast<Anywhere<Vector>*>(static_cast<char*>(to) + offset)->value = value;
 }
 
-// n <= 2 * most - 1 bytes.
-template <std::size_t most>
-inline void copy_few(char* to, const char* from, std::size_t n) {
-    if (n & most) {
-        __builtin_memcpy(to, from, most);
-        to += most;
-        from += most;
-    }
-    if constexpr (most > 1) {
-        copy_few<most / 2>(to, from, n);
-    }
+// One value of size bytes alone, in a vector that is zero but for it.
+template <std::size_t size>
+using Bits = std::conditional_t<
+    size == 1, std::uint8_t,
+    std::conditional_t<size == 2, std::uint16_t,
+                       std::conditional_t<size == 4, std::uint32_t,
+                                          std::conditional_t<size == 8, std::uint64_t, unsigned __int128>>>>;
+
+template <class Vector, std::size_t size>
+struct Lanes {
+    typedef Bits<size> type __attribute__((vector_size(sizeof(Vector))));
+};
+
+template <class Vector, std::size_t size>
+inline Vector load_one(const void* from, std::size_t offset) {
+    const typename Lanes<Vector, size>::type lanes = {load<Bits<size>>(from, offset)};
+    return (Vector)lanes;
+}
+
+template <class Vector, std::size_t size>
+inline void store_one(void* to, std::size_t offset, Vector value) {
+    store(to, offset, ((typename Lanes<Vector, size>::type)value)[0]);
 }
 
 // As many whole blocks as there are; returns their bytes. inputs and outputs are constants where the caller's are: then
@@ -324,7 +332,7 @@ template <class Operation>
 }
 
 // From byte i on, less than a block.
-template <class Operation>
+template <class Operation, std::size_t size>
 [[gnu::always_inline]] inline void reduce_rest(std::size_t i, std::size_t nbytes, std::size_t inputs,
                                                const void* const* in, std::size_t outputs, void* const* out) {
     using Vector = typename Operation::Vector;
@@ -338,17 +346,15 @@ template <class Operation>
             store(out[k], i, a);
         }
     }
-    if (const std::size_t rest = nbytes - i) {
-        char few[step] = {};
-        copy_few<step / 2>(few, static_cast<const char*>(in[0]) + i, rest);
-        Vector a = load<Vector>(few, 0);
-        for (std::size_t k = 1; k < inputs; ++k) {
-            copy_few<step / 2>(few, static_cast<const char*>(in[k]) + i, rest);
-            a = Operation::apply(a, load<Vector>(few, 0));
-        }
-        store(few, 0, a);
-        for (std::size_t k = 0; k < outputs; ++k) {
-            copy_few<step / 2>(static_cast<char*>(out[k]) + i, few, rest);
+    if constexpr (size < step) {
+        for (; i < nbytes; i += size) {
+            Vector a = load_one<Vector, size>(in[0], i);
+            for (std::size_t k = 1; k < inputs; ++k) {
+                a = Operation::apply(a, load_one<Vector, size>(in[k], i));
+            }
+            for (std::size_t k = 0; k < outputs; ++k) {
+                store_one<Vector, size>(out[k], i, a);
+            }
         }
     }
 }
@@ -361,6 +367,33 @@ void copy_bytes(std::size_t nbytes, const void* in, std::size_t outputs, void* c
     }
 }
 
+// Beyond some streams through memory at once the processor prefetches none of them.
+constexpr std::size_t most_streams = 16, group = 8;
+
+// The same reduction, of a few inputs at a time into a block that stays in the cache.
+void reduce_in_groups(Reduce reduce_few, std::size_t size, std::size_t nbytes, std::size_t inputs,
+                      const void* const* in, std::size_t outputs, void* const* out) {
+    alignas(64) char block[4096];
+    void* const target = block;
+    const void* sources[group];
+    for (std::size_t i = 0, length; i < nbytes; i += length) {
+        length = nbytes - i < sizeof block ? nbytes - i : sizeof block;
+        for (std::size_t k = 0; k < inputs;) {
+            std::size_t count = 0;
+            if (k > 0) {
+                sources[count++] = block;
+            }
+            while (count < group && k < inputs) {
+                sources[count++] = static_cast<const char*>(in[k++]) + i;
+            }
+            reduce_few(length / size, count, sources, 1, &target);
+        }
+        for (std::size_t k = 0; k < outputs; ++k) {
+            __builtin_memcpy(static_cast<char*>(out[k]) + i, block, length);
+        }
+    }
+}
+
 template <class Operation, std::size_t size>
 void reduce(std::size_t n, std::size_t inputs, const void* const* in, std::size_t outputs,
             void* const* out) noexcept {
@@ -368,10 +401,14 @@ void reduce(std::size_t n, std::size_t inputs, const void* const* in, std::size_
     if (nbytes == 0) {
         return;
     }
-    std::size_t done;
     if (inputs == 1) {
         return copy_bytes(nbytes, in[0], outputs, out);
-    } else if (inputs == 2 && outputs == 2) {
+    }
+    if (inputs > most_streams || outputs > most_streams) {
+        return reduce_in_groups(reduce<Operation, size>, size, nbytes, inputs, in, outputs, out);
+    }
+    std::size_t done;
+    if (inputs == 2 && outputs == 2) {
         const void* const sources[] = {in[0], in[1]};
         void* const targets[] = {out[0], out[1]};
         done = reduce_blocks<Operation>(nbytes, 2, sources, 2, targets);
@@ -382,7 +419,7 @@ void reduce(std::size_t n, std::size_t inputs, const void* const* in, std::size_
     } else {
         done = reduce_blocks<Operation>(nbytes, inputs, in, outputs, out);
     }
-    reduce_rest<Operation>(done, nbytes, inputs, in, outputs, out);
+    reduce_rest<Operation, size>(done, nbytes, inputs, in, outputs, out);
 }
 
 // Of integers, signed or not.

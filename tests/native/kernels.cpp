@@ -19,10 +19,14 @@ const char* const op_names[op_count] = {"sum", "prod", "max", "min", "land", "lo
 const char* const type_names[type_count] = {"b8",  "i8",  "i16",  "i32", "i64", "u8",         "u16", "u32",  "u64",
                                             "f16", "bf16", "f32", "f64", "longdouble", "c64", "c128", "clongdouble"};
 
+void fail(const std::string& message) {
+    std::fprintf(stderr, "%s\n", message.c_str());
+    std::exit(1);
+}
+
 void check(bool ok, const std::string& message) {
     if (!ok) {
-        std::fprintf(stderr, "%s\n", message.c_str());
-        std::exit(1);
+        fail(message);
     }
 }
 
@@ -228,12 +232,9 @@ public:
     char* data() { return bytes_.data() + offset_; }
 
     bool guards_intact() const {
-        for (std::size_t i = 0; i < bytes_.size(); ++i) {
-            if ((i < offset_ || i >= offset_ + nbytes_) && bytes_[i] != guard) {
-                return false;
-            }
-        }
-        return true;
+        static const std::string guards(256, guard);
+        return bytes_.empty() || (std::memcmp(bytes_.data(), guards.data(), offset_) == 0 &&
+                                  std::memcmp(bytes_.data() + offset_ + nbytes_, guards.data(), after) == 0);
     }
 
 private:
@@ -242,7 +243,7 @@ private:
     std::vector<char> bytes_;
 };
 
-constexpr std::size_t most = 5;  // inputs, and outputs
+constexpr std::size_t most = 19;  // inputs, and outputs
 enum class Outputs { apart, first_inputs, last_input };
 
 template <class T>
@@ -283,31 +284,40 @@ public:
 
         kernel_(n, inputs, in, outputs, out);
 
-        const std::string name = name_ + ": " + std::to_string(n) + " values at " + std::to_string(offset) + ", " +
-                                 std::to_string(inputs) + " inputs, " + std::to_string(outputs) + " outputs";
+        const auto require = [&](bool ok, const char* what) {
+            if (!ok) {
+                fail(name_ + ": " + std::to_string(n) + " values at " + std::to_string(offset) + ", " +
+                     std::to_string(inputs) + " inputs, " + std::to_string(outputs) + " outputs: " + what);
+            }
+        };
         for (std::size_t k = 0; k < outputs; ++k) {
-            compare(name, static_cast<const char*>(out[k]), n, expected_[inputs - 1]);
+            require(is_expected(static_cast<const char*>(out[k]), n, expected_[inputs - 1]), "wrong result");
         }
         for (std::size_t k = 0; k < inputs; ++k) {
-            check(written[k] || n == 0 || std::memcmp(in[k], inputs_[k].data(), n * sizeof(T)) == 0,
-                  name + ": an input changed");
-            check(sources[k].guards_intact(), name + ": wrote beside an input");
+            require(written[k] || n == 0 || std::memcmp(in[k], inputs_[k].data(), n * sizeof(T)) == 0,
+                    "an input changed");
+            require(sources[k].guards_intact(), "wrote beside an input");
         }
         for (const Buffer& target : targets) {
-            check(target.guards_intact(), name + ": wrote beside an output");
+            require(target.guards_intact(), "wrote beside an output");
         }
     }
 
 private:
-    void compare(const std::string& name, const char* got, std::size_t n, const std::vector<T>& expected) const {
+    bool is_expected(const char* got, std::size_t n, const std::vector<T>& expected) const {
+        if (n == 0 || std::memcmp(got, expected.data(), n * sizeof(T)) == 0) {
+            return true;
+        }
         for (std::size_t i = 0; i < n; ++i) {
             T value;
             std::memcpy(&value, got + i * sizeof(T), sizeof(T));
             if (!same(op_, value, expected[i])) {
-                check(false, name + ": wrong at " + std::to_string(i) + ": got " + hex(value) + ", expected " +
-                                 hex(expected[i]));
+                std::fprintf(stderr, "value %zu: got %s, expected %s\n", i, hex(value).c_str(),
+                             hex(expected[i]).c_str());
+                return false;
             }
         }
+        return true;
     }
 
     static std::string hex(const T& value) {
@@ -347,9 +357,9 @@ void test_pair(Op op, Type type, const std::vector<std::string_view>& sets) {
     for (const std::string_view set : sets) {
         const Pair<T> pair(op, type, set, inputs, expected);
         for (const std::size_t n : {0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127}) {
-            for (std::size_t count = 0; count < most * most; ++count) {
-                for (const Outputs where : {Outputs::apart, Outputs::first_inputs, Outputs::last_input}) {
-                    pair.run(n, 1 + count / most, 1 + count % most, where, count);
+            for (const Outputs where : {Outputs::apart, Outputs::first_inputs, Outputs::last_input}) {
+                for (std::size_t count = 0; count < 25; ++count) {
+                    pair.run(n, 1 + count / 5, 1 + count % 5, where, count);
                 }
             }
         }
@@ -361,6 +371,10 @@ void test_pair(Op op, Type type, const std::vector<std::string_view>& sets) {
             pair.run(n, 3, 1, Outputs::apart, 3);
             pair.run(n, 4, 4, Outputs::first_inputs, 32);
             pair.run(n, 5, 2, Outputs::last_input, 7);
+            pair.run(n, 16, 16, Outputs::first_inputs, 4);
+            pair.run(n, 17, 17, Outputs::first_inputs, 5);
+            pair.run(n, 19, 1, Outputs::last_input, 6);
+            pair.run(n, 2, 17, Outputs::apart, 8);
         }
         for (std::size_t offset = 0; offset <= 64; ++offset) {
             pair.run(67, 2, 1, Outputs::last_input, offset);
@@ -438,10 +452,11 @@ void test_all_values(Type type, Format format, const std::vector<std::string_vie
                 void* const out[] = {got.data()};
                 reduce_kernel(op, type, set)(n, 2, in, 1, out);
                 for (std::size_t i = 0; i < n; ++i) {
-                    check(same(op, got[i], expected[i]),
-                          std::string(op_names[static_cast<int>(op)]) + " of " + type_names[static_cast<int>(type)] +
-                              ", " + std::string(set) + ": wrong for " + std::to_string(i) + " and " +
-                              std::to_string(fixed));
+                    if (got[i].bits != expected[i].bits && !same(op, got[i], expected[i])) {
+                        fail(std::string(op_names[static_cast<int>(op)]) + " of " +
+                             type_names[static_cast<int>(type)] + ", " + std::string(set) + ": wrong for " +
+                             std::to_string(i) + " and " + std::to_string(fixed));
+                    }
                 }
             }
         }
