@@ -1,27 +1,32 @@
 """Before ranks exchange anything, they find out whether they all mean the same thing.
 
-One library AllReduce of a few integers carries a hash of what this rank asks for, whether its arguments are bad, and
-whether it needs the library's own call. On any difference a second exchange, in words, lets every rank raise an error
-that names the ranks that differ. What is new to one rank may be known to another, so every call does this.
+A hash of what this rank asks for, whether its arguments are bad, and whether it needs the library's own call are left
+in the node's shared memory where all ranks share it, and go through one library AllReduce of a few integers elsewhere.
+On any difference a second exchange, in words, lets every rank raise an error that names the ranks that differ. What is
+new to one rank may be known to another, so every call does this.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.errors import MismatchError, PeerError
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.extension import native
+from bitring.collectives.native_executor import run
+from bitring.collectives.shared import Shared
 
 _LIBRARY = 1
 _BAD = 2
 
 
-def _number(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+def _number(text: str, nbytes: int = 7) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=nbytes).digest(), "little")
 
 
 class Request:
@@ -47,22 +52,75 @@ class Request:
         """The request as the error message shows it."""
         return f"{self.function}({', '.join(f'{k}={v}' for k, v in self.terms.items())})"
 
+    @property
+    def kind(self) -> int:
+        """64 bits of it, but for its count, for the native engine; the upper half is the function's."""
+        kind = {name: value for name, value in self.terms.items() if name != "count"}
+        return _number(self.function, 4) << 32 | _number(str(kind), 4)
 
-def agree(comm: MPI.Intracomm, request: Request, progress: Progress) -> Steps:
+    @property
+    def signature(self) -> int:
+        """64 bits of it for the native engine."""
+        module = native()
+        signature: int = module.with_count(self.kind, self.terms.get("count", 0))
+        return signature
+
+
+class Verdict(NamedTuple):
+    """What the ranks' requests have in common, and whether any rank needs the library or has bad arguments."""
+
+    same: bool
+    same_function: bool
+    library: bool
+    bad: bool
+
+
+def verdict_of(native_verdict: Any) -> Verdict:
+    """The native engine's verdict."""
+    flags = native_verdict.flags
+    return Verdict(native_verdict.same, native_verdict.same_function, bool(flags & _LIBRARY), bool(flags & _BAD))
+
+
+def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress: Progress) -> Steps:
     """Raise on all ranks alike unless all ask for the same; sets ``request.library`` if any rank needs it.
 
-    A rank's own argument error is raised on that rank as it is, and as PeerError on the others. Ranks that name
-    different functions, or different terms while none needs the library's call, get MismatchError.
+    ``shared``: what all ranks of ``comm`` share; None where some do not. A rank's own argument error is raised on that
+    rank as it is, and as PeerError on the others. Ranks that name different functions, or different terms while none
+    needs the library's call, get MismatchError.
     """
-    function, terms = _number(request.function), _number(request.words())
-    flags = (_LIBRARY if request.library else 0) | (_BAD if request.error else 0)
-    mine = np.array([function, ~function, terms, ~terms, flags & _LIBRARY, flags & _BAD], np.int64)
-    most = np.empty_like(mine)
-    yield from wait_for(comm.Iallreduce(mine, most, MPI.MAX), progress)
-    same_function = most[0] == ~most[1]
-    same_terms = most[2] == ~most[3]
-    request.library = bool(most[4])
-    if same_function and not most[5] and (same_terms or request.library):
+    if shared is None:
+        check = Check(comm, request)
+        yield from wait_for(check.request, progress)
+        verdict = check.verdict
+    else:
+        module = native()
+        flags = (_LIBRARY if request.library else 0) | (_BAD if request.error else 0)
+        operation = module.Agreement(shared.node, request.signature, 0, flags)
+        yield from run(operation, progress)
+        verdict = verdict_of(operation.verdict)
+    conclude(comm, request, verdict, progress)
+
+
+class Check:
+    """The exchange of hashes through the library, under way; ``verdict`` is there when ``request`` is complete."""
+
+    def __init__(self, comm: MPI.Intracomm, request: Request) -> None:
+        function, terms = _number(request.function), _number(request.words())
+        mine = np.array([function, ~function, terms, ~terms, request.library, request.error is not None], np.int64)
+        self._most = np.empty_like(mine)
+        self.request = comm.Iallreduce(mine, self._most, MPI.MAX)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What all ranks' hashes say."""
+        most = self._most
+        return Verdict(bool(most[2] == ~most[3]), bool(most[0] == ~most[1]), bool(most[4]), bool(most[5]))
+
+
+def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: Progress) -> None:
+    """What ``agree`` does when the verdict is there, which is the same on all ranks."""
+    request.library = verdict.library
+    if verdict.same_function and not verdict.bad and (verdict.same or verdict.library):
         return
     progress.moves += 1
     error = "" if request.error is None else f"{type(request.error).__name__}: {request.error}"
@@ -72,7 +130,7 @@ def agree(comm: MPI.Intracomm, request: Request, progress: Progress) -> Steps:
     if request.error is not None:
         raise request.error
     bad = [(r, text) for r, (_, _, text) in enumerate(everyone) if text]
-    if bad and same_function:
+    if bad and verdict.same_function:
         raise PeerError(f"{request.function}: rank {bad[0][0]} could not take part: {bad[0][1]}")
     raise MismatchError(_difference(everyone))
 

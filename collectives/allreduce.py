@@ -27,6 +27,7 @@ def allreduce(
     with one rank's arguments (TypeError, ValueError; PeerError on the others).
     """
     state = state_of(MPI.COMM_WORLD if comm is None else comm)
+    state.prepare("allreduce")
     results: list[tuple[Array, Array]] = []
 
     def read(call: Call) -> None:
@@ -53,7 +54,7 @@ def allreduce(
         results.append((result, flat))
 
     call = Call("allreduce", "allreduce", algorithm).read(read)
-    state.lane.submit(lambda progress: call.steps(state, progress), "allreduce").wait()
+    call.run_now(state)
     result, flat = results[0]
     if call.choice == "mpi":
         if call.before is not None:

@@ -6,22 +6,25 @@ there after, and the MPI library's own call for what bitring does not serve. The
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, agree
+from bitring.collectives.agreement import Request, agree, conclude, verdict_of
 from bitring.collectives.arrays import Array, bytes_of, device_of, xp_of
 from bitring.collectives.buffers import is_in_place, parse
-from bitring.collectives.executor import Progress, Steps, execute
-from bitring.collectives.operators import op_name, ufunc_name
-from bitring.collectives.plan import library_reduces, memory_name, transport_for
+from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.extension import known_dtypes, operation_number, type_number
+from bitring.collectives.native_executor import finish
+from bitring.collectives.operators import REDUCTIONS, op_name, ufunc_name
+from bitring.collectives.plan import HOST, library_reduces, memory_name
+from bitring.collectives.runner import Runner, make_runner
 from bitring.collectives.selection import check_name, choose
 from bitring.collectives.state import State
-from bitring.collectives.transport import Transport
 
-_CACHED_TRANSPORTS = 16
+_CACHED_RUNNERS = 16
 _CACHED_SCRATCH_NBYTES = 64 << 20
 """What a communicator keeps for calls without a plan, the last used ones; the very last is kept whatever its size."""
 
@@ -45,6 +48,7 @@ class Call:
         self.own = True
         self.library = True
         self.choice = ""
+        self.runner: Runner | None = None
 
     def read(self, reader: Callable[[Call], None]) -> Call:
         """Let ``reader`` fill the call in; its complaint is kept for the agreement, so that all ranks raise."""
@@ -61,49 +65,100 @@ class Call:
         self.work = work
         self.request.terms = {**terms, "algorithm": self.algorithm, "memory": memory_name(work)}
 
-    def settle(self, state: State, progress: Progress) -> Steps:
-        """Agree with all ranks and choose the algorithm; ``"mpi"`` is the library's own call."""
+    def settle(self, state: State, progress: Progress, blocking: bool = True) -> Steps:
+        """Agree with all ranks and choose the algorithm; ``"mpi"`` is the library's own call.
+
+        ``blocking``: this rank does nothing else meanwhile, and may take part in setting up what runs it.
+        """
         if state.size > 1:
-            yield from agree(state.comm, self.request, progress)
+            yield from agree(state.comm, state.common, self.request, progress)
         elif self.request.error is not None:
             raise self.request.error
+        self._choose(state, blocking)
+
+    def settle_arrived(self, state: State, operation: Any, progress: Progress) -> Steps:
+        """As ``settle``, for a rank that has arrived by ``operation`` already, which may do all that is to be done."""
+        yield from finish(operation, progress)
+        if not operation.disagrees:
+            self.choice = ""
+            return
+        conclude(state.comm, self.request, verdict_of(operation.verdict), progress)
+        self._choose(state, blocking=True)
+
+    def _choose(self, state: State, blocking: bool) -> None:
         if self.request.library or self.work is None:
             self.choice = "mpi"
         else:
             self.choice = choose(
-                self.collective, self.algorithm, self.work.nbytes, state.size, self.own, self.library
+                self.collective,
+                self.algorithm,
+                self.work.nbytes,
+                state.topology,
+                self.own,
+                self.library,
+                device_of(self.work) is None,
+                blocking,
             ).name
 
-    def transport(self, state: State, channel: int, persistent: bool) -> Transport:
-        """A new transport for the chosen algorithm, bound to the call's buffer."""
-        assert self.work is not None
-        return transport_for(state, self.collective, self.choice, self.work, self.op, self.root, channel, persistent)
+    def take_runner(self, state: State) -> None:
+        """Have what runs the chosen algorithm on the call's buffer: one kept from an earlier call, or a new one.
 
-    def run(self, state: State, transport: Transport, progress: Progress) -> Steps:
-        """Run the chosen schedule, with the copies before and after it."""
+        Collective for algorithms that need setting up; none is left to be had for ``"mpi"``.
+        """
+        work = self.work
+        if self.choice in ("", "mpi") or work is None:
+            return
+        self._key = (self.collective, self.choice, work.size, work.dtype, op_name(self.op), self.root, type(work))
+        idle: list[Runner] = state.cache.pop(self._key, [])
+        self._idle = idle
+        if idle:
+            self.runner = idle.pop()
+            self.runner.bind(work)
+        else:
+            self.runner = make_runner(state, self.collective, self.choice, work, self.op, self.root)
+
+    def run(self, state: State, progress: Progress) -> Steps:
+        """Run the chosen algorithm, with the copies before and after it."""
         if self.before is not None:
             self.before()
-        if state.size > 1:
-            yield from execute(transport, progress)
+        if state.size > 1 and self.runner is not None:
+            yield from self.runner.steps(progress)
         if self.after is not None:
             self.after()
 
     def steps(self, state: State, progress: Progress) -> Steps:
-        """All of a call without a plan but the library's own call, if that was the choice."""
-        yield from self.settle(state, progress)
-        work = self.work
-        if self.choice == "mpi" or work is None:
+        """What follows ``settle`` and ``take_runner``, but for the library's own call, if that was the choice."""
+        if self.runner is None:
             return
-        key = (self.collective, self.choice, work.size, work.dtype, op_name(self.op), self.root, type(work))
-        idle: list[Transport] = state.cache.pop(key, [])
-        transport = idle.pop() if idle else self.transport(state, channel=0, persistent=False)
-        transport.bind(work)
-        yield from self.run(state, transport, progress)
-        transport.unbind()
-        state.cache[key] = [*idle, transport]  # the key used last is dropped last
+        yield from self.run(state, progress)
+        self.runner.unbind()
+        state.cache[self._key] = [*self._idle, self.runner]  # the key used last is dropped last
         scratch = sum(kept.scratch_nbytes for kept_alike in state.cache.values() for kept in kept_alike)
-        while len(state.cache) > 1 and (len(state.cache) > _CACHED_TRANSPORTS or scratch > _CACHED_SCRATCH_NBYTES):
+        while len(state.cache) > 1 and (len(state.cache) > _CACHED_RUNNERS or scratch > _CACHED_SCRATCH_NBYTES):
             scratch -= sum(kept.scratch_nbytes for kept in state.cache.pop(next(iter(state.cache))))
+
+    def run_now(self, state: State, arrival: Any = None) -> bool:
+        """Run the call in this thread. Whether the library's own call is still to be made, outside the engine.
+
+        ``arrival``: the operation by which this rank has come to it already.
+        """
+
+        def settle(progress: Progress) -> Steps:
+            if arrival is None:
+                return self.settle(state, progress)
+            return self.settle_arrived(state, arrival, progress)
+
+        state.lane.submit(settle, self.request.function).wait()
+        self.take_runner(state)
+        if self.runner is not None:
+            state.lane.submit(lambda progress: self.steps(state, progress), self.request.function).wait()
+        return self.choice == "mpi"
+
+    def whole(self, state: State, progress: Progress) -> Steps:
+        """All of a call that does not block its caller."""
+        yield from self.settle(state, progress, blocking=False)
+        self.take_runner(state)
+        yield from self.steps(state, progress)
 
 
 def _copy_to(target: Array, source: Array) -> Callable[[], None]:
@@ -237,3 +292,23 @@ def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
 def _check_root(state: State, function: str, root: int) -> None:
     if not 0 <= root < state.size:
         raise ValueError(f"{function}: root must be a rank from 0 to {state.size - 1}; got {root}")
+
+
+def direct_of(state: State) -> Any:
+    """The native way of ``Communicator.Allreduce``, for arrays and operations that it knows; None where it would lose.
+
+    Ranks that take it agree, in their arrival, with ranks whose arguments it declines.
+    """
+    shared = state.common
+    if shared is None:
+        return None
+    if not shared.direct_serves:
+        shared.direct_serves = True
+        shared.direct.limit(0, 1 << 62)
+        for op, dtype in itertools.product(REDUCTIONS, known_dtypes()):
+            ufunc = ufunc_name(op, dtype)
+            if ufunc is not None:
+                terms = {"dtype": dtype, "count": 0, "op": op_name(op), "algorithm": "auto", "memory": HOST}
+                kind = Request("Allreduce", terms).kind
+                shared.direct.serve(op, operation_number(ufunc), type_number(dtype), kind)
+    return shared.direct

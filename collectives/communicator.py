@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 from typing_extensions import Self
 
-from bitring.collectives.agreement import wait_for
+from bitring.collectives.agreement import Request, wait_for
 from bitring.collectives.calls import (
-    Call,
     allgather_call,
     allreduce_call,
     bcast_call,
+    direct_of,
     reduce_call,
     reduce_scatter_block_call,
 )
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
+from bitring.collectives.runner import make_runner
 from bitring.collectives.selection import check_name
-from bitring.collectives.state import state_of
+from bitring.collectives.state import State, state_of
+
+
+def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    if any(not isinstance(length, (int, np.integer)) or length < 0 for length in shape):
+        raise ValueError(f"empty: shape must be made of whole numbers from 0 on; got {shape}")
+    if dtype.hasobject:
+        raise TypeError(f"empty: dtype must be of plain values; got {dtype}")
+    return int(math.prod(shape)) * dtype.itemsize
 
 
 class Communicator(MPI.Intracomm):
@@ -35,6 +47,7 @@ class Communicator(MPI.Intracomm):
     """
 
     _algorithm = "auto"
+    _direct: Any = None  # the native way of Allreduce, when there is one
 
     def __new__(cls, comm: MPI.Comm | None = None, algorithm: str = "auto") -> Self:
         """Raise ValueError for an unknown algorithm, TypeError for anything but an intracommunicator."""
@@ -86,15 +99,50 @@ class Communicator(MPI.Intracomm):
         derived: Self = self._derived(super().Create_group(group, tag))
         return derived
 
-    def _run(self, call: Call) -> bool:
-        """Run the call in this thread. Whether the library's own call is still to be made, outside the engine."""
+    def _prepared(self, function: str) -> State:
+        """The communicator's state, when all ranks have found out where they are. Collective."""
         state = state_of(self)
-        state.lane.submit(lambda progress: call.steps(state, progress), call.request.function).wait()
-        return call.choice == "mpi"
+        state.prepare(function)
+        return state
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
+        """A new NumPy array in memory that the ranks of this node share, so that they reduce it in place. Collective.
+
+        ``shape`` and ``dtype`` must be alike on all ranks, whose arrays are their own all the same: each rank gets
+        one. The values are undefined. Where no memory can be shared it is an ordinary array, and the log says why.
+        Raises TypeError or ValueError for what NumPy cannot make an array of, MismatchError where ranks differ.
+        """
+        state = self._prepared("empty")
+        request = Request("empty")
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = 0
+        try:
+            dtype = np.dtype(dtype)
+            nbytes = _nbytes(shape, dtype)
+            request.terms = {"shape": shape, "dtype": dtype}
+        except (TypeError, ValueError) as error:
+            request.error = error
+        run_agreement(state, request)
+        if state.shared is not None:
+            part = state.shared.new_part(state.node.comm, nbytes)
+            if part is not None:
+                return np.asarray(part)[:nbytes].view(dtype).reshape(shape)
+        return np.empty(shape, dtype)
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; every rank gets the same bits in ``recvbuf``."""
-        if self._run(allreduce_call(state_of(self), "Allreduce", sendbuf, recvbuf, op, self._algorithm)):
+        direct, arrival = self._direct, None
+        if direct is not None:
+            outcome = direct.allreduce(sendbuf, recvbuf, op)
+            if outcome == 0:
+                return
+            if outcome > 1:
+                arrival = direct.operation
+        state = self._prepared("Allreduce")
+        if direct is None and self._algorithm == "auto":
+            self._direct = direct_of(state)
+        call = allreduce_call(state, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
+        if call.run_now(state, arrival):
             super().Allreduce(sendbuf, recvbuf, op)
 
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> MPI.Request:
@@ -103,7 +151,7 @@ class Communicator(MPI.Intracomm):
         call = allreduce_call(state, "Iallreduce", sendbuf, recvbuf, op, self._algorithm)
 
         def steps(progress: Progress) -> Steps:
-            yield from call.steps(state, progress)
+            yield from call.whole(state, progress)
             if call.choice == "mpi":
                 yield from wait_for(state.comm.Iallreduce(sendbuf, recvbuf, op), progress)
 
@@ -116,35 +164,42 @@ class Communicator(MPI.Intracomm):
 
         Start each request by itself: ``MPI.Prequest.Startall`` does not reach bitring.
         """
-        state = state_of(self)
+        state = self._prepared("Allreduce_init")
         call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
         state.lane.submit(lambda progress: call.settle(state, progress), "Allreduce_init").wait()
-        transport = None if call.choice == "mpi" else call.transport(state, state.new_channel(), persistent=True)
+        runner = None
+        if call.choice != "mpi" and call.work is not None:
+            runner = make_runner(state, "allreduce", call.choice, call.work, op, number=state.new_plan())
+            call.runner = runner
 
         def steps(progress: Progress) -> Steps:
-            if transport is None:
+            if runner is None:
                 yield from wait_for(state.comm.Iallreduce(sendbuf, recvbuf, op), progress)
             else:
-                yield from call.run(state, transport, progress)
+                yield from call.run(state, progress)
 
-        return PersistentRequest(state, steps, "Allreduce_init", transport)
+        return PersistentRequest(state, steps, "Allreduce_init", runner)
 
     def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
         """Reduce over all ranks into ``recvbuf`` of rank ``root``."""
-        if self._run(reduce_call(state_of(self), sendbuf, recvbuf, op, root, self._algorithm)):
+        state = self._prepared("Reduce")
+        if reduce_call(state, sendbuf, recvbuf, op, root, self._algorithm).run_now(state):
             super().Reduce(sendbuf, recvbuf, op, root)
 
     def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; rank r gets block r."""
-        if self._run(reduce_scatter_block_call(state_of(self), sendbuf, recvbuf, op, self._algorithm)):
+        state = self._prepared("Reduce_scatter_block")
+        if reduce_scatter_block_call(state, sendbuf, recvbuf, op, self._algorithm).run_now(state):
             super().Reduce_scatter_block(sendbuf, recvbuf, op)
 
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
         """Gather every rank's ``sendbuf`` in ``recvbuf`` of every rank, in rank order."""
-        if self._run(allgather_call(state_of(self), sendbuf, recvbuf, self._algorithm)):
+        state = self._prepared("Allgather")
+        if allgather_call(state, sendbuf, recvbuf, self._algorithm).run_now(state):
             super().Allgather(sendbuf, recvbuf)
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         """Copy rank ``root``'s ``buf`` to every rank's."""
-        if self._run(bcast_call(state_of(self), buf, root, self._algorithm)):
+        state = self._prepared("Bcast")
+        if bcast_call(state, buf, root, self._algorithm).run_now(state):
             super().Bcast(buf, root)

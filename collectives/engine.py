@@ -12,22 +12,34 @@ import atexit
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.arrays import surroundings
+from bitring.collectives.errors import PeerError
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.extension import native
+from bitring.collectives.presence import leave
+from bitring.collectives.shared import Shared
 from bitring.collectives.transport import NOTE_TAG
 
 logger = logging.getLogger("bitring")
 
 SILENCE_SECONDS = 60.0
 """A wait without any progress for so long is worth one warning."""
+
+_LOOK_SECONDS = 0.25
+"""A wait of this length is worth a look whether the ranks of this node are still there."""
+
+_DRIVE_SECONDS = 0.05
+"""A native operation that has not moved for so long gives the engine a chance to look around."""
 
 _GRACE_SECONDS = 2.0
 _SPINS = 200
@@ -48,6 +60,43 @@ class Lane:
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
         self.wreck: Job | None = None  # cut short: the library may still write to its memory
+        self._shared: Shared | None = None
+        self.idle = False
+
+    @property
+    def shared(self) -> Shared | None:
+        """What the communicator's ranks on this node share."""
+        return self._shared
+
+    @shared.setter
+    def shared(self, shared: Shared) -> None:
+        self._shared = shared
+        self.rest()
+
+    def rest(self) -> None:
+        """Note whether there is nothing to do, so that a native operation may be run past the engine: ``idle``."""
+        self.idle = not (self.jobs or self.broken or self._made is not None)
+        if self._shared is not None:
+            self._shared.direct.busy = 0 if self.idle else 1
+
+    def breaks(self, why: str, wreck: Job | None = None) -> None:
+        """Refuse every further job."""
+        self.broken, self.wreck = why, wreck
+        self.rest()
+
+    def close(self) -> None:
+        """The communicator is freed."""
+        self.drain_notes()
+        self.breaks("it was freed")
+        self.comm.Free()
+
+    def drain(self, what: str) -> None:
+        """Wait until the jobs submitted so far are over, and the communicator is there."""
+
+        def nothing(progress: Progress) -> Steps:
+            yield from ()
+
+        self.submit(nothing, what).wait()
 
     def submit(self, steps: Callable[[Progress], Steps], what: str, on_done: Callable[[], None] | None = None) -> Job:
         """Queue a job; it begins when the progress thread or a waiting caller comes to it.
@@ -60,6 +109,7 @@ class Lane:
         self.count += 1
         job = Job(self, steps, what, self.count, on_done)
         engine.enqueue(job)
+        self.rest()
         return job
 
     def run(self, steps: Callable[[Progress], Steps], progress: Progress) -> Steps:
@@ -128,29 +178,50 @@ class Job:
         self._surroundings = surroundings()
         self._seen = (-1, 0.0)  # moves, and when they were first counted
         self._warned = False
+        self._look_at = 0.0
+        self.operation: Any = None  # a native operation that it waits for
 
     def advance(self) -> bool:
         """Do what can be done now. Whether anything moved."""
+        if self.operation is not None and not self.operation.over:
+            self.operation.advance()
         try:
             if self._surroundings is None:
-                next(self._steps)
+                self.operation = next(self._steps)
             else:
                 with self._surroundings():
-                    next(self._steps)
+                    self.operation = next(self._steps)
         except StopIteration:
             self._end(None)
             return True
         except BaseException as error:
             self._end(error)
             return True
+        moves = self._progress.moves
+        if self.operation is not None:
+            moves += self.operation.moves
+            awaited = self.operation.awaited
+            self._progress.peers = frozenset((awaited,) if awaited >= 0 else ())
         now = time.monotonic()
-        if self._progress.moves != self._seen[0]:
-            self._seen = (self._progress.moves, now)
+        if moves != self._seen[0]:
+            self._seen = (moves, now)
             return True
         self._mind_silence(now - self._seen[1])
         return False
 
     def _mind_silence(self, seconds: float) -> None:
+        if seconds < _LOOK_SECONDS:
+            return
+        shared, now = self.lane.shared, time.monotonic()
+        if shared is not None and now > self._look_at:
+            self._look_at = now + _LOOK_SECONDS
+            gone = shared.gone(self._progress.peers, seconds)
+            if gone:
+                who = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {gone} are"
+                engine.bereaved = True
+                self.lane.breaks(f"{who} gone", self)
+                self._end(PeerError(f"{self.what}: {who} gone: the process has ended or left the job"))
+                return
         if seconds < min(SILENCE_SECONDS, _timeout()):
             return
         if not self._warned:
@@ -165,19 +236,21 @@ class Job:
             self._complaint = f"rank {self.lane.rank} has waited {seconds:.0f} s in {self.what}; {who}"
             logger.warning("%s", self._complaint)
         if seconds >= _timeout():
-            self.lane.broken, self.lane.wreck = f"{self.what} timed out", self
+            self.lane.breaks(f"{self.what} timed out", self)
             self._end(TimeoutError(f"{self._complaint} (BITRING_TIMEOUT={_timeout():g})"))
 
     def _end(self, error: BaseException | None) -> None:
         self.error = error
-        if error is not None and (
+        cut_short = error is not None and (
             self._progress.exchanging
             or isinstance(error, (MPI.Exception, MemoryError))
             or not isinstance(error, Exception)
-        ):
-            self.lane.broken, self.lane.wreck = f"{self.what} was cut short by {type(error).__name__}", self
-        self.done = True
+        )
+        if cut_short and not self.lane.broken:
+            self.lane.breaks(f"{self.what} was cut short by {type(error).__name__}", self)
         self.lane.jobs.popleft()
+        self.lane.rest()
+        self.done = True
         if self._on_done is not None:
             self._on_done()
 
@@ -215,6 +288,10 @@ class Engine:
         self._drivers = 0
         self._thread: threading.Thread | None = None
         self._stopped: str | None = None
+        self.bereaved = False  # a rank died: the MPI library's own end would wait for it
+        module = native()
+        self._native = module
+        self._wake_driver: Any = None if module is None else module.Wake()
 
     def check(self, what: str) -> None:
         """Raise RuntimeError when this process must not communicate any more."""
@@ -228,6 +305,12 @@ class Engine:
             job.lane.jobs.append(job)
             if job.lane not in self._lanes:
                 self._lanes.append(job.lane)
+        self._call_back()
+
+    def _call_back(self) -> None:
+        """Ask the thread that is inside native operations to look at the engine again."""
+        if self._wake_driver is not None:
+            self._wake_driver.set()
 
     def start_thread(self) -> bool:
         """See that started jobs run without anybody waiting. Whether they do: it needs MPI.THREAD_MULTIPLE."""
@@ -240,10 +323,16 @@ class Engine:
             self._wake.notify_all()
         return True
 
-    def _turn(self) -> bool:
-        """Advance the first job of every communicator. Whether anything moved."""
+    def _turn(self, gentle: bool) -> bool:
+        """Advance the first job of every communicator. Whether anything moved.
+
+        Where all that is left to do is native operations', this goes on with them until one is over, or for as long as
+        any moves. ``gentle``: without keeping a core busy that a training loop may want.
+        """
         moved = False
         with self._lock:
+            if self._wake_driver is not None:
+                self._wake_driver.clear()
             for lane in list(self._lanes):
                 if lane.jobs:
                     moved |= lane.jobs[0].advance()
@@ -251,16 +340,21 @@ class Engine:
                     with self._wake:
                         if not lane.jobs:
                             self._lanes.remove(lane)
+            operations = [lane.jobs[0].operation for lane in list(self._lanes) if lane.jobs]
+            if operations and self._native is not None and all(each is not None for each in operations):
+                self._native.drive(operations, self._wake_driver, _DRIVE_SECONDS, gentle)
+                moved = True
         return moved
 
     def drive(self, job: Job) -> None:
         """Run jobs in the calling thread until ``job`` is over."""
         with self._wake:
             self._drivers += 1
+        self._call_back()
         try:
             idle = 0
             while not job.done:
-                idle = 0 if self._turn() else idle + 1
+                idle = 0 if self._turn(gentle=False) else idle + 1
                 _rest(idle)
         finally:
             with self._wake:
@@ -285,7 +379,7 @@ class Engine:
                     idle = 0
                 if self._stopped:
                     return
-            idle = 0 if self._turn() else idle + 1
+            idle = 0 if self._turn(gentle=True) else idle + 1
             _rest(idle)
 
     def stop(self, why: str) -> None:
@@ -293,8 +387,14 @@ class Engine:
         with self._wake:
             self._stopped = why
             self._wake.notify_all()
+        self._call_back()
+        leave()
         if self._thread is not None:
             self._thread.join(timeout=5)
+        if self.bereaved and not MPI.Is_finalized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            MPI.COMM_WORLD.Abort(1)
 
     def disable_in_child(self) -> None:
         """A forked child shares the parent's MPI connections and must not touch them."""

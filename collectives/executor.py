@@ -7,15 +7,19 @@ operands of each reduction are ordered by rank, so that two ranks that reduce th
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
 
 from bitring.collectives.arrays import Event
 from bitring.collectives.program import WINDOW
-from bitring.collectives.transport import Transport
 
-Steps = Generator[None, None, None]
-"""A job's work: does what it can, and yields when it has to wait."""
+if TYPE_CHECKING:
+    from bitring.collectives.transport import Transport
+
+Steps = Generator[Any, None, None]
+"""A job's work: does what it can, and yields when it has to wait: a native operation that has begun, which the engine
+takes to its end without Python, or None. It is resumed when the operation is over, and now and then before."""
 
 
 class Progress:

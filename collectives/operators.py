@@ -28,6 +28,9 @@ _UFUNCS = {
 
 _PREDEFINED = {getattr(MPI, name).handle: name for name in (*_UFUNCS, "MAXLOC", "MINLOC", "REPLACE", "NO_OP")}
 
+REDUCTIONS: tuple[MPI.Op, ...] = tuple(getattr(MPI, name) for name in _UFUNCS)
+"""The operations that bitring reduces itself, on some dtypes."""
+
 _ARITHMETIC = {"add", "multiply", "maximum", "minimum"}
 _LOGICAL = {"logical_and", "logical_or", "logical_xor"}
 _BITWISE = {"bitwise_and", "bitwise_or", "bitwise_xor"}

@@ -8,17 +8,23 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, agree, wait_for
+from bitring.collectives.agreement import Check, Request, agree, conclude, verdict_of, wait_for
 from bitring.collectives.arrays import Array, as_array, device_of, flat_view
 from bitring.collectives.buffers import is_numeric
 from bitring.collectives.engine import Job, engine
-from bitring.collectives.executor import Progress, Steps, execute
+from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.native_executor import finish
 from bitring.collectives.operators import op_name, ufunc_name
-from bitring.collectives.program import compile_program
-from bitring.collectives.schedule import algorithms, rounds
-from bitring.collectives.selection import Choice, check_name, choose, segment_values
+from bitring.collectives.runner import Runner, make_runner
+from bitring.collectives.selection import Choice, check_name, choose
 from bitring.collectives.state import State, state_of
-from bitring.collectives.transport import Transport, make_transport
+
+HOST = "host memory"
+
+_OVER: Any = object()
+
+_ALONE_SECONDS = 0.2
+"""A native run that waits for longer is handed to the engine, which looks for ranks that are gone."""
 
 
 class Plan(ABC):
@@ -37,8 +43,9 @@ class Plan(ABC):
 
     def __init__(self, state: State, what: str) -> None:
         self._state = state
-        self._what = f"{what} (plan {state.plans + 1})"
-        self._channel = state.new_channel()
+        self._number = state.new_plan()
+        self._what = f"{what} (plan {self._number})"
+        self._run = Request("a run of a plan", {"plan": self._what})
         self._job: Job | None = None
         self._freed = False
         self.bytes_sent = 0
@@ -46,6 +53,26 @@ class Plan(ABC):
     @abstractmethod
     def _steps(self, progress: Progress) -> Steps:
         """One run of the collective, as a job's steps; adds to ``bytes_sent``."""
+
+    def _checked_steps(self, progress: Progress) -> Steps:
+        """One run; all ranks find out that they are at the same plan, before it or beside it."""
+        if self._state.size == 1:
+            yield from self._steps(progress)
+        elif self._state.common is not None:
+            yield from agree(self._state.comm, self._state.common, self._run, progress)
+            yield from self._steps(progress)
+        else:
+            check = Check(self._state.comm, self._run)
+            steps, checked, over = self._steps(progress), False, False
+            while not (checked and over):
+                if not checked and check.request.Test():
+                    checked = True
+                    progress.moves += 1
+                    conclude(self._state.comm, self._run, check.verdict, progress)
+                waiting = next(steps, _OVER) if not over else None
+                over = over or waiting is _OVER
+                if not (checked and over):
+                    yield None if over or not checked else waiting
 
     def start(self) -> None:
         """Begin a run. It goes on beside the caller on the progress thread, in place on the buffer.
@@ -60,7 +87,7 @@ class Plan(ABC):
             raise RuntimeError(f"{self._what}: start: the plan was freed")
         if self._job is not None:
             raise RuntimeError(f"{self._what}: start: the last run must be waited for first")
-        self._job = self._state.lane.submit(self._steps, self._what)
+        self._job = self._state.lane.submit(self._checked_steps, self._what)
 
     def wait(self) -> None:
         """Wait for the run that ``start`` began; raises what went wrong in it. Raises RuntimeError without one."""
@@ -112,18 +139,45 @@ class ExactPlan(Plan):
         self.algorithm, self.why = choice
         self._flat = flat
         self._op = op
-        self._transport: Transport | None = None
+        self._runner: Runner | None = None
+        self._direct: Any = None  # a native operation that is a whole run and finds out itself whether all mean it
         if choice.name == "mpi":
             self._nbytes = 2 * flat.nbytes * (state.size - 1) // state.size
+            return
+        self._runner = make_runner(
+            state, "allreduce", choice.name, flat, op, number=self._number, signature=self._run.kind
+        )
+        self._nbytes = self._runner.nbytes_sent
+        if choice.name == "shared_memory":
+            self._direct = self._runner.operation
+
+    def __call__(self) -> None:
+        """Run the collective in the calling thread, in place on the buffer."""
+        direct = self._direct
+        if direct is None or self._job is not None or not self._state.lane.idle:
+            super().__call__()
+        elif direct.run(_ALONE_SECONDS):
+            self.bytes_sent += self._nbytes
         else:
-            self._transport = transport_for(
-                state, "allreduce", choice.name, flat, op, 0, self._channel, persistent=True
-            )
-            self._nbytes = self._transport.program.values_sent * flat.dtype.itemsize
+            self._state.lane.submit(self._finish, self._what).wait()
+
+    def _finish(self, progress: Progress) -> Steps:
+        """The rest of a native run."""
+        yield from finish(self._direct, progress)
+        if self._direct.disagrees:
+            conclude(self._state.comm, self._run, verdict_of(self._direct.verdict), progress)
+        self.bytes_sent += self._nbytes
+
+    def _checked_steps(self, progress: Progress) -> Steps:
+        if self._direct is None:
+            yield from super()._checked_steps(progress)
+        else:
+            self._direct.begin()
+            yield from self._finish(progress)
 
     def _steps(self, progress: Progress) -> Steps:
-        if self._transport is not None:
-            yield from execute(self._transport, progress)
+        if self._runner is not None:
+            yield from self._runner.steps(progress)
         elif self._state.size > 1:
             yield from wait_for(self._state.comm.Iallreduce(MPI.IN_PLACE, self._flat, self._op), progress)
         self.bytes_sent += self._nbytes
@@ -131,19 +185,9 @@ class ExactPlan(Plan):
     def free(self) -> None:
         """See Plan."""
         super().free()
-        if self._transport is not None:
-            self._transport.close()
-
-
-def transport_for(
-    state: State, collective: str, algorithm: str, flat: Array, op: MPI.Op, root: int, channel: int, persistent: bool
-) -> Transport:
-    """A transport for ``algorithm``'s schedule on ``flat``."""
-    made = algorithms.get(algorithm)()
-    segment = segment_values(flat.nbytes, flat.dtype.itemsize)
-    schedule = rounds(made, collective, state.rank, state.size, root)
-    program = compile_program(schedule, made.chunks(state.size), flat.size, segment)
-    return make_transport(state.comm, program, flat, ufunc_name(op, flat.dtype), channel, persistent)
+        self._direct = None
+        if self._runner is not None:
+            self._runner.close()
 
 
 def checked_flat(x: Any, function: str) -> Array:
@@ -160,7 +204,8 @@ def run_agreement(state: State, request: Request) -> None:
         if request.error is not None:
             raise request.error
         return
-    state.lane.submit(lambda progress: agree(state.comm, request, progress), request.function).wait()
+    state.prepare(request.function)
+    state.lane.submit(lambda progress: agree(state.comm, state.common, request, progress), request.function).wait()
 
 
 def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function: str = "plan_allreduce") -> ExactPlan:
@@ -189,9 +234,10 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
         "allreduce",
         algorithm,
         flat.nbytes,
-        state.size,
+        state.topology,
         own=ufunc_name(op, flat.dtype) is not None,
         library=library_reduces(flat),
+        host=device_of(flat) is None,
     )
     return ExactPlan(state, flat, op, choice)
 
@@ -203,7 +249,7 @@ def library_reduces(flat: Array) -> bool:
 
 def memory_name(flat: Array) -> str:
     """Where an array lives, as messages say it."""
-    return "host memory" if device_of(flat) is None else "device memory"
+    return HOST if device_of(flat) is None else "device memory"
 
 
 def explain(plan: Plan) -> str:

@@ -12,8 +12,8 @@ from typing_extensions import Self
 
 from bitring.collectives.engine import Job, engine
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.runner import Runner
 from bitring.collectives.state import State
-from bitring.collectives.transport import Transport
 
 Work = Callable[[Progress], Steps]
 
@@ -86,19 +86,19 @@ _tags = itertools.count()
 class PersistentRequest(MPI.Prequest):
     """A persistent request that stands for a job: an empty message to itself, received when the job is over."""
 
-    def __new__(cls, state: State, work: Work, what: str, transport: Transport | None) -> Self:
-        """``transport`` is freed with the request."""
+    def __new__(cls, state: State, work: Work, what: str, runner: Runner | None) -> Self:
+        """``runner`` is closed with the request."""
         tag = next(_tags) % 32768
         self = super().__new__(cls, _self_comm().Recv_init([None, 0, MPI.BYTE], 0, tag))
-        self._state, self._work, self._what, self._transport, self._tag = state, work, what, transport, tag
+        self._state, self._work, self._what, self._runner, self._tag = state, work, what, runner, tag
         self._job = None
         return self
 
-    def __init__(self, state: State, work: Work, what: str, transport: Transport | None) -> None:
+    def __init__(self, state: State, work: Work, what: str, runner: Runner | None) -> None:
         self._state: State
         self._work: Work
         self._what: str
-        self._transport: Transport | None
+        self._runner: Runner | None
         self._tag: int
         self._job: Job | None
 
@@ -132,6 +132,6 @@ class PersistentRequest(MPI.Prequest):
 
     def Free(self) -> None:
         """Free the request and what its runs keep."""
-        if self._transport is not None:
-            self._transport.close()
+        if self._runner is not None:
+            self._runner.close()
         super().Free()

@@ -21,22 +21,57 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(collective: str, asked: str, nbytes: int, size: int, own: bool, library: bool) -> Choice:
-    """The algorithm for a collective of ``nbytes`` bytes a rank among ``size`` ranks.
+class Topology(NamedTuple):
+    """Where the ranks of a communicator are; the same on all of them.
+
+    ``lanes``: ranks of the smallest node. ``shared``: the ranks of each node share memory. ``native``: all ranks run
+    the native engine. Zero nodes: not known yet.
+    """
+
+    size: int
+    nodes: int = 0
+    lanes: int = 0
+    shared: bool = False
+    native: bool = False
+
+
+NATIVE = ("shared_memory", "multilane")
+"""Algorithms that only the native engine has, for AllReduce in host memory."""
+
+
+def choose(
+    collective: str,
+    asked: str,
+    nbytes: int,
+    topology: Topology,
+    own: bool,
+    library: bool,
+    host: bool = True,
+    blocking: bool = True,
+) -> Choice:
+    """The algorithm for a collective of ``nbytes`` bytes a rank.
 
     ``asked`` is a registered name or ``"auto"``; ``own`` whether bitring can serve this combination of operation and
-    dtype itself; ``library`` whether the MPI library can. One of them holds. Raises ValueError for an unknown name.
+    dtype itself; ``library`` whether the MPI library can, one of which holds; ``host`` whether the values are in host
+    memory; ``blocking`` whether the ranks wait for each other now, and may set up what they need. Raises ValueError for
+    an unknown name.
     """
     if asked != "auto":
+        algorithms.get(asked)
+    if asked == "mpi" and library:
+        return Choice("mpi", "asked for")
+    if not own:
+        why = "only the MPI library serves this operation on this dtype"
+        return Choice("mpi", why if asked == "auto" else f"{asked} was asked for, but {why}")
+    if asked == "mpi":
+        return Choice("ring", "mpi was asked for, but bitring does not hand this dtype or memory to the MPI library")
+    if asked in NATIVE and collective == "allreduce":
+        missing = _missing(asked, collective, topology, host, blocking)
+        if missing is None:
+            return Choice(asked, "asked for")
+        return Choice("ring", f"{asked} was asked for, but {missing}")
+    if asked != "auto":
         cls: type[Algorithm] = algorithms.get(asked)
-        if asked == "mpi" and not library:
-            return Choice(
-                "ring", "mpi was asked for, but bitring does not hand this dtype or memory to the MPI library"
-            )
-        if asked == "mpi":
-            return Choice("mpi", "asked for")
-        if not own:
-            return Choice("mpi", f"{asked} was asked for, but only the MPI library serves this operation on this dtype")
         if collective in cls.collectives():
             return Choice(asked, "asked for")
         if library:
@@ -45,15 +80,36 @@ def choose(collective: str, asked: str, nbytes: int, size: int, own: bool, libra
             "ring",
             f"{asked} was asked for, but has no {collective}, and the MPI library does not serve this dtype or memory",
         )
-    if not own:
-        return Choice("mpi", "only the MPI library serves this operation on this dtype")
+    if library and topology.size == 1:
+        return Choice("mpi", "there is one rank")
+    if _missing("shared_memory", collective, topology, host, blocking) is None:
+        return Choice("shared_memory", "all ranks share memory")
     if not library:
         return Choice("ring", "the MPI library does not serve this dtype or memory")
-    if size == 1:
-        return Choice("mpi", "there is one rank")
     if nbytes < RING_FROM_NBYTES:
         return Choice("mpi", f"{nbytes} bytes are fewer than {RING_FROM_NBYTES}")
+    if _missing("multilane", collective, topology, host, blocking) is None:
+        return Choice("multilane", f"{topology.lanes} lanes between {topology.nodes} nodes")
     return Choice("ring", f"{nbytes} bytes are at least {RING_FROM_NBYTES}")
+
+
+def _missing(name: str, collective: str, topology: Topology, host: bool, blocking: bool) -> str | None:
+    """What an algorithm of the native engine lacks here; None: nothing."""
+    if collective != "allreduce":
+        return f"it has no {collective}"
+    if not host:
+        return "the values are on a device"
+    if not topology.native:
+        return "the native engine is not in use"
+    if not topology.shared:
+        return "no ranks share memory"
+    if name == "shared_memory" and topology.nodes > 1:
+        return f"the ranks are on {topology.nodes} nodes"
+    if name == "multilane" and topology.nodes == 1:
+        return "all ranks are on one node"
+    if name == "multilane" and not blocking:
+        return "a nonblocking call cannot set it up"
+    return None
 
 
 def check_name(asked: str) -> None:

@@ -13,11 +13,17 @@ from mpi4py import MPI
 
 from bitring.collectives.abort import abort_on_exception
 from bitring.collectives.engine import Lane, engine
-from bitring.collectives.transport import CHANNELS
+from bitring.collectives.extension import native
+from bitring.collectives.selection import Topology
+from bitring.collectives.shared import Shared, make_shared
 
 
 class State:
-    """``lane`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks."""
+    """``lane`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks.
+
+    ``topology`` is what the choice of an algorithm depends on, and ``shared`` what this node's ranks share; before
+    ``prepare`` they say that nothing is known and nothing shared, on all ranks alike.
+    """
 
     def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, size: int) -> None:
         """``comm`` is private to bitring; ``made`` the request that makes it, if it is not there yet."""
@@ -26,16 +32,24 @@ class State:
         self.size = size
         self.plans = 0
         self.cache: dict[Any, Any] = {}
+        self.topology = Topology(size)
+        self.shared: Shared | None = None
+        self._prepared = size == 1
 
     @property
     def comm(self) -> MPI.Intracomm:
         """The private duplicate; nobody else's messages travel in it."""
         return self.lane.comm
 
-    def new_channel(self) -> int:
-        """The channel of the next plan; channel 0 is for calls without one."""
+    def new_plan(self) -> int:
+        """The number of the next plan, from 1."""
         self.plans += 1
-        return 1 + (self.plans - 1) % (CHANNELS - 1)
+        return self.plans
+
+    @property
+    def common(self) -> Shared | None:
+        """What all ranks share; None when they are not all on one node."""
+        return self.shared if self.topology.nodes == 1 else None
 
     @functools.cached_property
     def node(self) -> State:
@@ -53,16 +67,47 @@ class State:
         """Number of nodes. Collective when first asked for."""
         return int(self.comm.allreduce(self.node.rank == 0))
 
+    @functools.cached_property
+    def lane_comm(self) -> MPI.Intracomm:
+        """The ranks of all nodes with this rank's number in its node; COMM_NULL where a node has none so numbered.
+
+        Collective when first asked for.
+        """
+        number = self.node.rank
+        return MPI.Intracomm(self.comm.Split(number if number < self.topology.lanes else MPI.UNDEFINED))
+
+    def prepare(self, function: str) -> None:
+        """Find out where the ranks are, and make what those of a node share. Collective and blocking; once.
+
+        ``function`` is what a complaint names.
+        """
+        if self._prepared:
+            return
+        self.lane.drain(function)
+        self._prepared = True
+        if not self.comm.allreduce(native() is not None, MPI.LAND):
+            return
+        node = self.node
+        ranks = node.comm.allgather(self.rank)
+        fewest, most = -self.comm.allreduce(-node.size, MPI.MAX), self.comm.allreduce(node.size, MPI.MAX)
+        shared = make_shared(node.comm, ranks) if most > 1 else None
+        everywhere = most > 1 and bool(self.comm.allreduce(shared is not None, MPI.LAND))
+        self.topology = Topology(self.size, self.nodes, fewest, everywhere, native=True)
+        if everywhere:
+            self.shared = shared
+        if self.shared is not None:
+            self.lane.shared = self.shared
+
     def close(self) -> None:
         """Free everything. Collective, as freeing a communicator is."""
         self.cache.clear()
-        if "leaders" in self.__dict__ and self.leaders != MPI.COMM_NULL:
-            self.leaders.Free()
+        for derived in ("leaders", "lane_comm"):
+            comm = self.__dict__.get(derived, MPI.COMM_NULL)
+            if comm != MPI.COMM_NULL:
+                comm.Free()
         if "node" in self.__dict__:
             self.node.close()
-        self.lane.drain_notes()
-        self.lane.broken = "it was freed"
-        self.lane.comm.Free()
+        self.lane.close()
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from bitring.collectives.arrays import Array, Device, Event, bytes_of, device_of
 from bitring.collectives.cuda_aware import cuda_aware
+from bitring.collectives.executor import Progress, Steps, execute
 from bitring.collectives.program import Program
 
 CHANNELS = 16
@@ -22,6 +23,11 @@ _TAGS = 32768 // CHANNELS
 
 NOTE_TAG = 32767
 """The one tag that no message of a program has."""
+
+
+def channel_of(number: int) -> int:
+    """The channel of plan ``number``, counted from 1; of a call without a plan for 0."""
+    return 1 + (number - 1) % (CHANNELS - 1) if number else 0
 
 
 def message_tag(channel: int, sequence: int) -> int:
@@ -35,6 +41,8 @@ class Transport:
     ``buffer`` is a 1-D contiguous array of as many values as the program was compiled for. ``persistent`` keeps MPI's
     persistent requests between runs; it is for buffers that are bound once.
     """
+
+    operation = None  # every message is Python's
 
     def __init__(
         self,
@@ -54,11 +62,8 @@ class Transport:
         self._persistent = persistent
         self._requests: dict[int, MPI.Prequest] = {}
         self._scratch: dict[int, Array] = {}
-
-    @property
-    def scratch_nbytes(self) -> int:
-        """Memory that it keeps."""
-        return len(self.program.slots) * self.program.slot_values * self._dtype.itemsize
+        self.nbytes_sent = program.values_sent * dtype.itemsize
+        self.scratch_nbytes = len(program.slots) * program.slot_values * dtype.itemsize
 
     def bind(self, buffer: Array) -> None:
         """Work on ``buffer`` from now on."""
@@ -72,6 +77,10 @@ class Transport:
     def unbind(self) -> None:
         """Forget the buffer."""
         del self._buffer, self._bytes
+
+    def steps(self, progress: Progress) -> Steps:
+        """Run the program once on the buffer."""
+        return execute(self, progress)
 
     def _xp(self, buffer: Array) -> Any:
         return np

@@ -12,11 +12,13 @@ from mpi4py import MPI
 from bitring.collectives.agreement import Request, wait_for
 from bitring.collectives.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
 from bitring.collectives.errors import NonFiniteError
-from bitring.collectives.executor import Progress, Steps, execute
+from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.operators import op_name
-from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact, run_agreement, transport_for
+from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact, run_agreement
+from bitring.collectives.runner import make_runner
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
+from bitring.collectives.transport import channel_of
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.owner_exchange import OwnerExchange
 
@@ -115,10 +117,10 @@ class CompressedPlan(Plan):
         comm = state.comm
         _compile_once_a_node(encoder, flat, state.node.comm)
         if hierarchical:
-            self._node = _Node(state, flat, self._channel)
+            self._node = _Node(state, flat, self._number)
             comm = state.leaders
         if comm != MPI.COMM_NULL:
-            self._exchange = OwnerExchange(comm, flat, encoder, boundaries, self._channel)
+            self._exchange = OwnerExchange(comm, flat, encoder, boundaries, channel_of(self._number))
         # A rank that is no leader keeps what is handed to it as residual until it can add it to its node's sum.
         self._to_add: Array | None = None
         self.owned = (0, 0) if self._exchange is None else self._exchange.owned
@@ -137,12 +139,12 @@ class CompressedPlan(Plan):
             if self._to_add is not None:
                 self._flat += self._to_add.astype(self._flat.dtype)
                 self._to_add = None
-            yield from execute(self._node.reduce, progress)
+            yield from self._node.reduce.steps(progress)
         if self._exchange is not None:
             yield from self._exchange.steps(progress)
             self.bytes_sent += self._exchange.nbytes_sent
         if self._node is not None:
-            yield from execute(self._node.broadcast, progress)
+            yield from self._node.broadcast.steps(progress)
             self.bytes_sent += self._node.nbytes_sent
 
     def _raise_non_finite(self, progress: Progress) -> Steps:
@@ -204,12 +206,11 @@ def _assign(array: Array, source: Array) -> None:
 class _Node:
     """The exact sum of a node's ranks on its leader, and the way back."""
 
-    def __init__(self, state: State, flat: Array, channel: int) -> None:
+    def __init__(self, state: State, flat: Array, number: int) -> None:
         node = state.node
-        self.reduce = transport_for(node, "reduce", "binomial_tree", flat, MPI.SUM, 0, channel, persistent=True)
-        self.broadcast = transport_for(node, "broadcast", "binomial_tree", flat, MPI.SUM, 0, channel, persistent=True)
-        values = self.reduce.program.values_sent + self.broadcast.program.values_sent
-        self.nbytes_sent = values * flat.dtype.itemsize
+        self.reduce = make_runner(node, "reduce", "binomial_tree", flat, number=number)
+        self.broadcast = make_runner(node, "broadcast", "binomial_tree", flat, number=number)
+        self.nbytes_sent = self.reduce.nbytes_sent + self.broadcast.nbytes_sent
 
     def close(self) -> None:
         self.reduce.close()

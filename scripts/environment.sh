@@ -4,7 +4,7 @@
 #   environment FOLDER EXTRA...
 #
 # Installs the project (editable) with these extras, only when something asked for is missing. FOLDER/installed records
-# what is there: a digest of pyproject.toml and CMakeLists.txt with the Python version, then the extras, one a line.
+# what is there: a digest of the native code, of what builds it and of the Python version, then the extras, one a line.
 
 # The interpreter to make environments with: PYTHON, or python3. Ends the script when it is older than 3.10.
 find_python() {
@@ -53,8 +53,7 @@ environment() {
     python=$(find_python) || exit
     digest=$({
         "$python" -c 'import sys; print(sys.version_info[:2])'
-        cat pyproject.toml
-        [ ! -f CMakeLists.txt ] || cat CMakeLists.txt
+        cat pyproject.toml CMakeLists.txt collectives/native/*
     } | cksum)
     if ! "$folder/bin/python" -c '' 2>/dev/null || [ "$("$folder/bin/python" -V)" != "$("$python" -V)" ]; then
         echo "Making $folder with $("$python" -V)"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from bitring.collectives.schedule import algorithms
-from bitring.collectives.selection import RING_FROM_NBYTES, check_name, choose, segment_values
+from bitring.collectives.selection import NATIVE, RING_FROM_NBYTES, Topology, check_name, choose, segment_values
 
 pytestmark = pytest.mark.single
 
-KNOWN = "binomial_tree, double_binary_tree, mpi, rabenseifner, recursive_doubling, ring"
+KNOWN = "binomial_tree, double_binary_tree, mpi, multilane, rabenseifner, recursive_doubling, ring, shared_memory"
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,40 @@ KNOWN = "binomial_tree, double_binary_tree, mpi, rabenseifner, recursive_doublin
     ],
 )
 def test_choices(asked, collective, nbytes, size, own, library, name, why):
-    choice = choose(collective, asked, nbytes, size, own, library)
+    choice = choose(collective, asked, nbytes, Topology(size), own, library)
+    assert choice.name == name
+    assert why in choice.why
+
+
+ONE_NODE = Topology(4, nodes=1, lanes=4, shared=True, native=True)
+TWO_NODES = Topology(5, nodes=2, lanes=2, shared=True, native=True)
+FOUR_HOSTS = Topology(4, nodes=4, lanes=1, shared=False, native=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "topology", "options", "name", "why"),
+    [
+        ("auto", ONE_NODE, {}, "shared_memory", "all ranks share memory"),
+        ("auto", ONE_NODE, {"library": False}, "shared_memory", "all ranks share memory"),
+        ("auto", ONE_NODE, {"host": False}, "ring", "at least"),
+        ("auto", ONE_NODE, {"collective": "reduce"}, "ring", "at least"),
+        ("auto", TWO_NODES, {}, "multilane", "2 lanes between 2 nodes"),
+        ("auto", TWO_NODES, {"blocking": False}, "ring", "at least"),
+        ("auto", FOUR_HOSTS, {}, "ring", "at least"),
+        ("shared_memory", ONE_NODE, {}, "shared_memory", "asked for"),
+        ("shared_memory", TWO_NODES, {}, "ring", "shared_memory was asked for, but the ranks are on 2 nodes"),
+        ("shared_memory", FOUR_HOSTS, {}, "ring", "no ranks share memory"),
+        ("shared_memory", Topology(4), {}, "ring", "the native engine is not in use"),
+        ("shared_memory", ONE_NODE, {"host": False}, "ring", "the values are on a device"),
+        ("shared_memory", ONE_NODE, {"collective": "broadcast"}, "mpi", "has no broadcast"),
+        ("multilane", TWO_NODES, {}, "multilane", "asked for"),
+        ("multilane", TWO_NODES, {"blocking": False}, "ring", "a nonblocking call cannot set it up"),
+        ("multilane", ONE_NODE, {}, "ring", "all ranks are on one node"),
+    ],
+)
+def test_choices_of_the_native_engine(asked, topology, options, name, why):
+    options = {"collective": "allreduce", "nbytes": 1 << 30, "own": True, "library": True, **options}
+    choice = choose(asked=asked, topology=topology, **options)
     assert choice.name == name
     assert why in choice.why
 
@@ -39,10 +72,12 @@ def test_what_is_chosen_can_be_run():
         for collective in ("allreduce", "reduce_scatter", "allgather", "reduce", "broadcast"):
             for nbytes in (0, 1 << 30):
                 for own, library in ((True, True), (True, False), (False, True)):
-                    for size in (1, 2, 5):
-                        name = choose(collective, asked, nbytes, size, own, library).name
+                    for topology in (Topology(1), Topology(2), Topology(5), ONE_NODE, TWO_NODES, FOUR_HOSTS):
+                        name = choose(collective, asked, nbytes, topology, own, library).name
                         if name == "mpi":
                             assert library
+                        elif name in NATIVE:
+                            assert own and topology.shared and collective == "allreduce"
                         else:
                             assert own
                             assert collective in algorithms.get(name).collectives()
@@ -54,7 +89,7 @@ def test_unknown_names_list_the_known_ones():
         with pytest.raises(ValueError, match=f"unknown algorithm '{name}'; known: {KNOWN}"):
             check_name(name)
         with pytest.raises(ValueError, match=f"unknown algorithm '{name}'; known: {KNOWN}"):
-            choose("allreduce", name, 1, 2, True, True)
+            choose("allreduce", name, 1, Topology(2), True, True)
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16, 32])

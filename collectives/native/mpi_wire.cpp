@@ -1,0 +1,113 @@
+#include "mpi_wire.h"
+
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <vector>
+
+namespace bitring {
+
+MpiLibrary::MpiLibrary(const std::string& path) {
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    if (library == nullptr) throw std::runtime_error(path + " is not loaded");
+    const auto find = [&](const char* name) {
+        void* address = dlsym(library, name);
+        if (address == nullptr) throw std::runtime_error(path + " has no " + name);
+        return address;
+    };
+    isend = find("MPI_Isend");
+    irecv = find("MPI_Irecv");
+    testsome = find("MPI_Testsome");
+}
+
+namespace {
+
+template <class Handle>
+struct Abi;
+
+template <>
+struct Abi<int> {
+    static constexpr std::uintptr_t statuses_ignore = 1;
+    static int handle(std::uint64_t value) { return int(value); }
+};
+
+template <>
+struct Abi<void*> {
+    static constexpr std::uintptr_t statuses_ignore = 0;
+    static void* handle(std::uint64_t value) { return reinterpret_cast<void*>(value); }
+};
+
+template <class Handle>
+class MpiWire final : public Wire {
+public:
+    MpiWire(const MpiLibrary& library, Handle comm, Handle byte, int room)
+        : isend_(reinterpret_cast<Isend>(library.isend)),
+          irecv_(reinterpret_cast<Irecv>(library.irecv)),
+          testsome_(reinterpret_cast<Testsome>(library.testsome)),
+          comm_(comm),
+          byte_(byte),
+          requests_(std::size_t(room)),
+          messages_(std::size_t(room)),
+          indices_(std::size_t(room)) {}
+
+    int start(bool sends, void* memory, std::size_t nbytes, int peer, int tag, int message) override {
+        Handle* request = &requests_[std::size_t(active_)];
+        const int code = sends ? isend_(memory, int(nbytes), byte_, peer, tag, comm_, request)
+                               : irecv_(memory, int(nbytes), byte_, peer, tag, comm_, request);
+        if (code == 0) messages_[std::size_t(active_++)] = message;
+        return code;
+    }
+
+    int complete(int* messages, int room, int* count) override {
+        *count = 0;
+        if (active_ == 0) return 0;
+        int found = 0;
+        const int code = testsome_(active_, requests_.data(), &found, indices_.data(),
+                                   reinterpret_cast<void*>(Abi<Handle>::statuses_ignore));
+        if (code != 0) return code;
+        if (found > room) found = room;  // cannot be: room is what was made room for
+        for (int k = 0; k < found; ++k) {
+            messages[k] = messages_[std::size_t(indices_[std::size_t(k)])];
+            messages_[std::size_t(indices_[std::size_t(k)])] = -1;
+        }
+        *count = found;
+        int kept = 0;
+        for (int k = 0; found > 0 && k < active_; ++k) {
+            if (messages_[std::size_t(k)] < 0) continue;
+            requests_[std::size_t(kept)] = requests_[std::size_t(k)];
+            messages_[std::size_t(kept++)] = messages_[std::size_t(k)];
+        }
+        if (found > 0) active_ = kept;
+        return 0;
+    }
+
+private:
+    using Isend = int (*)(const void*, int, Handle, int, int, Handle, Handle*);
+    using Irecv = int (*)(void*, int, Handle, int, int, Handle, Handle*);
+    using Testsome = int (*)(int, Handle*, int*, int*, void*);
+
+    Isend isend_;
+    Irecv irecv_;
+    Testsome testsome_;
+    Handle comm_;
+    Handle byte_;
+    std::vector<Handle> requests_;
+    std::vector<int> messages_;
+    std::vector<int> indices_;
+    int active_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Wire> make_mpi_wire(const MpiLibrary& library, int handle_size, std::uint64_t comm, std::uint64_t byte,
+                                    int room) {
+    if (handle_size == 4) {
+        return std::make_unique<MpiWire<int>>(library, Abi<int>::handle(comm), Abi<int>::handle(byte), room);
+    }
+    if (handle_size == 8) {
+        return std::make_unique<MpiWire<void*>>(library, Abi<void*>::handle(comm), Abi<void*>::handle(byte), room);
+    }
+    throw std::runtime_error("MPI handles of " + std::to_string(handle_size) + " bytes are not known");
+}
+
+}  // namespace bitring

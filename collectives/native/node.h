@@ -1,0 +1,147 @@
+// What the ranks of one communicator on one node share: for each rank a few lines that say how far it has come, slots
+// for small contributions, and stages through which large private buffers pass.
+//
+// Every operation begins with an arrival: the rank writes down what it is about to do, as a signature, and everybody
+// reads everybody's. So nothing is exchanged unless all mean the same, at no cost beside the data's own way.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "operation.h"
+
+namespace bitring {
+
+constexpr std::size_t kLine = 128;  // processors fetch pairs of cache lines
+
+// What a rank says when it comes to an operation. `words` of all ranks together become Verdict.
+struct Intent {
+    std::uint64_t signature = 0;  // its upper half is the function, the lower what else must be the same
+    std::uint64_t where = 0;      // which shared memory the buffer lies in, and at which offset; 0: private
+    std::uint32_t flags = 0;      // kNeedsLibrary, kBad
+};
+
+constexpr std::uint32_t kNeedsLibrary = 1;
+constexpr std::uint32_t kBad = 2;
+
+struct Verdict {
+    bool same = true;           // all signatures are the same
+    bool same_function = true;  // their upper halves are
+    bool same_place = true;     // all `where` are the same, and none is private
+    std::uint32_t flags = 0;    // of any rank
+};
+
+class Node {
+public:
+    static constexpr std::size_t kInline = 32;           // bytes that travel in the arrival's own cache line
+    static constexpr std::size_t kSmall = 64 << 10;      // bytes of a slot
+    static constexpr std::size_t kStages = 3;            // stages a rank
+    static constexpr std::size_t kStage = 512 << 10;     // bytes of a stage, at least
+
+    // Bytes that each of `size` ranks shares.
+    static std::size_t nbytes(int size);
+
+    // `parts[r]` is what rank r shares, zeroed before anybody uses it; `keep` owns it. `names[r]` is what awaited() of an
+    // operation calls rank r: its number in the communicator that the node is a part of.
+    Node(int rank, std::vector<char*> parts, std::vector<int> names, std::shared_ptr<const void> keep);
+
+    int rank() const { return rank_; }
+    int size() const { return int(parts_.size()); }
+    int name(int r) const { return r < 0 || r >= size() ? -1 : names_[std::size_t(r)]; }
+
+    // Begin the next operation: `data` (nbytes <= kSmall) is left for the others to read.
+    void arrive(const Intent& intent, const void* data, std::size_t nbytes);
+
+    // As arrive(), for data in several pieces: room for `nbytes`, to be written before publish().
+    char* prepare(const Intent& intent, std::size_t nbytes);
+    void publish();
+
+    // Whether all ranks have come to the operation that this one came to last; if not, awaited() has not.
+    bool all_arrived() {
+        while (next_ < int(parts_.size())) {
+            if (next_ != rank_ && slot(next_).sequence.load(std::memory_order_acquire) < sequence_) return false;
+            ++next_;
+        }
+        return true;
+    }
+    int awaited() const { return next_; }
+
+    // What all ranks said, when all have arrived; what rank r left.
+    Verdict verdict() const;
+    const void* contribution(int r, std::size_t nbytes) const;
+
+    // Steps inside an operation, counted over all operations: each rank reports its own, in order, and reads others'.
+    // Three independent counts, so that three phases may overlap.
+    static constexpr int kCounts = 3;
+    void report(int count, std::uint64_t value) { counts(rank_)[count].value.store(value, std::memory_order_release); }
+    bool reached(int count, std::uint64_t value, int* awaited) const {
+        for (int r = 0; r < int(parts_.size()); ++r) {
+            if (r != rank_ && counts(r)[count].value.load(std::memory_order_acquire) < value) {
+                *awaited = r;
+                return false;
+            }
+        }
+        return true;
+    }
+    // Where the counts stand when no operation is under way; the same on all ranks.
+    std::uint64_t steps = 0;
+
+    char* stage(int r, std::size_t k) const { return parts_[std::size_t(r)] + stages_at_ + (k % kStages) * stage_; }
+    std::size_t stage_nbytes() const { return stage_; }
+
+private:
+    struct alignas(kLine) Slot {
+        std::atomic<std::uint64_t> sequence;
+        std::uint64_t signature;
+        std::uint64_t where;
+        std::uint32_t flags;
+        char data[kInline];
+    };
+    struct alignas(kLine) Count {
+        std::atomic<std::uint64_t> value;
+    };
+    static_assert(offsetof(Slot, data) + kInline <= 64, "an arrival is one cache line");
+
+    // A rank cannot be two operations ahead of another, so two slots are enough.
+    Slot& slot(int r) const { return reinterpret_cast<Slot*>(parts_[std::size_t(r)])[sequence_ & 1]; }
+    Count* counts(int r) const { return reinterpret_cast<Count*>(parts_[std::size_t(r)] + 2 * sizeof(Slot)); }
+    char* data_of(int r, std::size_t nbytes) const {
+        return nbytes <= kInline ? slot(r).data : parts_[std::size_t(r)] + small_at_ + (sequence_ & 1) * kSmall;
+    }
+
+    int rank_;
+    std::vector<char*> parts_;
+    std::vector<int> names_;
+    std::shared_ptr<const void> keep_;
+    std::size_t small_at_;
+    std::size_t stages_at_;
+    std::size_t stage_;
+    std::uint64_t sequence_ = 0;
+    int next_ = 0;
+};
+
+// An operation that only finds out whether all ranks mean the same.
+class Agreement final : public Operation {
+public:
+    Agreement(Node& node, const Intent& intent) : node_(node), intent_(intent) {}
+    int awaited() const override { return node_.name(node_.awaited()); }
+    const Verdict& verdict() const { return verdict_; }
+
+protected:
+    void start() override { node_.arrive(intent_, nullptr, 0); }
+    Status step() override {
+        if (!node_.all_arrived()) return Status::waiting;
+        verdict_ = node_.verdict();
+        return Status::done;
+    }
+
+private:
+    Node& node_;
+    Intent intent_;
+    Verdict verdict_;
+};
+
+}  // namespace bitring

@@ -1,0 +1,204 @@
+#include "shared_allreduce.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "copy.h"
+
+namespace bitring {
+
+namespace {
+
+// What is reduced before others get a turn: about a millisecond's work.
+constexpr std::size_t kPieceNbytes = 1 << 20;
+
+// Chunks begin at multiples of 64 values, which is at cache lines when the buffer does.
+std::size_t chunk_start(std::size_t n, std::size_t chunks, std::size_t c) {
+    return c == chunks ? n : n / 64 * c / chunks * 64;
+}
+
+}  // namespace
+
+std::size_t SharedAllreduce::small(int size) { return std::min(Node::kSmall, (std::size_t(64) << 10) / std::size_t(size)); }
+
+SharedAllreduce::SharedAllreduce(std::shared_ptr<Node> node, const Intent& intent, std::vector<Piece> pieces,
+                                 std::shared_ptr<const Region> region)
+    : node_(std::move(node)),
+      intent_(intent),
+      pieces_(std::move(pieces)),
+      keep_(std::move(region)),
+      region_(keep_.get()),
+      in_(std::size_t(node_->size())),
+      out_(std::size_t(node_->size()) + 1) {
+    for (const Piece& piece : pieces_) nbytes_ += piece.n * piece.itemsize;
+}
+
+void SharedAllreduce::rebind(const Intent& intent, const Piece& piece, const Region* region) {
+    intent_ = intent;
+    pieces_.assign(1, piece);
+    region_ = region;
+    nbytes_ = piece.n * piece.itemsize;
+}
+
+void SharedAllreduce::start() {
+    phase_ = Phase::arriving;
+    if (nbytes_ > small(node_->size())) {
+        node_->arrive(intent_, nullptr, 0);
+    } else {
+        char* room = node_->prepare(intent_, nbytes_);
+        for (const Piece& piece : pieces_) {
+            if (piece.n == 0) continue;
+            copy_bytes(room, piece.from, piece.n * piece.itemsize);
+            room += piece.n * piece.itemsize;
+        }
+        node_->publish();
+    }
+}
+
+Status SharedAllreduce::step() {
+    switch (phase_) {
+    case Phase::arriving:
+        return arrived();
+    case Phase::resident:
+        return reduce_resident();
+    case Phase::leaving:
+        return node_->reached(0, node_->steps, &awaited_) ? Status::done : Status::waiting;
+    default:
+        return pass_stages();
+    }
+}
+
+Status SharedAllreduce::arrived() {
+    if (!node_->all_arrived()) {
+        awaited_ = node_->awaited();
+        return Status::waiting;
+    }
+    verdict_ = node_->verdict();
+    if (!verdict_.same || verdict_.flags != 0) return Status::disagree;
+    if (nbytes_ <= small(node_->size())) {
+        reduce_small();
+        return Status::done;
+    }
+    const auto size = std::size_t(node_->size());
+    const Piece& piece = pieces_[0];
+    if (verdict_.same_place && region_ != nullptr) {
+        const auto rank = std::size_t(node_->rank());
+        at_ = chunk_start(piece.n, size, rank);
+        end_ = chunk_start(piece.n, size, rank + 1);
+        phase_ = Phase::resident;
+        return Status::moved;
+    }
+    const std::size_t values = node_->stage_nbytes() / piece.itemsize / size * size;
+    rounds_ = (piece.n + values - 1) / values;
+    out_done_ = reduced_ = in_done_ = 0;
+    phase_ = Phase::staged;
+    return Status::moved;
+}
+
+void SharedAllreduce::reduce_small() {
+    const int size = node_->size();
+    std::size_t offset = 0;
+    for (const Piece& piece : pieces_) {
+        for (int r = 0; r < size; ++r) {
+            in_[std::size_t(r)] = static_cast<const char*>(node_->contribution(r, nbytes_)) + offset;
+        }
+        void* to = piece.to;
+        piece.reduce(piece.n, std::size_t(size), in_.data(), 1, &to);
+        offset += piece.n * piece.itemsize;
+    }
+}
+
+Status SharedAllreduce::reduce_resident() {
+    const Piece& piece = pieces_[0];
+    const int size = node_->size();
+    const std::size_t n = std::min(end_ - at_, kPieceNbytes / piece.itemsize);
+    const auto offset = std::size_t(static_cast<char*>(piece.to) - region_->part(region_->rank())) + at_ * piece.itemsize;
+    for (int r = 0; r < size; ++r) {
+        in_[std::size_t(r)] = region_->part(r) + offset;
+        out_[std::size_t(r)] = region_->part(r) + offset;
+    }
+    piece.reduce(n, std::size_t(size), in_.data(), std::size_t(size), out_.data());
+    at_ += n;
+    if (at_ == end_) {
+        node_->report(0, ++node_->steps);
+        phase_ = Phase::leaving;
+    }
+    return Status::moved;
+}
+
+void SharedAllreduce::chunk(std::size_t round, int r, std::size_t* first, std::size_t* last) const {
+    const auto size = std::size_t(node_->size());
+    const Piece& piece = pieces_[0];
+    const std::size_t values = node_->stage_nbytes() / piece.itemsize / size * size;
+    const std::size_t begin = round * values;
+    const std::size_t n = std::min(values, piece.n - begin);
+    *first = begin + chunk_start(n, size, std::size_t(r));
+    *last = begin + chunk_start(n, size, std::size_t(r) + 1);
+}
+
+// The three parts of a round wait for the others' parts before them; this rank takes whichever it can, the oldest
+// round first. A stage is used again when all have copied what they need from it.
+Status SharedAllreduce::pass_stages() {
+    const std::uint64_t base = node_->steps;
+    if (in_done_ < reduced_ && node_->reached(1, base + in_done_ + 1, &awaited_)) {
+        copy_in(in_done_);
+        node_->report(2, base + ++in_done_);
+        if (in_done_ < rounds_) return Status::moved;
+        node_->steps += rounds_;
+        return Status::done;
+    }
+    if (reduced_ < out_done_ && node_->reached(0, base + reduced_ + 1, &awaited_)) {
+        reduce_stage(reduced_);
+        node_->report(1, base + ++reduced_);
+        return Status::moved;
+    }
+    if (out_done_ < rounds_ && out_done_ < in_done_ + Node::kStages &&
+        (out_done_ < Node::kStages || node_->reached(2, base + out_done_ + 1 - Node::kStages, &awaited_))) {
+        copy_out(out_done_);
+        node_->report(0, base + ++out_done_);
+        return Status::moved;
+    }
+    return Status::waiting;
+}
+
+// A chunk keeps its place in the stage: that of its values in the round.
+void SharedAllreduce::copy_out(std::size_t round) {
+    const Piece& piece = pieces_[0];
+    char* stage = node_->stage(node_->rank(), round);
+    std::size_t begin, first, last;
+    chunk(round, 0, &begin, &last);
+    for (int r = 0; r < node_->size(); ++r) {
+        if (r == node_->rank()) continue;
+        chunk(round, r, &first, &last);
+        copy_bytes(stage + (first - begin) * piece.itemsize,
+                    static_cast<const char*>(piece.from) + first * piece.itemsize, (last - first) * piece.itemsize);
+    }
+}
+
+void SharedAllreduce::reduce_stage(std::size_t round) {
+    const Piece& piece = pieces_[0];
+    const int rank = node_->rank();
+    std::size_t begin, first, last;
+    chunk(round, 0, &begin, &last);
+    chunk(round, rank, &first, &last);
+    const std::size_t offset = (first - begin) * piece.itemsize;
+    for (int r = 0; r < node_->size(); ++r) in_[std::size_t(r)] = node_->stage(r, round) + offset;
+    in_[std::size_t(rank)] = static_cast<const char*>(piece.from) + first * piece.itemsize;
+    out_[0] = static_cast<char*>(piece.to) + first * piece.itemsize;
+    out_[1] = node_->stage(rank, round) + offset;
+    piece.reduce(last - first, in_.size(), in_.data(), 2, out_.data());
+}
+
+void SharedAllreduce::copy_in(std::size_t round) {
+    const Piece& piece = pieces_[0];
+    std::size_t begin, first, last;
+    chunk(round, 0, &begin, &last);
+    for (int r = 0; r < node_->size(); ++r) {
+        if (r == node_->rank()) continue;
+        chunk(round, r, &first, &last);
+        copy_bytes(static_cast<char*>(piece.to) + first * piece.itemsize,
+                    node_->stage(r, round) + (first - begin) * piece.itemsize, (last - first) * piece.itemsize);
+    }
+}
+
+}  // namespace bitring

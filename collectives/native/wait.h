@@ -1,0 +1,71 @@
+// How a thread waits: it spins for as long as an answer usually takes, then gives way, then naps.
+#pragma once
+
+#include <sched.h>
+#include <time.h>
+
+#include <cstdint>
+
+namespace bitring {
+
+inline std::uint64_t now_nanoseconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return std::uint64_t(t.tv_sec) * 1000000000u + std::uint64_t(t.tv_nsec);
+}
+
+inline void pause_processor() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Whether this node runs more ranks than this process has cores: then to spin is to keep a core from the rank that is
+// waited for. Set once, before anything waits.
+inline bool& crowded() {
+    static bool value = false;
+    return value;
+}
+
+// Call rest() whenever there is nothing to do, moved() when there was.
+class Patience {
+public:
+    // `gentle`: a thread beside a training loop, which must not take its core; spins are few and naps come early.
+    explicit Patience(bool gentle) : gentle_(gentle) {}
+
+    void moved() {
+        idle_ = 0;
+        since_ = 0;
+    }
+
+    void rest() {
+        ++idle_;
+        if (idle_ <= (crowded() ? kCrowded : gentle_ ? kFew : kSpins)) {
+            pause_processor();
+            return;
+        }
+        if (since_ == 0) since_ = now_nanoseconds();
+        // Other ranks may need this core to send what is waited for.
+        if (now_nanoseconds() - since_ < (gentle_ ? 20000u : 5000000u)) {
+            sched_yield();
+            return;
+        }
+        timespec nap{0, gentle_ ? 20000 : 50000};
+        nanosleep(&nap, nullptr);
+    }
+
+    // Nanoseconds since rest() began to give way; 0 before.
+    std::uint64_t idle_nanoseconds() const { return since_ == 0 ? 0 : now_nanoseconds() - since_; }
+
+private:
+    static constexpr int kSpins = 400;
+    static constexpr int kFew = 50;
+    static constexpr int kCrowded = 4;
+    bool gentle_;
+    int idle_ = 0;
+    std::uint64_t since_ = 0;
+};
+
+}  // namespace bitring

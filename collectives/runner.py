@@ -1,0 +1,205 @@
+"""What runs an algorithm's collective on a buffer: an executor a schedule, or the native engine one of its own ways."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from mpi4py import MPI
+
+from bitring.collectives.arrays import Array, device_of
+from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.extension import address_of, kernel, native
+from bitring.collectives.native_executor import NativeTransport, run, served
+from bitring.collectives.operators import ufunc_name
+from bitring.collectives.program import compile_program
+from bitring.collectives.schedule import algorithms, rounds
+from bitring.collectives.selection import segment_values
+from bitring.collectives.state import State
+from bitring.collectives.transport import channel_of, make_transport
+
+
+class Runner(Protocol):
+    """A collective that can be run again and again on the buffer that it is bound to."""
+
+    nbytes_sent: int
+    """Bytes that one run sends to other ranks."""
+
+    scratch_nbytes: int
+    """Memory that it keeps."""
+
+    operation: Any
+    """The native operation that is a run; None where Python takes part."""
+
+    def bind(self, buffer: Array) -> None:
+        """Work on ``buffer`` from now on, which is like the one that it was made for."""
+        ...
+
+    def unbind(self) -> None:
+        """Forget the buffer."""
+        ...
+
+    def steps(self, progress: Progress) -> Steps:
+        """One run."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is MPI's."""
+        ...
+
+
+def make_runner(
+    state: State,
+    collective: str,
+    algorithm: str,
+    flat: Array,
+    op: MPI.Op = MPI.SUM,
+    root: int = 0,
+    number: int = 0,
+    signature: int = 0,
+) -> Runner:
+    """A runner of ``algorithm``, as it was chosen, bound to ``flat``. Collective for ``multilane``, else local.
+
+    ``number``: the plan's that it is for, whose buffer stays the same; 0 for a call without one. ``signature``: what
+    tells a run of the plan from those of others.
+    """
+    channel = channel_of(number)
+    if algorithm == "shared_memory":
+        return SharedRunner(state, flat, op, signature)
+    if algorithm == "multilane":
+        runner = _multilane(state, flat, op, signature, channel, persistent=number > 0)
+        if runner is not None:
+            return runner
+        algorithm = "ring"
+    return schedule_runner(state.comm, collective, algorithm, flat, op, root, channel, persistent=number > 0)
+
+
+def schedule_runner(
+    comm: MPI.Intracomm,
+    collective: str,
+    algorithm: str,
+    flat: Array,
+    op: MPI.Op,
+    root: int,
+    channel: int,
+    persistent: bool,
+) -> Runner:
+    """A runner of ``algorithm``'s schedule: native for host memory, where that is to be had."""
+    made, size = algorithms.get(algorithm)(), comm.Get_size()
+    ufunc = ufunc_name(op, flat.dtype)
+    reduces = collective in ("allreduce", "reduce", "reduce_scatter")
+    is_native = device_of(flat) is None and served(flat.dtype, ufunc, reduces)
+    segment = segment_values(flat.nbytes, flat.dtype.itemsize)
+    schedule = rounds(made, collective, comm.Get_rank(), size, root)
+    program = compile_program(schedule, made.chunks(size), flat.size, segment)
+    if not is_native:
+        portable: Runner = make_transport(comm, program, flat, ufunc, channel, persistent)
+        return portable
+    runner = NativeTransport(comm, program, flat.dtype, ufunc, channel)
+    runner.bind(flat)
+    return runner
+
+
+class SharedRunner:
+    """The reduction of the ranks' buffers through their shared memory."""
+
+    scratch_nbytes = 0
+
+    def __init__(self, state: State, flat: Array, op: MPI.Op, signature: int) -> None:
+        assert state.common is not None
+        self._shared = state.common
+        self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
+        self._signature = signature
+        module = native()
+        small = flat.nbytes <= module.SharedAllreduce.small(state.size)
+        self.nbytes_sent = (state.size - 1) * flat.nbytes // (1 if small else state.size) * (1 if small else 2)
+        self.bind(flat)
+
+    def bind(self, buffer: Array) -> None:
+        """See Runner."""
+        module = native()
+        self._buffer = buffer
+        self.operation = module.SharedAllreduce(
+            self._shared.node,
+            self._signature,
+            [(address_of(buffer), buffer.size, buffer.itemsize, self._kernel)],
+            self._shared.region_of(buffer),
+        )
+
+    def unbind(self) -> None:
+        """See Runner."""
+        self._buffer = self.operation = None
+
+    def steps(self, progress: Progress) -> Steps:
+        """See Runner."""
+        yield from run(self.operation, progress)
+
+    def close(self) -> None:
+        """See Runner."""
+
+
+class LaneRunner:
+    """The reduction inside the nodes, between them in parallel lanes, and inside them again."""
+
+    def __init__(
+        self, state: State, region: Any, lane: Runner | None, flat: Array, op: MPI.Op, signature: int, staged: bool
+    ) -> None:
+        assert state.shared is not None
+        self._state = state
+        self._node = state.shared.node
+        self._region = region
+        self._lane = lane
+        self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
+        self._signature = signature
+        inside = state.node.size
+        self.scratch_nbytes = region.nbytes if staged else 0
+        self.nbytes_sent = 2 * (inside - 1) * flat.nbytes // inside + (0 if lane is None else lane.nbytes_sent)
+        self.bind(flat)
+
+    def bind(self, buffer: Array) -> None:
+        """See Runner."""
+        module = native()
+        self._buffer = buffer
+        self.operation = module.LaneAllreduce(
+            self._node,
+            self._signature,
+            address_of(buffer),
+            buffer.size,
+            buffer.itemsize,
+            self._kernel,
+            self._region,
+            self._state.topology.lanes,
+            None if self._lane is None else self._lane.operation,
+        )
+
+    def unbind(self) -> None:
+        """See Runner."""
+        self._buffer = self.operation = None
+
+    def steps(self, progress: Progress) -> Steps:
+        """See Runner."""
+        yield from run(self.operation, progress)
+
+    def close(self) -> None:
+        """See Runner."""
+
+
+def _multilane(state: State, flat: Array, op: MPI.Op, signature: int, channel: int, persistent: bool) -> Runner | None:
+    """Collective. None on all ranks where some node has no room for the values."""
+    module, shared, node = native(), state.shared, state.node
+    assert module is not None and shared is not None
+    region = shared.region_of(flat) if persistent else None
+    places = node.comm.allgather(0 if region is None else region.where(address_of(flat)))
+    staged = region is None or places.count(places[0]) < len(places)
+    if staged:
+        region = shared.new_region(node.comm, flat.nbytes)
+    if not state.comm.allreduce(region is not None, MPI.LAND):
+        return None
+    lane = None
+    if state.lane_comm != MPI.COMM_NULL:
+        lanes, number = state.topology.lanes, node.rank
+        first = module.LaneAllreduce.chunk_start(flat.size, lanes, number)
+        last = module.LaneAllreduce.chunk_start(flat.size, lanes, number + 1)
+        # The operation binds it to this rank's chunk of the region.
+        comm = state.lane_comm
+        lane = schedule_runner(comm, "allreduce", "ring", flat[first:last], op, 0, channel, persistent=True)
+    return LaneRunner(state, region, lane, flat, op, signature, staged)
