@@ -15,7 +15,7 @@ from bitring.collectives.engine import Job, engine
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.native_executor import finish
 from bitring.collectives.operators import op_name, ufunc_name
-from bitring.collectives.runner import Runner, make_runner
+from bitring.collectives.runner import Runner, SharedRunner, make_runner
 from bitring.collectives.selection import Choice, check_name, choose
 from bitring.collectives.state import State, state_of
 
@@ -42,10 +42,10 @@ class Plan(ABC):
     """Why it was chosen."""
 
     def __init__(self, state: State, what: str) -> None:
-        self._state = state
-        self._number = state.new_plan()
-        self._what = f"{what} (plan {self._number})"
-        self._run = Request("a run of a plan", {"plan": self._what})
+        self.state = state
+        self.number = state.new_plan()
+        self.what = f"{what} (plan {self.number})"
+        self._run = Request("a run of a plan", {"plan": self.what})
         self._job: Job | None = None
         self._freed = False
         self.bytes_sent = 0
@@ -54,21 +54,21 @@ class Plan(ABC):
     def _steps(self, progress: Progress) -> Steps:
         """One run of the collective, as a job's steps; adds to ``bytes_sent``."""
 
-    def _checked_steps(self, progress: Progress) -> Steps:
+    def checked_steps(self, progress: Progress) -> Steps:
         """One run; all ranks find out that they are at the same plan, before it or beside it."""
-        if self._state.size == 1:
+        if self.state.size == 1:
             yield from self._steps(progress)
-        elif self._state.common is not None:
-            yield from agree(self._state.comm, self._state.common, self._run, progress)
+        elif self.state.common is not None:
+            yield from agree(self.state.comm, self.state.common, self._run, progress)
             yield from self._steps(progress)
         else:
-            check = Check(self._state.comm, self._run)
+            check = Check(self.state.comm, self._run)
             steps, checked, over = self._steps(progress), False, False
             while not (checked and over):
                 if not checked and check.request.Test():
                     checked = True
                     progress.moves += 1
-                    conclude(self._state.comm, self._run, check.verdict, progress)
+                    conclude(self.state.comm, self._run, check.verdict, progress)
                 waiting = next(steps, _OVER) if not over else None
                 over = over or waiting is _OVER
                 if not (checked and over):
@@ -82,24 +82,32 @@ class Plan(ABC):
         self._submit()
         engine.start_thread()
 
-    def _submit(self) -> None:
+    def check_startable(self) -> None:
+        """Raise RuntimeError when a run cannot begin now."""
         if self._freed:
-            raise RuntimeError(f"{self._what}: start: the plan was freed")
+            raise RuntimeError(f"{self.what}: start: the plan was freed")
         if self._job is not None:
-            raise RuntimeError(f"{self._what}: start: the last run must be waited for first")
-        self._job = self._state.lane.submit(self._checked_steps, self._what)
+            raise RuntimeError(f"{self.what}: start: the last run must be waited for first")
+
+    def take_job(self, job: Job) -> None:
+        """``job``, under way, is a run of this plan."""
+        self._job = job
+
+    def _submit(self) -> None:
+        self.check_startable()
+        self._job = self.state.lane.submit(self.checked_steps, self.what)
 
     def wait(self) -> None:
         """Wait for the run that ``start`` began; raises what went wrong in it. Raises RuntimeError without one."""
         if self._job is None:
-            raise RuntimeError(f"{self._what}: wait: nothing was started")
+            raise RuntimeError(f"{self.what}: wait: nothing was started")
         job, self._job = self._job, None
         job.wait()
 
     def test(self) -> bool:
         """Whether the run that ``start`` began is over (then it counts as waited for)."""
         if self._job is None:
-            raise RuntimeError(f"{self._what}: test: nothing was started")
+            raise RuntimeError(f"{self.what}: test: nothing was started")
         if not self._job.test():
             return False
         self.wait()
@@ -117,12 +125,12 @@ class Plan(ABC):
     def load_state_dict(self, state: dict[str, Array]) -> None:
         """Take over what ``state_dict`` returned. Raises ValueError for anything else."""
         if state:
-            raise ValueError(f"{self._what}: load_state_dict: state must be empty; got {sorted(state)}")
+            raise ValueError(f"{self.what}: load_state_dict: state must be empty; got {sorted(state)}")
 
     def free(self) -> None:
         """Give MPI's requests back; the plan cannot be used again. Raises RuntimeError during a run."""
         if self._job is not None and not self._job.done:
-            raise RuntimeError(f"{self._what}: free: the last run must be waited for first")
+            raise RuntimeError(f"{self.what}: free: the last run must be waited for first")
         self._freed = True
 
     def __del__(self) -> None:
@@ -137,15 +145,16 @@ class ExactPlan(Plan):
     def __init__(self, state: State, flat: Array, op: MPI.Op, choice: Choice) -> None:
         super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values by {choice.name}")
         self.algorithm, self.why = choice
-        self._flat = flat
-        self._op = op
+        self.flat = flat
+        self.op = op
+        self.fused: Any = None  # with which plans it was last started, and how
         self._runner: Runner | None = None
         self._direct: Any = None  # a native operation that is a whole run and finds out itself whether all mean it
         if choice.name == "mpi":
             self._nbytes = 2 * flat.nbytes * (state.size - 1) // state.size
             return
         self._runner = make_runner(
-            state, "allreduce", choice.name, flat, op, number=self._number, signature=self._run.kind
+            state, "allreduce", choice.name, flat, op, number=self.number, signature=self._run.kind
         )
         self._nbytes = self._runner.nbytes_sent
         if choice.name == "shared_memory":
@@ -154,23 +163,38 @@ class ExactPlan(Plan):
     def __call__(self) -> None:
         """Run the collective in the calling thread, in place on the buffer."""
         direct = self._direct
-        if direct is None or self._job is not None or not self._state.lane.idle:
+        if direct is None or self._job is not None or not self.state.lane.idle:
             super().__call__()
         elif direct.run(_ALONE_SECONDS):
             self.bytes_sent += self._nbytes
         else:
-            self._state.lane.submit(self._finish, self._what).wait()
+            self.state.lane.submit(self._finish, self.what).wait()
+
+    @property
+    def fusible(self) -> bool:
+        """Whether a run may travel with other plans' runs."""
+        return self.state.size > 1 and device_of(self.flat) is None and self.algorithm != "multilane"
+
+    def pieces(self) -> list[tuple[int, int, int, int]]:
+        """What a native run through shared memory reduces."""
+        assert isinstance(self._runner, SharedRunner)
+        return self._runner.pieces
+
+    def count_run(self) -> None:
+        """A run is over that something else has made."""
+        self.bytes_sent += self._nbytes
 
     def _finish(self, progress: Progress) -> Steps:
         """The rest of a native run."""
         yield from finish(self._direct, progress)
         if self._direct.disagrees:
-            conclude(self._state.comm, self._run, verdict_of(self._direct.verdict), progress)
+            conclude(self.state.comm, self._run, verdict_of(self._direct.verdict), progress)
         self.bytes_sent += self._nbytes
 
-    def _checked_steps(self, progress: Progress) -> Steps:
+    def checked_steps(self, progress: Progress) -> Steps:
+        """See Plan."""
         if self._direct is None:
-            yield from super()._checked_steps(progress)
+            yield from super().checked_steps(progress)
         else:
             self._direct.begin()
             yield from self._finish(progress)
@@ -178,14 +202,14 @@ class ExactPlan(Plan):
     def _steps(self, progress: Progress) -> Steps:
         if self._runner is not None:
             yield from self._runner.steps(progress)
-        elif self._state.size > 1:
-            yield from wait_for(self._state.comm.Iallreduce(MPI.IN_PLACE, self._flat, self._op), progress)
+        elif self.state.size > 1:
+            yield from wait_for(self.state.comm.Iallreduce(MPI.IN_PLACE, self.flat, self.op), progress)
         self.bytes_sent += self._nbytes
 
     def free(self) -> None:
         """See Plan."""
         super().free()
-        self._direct = None
+        self._direct = self.fused = None
         if self._runner is not None:
             self._runner.close()
 

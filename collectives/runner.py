@@ -118,11 +118,9 @@ class SharedRunner:
         """See Runner."""
         module = native()
         self._buffer = buffer
+        self.pieces = [(address_of(buffer), buffer.size, buffer.itemsize, self._kernel)]
         self.operation = module.SharedAllreduce(
-            self._shared.node,
-            self._signature,
-            [(address_of(buffer), buffer.size, buffer.itemsize, self._kernel)],
-            self._shared.region_of(buffer),
+            self._shared.node, self._signature, self.pieces, self._shared.region_of(buffer)
         )
 
     def unbind(self) -> None:

@@ -117,10 +117,10 @@ class CompressedPlan(Plan):
         comm = state.comm
         _compile_once_a_node(encoder, flat, state.node.comm)
         if hierarchical:
-            self._node = _Node(state, flat, self._number)
+            self._node = _Node(state, flat, self.number)
             comm = state.leaders
         if comm != MPI.COMM_NULL:
-            self._exchange = OwnerExchange(comm, flat, encoder, boundaries, channel_of(self._number))
+            self._exchange = OwnerExchange(comm, flat, encoder, boundaries, channel_of(self.number))
         # A rank that is no leader keeps what is handed to it as residual until it can add it to its node's sum.
         self._to_add: Array | None = None
         self.owned = (0, 0) if self._exchange is None else self._exchange.owned
@@ -131,7 +131,7 @@ class CompressedPlan(Plan):
         )
 
     def _steps(self, progress: Progress) -> Steps:
-        if self._state.size == 1:
+        if self.state.size == 1:
             return
         if self._check_finite:
             yield from self._raise_non_finite(progress)
@@ -149,13 +149,13 @@ class CompressedPlan(Plan):
 
     def _raise_non_finite(self, progress: Progress) -> Steps:
         """Raise on all ranks if any value is NaN or Inf on any, naming the lowest such rank."""
-        comm = self._state.comm
-        size, rank = self._state.size, self._state.rank
+        comm = self.state.comm
+        size, rank = self.state.size, self.state.rank
         mine = np.array(0 if all_finite(self._flat) else size - rank, np.int64)
         most = np.empty_like(mine)
         yield from wait_for(comm.Iallreduce(mine, most, MPI.MAX), progress)
         if most > 0:
-            raise NonFiniteError(f"{self._what}: x holds NaN or Inf on rank {size - int(most)}; nothing was changed")
+            raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank {size - int(most)}; nothing was changed")
 
     def state_dict(self) -> dict[str, Array]:
         """``residual``, one for each value, and ``owner_residual``, one for each value that this rank owns.
@@ -176,11 +176,11 @@ class CompressedPlan(Plan):
         """Copy ``residual`` and ``owner_residual`` in. Raises ValueError for other names, shapes or dtypes."""
         mine = self.state_dict()
         if sorted(state) != sorted(mine):
-            raise ValueError(f"{self._what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
+            raise ValueError(f"{self.what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
         for name, array in mine.items():
             if state[name].shape != array.shape or state[name].dtype != array.dtype:
                 raise ValueError(
-                    f"{self._what}: load_state_dict: {name} must have shape {array.shape} and dtype {array.dtype}; "
+                    f"{self.what}: load_state_dict: {name} must have shape {array.shape} and dtype {array.dtype}; "
                     f"got {state[name].shape} and {state[name].dtype}"
                 )
         for name, array in mine.items():

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.arrays import BFLOAT16, is_device, xp_of
+from bitring.collectives.communicator import Communicator
 from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.registry import Registry
 from bitring.compression.encoder import Encoder, compressors
@@ -40,12 +41,12 @@ _trainers_made = 0
 class Bucket:
     """Gradients of some parameters of one dtype, packed into ``flat``; ``views`` are its parts, by name."""
 
-    def __init__(self, parameters: Mapping[str, Any], compressed: bool) -> None:
+    def __init__(self, parameters: Mapping[str, Any], compressed: bool, empty: Callable[[int, Any], Any]) -> None:
         first = next(iter(parameters.values()))
         ends = list(accumulate(array.size for array in parameters.values()))
         self.compressed = compressed
         self.starts = [0, *ends[:-1]]
-        self.flat = xp_of(first).empty(ends[-1], first.dtype)
+        self.flat = empty(ends[-1], first.dtype)
         self.shapes = {name: array.shape for name, array in parameters.items()}
         self.views = dict(self.cut(self.flat))
 
@@ -173,8 +174,11 @@ class DataParallel:
         filling: dict[Any, dict[str, Any]] = {}
         buckets: list[Bucket] = []
 
+        # In memory that the node's ranks share they reduce each other's gradients where they are.
+        empty = Communicator(self.comm).empty if self._xp is np else self._xp.empty
+
         def close(kind: Any) -> None:
-            buckets.append(Bucket(filling.pop(kind), compressed=kind[1]))
+            buckets.append(Bucket(filling.pop(kind), kind[1], empty))
 
         for name, array in reversed(self._parameters.items()):
             if not array.size:

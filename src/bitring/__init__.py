@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bitring.collectives.errors import MismatchError as MismatchError
     from bitring.collectives.errors import NonFiniteError as NonFiniteError
     from bitring.collectives.errors import PeerError as PeerError
+    from bitring.collectives.fusion import start as start
     from bitring.collectives.plan import Plan as Plan
     from bitring.collectives.plan import explain as explain
     from bitring.collectives.schedule import Algorithm as Algorithm
@@ -63,6 +64,7 @@ _WHERE = {
     "plan_allreduce": "compression.plan",
     "save_checkpoint": "training.checkpoint",
     "shard": "training.batches",
+    "start": "collectives.fusion",
 }
 
 _REGISTRIES = {

@@ -1,0 +1,131 @@
+"""``bitring.start``: plans started together; those that are small travel as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bitring.collectives.agreement import Request, conclude, verdict_of
+from bitring.collectives.engine import engine
+from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.extension import native
+from bitring.collectives.native_executor import finish
+from bitring.collectives.plan import ExactPlan, Plan
+from bitring.collectives.selection import Choice
+
+FUSED_NBYTES = 64 << 10
+"""Plans of so many bytes together are fused: what a message costs at any size is then still most of its cost."""
+
+
+def start(plans: Sequence[Plan]) -> None:
+    """Start ``plans`` in the order given, which must be the same on all ranks; each is waited for as ever.
+
+    Neighbours of one communicator that are exact, in host memory, and together small share one exchange: through
+    shared memory whatever their dtypes and operations, by messages if these are alike. Raises TypeError for anything
+    but plans, and RuntimeError as ``Plan.start`` does, before any is started.
+    """
+    for plan in plans:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"start: plans must be plans, as plan_allreduce returns; got {type(plan).__name__}")
+    for i, plan in enumerate(plans):
+        plan.check_startable()
+        if plan in plans[:i]:
+            raise RuntimeError(f"start: {plan} was given twice")
+    group: list[ExactPlan] = []
+    for plan in plans:
+        if isinstance(plan, ExactPlan) and _fits(group, plan):
+            group.append(plan)
+            continue
+        _start(group)
+        group = []
+        if isinstance(plan, ExactPlan) and _fits(group, plan):
+            group.append(plan)
+        else:
+            plan.start()
+    _start(group)
+    engine.start_thread()
+
+
+def _fits(group: list[ExactPlan], plan: ExactPlan) -> bool:
+    """Whether ``plan`` may travel with ``group``."""
+    total = plan.flat.nbytes + sum(each.flat.nbytes for each in group)
+    if total > FUSED_NBYTES or not plan.fusible:
+        return False
+    if not group:
+        return True
+    first = group[0]
+    if first.state is not plan.state or first.algorithm != plan.algorithm:
+        return False
+    if plan.algorithm == "shared_memory":
+        return bool(total <= native().SharedAllreduce.small(plan.state.size))
+    return first.op == plan.op and bool(first.flat.dtype == plan.flat.dtype)
+
+
+def _start(group: list[ExactPlan]) -> None:
+    if len(group) == 1:
+        group[0].start()
+    elif group:
+        key = tuple(plan.number for plan in group)
+        fused = group[0].fused
+        if fused is None or fused.key != key:
+            kind = SharedFusion if group[0].algorithm == "shared_memory" else PackedFusion
+            group[0].fused = fused = kind(key, group)
+        job = group[0].state.lane.submit(fused.steps, fused.what)
+        for plan in group:
+            plan.take_job(job)
+
+
+class _Fusion:
+    """Plans that travel as one. The first of them keeps it for the next time."""
+
+    def __init__(self, key: tuple[int, ...], plans: list[ExactPlan]) -> None:
+        self.key = key
+        self.plans = plans
+        self.state = plans[0].state
+        self.what = " + ".join(plan.what for plan in plans)
+
+    def count(self) -> None:
+        for plan in self.plans:
+            plan.count_run()
+
+
+class SharedFusion(_Fusion):
+    """Through shared memory: all pieces in one arrival."""
+
+    def __init__(self, key: tuple[int, ...], plans: list[ExactPlan]) -> None:
+        super().__init__(key, plans)
+        self._request = Request("a run of a plan", {"plan": self.what})
+        shared = self.state.common
+        assert shared is not None
+        pieces = [piece for plan in plans for piece in plan.pieces()]
+        self._operation = native().SharedAllreduce(shared.node, self._request.kind, pieces, None)
+
+    def steps(self, progress: Progress) -> Steps:
+        """One run."""
+        self._operation.begin()
+        yield from finish(self._operation, progress)
+        if self._operation.disagrees:
+            conclude(self.state.comm, self._request, verdict_of(self._operation.verdict), progress)
+        self.count()
+
+
+class PackedFusion(_Fusion):
+    """By messages: the values copied together, and back."""
+
+    def __init__(self, key: tuple[int, ...], plans: list[ExactPlan]) -> None:
+        super().__init__(key, plans)
+        first = plans[0]
+        self._flat: Any = np.empty(sum(plan.flat.size for plan in plans), first.flat.dtype)
+        self._plan = ExactPlan(self.state, self._flat, first.op, Choice(first.algorithm, first.why))
+
+    def steps(self, progress: Progress) -> Steps:
+        """One run."""
+        np.concatenate([plan.flat for plan in self.plans], out=self._flat)
+        yield from self._plan.checked_steps(progress)
+        start = 0
+        for plan in self.plans:
+            plan.flat[...] = self._flat[start : start + plan.flat.size]
+            start += plan.flat.size
+        self.count()
