@@ -31,6 +31,11 @@ Memory& Memory::operator=(Memory&& other) noexcept {
 }
 
 Memory Memory::make(std::size_t nbytes, const std::string& name) {
+    // Taking pages until there are none would end this process or another, long before it fails.
+    if (nbytes / std::size_t(sysconf(_SC_PAGESIZE)) >= std::size_t(sysconf(_SC_PHYS_PAGES))) {
+        errno = ENOMEM;
+        fail("cannot make " + std::to_string(nbytes) + " bytes of shared memory");
+    }
     Memory memory;
     memory.descriptor_ = name.empty() ? memfd_create("bitring", MFD_CLOEXEC)
                                       : ::open(path_of(name).c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
