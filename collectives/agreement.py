@@ -23,6 +23,9 @@ from bitring.collectives.shared import Shared
 
 _LIBRARY = 1
 _BAD = 2
+_ONLY_ARRIVES = 4
+"""A rank that agrees first and exchanges afterwards says so: one whose arrival brought its values must not take others'
+for there, and comes along."""
 
 
 def _number(text: str, nbytes: int = 7) -> int:
@@ -94,7 +97,7 @@ def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress
         verdict = check.verdict
     else:
         module = native()
-        flags = (_LIBRARY if request.library else 0) | (_BAD if request.error else 0)
+        flags = _ONLY_ARRIVES | (_LIBRARY if request.library else 0) | (_BAD if request.error else 0)
         operation = module.Agreement(shared.node, request.signature, 0, flags)
         yield from run(operation, progress)
         verdict = verdict_of(operation.verdict)
