@@ -21,7 +21,7 @@ from bitring.collectives.native_executor import finish
 from bitring.collectives.operators import REDUCTIONS, op_name, ufunc_name
 from bitring.collectives.plan import HOST, library_reduces, memory_name
 from bitring.collectives.runner import Runner, make_runner
-from bitring.collectives.selection import check_name, choose
+from bitring.collectives.selection import check_name, choose, direct_limits
 from bitring.collectives.state import State
 
 _CACHED_RUNNERS = 16
@@ -98,6 +98,8 @@ class Call:
                 self.library,
                 device_of(self.work) is None,
                 blocking,
+                self.work.dtype.itemsize,
+                table=state.table,
             ).name
 
     def take_runner(self, state: State) -> None:
@@ -304,7 +306,7 @@ def direct_of(state: State) -> Any:
         return None
     if not shared.direct_serves:
         shared.direct_serves = True
-        shared.direct.limit(0, 1 << 62)
+        shared.direct.limit(*direct_limits(state.topology, state.table))
         for op, dtype in itertools.product(REDUCTIONS, known_dtypes()):
             ufunc = ufunc_name(op, dtype)
             if ufunc is not None:

@@ -262,6 +262,9 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
         own=ufunc_name(op, flat.dtype) is not None,
         library=library_reduces(flat),
         host=device_of(flat) is None,
+        itemsize=flat.dtype.itemsize,
+        resident=resident(state, flat),
+        table=state.table,
     )
     return ExactPlan(state, flat, op, choice)
 
@@ -269,6 +272,13 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
 def library_reduces(flat: Array) -> bool:
     """Whether every MPI library reduces such arrays: not the 16-bit floats, nor what is in device memory."""
     return device_of(flat) is None and flat.dtype.kind in "iufcb" and flat.dtype != np.float16
+
+
+def resident(state: State, flat: Array) -> bool:
+    """Whether all ranks' buffers are in memory that their nodes share. Collective where there is such memory."""
+    if state.shared is None or device_of(flat) is not None:
+        return False
+    return bool(state.comm.allreduce(state.shared.region_of(flat) is not None, MPI.LAND))
 
 
 def memory_name(flat: Array) -> str:

@@ -8,10 +8,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bitring.collectives.schedule import Algorithm, algorithms
+from bitring.collectives.table import BUILT_IN, Table
 
 RING_FROM_NBYTES = 16 << 20
 """From about here on the portable executor's ring beats the library's own AllReduce. With 2 and with 4 ranks on 2 cores
 it has 1.2 and 0.9 times its speed at 16 MiB, 2.8 and 2.9 times at 64 MiB (benchmarks/results/allreduce-portable-*)."""
+
+NETWORK_FROM_NBYTES = 2 << 20
+"""The same for the native executor between nodes. On 4 hosts at 1 Gbit/s its ring has 0.3 times the library's speed at
+64 KiB and 1.1 times at 4 MiB."""
 
 
 class Choice(NamedTuple):
@@ -48,13 +53,17 @@ def choose(
     library: bool,
     host: bool = True,
     blocking: bool = True,
+    itemsize: int = 4,
+    resident: bool = False,
+    table: Table = BUILT_IN,
 ) -> Choice:
     """The algorithm for a collective of ``nbytes`` bytes a rank.
 
     ``asked`` is a registered name or ``"auto"``; ``own`` whether bitring can serve this combination of operation and
     dtype itself; ``library`` whether the MPI library can, one of which holds; ``host`` whether the values are in host
-    memory; ``blocking`` whether the ranks wait for each other now, and may set up what they need. Raises ValueError for
-    an unknown name.
+    memory; ``blocking`` whether the ranks wait for each other now, and may set up what they need; ``itemsize`` the
+    bytes of a value; ``resident`` whether all ranks' buffers are in memory that their nodes share; ``table`` what was
+    measured here. Raises ValueError for an unknown name.
     """
     if asked != "auto":
         algorithms.get(asked)
@@ -82,15 +91,47 @@ def choose(
         )
     if library and topology.size == 1:
         return Choice("mpi", "there is one rank")
+    if collective == "allreduce" and host:
+        rules = table.nearest(topology.size, topology.nodes, itemsize, resident, topology.native)
+        if rules is not None:
+            name = rules.algorithm(nbytes)
+            missing = _missing(name, collective, topology, host, blocking) if name in NATIVE else None
+            if missing is None and (library or name != "mpi"):
+                return Choice(name, f"measured on this machine to be the best of {nbytes} bytes with {rules.title}")
+    name, why = _default(collective, nbytes, topology, library, host, blocking)
+    return Choice(name, f"{why} (built-in default)")
+
+
+def _default(
+    collective: str, nbytes: int, topology: Topology, library: bool, host: bool, blocking: bool
+) -> tuple[str, str]:
+    """What is known without having measured this machine, and why."""
     if _missing("shared_memory", collective, topology, host, blocking) is None:
-        return Choice("shared_memory", "all ranks share memory")
+        return "shared_memory", "all ranks share memory"
     if not library:
-        return Choice("ring", "the MPI library does not serve this dtype or memory")
-    if nbytes < RING_FROM_NBYTES:
-        return Choice("mpi", f"{nbytes} bytes are fewer than {RING_FROM_NBYTES}")
+        return "ring", "the MPI library does not serve this dtype or memory"
+    between = topology.native and topology.nodes > 1 and host
+    enough = NETWORK_FROM_NBYTES if between else RING_FROM_NBYTES
+    if nbytes < enough:
+        return "mpi", f"{nbytes} bytes are fewer than {enough}"
     if _missing("multilane", collective, topology, host, blocking) is None:
-        return Choice("multilane", f"{topology.lanes} lanes between {topology.nodes} nodes")
-    return Choice("ring", f"{nbytes} bytes are at least {RING_FROM_NBYTES}")
+        return "multilane", f"{topology.lanes} lanes between {topology.nodes} nodes"
+    return "ring", f"{nbytes} bytes are at least {enough}"
+
+
+def direct_limits(topology: Topology, table: Table) -> tuple[int, int]:
+    """The first and the last size in bytes of a stretch for which "auto" means ``shared_memory`` on private memory.
+
+    ``(1, 0)`` where there is none. Other sizes are chosen for one by one.
+    """
+    rules = table.nearest(topology.size, topology.nodes, 4, False, topology.native)
+    if rules is None:
+        return 0, 1 << 62
+    starts = [*(start for start, _ in rules.best), (1 << 62) + 1]
+    for k, (start, name) in enumerate(rules.best):
+        if name == "shared_memory":
+            return start, starts[k + 1] - 1
+    return 1, 0
 
 
 def _missing(name: str, collective: str, topology: Topology, host: bool, blocking: bool) -> str | None:
@@ -118,10 +159,11 @@ def check_name(asked: str) -> None:
         algorithms.get(asked)
 
 
-def segment_values(nbytes: int, itemsize: int) -> int:
-    """Values in a segment of the portable executor for a buffer of ``nbytes``.
+def segment_values(nbytes: int, itemsize: int, chunks: int) -> int:
+    """Values in a segment, for a buffer of ``nbytes`` of which a schedule makes ``chunks``.
 
-    Four MiB was the best of 128 KiB to 8 MiB for 64 MiB buffers; below 16 MiB a quarter of the buffer keeps trees
-    pipelined. At most 1024 segments a buffer keep a message's tag unique while it is under way.
+    A quarter of a chunk keeps trees and rings pipelined. Between hosts at 1 Gbit/s all from 128 KiB to 2 MiB do as
+    well, and whole chunks do badly. At most 1024 segments a buffer keep a message's tag unique while it is under way.
     """
-    return max(1, min(4 << 20, max(nbytes // 4, 64 << 10)) // itemsize, -(-nbytes // 1024) // itemsize)
+    quarter = min(2 << 20, max(nbytes // chunks // 4, 256 << 10))
+    return max(1, quarter // itemsize, -(-nbytes // 1024) // itemsize)

@@ -16,13 +16,15 @@ from bitring.collectives.engine import Lane, engine
 from bitring.collectives.extension import native
 from bitring.collectives.selection import Topology
 from bitring.collectives.shared import Shared, make_shared
+from bitring.collectives.table import BUILT_IN, load_table, path_of_table
+from bitring.machine import mpi_library
 
 
 class State:
     """``lane`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks.
 
-    ``topology`` is what the choice of an algorithm depends on, and ``shared`` what this node's ranks share; before
-    ``prepare`` they say that nothing is known and nothing shared, on all ranks alike.
+    The choice of an algorithm depends on ``topology`` and on ``table``, rank 0's measured one; ``shared`` is what this
+    node's ranks share. Before ``prepare`` they say that nothing is known and nothing shared, on all ranks alike.
     """
 
     def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, size: int) -> None:
@@ -33,6 +35,7 @@ class State:
         self.plans = 0
         self.cache: dict[Any, Any] = {}
         self.topology = Topology(size)
+        self.table = BUILT_IN
         self.shared: Shared | None = None
         self._prepared = size == 1
 
@@ -85,7 +88,10 @@ class State:
             return
         self.lane.drain(function)
         self._prepared = True
+        table = load_table(path_of_table()).of(mpi_library()) if self.rank == 0 else BUILT_IN
+        self.table = self.comm.bcast(table)
         if not self.comm.allreduce(native() is not None, MPI.LAND):
+            self.topology = Topology(self.size, self.nodes)
             return
         node = self.node
         ranks = node.comm.allgather(self.rank)

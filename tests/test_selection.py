@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from bitring.collectives.schedule import algorithms
-from bitring.collectives.selection import NATIVE, RING_FROM_NBYTES, Topology, check_name, choose, segment_values
+from bitring.collectives.selection import (
+    NATIVE,
+    NETWORK_FROM_NBYTES,
+    RING_FROM_NBYTES,
+    Topology,
+    check_name,
+    choose,
+    direct_limits,
+    segment_values,
+)
+from bitring.collectives.table import BUILT_IN, Rules, Table
 
 pytestmark = pytest.mark.single
 
@@ -67,20 +77,99 @@ def test_choices_of_the_native_engine(asked, topology, options, name, why):
     assert why in choice.why
 
 
+@pytest.mark.parametrize(
+    ("topology", "below", "above"),
+    [
+        (Topology(4), ("mpi", RING_FROM_NBYTES), "ring"),
+        (Topology(4, nodes=1, lanes=4, native=True), ("mpi", RING_FROM_NBYTES), "ring"),
+        (FOUR_HOSTS, ("mpi", NETWORK_FROM_NBYTES), "ring"),
+        (TWO_NODES, ("mpi", NETWORK_FROM_NBYTES), "multilane"),
+    ],
+)
+def test_where_the_default_changes(topology, below, above):
+    name, nbytes = below
+    choice = choose("allreduce", "auto", nbytes - 1, topology, own=True, library=True)
+    assert choice == (name, f"{nbytes - 1} bytes are fewer than {nbytes} (built-in default)")
+    assert choose("allreduce", "auto", nbytes, topology, own=True, library=True).name == above
+
+
+def rules(topology: Topology, *best: tuple[int, str], itemsize: int = 4, resident: bool = False) -> Rules:
+    return Rules("MPICH 5.0.2", topology.size, topology.nodes, itemsize, resident, topology.native, best)
+
+
+MEASURED = Table(
+    (
+        rules(ONE_NODE, (0, "mpi"), (100, "shared_memory"), (1000, "ring")),
+        rules(ONE_NODE, (0, "multilane"), (50, "rabenseifner"), resident=True),
+        rules(FOUR_HOSTS, (0, "recursive_doubling"), (100, "mpi"), (1000, "multilane")),
+        rules(Topology(4, nodes=1), (0, "double_binary_tree")),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "nbytes", "options", "name"),
+    [
+        (ONE_NODE, 0, {}, "mpi"),
+        (ONE_NODE, 99, {}, "mpi"),
+        (ONE_NODE, 99, {"library": False}, "shared_memory"),  # the built-in default, where the measured best cannot be
+        (ONE_NODE, 100, {}, "shared_memory"),
+        (ONE_NODE, 100, {"asked": "mpi"}, "mpi"),
+        (ONE_NODE, 1000, {}, "ring"),
+        (ONE_NODE, 1000, {"itemsize": 2}, "ring"),
+        (ONE_NODE, 1000, {"host": False, "library": False}, "ring"),
+        (ONE_NODE, 1000, {"collective": "reduce"}, "mpi"),
+        (ONE_NODE, 49, {"resident": True}, "shared_memory"),
+        (ONE_NODE, 50, {"resident": True}, "rabenseifner"),
+        (ONE_NODE, 50, {"resident": True, "own": False}, "mpi"),
+        (Topology(2, nodes=1, lanes=2, native=True), 100, {}, "mpi"),
+        (Topology(2, nodes=1, lanes=2), 100, {}, "double_binary_tree"),
+        (FOUR_HOSTS, 0, {}, "recursive_doubling"),
+        (FOUR_HOSTS, 1000, {}, "mpi"),
+        (FOUR_HOSTS, 1 << 30, {}, "ring"),
+        (TWO_NODES, 1000, {}, "multilane"),
+        (TWO_NODES, 1000, {"blocking": False}, "mpi"),
+        (Topology(4), 1000, {}, "mpi"),
+    ],
+)
+def test_choices_from_a_measured_table(topology, nbytes, options, name):
+    options = {"asked": "auto", "collective": "allreduce", "own": True, "library": True, **options}
+    choice = choose(nbytes=nbytes, topology=topology, table=MEASURED, **options)
+    if topology.size == 2 and topology.native:  # shared memory is missing
+        assert choice.why.endswith("(built-in default)")
+    assert choice.name == name
+
+
+def test_why_says_what_was_measured():
+    choice = choose("allreduce", "auto", 70, ONE_NODE._replace(size=3), True, True, resident=True, table=MEASURED)
+    assert choice.name == "rabenseifner"
+    assert choice.why == (
+        "measured on this machine to be the best of 70 bytes with 4 ranks on 1 node, 4-byte values, resident"
+    )
+
+
+def test_direct_limits():
+    assert direct_limits(ONE_NODE, BUILT_IN) == (0, 1 << 62)
+    assert direct_limits(ONE_NODE, MEASURED) == (100, 999)
+    assert direct_limits(ONE_NODE, Table((rules(ONE_NODE, (0, "shared_memory")),))) == (0, 1 << 62)
+    assert direct_limits(ONE_NODE, Table((rules(ONE_NODE, (0, "mpi")),))) == (1, 0)
+
+
 def test_what_is_chosen_can_be_run():
     for asked in ("auto", *algorithms.names()):
         for collective in ("allreduce", "reduce_scatter", "allgather", "reduce", "broadcast"):
-            for nbytes in (0, 1 << 30):
+            for nbytes in (0, 50, 100, 1000, 1 << 30):
                 for own, library in ((True, True), (True, False), (False, True)):
                     for topology in (Topology(1), Topology(2), Topology(5), ONE_NODE, TWO_NODES, FOUR_HOSTS):
-                        name = choose(collective, asked, nbytes, topology, own, library).name
-                        if name == "mpi":
-                            assert library
-                        elif name in NATIVE:
-                            assert own and topology.shared and collective == "allreduce"
-                        else:
-                            assert own
-                            assert collective in algorithms.get(name).collectives()
+                        for table in (BUILT_IN, MEASURED):
+                            name = choose(collective, asked, nbytes, topology, own, library, table=table).name
+                            if name == "mpi":
+                                assert library
+                            elif name in NATIVE:
+                                assert own and topology.shared and collective == "allreduce"
+                            else:
+                                assert own
+                                assert collective in algorithms.get(name).collectives()
 
 
 def test_unknown_names_list_the_known_ones():
@@ -93,13 +182,15 @@ def test_unknown_names_list_the_known_ones():
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16, 32])
-def test_segments(itemsize):
+@pytest.mark.parametrize("chunks", [1, 2, 5, 64])
+def test_segments(itemsize, chunks):
     for nbytes in [0, 1, 31, 1000, 1 << 16, 1 << 20, 1 << 24, 1 << 28, 1 << 32, (1 << 34) + 7]:
         nbytes -= nbytes % itemsize
-        values = segment_values(nbytes, itemsize)
+        values = segment_values(nbytes, itemsize, chunks)
         assert values >= 1
         assert values * itemsize < 1 << 31
         count = -(-(nbytes // itemsize) // values)
         assert count <= 1024 + 1
-        if nbytes <= 1 << 32:
-            assert values * itemsize <= 4 << 20
+        if nbytes <= 1 << 31:
+            assert 256 << 10 <= values * itemsize <= 2 << 20
+    assert segment_values(16 << 20, itemsize, 4) * itemsize == 1 << 20  # a quarter of a chunk
