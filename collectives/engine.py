@@ -278,6 +278,11 @@ def _timeout() -> float:
         raise ValueError(f"BITRING_TIMEOUT must be a number of seconds; got {text!r}") from None
 
 
+@functools.cache
+def _say_no_thread() -> None:
+    logger.warning("MPI's thread level is below multiple: what is started runs when it is waited for")
+
+
 class Engine:
     """The process's jobs, and the thread that drives those nobody waits for."""
 
@@ -315,6 +320,7 @@ class Engine:
     def start_thread(self) -> bool:
         """See that started jobs run without anybody waiting. Whether they do: it needs MPI.THREAD_MULTIPLE."""
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            _say_no_thread()
             return False
         with self._wake:
             if self._thread is None:

@@ -54,7 +54,9 @@ def checkout(tmp_path: Path, clean_environment: Callable[..., dict[str, str]]):
 
     checkout = Checkout()
     shutil.copytree(ROOT / "scripts", checkout.folder / "scripts")
-    shutil.copy(ROOT / "pyproject.toml", checkout.folder)
+    for name in ("pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, checkout.folder)
+    shutil.copytree(ROOT / "collectives" / "native", checkout.folder / "collectives" / "native")
     checkout.python.write_text(STUB_PYTHON.replace("REAL", sys.executable), encoding="utf-8")
     checkout.python.chmod(0o755)
     return checkout

@@ -19,7 +19,9 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.cuda_aware import cuda_aware
+from bitring.collectives.extension import native
 from bitring.collectives.schedule import algorithms
+from bitring.collectives.state import state_of
 from bitring.commands._ranks import ending_together, thread_share
 from bitring.commands._terminal import terminal_width
 from bitring.compression.plan import plan_allreduce
@@ -68,8 +70,10 @@ def run() -> None:
             raise click.exceptions.Exit(1)
         findings = [Finding("bitring", OK, _versions()), _library(), alone, _thread_level(comm)]
         findings += _nodes(comm)
-        findings += _by_rank(comm, [_shared_memory, _open_files, _locked_memory, _kernel_cache, *_packages()])
-        findings += [_cuda(comm)]
+        findings += _by_rank(
+            comm, [_native_engine, _shared_memory, _open_files, _locked_memory, _kernel_cache, *_packages()]
+        )
+        findings += [_resident(comm), _cuda(comm)]
         findings += _self_test(comm)
         if comm.size > 1:
             findings.append(_point_to_point(comm))
@@ -168,6 +172,29 @@ def _shared_memory() -> Finding:
             "remove what jobs that were killed have left there, such as mpich_shm_*",
         )
     return Finding(what, OK, f"{_nbytes(size)}, at least {_nbytes(_floor(free))} free")
+
+
+def _native_engine() -> Finding:
+    what = "native engine"
+    module = native()
+    if module is not None:
+        return Finding(what, OK, f"reduces with {module.instruction_set()} instructions")
+    if os.environ.get("BITRING_NATIVE") == "0":
+        return Finding(what, NOTE, "left out, as BITRING_NATIVE=0 says", "unset it: Python moves every message now")
+    return Finding(what, NOTE, "not built", "install bitring with a C++ compiler: Python moves every message now")
+
+
+def _resident(comm: MPI.Intracomm) -> Finding:
+    """Whether the ranks of each node share memory. Collective."""
+    what = "shared memory"
+    state = state_of(comm)
+    state.prepare("doctor")
+    topology = state.topology
+    if topology.shared:
+        return Finding(what, OK, "the ranks of each node reduce each other's arrays in place")
+    if topology.native and topology.nodes < topology.size:
+        return Finding(what, NOTE, "there is none", "the warning above says why; arrays go through MPI")
+    return Finding(what, OK, "no node has more than one rank, or there is no native engine")
 
 
 def _open_files() -> Finding:
