@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,7 @@ class Lane:
         self.wreck: Job | None = None  # cut short: the library may still write to its memory
         self._shared: Shared | None = None
         self.idle = False
+        engine.lanes.add(self)
 
     @property
     def shared(self) -> Shared | None:
@@ -75,7 +77,7 @@ class Lane:
 
     def rest(self) -> None:
         """Note whether there is nothing to do, so that a native operation may be run past the engine: ``idle``."""
-        self.idle = not (self.jobs or self.broken or self._made is not None)
+        self.idle = not (self.jobs or self.broken or self._made is not None or engine.stopped)
         if self._shared is not None:
             self._shared.direct.busy = 0 if self.idle else 1
 
@@ -292,7 +294,8 @@ class Engine:
         self._lanes: list[Lane] = []  # those with jobs
         self._drivers = 0
         self._thread: threading.Thread | None = None
-        self._stopped: str | None = None
+        self.stopped: str | None = None
+        self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self.bereaved = False  # a rank died: the MPI library's own end would wait for it
         module = native()
         self._native = module
@@ -300,8 +303,8 @@ class Engine:
 
     def check(self, what: str) -> None:
         """Raise RuntimeError when this process must not communicate any more."""
-        if self._stopped:
-            raise RuntimeError(f"{what}: {self._stopped}")
+        if self.stopped:
+            raise RuntimeError(f"{what}: {self.stopped}")
 
     def enqueue(self, job: Job) -> None:
         """Put the job at the end of its lane."""
@@ -380,10 +383,10 @@ class Engine:
         idle = 0
         while True:
             with self._wake:
-                while not self._stopped and (self._drivers or not self._lanes):
+                while not self.stopped and (self._drivers or not self._lanes):
                     self._wake.wait()
                     idle = 0
-                if self._stopped:
+                if self.stopped:
                     return
             idle = 0 if self._turn(gentle=True) else idle + 1
             _rest(idle)
@@ -391,9 +394,10 @@ class Engine:
     def stop(self, why: str) -> None:
         """End the progress thread; later jobs raise ``why``."""
         with self._wake:
-            self._stopped = why
+            self.stopped = why
             self._wake.notify_all()
         self._call_back()
+        self._close_native_ways()
         leave()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -403,9 +407,17 @@ class Engine:
             MPI.COMM_WORLD.Abort(1)
 
     def disable_in_child(self) -> None:
-        """A forked child shares the parent's MPI connections and must not touch them."""
+        """A forked child shares the parent's MPI connections and memory, and must not touch them."""
+        lanes = self.lanes
         self.__init__()  # type: ignore[misc]  # locks may be held by threads that the child does not have
-        self._stopped = "this process was forked after MPI started; use the 'spawn' or 'forkserver' start method"
+        self.lanes = lanes
+        self.stopped = "this process was forked after MPI started; use the 'spawn' or 'forkserver' start method"
+        self._close_native_ways()
+
+    def _close_native_ways(self) -> None:
+        """What runs past the engine otherwise comes to it, and hears that it is stopped."""
+        for lane in self.lanes:
+            lane.rest()
 
 
 def _rest(idle: int) -> None:

@@ -66,11 +66,6 @@ class State:
         return MPI.Intracomm(self.comm.Split(0 if self.node.rank == 0 else MPI.UNDEFINED))
 
     @functools.cached_property
-    def nodes(self) -> int:
-        """Number of nodes. Collective when first asked for."""
-        return int(self.comm.allreduce(self.node.rank == 0))
-
-    @functools.cached_property
     def lane_comm(self) -> MPI.Intracomm:
         """The ranks of all nodes with this rank's number in its node; COMM_NULL where a node has none so numbered.
 
@@ -90,19 +85,15 @@ class State:
         self._prepared = True
         table = load_table(path_of_table()).of(mpi_library()) if self.rank == 0 else BUILT_IN
         self.table = self.comm.bcast(table)
-        if not self.comm.allreduce(native() is not None, MPI.LAND):
-            self.topology = Topology(self.size, self.nodes)
-            return
         node = self.node
-        ranks = node.comm.allgather(self.rank)
+        nodes = int(self.comm.allreduce(node.rank == 0))
         fewest, most = -self.comm.allreduce(-node.size, MPI.MAX), self.comm.allreduce(node.size, MPI.MAX)
-        shared = make_shared(node.comm, ranks) if most > 1 else None
-        everywhere = most > 1 and bool(self.comm.allreduce(shared is not None, MPI.LAND))
-        self.topology = Topology(self.size, self.nodes, fewest, everywhere, native=True)
-        if everywhere:
-            self.shared = shared
-        if self.shared is not None:
-            self.lane.shared = self.shared
+        engines = bool(self.comm.allreduce(native() is not None, MPI.LAND))
+        shared = make_shared(node.comm, node.comm.allgather(self.rank)) if engines and most > 1 else None
+        everywhere = engines and most > 1 and bool(self.comm.allreduce(shared is not None, MPI.LAND))
+        self.topology = Topology(self.size, nodes, fewest, everywhere, engines)
+        if shared is not None and everywhere:
+            self.shared = self.lane.shared = shared
 
     def close(self) -> None:
         """Free everything. Collective, as freeing a communicator is."""

@@ -113,7 +113,7 @@ class CompressedPlan(Plan):
         self._exchange: OwnerExchange | None = None
         self._node: _Node | None = None
         if hierarchical is None:
-            hierarchical = state.nodes > 1
+            hierarchical = state.topology.nodes > 1
         comm = state.comm
         _compile_once_a_node(encoder, flat, state.node.comm)
         if hierarchical:
@@ -125,7 +125,7 @@ class CompressedPlan(Plan):
         self._to_add: Array | None = None
         self.owned = (0, 0) if self._exchange is None else self._exchange.owned
         self.why = f"{encoder} was asked for; " + (
-            f"{state.nodes} nodes exchange their exact sums"
+            f"{state.topology.nodes} nodes exchange their exact sums"
             if hierarchical
             else f"{state.size} ranks exchange directly"
         )

@@ -1,0 +1,113 @@
+"""bitring.start: plans started together, small ones in one exchange."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import bitring
+from bitring.collectives.fusion import FUSED_NBYTES
+
+ALGORITHMS = ("auto", "ring", "recursive_doubling", "mpi")
+
+
+def fill(arrays: list[np.ndarray], rank: int) -> None:
+    for i, x in enumerate(arrays):
+        x[...] = np.arange(x.size) % 7 + i + rank
+
+
+def right(arrays: list[np.ndarray], size: int) -> bool:
+    ranks = size * (size - 1) // 2
+    return all(np.array_equal(x, size * (np.arange(x.size) % 7 + i) + ranks) for i, x in enumerate(arrays))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_plans_started_together(comm, agree, algorithm: str):
+    kinds = [(3, "f4"), (100, "f4"), (0, "f4"), (7, "i4"), (FUSED_NBYTES // 4, "f4"), (5, "f4"), (6, "f4"), (2, "f8")]
+    arrays = [np.empty(n, dtype) for n, dtype in kinds]
+    plans = [bitring.plan_allreduce(x, comm=comm, algorithm=algorithm) for x in arrays]
+    before = [plan.bytes_sent for plan in plans]
+    for run in range(3):
+        fill(arrays, comm.rank)
+        bitring.start(plans)
+        for plan in reversed(plans) if run == 1 else plans:
+            plan.wait()
+        agree(comm, right(arrays, comm.size), f"run {run}")
+    fill(arrays, comm.rank)
+    for plan in plans:
+        plan()  # each still runs by itself
+    agree(comm, right(arrays, comm.size))
+    sent = [plan.bytes_sent - earlier for plan, earlier in zip(plans, before, strict=True)]
+    agree(
+        comm, comm.size == 1 or all(b % 4 == 0 and (b > 0) == (x.size > 0) for b, x in zip(sent, arrays, strict=True))
+    )
+
+
+def test_small_plans_share_one_exchange(comm, agree):
+    state_jobs = []
+    arrays = [np.ones(n, np.float32) for n in (1, 2, 3)]
+    plans = [bitring.plan_allreduce(x, comm=comm) for x in arrays]
+    lane = plans[0].state.lane
+    before = lane.count
+    bitring.start(plans)
+    state_jobs.append(lane.count - before)
+    for plan in plans:
+        plan.wait()
+    agree(comm, state_jobs == [1 if comm.size > 1 else 3], str(state_jobs))
+
+
+def test_other_plans_go_by_themselves(comm, agree):
+    x, y, z = np.ones(50, np.float32), np.ones(4000, np.float32), np.ones(60, np.float32)
+    other = comm.Dup()
+    plans = [
+        bitring.plan_allreduce(x, comm=comm),
+        bitring.plan_allreduce(y, comm=comm, compression="onebit"),
+        bitring.plan_allreduce(z, comm=other),
+    ]
+    bitring.start(plans)
+    for plan in plans:
+        plan.wait()
+    agree(comm, bool((x == comm.size).all() and (z == comm.size).all() and np.allclose(y, comm.size)))
+    for plan in plans:
+        plan.free()
+    other.Free()
+
+
+def test_mistakes(comm):
+    plan = bitring.plan_allreduce(np.ones(3, np.float32), comm=comm)
+    with pytest.raises(TypeError, match="start: plans must be plans, as plan_allreduce returns; got int"):
+        bitring.start([plan, 3])
+    with pytest.raises(RuntimeError, match="given twice"):
+        bitring.start([plan, plan])
+    plan.start()
+    with pytest.raises(RuntimeError, match="the last run must be waited for first"):
+        bitring.start([plan])
+    plan.wait()
+    plan.free()
+    with pytest.raises(RuntimeError, match="the plan was freed"):
+        bitring.start([plan])
+
+
+def test_ranks_that_start_other_plans_hear_of_it(comm, agree):
+    if comm.size == 1:
+        pytest.skip("one rank cannot differ")
+    arrays = [np.ones(n, np.float32) for n in (1, 2, 3)]
+    plans = [bitring.plan_allreduce(x, comm=comm) for x in arrays]
+    mine = plans if comm.rank else plans[::-1]
+    error: Exception | None = None
+    bitring.start(mine)
+    for plan in mine:
+        try:
+            plan.wait()
+        except bitring.MismatchError as problem:
+            error = problem
+    found = str(error)
+    agree(
+        comm, "ranks disagree on plan" in found and "rank 0 gave" in found and "plan 3" in found.replace("(", ""), found
+    )
+    fill(arrays, MPI.COMM_WORLD.rank)
+    bitring.start(plans)
+    for plan in plans:
+        plan.wait()
+    agree(comm, right(arrays, comm.size))
