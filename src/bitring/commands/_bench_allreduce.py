@@ -2,75 +2,208 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
-import math
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.arrays import BFLOAT16
+from bitring.collectives.communicator import Communicator
+from bitring.collectives.extension import address_of, kernel, native
+from bitring.collectives.plan import Plan, library_reduces
 from bitring.collectives.schedule import algorithms
-from bitring.commands._pictures import COLORS, figure, plain
+from bitring.collectives.state import state_of
+from bitring.commands._other_level import OtherLevel
+from bitring.commands._pictures import COLORS, figure, plain, size_text
 from bitring.commands._ranks import ending_together, limit_threads, together
+from bitring.commands._timing import Contender, check_sums, sample
 from bitring.compression.plan import plan_allreduce
-from bitring.machine import describe
+from bitring.machine import THREAD_LEVELS, describe
+
+RESIDENT, PRIVATE, CALL = "auto, resident", "auto", "plain call"
+"""A plan on memory of ``Communicator.empty``, a plan on ordinary arrays, and ``Communicator.Allreduce`` on such."""
+
+LIMIT = "limit"
+"""The memory's: all ranks together reduce all ranks' buffers into all of them, in place, and wait for nothing."""
 
 LIBRARY = ("library", "library out of place")
-"""The MPI library's own Allreduce: on MPI.IN_PLACE, and from one buffer to another."""
+"""The MPI library's own Allreduce: on MPI.IN_PLACE, and from one buffer to another; the thread level follows."""
 
-_SAMPLE_SECONDS = 2e-3
-"""A sample repeats a short call for so long; a clock and a barrier cost microseconds."""
+_LIMIT_FROM_NBYTES = 64 << 10
 
-_MAX_CALLS = 1000
-
-
-class Contender(NamedTuple):
-    """``call`` reduces ``source`` to ``result``, which may be the same array."""
-
-    name: str
-    call: Callable[[], None]
-    source: Any
-    result: Any
+_LEAST_SAMPLES = 5
 
 
-def run(json_path: Path | None, plot: Path | None, sizes: list[int], names: list[str] | None, samples: int) -> None:
+class Others:
+    """What is compared with that is not in this process: the library at another thread level, and gloo.
+
+    ``remarks`` says what could not be had, and why.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, machine: Mapping[str, Any]) -> None:
+        self.remarks: list[str] = []
+        self.level = "multiple" if machine["thread_level"] == "single" else "single"
+        self._comm = comm
+        self._job: OtherLevel | None = None  # rank 0's
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._has_job = False
+        self._gloo: Any = None
+        self._torch: Any = None
+        if machine["nodes"] > 1:
+            self.remarks.append(f"no library at thread level {self.level}, no gloo: they are measured on one node only")
+            return
+        self._has_job = self._on_first(self._start) is None
+        self._begin_gloo()
+
+    def _on_first(self, action: Callable[[], Any]) -> Any:
+        """What ``action`` returns on rank 0, while the other ranks sleep. Collective."""
+        outcome = action() if self._comm.rank == 0 else None
+        arrival = self._comm.Ibarrier()
+        while not arrival.Test():
+            time.sleep(1e-3)
+        return self._comm.bcast(outcome)
+
+    def _start(self) -> str | None:
+        try:
+            self._job = OtherLevel(self._comm.size, self.level)
+        except OSError as error:
+            self.remarks.append(f"no library at thread level {self.level}: {error}")
+            return str(error)
+        return None
+
+    def _begin_gloo(self) -> None:
+        try:
+            self._torch = importlib.import_module("torch")
+            self._gloo = importlib.import_module("torch.distributed")
+        except ImportError:
+            pass
+        if not self._comm.allreduce(self._gloo is not None and self._gloo.is_gloo_available(), MPI.LAND):
+            self._gloo = None
+            self.remarks.append("no gloo: PyTorch is not installed")
+            return
+        if self._comm.rank == 0:
+            self._folder = tempfile.TemporaryDirectory(prefix="bitring-")
+        path = self._comm.bcast(None if self._folder is None else self._folder.name)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self._gloo.init_process_group(
+            "gloo", init_method=f"file://{path}/store", rank=self._comm.rank, world_size=self._comm.size
+        )
+
+    def contenders(self, x: Any) -> list[Contender]:
+        """Those that can reduce values such as ``x``. Collective."""
+        found: list[Contender] = []
+        if self._has_job and library_reduces(x):
+            answer = self._on_first(lambda: self._ask(n=x.size, dtype=x.dtype.name))
+            if not answer["right"]:
+                raise RuntimeError(f"library, {self.level}: a wrong sum of {x.size} values")
+            found += [
+                Contender(f"{name}, {answer['level']}", _nothing, seconds=partial(self._sample, way))
+                for way, name in enumerate(LIBRARY)
+            ]
+        if self._gloo is not None and x.dtype == np.float32:
+            found.append(Contender("gloo", partial(self._gloo.all_reduce, self._torch.from_numpy(x)), x, x))
+        return found
+
+    def _ask(self, **command: Any) -> Any:
+        assert self._job is not None
+        return self._job.ask(**command)
+
+    def _sample(self, way: int) -> float:
+        return float(self._on_first(lambda: self._ask(way=way)))
+
+    def close(self) -> None:
+        """End what was started."""
+        if self._job is not None:
+            self._job.close()
+        if self._gloo is not None:
+            self._gloo.destroy_process_group()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _nothing() -> None:
+    """Another job does it."""
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype named so, bfloat16 included. Raises ValueError unless it is one of numbers."""
+    try:
+        dtype = np.dtype(BFLOAT16 if name == "bfloat16" else name)
+    except TypeError:
+        dtype = np.dtype(object)
+    if dtype != BFLOAT16 and dtype.kind not in "iuf":
+        raise ValueError(f"--dtype must name numeric types, such as float32 or bfloat16; got {name!r}")
+    return dtype
+
+
+def run(
+    json_path: Path | None,
+    plot: Path | None,
+    sizes: list[int],
+    names: list[str] | None,
+    dtypes: list[str],
+    samples: int,
+    seconds: float,
+) -> None:
     """Measure, print, and keep the results. Collective."""
-    comm = MPI.COMM_WORLD
-    with ending_together(comm):
-        together(comm, lambda: _check(comm, json_path, plot, names))
-        limit_threads(comm)
-        machine = describe(comm)
+    world = MPI.COMM_WORLD
+    with ending_together(world), contextlib.ExitStack() as stack:
+        together(world, lambda: _check(world, json_path, plot, names, dtypes))
+        limit_threads(world)
+        machine = describe(world)
+        comm = Communicator(MPI.Intracomm(world).Dup())
+        others = stack.enter_context(contextlib.closing(Others(MPI.Intracomm(world).Dup(), machine)))
         if comm.rank == 0:
             click.echo(
-                f"allreduce of float32, {comm.size} ranks on {machine['nodes']} node{'s' * (machine['nodes'] > 1)}, "
+                f"allreduce, {comm.size} ranks on {machine['nodes']} node{'s' * (machine['nodes'] > 1)}, "
                 f"{machine['versions']['mpi']}, thread level {machine['thread_level']}, {machine['processor']}"
             )
-            click.echo(f"{'bytes':>10}  {'contender':<22}{'median':>10}{'algbw':>12}{'busbw':>12}  against the library")
+            for remark in others.remarks:
+                click.echo(remark)
         results: list[dict[str, Any]] = []
-        for nbytes in sizes:
-            measured = measure(comm, max(nbytes // 4, 1), names or algorithms.names(), samples)
+        for dtype in dtypes:
             if comm.rank == 0:
-                rows = [_row(comm.size, name, seconds, measured) for name, seconds in measured.items()]
-                results += [{"nbytes": 4 * max(nbytes // 4, 1), **row} for row in rows]
-                for row in rows:
-                    click.echo(_line(nbytes, row))
+                click.echo(
+                    f"{dtype:>10}  {'contender':<34}{'median':>10}{'algbw':>12}{'busbw':>12}  {'of the limit':>12}  "
+                    "against the library's best"
+                )
+            for nbytes in sizes:
+                n = max(nbytes // dtype_of(dtype).itemsize, 1)
+                measured = measure(comm, n, names or algorithms.names(), samples, dtype_of(dtype), seconds, others)
+                rows = [
+                    {"nbytes": n * dtype_of(dtype).itemsize, "dtype": dtype, **_row(comm.size, name, measured)}
+                    for name in measured
+                ]
+                results += rows
+                if comm.rank == 0:
+                    for row in rows:
+                        click.echo(_line(row))
         if comm.rank == 0:
-            kept = {"benchmark": "allreduce", "dtype": "float32", "machine": machine, "results": results}
+            kept = {"benchmark": "allreduce", "machine": machine, "remarks": others.remarks, "results": results}
             if json_path is not None:
                 json_path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             if plot is not None:
                 draw(kept, plot)
 
 
-def _check(comm: MPI.Intracomm, json_path: Path | None, plot: Path | None, names: list[str] | None) -> None:
+def _check(
+    comm: MPI.Intracomm, json_path: Path | None, plot: Path | None, names: list[str] | None, dtypes: list[str]
+) -> None:
     for name in names or []:
         algorithms.get(name)
+    for name in dtypes:
+        dtype_of(name)
     if comm.rank != 0:
         return
     for path in (json_path, plot):
@@ -82,110 +215,147 @@ def _check(comm: MPI.Intracomm, json_path: Path | None, plot: Path | None, names
             raise ValueError(f"--plot must end in .png, .svg or .pdf; got {plot}")
 
 
-def measure(comm: MPI.Intracomm, n: int, names: Sequence[str], samples: int) -> dict[str, list[float]]:
-    """Seconds of an AllReduce of ``n`` float32 values, by contender: ``samples`` of each. Collective.
+def measure(
+    comm: Communicator,
+    n: int,
+    names: Sequence[str],
+    samples: int,
+    dtype: np.dtype[Any],
+    seconds: float,
+    others: Others | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of an AllReduce of ``n`` values, by contender: ``samples`` of each, fewer where ``seconds`` run out.
 
-    Contenders are the algorithms ``names`` and the library's own calls. All ranks return the same. Raises
-    RuntimeError on all ranks when a sum is wrong.
+    Contenders are the algorithms ``names``, as far as they can be had here, ``"auto"``, and all ``others``. All ranks
+    return the same. Raises RuntimeError on all ranks when a sum is wrong. Collective.
     """
-    x, y = np.empty(n, np.float32), np.empty(n, np.float32)
-    plain = MPI.Intracomm(comm).Dup()
-    plans = {name: plan_allreduce(x, comm=comm, algorithm=name) for name in names}
-    contenders = [Contender(name, plan, x, x) for name, plan in plans.items()]
-    contenders += [
-        Contender(LIBRARY[0], partial(plain.Allreduce, MPI.IN_PLACE, x), x, x),
-        Contender(LIBRARY[1], partial(plain.Allreduce, x, y), x, y),
+    with _contenders(comm, n, names, dtype, others) as contenders:
+        check_sums(comm, contenders)
+        return sample(comm, contenders, samples, seconds, _LEAST_SAMPLES)
+
+
+@contextlib.contextmanager
+def _contenders(
+    comm: Communicator, n: int, names: Sequence[str], dtype: np.dtype[Any], others: Others | None
+) -> Generator[list[Contender]]:
+    x = np.empty(n, dtype)
+    shared = comm.empty(n, dtype)
+    plans: list[Plan] = []
+
+    def planned(name: str, array: Any, algorithm: str) -> Contender:
+        plans.append(plan_allreduce(array, comm=comm, algorithm=algorithm))
+        return Contender(name, plans[-1], array, array)
+
+    found = [planned(name, x, name) for name in names]
+    found = [each for each, plan in zip(found, plans, strict=True) if plan.algorithm == each.name]
+    found += [
+        planned(RESIDENT, shared, "auto"),
+        planned(PRIVATE, x, "auto"),
+        Contender(CALL, partial(comm.Allreduce, MPI.IN_PLACE, x), x, x),
     ]
-    for contender in contenders:
-        _check_sum(comm, contender)
-    x.fill(0)  # sums of zeros stay zeros, however often they are summed in place
-    calls = [_calls(comm, contender) for contender in contenders]
-    taken: list[list[float]] = [[] for _ in contenders]
-    for turn in range(samples):
-        for i in range(len(contenders)):
-            i = (i + turn) % len(contenders)
-            taken[i].append(_seconds(comm, contenders[i], calls[i]))
-    slowest = np.array(taken)
-    plain.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
-    for plan in plans.values():
-        plan.free()
-    plain.Free()
-    return {contender.name: times.tolist() for contender, times in zip(contenders, slowest, strict=True)}
+    own = MPI.Intracomm(comm).Dup()
+    if library_reduces(x):
+        y = np.empty(n, dtype)
+        level = THREAD_LEVELS[MPI.Query_thread()]
+        found += [
+            Contender(f"{LIBRARY[0]}, {level}", partial(MPI.Intracomm.Allreduce, own, MPI.IN_PLACE, x), x, x),
+            Contender(f"{LIBRARY[1]}, {level}", partial(MPI.Intracomm.Allreduce, own, x, y), x, y),
+        ]
+    if others is not None:
+        found += others.contenders(x)
+    if (limit := _limit(comm, shared)) is not None:
+        found.append(Contender(LIMIT, limit))
+    try:
+        yield found
+    finally:
+        for plan in plans:
+            plan.free()
+        own.Free()
 
 
-def _check_sum(comm: MPI.Intracomm, contender: Contender) -> None:
-    # Small whole numbers: every order of summation gives the same float32.
-    pattern = np.arange(contender.source.size, dtype=np.float32) % 17
-    np.add(pattern, comm.rank, out=contender.source)
-    contender.call()
-    right = pattern * comm.size + comm.size * (comm.size - 1) // 2
-    verdicts = comm.allgather(bool(np.array_equal(contender.result, right)))
-    if not all(verdicts):
-        raise RuntimeError(f"{contender.name}: a wrong sum of {pattern.size} values on rank {verdicts.index(False)}")
+def _limit(comm: Communicator, shared: Any) -> Callable[[], None] | None:
+    """This rank's part of reducing all ranks' buffers into all of them; None where they are not mapped here, or small.
+
+    Of ``p`` ranks' buffers of ``n`` values, ``p·n`` values are read and ``p·n`` written.
+    """
+    common = state_of(comm).common
+    region = None if common is None else common.region_of(shared)
+    function = kernel("add", shared.dtype)
+    if shared.nbytes < _LIMIT_FROM_NBYTES or not comm.allreduce(region is not None and function != 0, MPI.LAND):
+        return None
+    assert region is not None
+    first, last = (shared.size // 64 * part // comm.size * 64 for part in (comm.rank, comm.rank + 1))
+    last = shared.size if comm.rank == comm.size - 1 else last
+    offset = address_of(shared) - region.address(region.rank) + first * shared.itemsize
+    places = [region.address(r) + offset for r in range(comm.size)]
+    return partial(native().reduce, function, last - first, places, places)
 
 
-def _seconds(comm: MPI.Intracomm, contender: Contender, calls: int) -> float:
-    comm.Barrier()
-    begin = time.perf_counter()
-    for _ in range(calls):
-        contender.call()
-    return (time.perf_counter() - begin) / calls
-
-
-def _calls(comm: MPI.Intracomm, contender: Contender) -> int:
-    """Calls that make a sample long enough, the same number on all ranks."""
-    _seconds(comm, contender, 1)
-    seconds: float = comm.allreduce(_seconds(comm, contender, 1), MPI.MAX)
-    return max(1, min(_MAX_CALLS, math.ceil(_SAMPLE_SECONDS / seconds)))
-
-
-def _row(size: int, name: str, seconds: list[float], measured: Mapping[str, list[float]]) -> dict[str, Any]:
-    median = statistics.median(seconds)
-    best = min(statistics.median(measured[library]) for library in LIBRARY)
+def _row(size: int, name: str, measured: Mapping[str, list[float]]) -> dict[str, Any]:
+    medians = {each: statistics.median(seconds) for each, seconds in measured.items()}
+    best = min((each for each in medians if is_library(each)), key=medians.__getitem__, default=None)
     return {
         "contender": name,
-        "seconds": median,
-        "samples": [float(f"{sample:.4g}") for sample in seconds],
-        "times_the_library": best / median,
+        "seconds": medians[name],
+        "samples": [float(f"{each:.4g}") for each in measured[name]],
+        "times_the_library": None if best is None else medians[best] / medians[name],
+        "best_of_the_library": best,
+        "of_the_limit": medians[LIMIT] / medians[name] if LIMIT in medians else None,
         "factor": 2 * (size - 1) / size,
     }
 
 
-def _line(nbytes: int, row: Mapping[str, Any]) -> str:
-    algbw = nbytes / row["seconds"]
+def is_library(name: str) -> bool:
+    """Whether the contender is the MPI library's own call."""
+    return name.startswith(LIBRARY)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    algbw = row["nbytes"] / row["seconds"]
+    name, limit, ratio = row["contender"], row["of_the_limit"], row["times_the_library"]
     return (
-        f"{_size(nbytes):>10}  {row['contender']:<22}{_time(row['seconds']):>10}{_speed(algbw):>12}"
-        f"{_speed(algbw * row['factor']):>12}  {row['times_the_library']:.2f}x"
-    )
+        f"{size_text(row['nbytes']):>10}  {name:<34}{_time(row['seconds']):>10}{_speed(algbw):>12}"
+        f"{_speed(algbw * row['factor']):>12}  {'' if limit is None else f'{limit:.0%}':>12}"
+        f"  {'' if ratio is None else f'{ratio:.2f}x'}{' (best)' if name == row['best_of_the_library'] else ''}"
+    ).rstrip()
 
 
 def draw(kept: Mapping[str, Any], path: Path) -> None:
     """Draw results as they are kept: times and busbw by size. Raises ImportError without matplotlib, OSError."""
-    picture = figure(10.5, 4.4)
+    picture = figure(11, 4.6)
     left, right = picture.subplots(1, 2)
     by_name: dict[str, list[dict[str, Any]]] = {}
+    dtypes = sorted({row["dtype"] for row in kept["results"]})
     for row in kept["results"]:
-        by_name.setdefault(row["contender"], []).append(row)
-    colors = iter(COLORS)
+        name = row["contender"] if len(dtypes) == 1 else f"{row['contender']}, {row['dtype']}"
+        by_name.setdefault(name, []).append(row)
+    styles = {RESIDENT: (COLORS[0], "o", "-"), PRIVATE: (COLORS[1], "o", "-"), CALL: (COLORS[2], "o", "--")}
+    cycle: list[tuple[str, str | None, str]] = [
+        (color, None, line) for line in ("-", ":", "-.") for color in COLORS[3:]
+    ]
     for name, rows in by_name.items():
-        library = name in LIBRARY
-        style = {
-            "color": "0.25" if library else next(colors),
-            "linestyle": {LIBRARY[0]: "-", LIBRARY[1]: "--"}.get(name, "-"),
-            "linewidth": 1.6,
-            "marker": None if library else "o",
-            "markersize": 3.5,
-            "zorder": 3 if library else 2,
-        }
+        contender = rows[0]["contender"]
+        style: tuple[str, str | None, str]
+        if is_library(contender):
+            style = ("0.25" if "multiple" in contender else "0.55", None, "--" if LIBRARY[1] in contender else "-")
+        elif contender == LIMIT:
+            style = ("0", None, ":")
+        elif contender in styles and len(dtypes) == 1:
+            style = styles[contender]
+        else:
+            style = cycle[0]
+            cycle = [*cycle[1:], style]
+        color, marker, line = style
+        drawn = {"color": color, "marker": marker, "linestyle": line, "linewidth": 1.5, "markersize": 3.5}
         nbytes = [row["nbytes"] for row in rows]
-        label = "the library's, in place" if name == LIBRARY[0] else name.replace("library", "the library's,")
-        left.plot(nbytes, [row["seconds"] for row in rows], label=label, **style)
-        right.plot(nbytes, [row["nbytes"] / row["seconds"] * row["factor"] / 1e9 for row in rows], **style)
+        label = name.replace("library", "the library's", 1) if is_library(name) else name
+        left.plot(nbytes, [row["seconds"] for row in rows], label=label, **drawn)
+        right.plot(nbytes, [row["nbytes"] / row["seconds"] * row["factor"] / 1e9 for row in rows], **drawn)
     for axes in (left, right):
         plain(axes)
         axes.set_xscale("log", base=2)
         ticks = sorted({row["nbytes"] for row in kept["results"]})
-        axes.set_xticks(ticks, [_size(tick) for tick in ticks], rotation=40, ha="right", fontsize=8)
+        axes.set_xticks(ticks, [size_text(tick) for tick in ticks], rotation=40, ha="right", fontsize=8)
         axes.minorticks_off()
     left.set_yscale("log")
     left.yaxis.set_major_formatter(_tick)
@@ -204,14 +374,6 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
 
 def _tick(seconds: float, position: int | None) -> str:
     return _time(seconds)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    raise AssertionError
 
 
 def _speed(nbytes_a_second: float) -> str:

@@ -1,4 +1,4 @@
-"""The MPI library's own AllReduce at another thread level: a job of its own beside this one, asleep while others measure.
+"""The MPI library's own AllReduce at another thread level: a job beside this one, asleep while others measure.
 
 ``python -m bitring.commands._other_level SOCKET`` is a rank of that job.
 """
@@ -135,6 +135,7 @@ def _serve(path: str) -> None:
                 answer = {"right": comm.allreduce(right, MPI.LAND), "level": THREAD_LEVELS[MPI.Query_thread()]}
             else:
                 way = command["way"]
+                ways[way]()  # it has slept
                 answer = comm.reduce(seconds_of(comm, ways[way], calls[way]), MPI.MAX)
             orders.write(json.dumps(answer if comm.rank == 0 else None) + "\n")
             orders.flush()

@@ -62,3 +62,12 @@ def draw_curves(
         left.legend(frameon=False, loc="lower right")
     picture.suptitle(title, fontsize=11)
     picture.savefig(path)
+
+
+def size_text(nbytes: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    raise AssertionError

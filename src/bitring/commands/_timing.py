@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -14,6 +14,56 @@ SAMPLE_SECONDS = 2e-3
 """A sample repeats a short call for so long; a clock and a barrier cost microseconds."""
 
 _MAX_CALLS = 2000
+
+
+class Contender(NamedTuple):
+    """``call`` reduces ``source`` to ``result``, which may be the same array; None where another job has both.
+
+    ``seconds``: measures a sample in another way than by calling ``call``.
+    """
+
+    name: str
+    call: Callable[[], None]
+    source: Any = None
+    result: Any = None
+    seconds: Callable[[], float] | None = None
+
+
+def sample(
+    comm: MPI.Intracomm, contenders: Sequence[Contender], samples: int, seconds: float, least: int
+) -> dict[str, list[float]]:
+    """Seconds of a call of each of ``contenders``, the slowest rank's: ``samples`` of each, taken in turns. Collective.
+
+    There are fewer, but no fewer than ``least``, where ``seconds`` run out.
+    """
+    calls = [1 if each.seconds else calls_of(comm, each.call) for each in contenders]
+    taken: list[list[float]] = [[] for _ in contenders]
+    begin = time.perf_counter()
+    for turn in range(samples):
+        for i in range(len(contenders)):
+            i = (i + turn) % len(contenders)
+            own = contenders[i].seconds
+            taken[i].append(own() if own else seconds_of(comm, contenders[i].call, calls[i]))
+        if turn + 1 >= least and comm.bcast(time.perf_counter() - begin > seconds):
+            break
+    slowest = np.array(taken)
+    MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, slowest, MPI.MAX)
+    return {contender.name: times.tolist() for contender, times in zip(contenders, slowest, strict=True)}
+
+
+def check_sums(comm: MPI.Intracomm, contenders: Sequence[Contender]) -> None:
+    """Raise RuntimeError on all ranks when any's sum is wrong. Leaves zeros: their sums stay zeros. Collective."""
+    contenders = [each for each in contenders if each.source is not None]
+    n, dtype = contenders[0].source.size, contenders[0].source.dtype
+    mine, right = pattern(n, dtype, comm.rank), right_sum(n, dtype, comm.size)
+    for contender in contenders:
+        contender.source[:] = mine
+        contender.call()
+        verdicts = comm.allgather(bool(np.array_equal(contender.result, right)))
+        if not all(verdicts):
+            raise RuntimeError(f"{contender.name}: a wrong sum of {n} values on rank {verdicts.index(False)}")
+    for contender in contenders:
+        contender.source.fill(0)
 
 
 def calls_of(comm: MPI.Intracomm, call: Callable[[], None]) -> int:

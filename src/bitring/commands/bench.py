@@ -47,23 +47,40 @@ def command() -> None:
 @click.option(
     "--sizes",
     type=Sizes(),
-    default="4,1KiB,16KiB,64KiB,256KiB,1MiB,4MiB,16MiB,64MiB",
-    show_default=True,
-    help="Buffer sizes.",
+    default=",".join(map(str, (4**k for k in range(1, 15)))),
+    help="Buffer sizes in bytes, such as 4,64KiB,1MiB.  [default: the powers of four from 4 B to 256 MiB]",
 )
+@click.option("--dtype", "dtypes", type=Names(), default="float32", show_default=True, help="Types of the values.")
 @click.option("--algorithms", type=Names(), help="Some of the registered algorithms.  [default: all]")
 @click.option(
     "--samples", type=click.IntRange(min=1), default=15, show_default=True, help="Times each one is timed at each size."
 )
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=4.0,
+    show_default=True,
+    help="At a size that takes longer, 5 samples of each are enough.",
+)
 def allreduce(
-    json_path: Path | None, plot: Path | None, sizes: list[int], algorithms: list[str] | None, samples: int
+    json_path: Path | None,
+    plot: Path | None,
+    sizes: list[int],
+    algorithms: list[str] | None,
+    dtypes: list[str],
+    samples: int,
+    seconds: float,
 ) -> None:
-    """AllReduce of float32 sums: every algorithm, and the MPI library's own call, in place and out of place.
+    """Sums by every algorithm, by the chosen one, by the MPI library's own call, and by gloo if PyTorch is installed.
+
+    "auto" is chosen for ordinary arrays, "auto, resident" for arrays of Communicator.empty, "plain call" is
+    Communicator.Allreduce. The library is measured in place and out of place, at this process's thread level and, by a
+    second job on the same node that sleeps in between, at another. "limit" is what the memory allows: the ranks
+    together read and write all buffers in place, without waiting for each other.
 
     Each sum is checked before it is timed. The contenders take turns; a time is the median of its samples, each the
-    slowest rank's. algbw is bytes/time, busbw algbw·2(p-1)/p; the last column compares with the library's better call.
-    MPI libraries may be quicker at another thread level: MPI4PY_RC_THREAD_LEVEL=single measures there.
+    slowest rank's. algbw is bytes/time, busbw algbw·2(p-1)/p; the last column compares with the library's best call.
     """
     from bitring.commands import _bench_allreduce  # initialises MPI
 
-    _bench_allreduce.run(json_path, plot, sizes, algorithms, samples)
+    _bench_allreduce.run(json_path, plot, sizes, algorithms, dtypes, samples, seconds)
