@@ -6,9 +6,11 @@ from typing import Any
 
 from mpi4py import MPI
 
+from bitring.collectives.agreement import wait_for
 from bitring.collectives.arrays import Array, as_array, device_of, flat_view, xp_of
 from bitring.collectives.buffers import is_numeric
 from bitring.collectives.calls import Call, set_operation
+from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.operators import op_name
 from bitring.collectives.state import state_of
 
@@ -60,5 +62,9 @@ def allreduce(
         if call.before is not None:
             call.before()
         if state.size > 1:
-            state.comm.Allreduce(MPI.IN_PLACE, flat, op)
+            # Not the blocking call: the engine looks for ranks that are gone.
+            def steps(progress: Progress) -> Steps:
+                yield from wait_for(state.comm.Iallreduce(MPI.IN_PLACE, flat, op), progress)
+
+            state.lane.submit(steps, "allreduce").wait()
     return result

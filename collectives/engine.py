@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,9 @@ class Lane:
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
         self.wreck: Job | None = None  # cut short: the library may still write to its memory
+        self._waiting: dict[int, int] = {}  # the last job that another rank said it waits in
+        self._gone: set[int] = set()  # ranks that another rank, or they themselves, said are gone
+        self._words: list[Any] = []  # what others may not have been told yet
         self._shared: Shared | None = None
         self.idle = False
         engine.lanes.add(self)
@@ -130,7 +133,36 @@ class Lane:
         note = np.empty(1, np.int64)
         status = MPI.Status()
         while self.comm.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
-            self.comm.Recv(note, status.Get_source(), NOTE_TAG)
+            source = status.Get_source()
+            self.comm.Recv(note, source, NOTE_TAG)
+            if note[0] < 0:
+                self._gone.add(-1 - int(note[0]))
+            else:
+                self._waiting[source] = int(note[0])
+
+    def _tell(self, ranks: Collection[int], note: int) -> None:
+        # Eight bytes are sent eagerly: done at once, whether or not anybody reads them.
+        word = np.array([note], np.int64)
+        for rank in ranks:
+            request = self.comm.Isend(word, rank, NOTE_TAG)
+            if not request.Test():
+                request.Free()
+                self._words.append(word)
+
+    def tell_gone(self, gone: Collection[int]) -> None:
+        """Tell the others that these ranks are gone: they may wait for this one, which will not do its part now."""
+        if self._made is None:
+            others = [r for r in range(self.comm.Get_size()) if r != self.rank and r not in gone]
+            for rank in gone:
+                self._tell(others, -1 - rank)
+
+    def gone(self, awaited: Collection[int], seconds: float) -> list[int]:
+        """The ranks that a wait of ``seconds`` for the ranks ``awaited`` is in vain for; see ``Shared.gone``."""
+        if self._made is not None:
+            return []
+        self.drain_notes()
+        seen = [] if self._shared is None else self._shared.gone(awaited, seconds)
+        return sorted({*seen, *self._gone} - {self.rank})
 
     def absent(self, number: int) -> list[int]:
         """The ranks that have not come to job ``number``: those that wait in it, too, tell each other.
@@ -139,22 +171,13 @@ class Lane:
         """
         if self._made is not None:
             return []
-        rank, size = self.rank, self.comm.Get_size()
-        note = np.array([number], np.int64)
-        others = [r for r in range(size) if r != rank]
-        sent = [self.comm.Isend(note, r, NOTE_TAG) for r in others]
-        missing = set(others)
-        heard, status = np.empty(1, np.int64), MPI.Status()
+        missing = set(range(self.comm.Get_size())) - {self.rank}
+        self._tell(missing, number)
         until = time.monotonic() + _GRACE_SECONDS
         while missing and time.monotonic() < until:
-            while self.comm.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
-                self.comm.Recv(heard, status.Get_source(), NOTE_TAG)
-                if heard[0] >= number:
-                    missing.discard(status.Get_source())
+            self.drain_notes()
+            missing -= {rank for rank, job in self._waiting.items() if job >= number}
             time.sleep(0.01)
-        for request in sent:  # eight bytes are sent eagerly: done long ago, whether or not anybody reads them
-            if not request.Test():
-                request.Free()
         return sorted(missing)
 
 
@@ -181,6 +204,7 @@ class Job:
         self._seen = (-1, 0.0)  # moves, and when they were first counted
         self._warned = False
         self._look_at = 0.0
+        self._awaited: frozenset[int] = frozenset()  # by the operation
         self.operation: Any = None  # a native operation that it waits for
 
     def advance(self) -> bool:
@@ -196,6 +220,14 @@ class Job:
         except StopIteration:
             self._end(None)
             return True
+        except MPI.Exception as error:
+            # The library may see that a process died before its lock is given back.
+            until = time.monotonic() + _LOOK_SECONDS
+            while not self._bereaved(float("inf")) and time.monotonic() < until:
+                time.sleep(0.01)
+            if not self.done:
+                self._end(error)
+            return True
         except BaseException as error:
             self._end(error)
             return True
@@ -203,7 +235,9 @@ class Job:
         if self.operation is not None:
             moves += self.operation.moves
             awaited = self.operation.awaited
-            self._progress.peers = frozenset((awaited,) if awaited >= 0 else ())
+            self._progress.peers = self._awaited = frozenset((awaited,) if awaited >= 0 else ())
+        elif self._progress.peers is self._awaited:
+            self._progress.peers = frozenset()  # whom an operation waited for that is over
         now = time.monotonic()
         if moves != self._seen[0]:
             self._seen = (moves, now)
@@ -214,15 +248,10 @@ class Job:
     def _mind_silence(self, seconds: float) -> None:
         if seconds < _LOOK_SECONDS:
             return
-        shared, now = self.lane.shared, time.monotonic()
-        if shared is not None and now > self._look_at:
+        now = time.monotonic()
+        if now > self._look_at:
             self._look_at = now + _LOOK_SECONDS
-            gone = shared.gone(self._progress.peers, seconds)
-            if gone:
-                who = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {gone} are"
-                engine.bereaved = True
-                self.lane.breaks(f"{who} gone", self)
-                self._end(PeerError(f"{self.what}: {who} gone: the process has ended or left the job"))
+            if self._bereaved(seconds):
                 return
         if seconds < min(SILENCE_SECONDS, _timeout()):
             return
@@ -238,8 +267,21 @@ class Job:
             self._complaint = f"rank {self.lane.rank} has waited {seconds:.0f} s in {self.what}; {who}"
             logger.warning("%s", self._complaint)
         if seconds >= _timeout():
+            engine.bereaved = True
             self.lane.breaks(f"{self.what} timed out", self)
             self._end(TimeoutError(f"{self._complaint} (BITRING_TIMEOUT={_timeout():g})"))
+
+    def _bereaved(self, seconds: float) -> bool:
+        """End with an error when the wait, of ``seconds`` by now, is for ranks that are gone. Whether it is."""
+        gone = self.lane.gone(self._progress.peers, seconds)
+        if not gone:
+            return False
+        who = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {gone} are"
+        engine.bereaved = True
+        self.lane.tell_gone(gone)
+        self.lane.breaks(f"{who} gone", self)
+        self._end(PeerError(f"{self.what}: {who} gone: the process has ended or left the job"))
+        return True
 
     def _end(self, error: BaseException | None) -> None:
         self.error = error
@@ -296,7 +338,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self.stopped: str | None = None
         self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
-        self.bereaved = False  # a rank died: the MPI library's own end would wait for it
+        self.bereaved = False  # a rank is gone, or silent: the MPI library's own end would wait for it
         module = native()
         self._native = module
         self._wake_driver: Any = None if module is None else module.Wake()
@@ -401,6 +443,9 @@ class Engine:
         leave()
         if self._thread is not None:
             self._thread.join(timeout=5)
+        for lane in self._lanes:  # their jobs will not be done
+            if not MPI.Is_finalized():
+                lane.tell_gone([lane.rank])
         if self.bereaved and not MPI.Is_finalized():
             sys.stdout.flush()
             sys.stderr.flush()
