@@ -145,11 +145,15 @@ def read_table(path: Path) -> Table:
 
 def _read_rules(content: Mapping[str, Any]) -> Rules:
     best = tuple((start, name) for start, name in content["best"])
-    rules = Rules(**{**content, "best": best})
+    fields: dict[str, Any] = {**content, "best": best}
+    rules = Rules(**fields)
     for name, least in (("ranks", 1), ("nodes", 1), ("itemsize", 1)):
         number = content[name]
         if type(number) is not int or number < least:
             raise ValueError(f"{name} must be a whole number from {least} on; got {number!r}")
+    for name in ("resident", "native"):
+        if type(content[name]) is not bool:
+            raise ValueError(f"{name} must be true or false; got {content[name]!r}")
     starts = [start for start, _ in best]
     if starts[:1] != [0] or any(type(start) is not int for start in starts) or starts != sorted(set(starts)):
         raise ValueError(f"the sizes in best must rise from 0; got {starts}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bitring.collectives.schedule import algorithms
@@ -71,8 +73,8 @@ FOUR_HOSTS = Topology(4, nodes=4, lanes=1, shared=False, native=True)
     ],
 )
 def test_choices_of_the_native_engine(asked, topology, options, name, why):
-    options = {"collective": "allreduce", "nbytes": 1 << 30, "own": True, "library": True, **options}
-    choice = choose(asked=asked, topology=topology, **options)
+    arguments: dict[str, Any] = {"collective": "allreduce", "nbytes": 1 << 30, "own": True, "library": True, **options}
+    choice = choose(asked=asked, topology=topology, **arguments)
     assert choice.name == name
     assert why in choice.why
 
@@ -133,8 +135,8 @@ MEASURED = Table(
     ],
 )
 def test_choices_from_a_measured_table(topology, nbytes, options, name):
-    options = {"asked": "auto", "collective": "allreduce", "own": True, "library": True, **options}
-    choice = choose(nbytes=nbytes, topology=topology, table=MEASURED, **options)
+    arguments: dict[str, Any] = {"asked": "auto", "collective": "allreduce", "own": True, "library": True, **options}
+    choice = choose(nbytes=nbytes, topology=topology, table=MEASURED, **arguments)
     if topology.size == 2 and topology.native:  # shared memory is missing
         assert choice.why.endswith("(built-in default)")
     assert choice.name == name

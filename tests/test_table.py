@@ -69,6 +69,7 @@ GOOD = {"library": "x", "ranks": 2, "nodes": 1, "itemsize": 4, "resident": False
         ({**GOOD, "best": 3}, "it is not a table"),
         ({**GOOD, "ranks": 0}, "ranks must be a whole number from 1 on; got 0"),
         ({**GOOD, "nodes": "1"}, "nodes must be a whole number from 1 on; got '1'"),
+        ({**GOOD, "native": "no"}, "native must be true or false; got 'no'"),
         ({**GOOD, "colour": 1}, "it is not a table"),
         ({key: GOOD[key] for key in GOOD if key != "native"}, "it is not a table"),
     ],

@@ -83,22 +83,22 @@ class Others:
         return None
 
     def _begin_gloo(self) -> None:
-        try:
+        gloo: Any = None
+        with contextlib.suppress(ImportError):
             self._torch = importlib.import_module("torch")
-            self._gloo = importlib.import_module("torch.distributed")
-        except ImportError:
-            pass
-        if not self._comm.allreduce(self._gloo is not None and self._gloo.is_gloo_available(), MPI.LAND):
-            self._gloo = None
+            gloo = importlib.import_module("torch.distributed")
+        if not self._comm.allreduce(gloo is not None and gloo.is_gloo_available(), MPI.LAND):
             self.remarks.append("no gloo: PyTorch is not installed")
             return
         if self._comm.rank == 0:
             self._folder = tempfile.TemporaryDirectory(prefix="bitring-")
         path = self._comm.bcast(None if self._folder is None else self._folder.name)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        self._gloo.init_process_group(
+        assert gloo is not None
+        gloo.init_process_group(
             "gloo", init_method=f"file://{path}/store", rank=self._comm.rank, world_size=self._comm.size
         )
+        self._gloo = gloo
 
     def contenders(self, x: Any) -> list[Contender]:
         """Those that can reduce values such as ``x``. Collective."""
