@@ -233,8 +233,9 @@ class _Fault:
         else:
             threading.Thread(target=self._strike_from_beside, daemon=True).start()
             collective()
-        _write(self._folder / "missed", {})
-        time.sleep(1)
+        if not (self._folder / "fault").exists():
+            _write(self._folder / "missed", {})
+            time.sleep(1)
 
     def _strike_from_beside(self) -> None:
         time.sleep(self._trial.within)
