@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ SIZES = [0, 1, 2, 1009, 100_003]
 
 @pytest.fixture
 def world(comm, monkeypatch):
-    """Two nodes: the second rank, and half of those after the third, are beside the first or beside the last."""
+    """Two nodes: 1 + 2 ranks, 2 + 2, or 2 + 3."""
+    from mpi4py import MPI
+
     if native() is None or comm.size < 3:
         pytest.skip("needs the native engine, and ranks for two nodes of which one has two")
 
     def node(self: State) -> State:
-        part = self.comm.Split(int(self.rank >= self.size // 2), self.rank)
+        part = MPI.Intracomm(self.comm.Split(int(self.rank >= self.size // 2), self.rank))
         return State(part, None, part.rank, part.size)
 
     emulated = functools.cached_property(node)
@@ -33,12 +36,12 @@ def world(comm, monkeypatch):
     duplicate.Free()
 
 
-def values(rank: int, n: int, dtype=np.float32) -> np.ndarray:
+def values(rank: int, n: int, dtype: Any = np.float32) -> np.ndarray:
     """Small whole numbers, whose sums are exact."""
     return np.random.default_rng(rank).integers(-99, 99, n).astype(dtype)
 
 
-def total(size: int, n: int, dtype=np.float32) -> np.ndarray:
+def total(size: int, n: int, dtype: Any = np.float32) -> np.ndarray:
     return sum((values(r, n, dtype) for r in range(size)), start=np.zeros(n, dtype))
 
 
