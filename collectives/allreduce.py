@@ -6,11 +6,9 @@ from typing import Any
 
 from mpi4py import MPI
 
-from bitring.collectives.agreement import wait_for
 from bitring.collectives.arrays import Array, as_array, device_of, flat_view, xp_of
 from bitring.collectives.buffers import is_numeric
 from bitring.collectives.calls import Call, set_operation
-from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.operators import op_name
 from bitring.collectives.state import state_of
 
@@ -56,15 +54,11 @@ def allreduce(
         results.append((result, flat))
 
     call = Call("allreduce", "allreduce", algorithm).read(read)
-    call.run_now(state)
-    result, flat = results[0]
-    if call.choice == "mpi":
+
+    def library(comm: MPI.Intracomm) -> MPI.Request:
         if call.before is not None:
             call.before()
-        if state.size > 1:
-            # Not the blocking call: the engine looks for ranks that are gone.
-            def steps(progress: Progress) -> Steps:
-                yield from wait_for(state.comm.Iallreduce(MPI.IN_PLACE, flat, op), progress)
+        return comm.Iallreduce(MPI.IN_PLACE, results[0][1], op)
 
-            state.lane.submit(steps, "allreduce").wait()
-    return result
+    call.run_now(state, library)
+    return results[0][0]

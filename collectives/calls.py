@@ -12,7 +12,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, agree, conclude, verdict_of
+from bitring.collectives.agreement import Request, agree, conclude, verdict_of, wait_for
 from bitring.collectives.arrays import Array, bytes_of, device_of, xp_of
 from bitring.collectives.buffers import is_in_place, parse
 from bitring.collectives.executor import Progress, Steps
@@ -139,10 +139,11 @@ class Call:
         while len(state.cache) > 1 and (len(state.cache) > _CACHED_RUNNERS or scratch > _CACHED_SCRATCH_NBYTES):
             scratch -= sum(kept.scratch_nbytes for kept in state.cache.pop(next(iter(state.cache))))
 
-    def run_now(self, state: State, arrival: Any = None) -> bool:
-        """Run the call in this thread. Whether the library's own call is still to be made, outside the engine.
+    def run_now(self, state: State, library: Callable[[MPI.Intracomm], MPI.Request], arrival: Any = None) -> None:
+        """Run the call in this thread.
 
-        ``arrival``: the operation by which this rank has come to it already.
+        ``library`` begins the library's own call on a communicator; it is not the blocking one, so that ranks that are
+        gone are noticed. ``arrival``: the operation by which this rank has come to the call already.
         """
 
         def settle(progress: Progress) -> Steps:
@@ -150,11 +151,30 @@ class Call:
                 return self.settle(state, progress)
             return self.settle_arrived(state, arrival, progress)
 
-        state.lane.submit(settle, self.request.function).wait()
+        try:
+            job = state.lane.submit(settle, self.request.function)
+        except BaseException as error:
+            if arrival is not None:
+                state.lane.cut_short(self.request.function, error)
+            raise
+        job.wait()
         self.take_runner(state)
         if self.runner is not None:
             state.lane.submit(lambda progress: self.steps(state, progress), self.request.function).wait()
-        return self.choice == "mpi"
+        elif self.choice == "mpi":
+            refused: list[MPI.Exception] = []
+
+            def call(progress: Progress) -> Steps:
+                try:
+                    request = library(state.comm)
+                except MPI.Exception as error:  # of the arguments: nothing has been exchanged
+                    refused.append(error)
+                    return
+                yield from wait_for(request, progress)
+
+            state.lane.submit(call, self.request.function).wait()
+            if refused:
+                raise refused[0]
 
     def whole(self, state: State, progress: Progress) -> Steps:
         """All of a call that does not block its caller."""

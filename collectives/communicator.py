@@ -133,7 +133,11 @@ class Communicator(MPI.Intracomm):
         """Reduce over all ranks; every rank gets the same bits in ``recvbuf``."""
         direct, arrival = self._direct, None
         if direct is not None:
-            outcome = direct.allreduce(sendbuf, recvbuf, op)
+            try:
+                outcome = direct.allreduce(sendbuf, recvbuf, op)
+            except BaseException as error:  # an interrupt, with the run half done
+                state_of(self).lane.cut_short("Allreduce", error)
+                raise
             if outcome == 0:
                 return
             if outcome > 1:
@@ -142,8 +146,7 @@ class Communicator(MPI.Intracomm):
         if direct is None and self._algorithm == "auto":
             self._direct = direct_of(state)
         call = allreduce_call(state, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
-        if call.run_now(state, arrival):
-            super().Allreduce(sendbuf, recvbuf, op)
+        call.run_now(state, lambda comm: comm.Iallreduce(sendbuf, recvbuf, op), arrival)
 
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> MPI.Request:
         """Begin an Allreduce; the request works in any mixed Waitall. Errors are raised by its Wait or Test."""
@@ -183,23 +186,22 @@ class Communicator(MPI.Intracomm):
     def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
         """Reduce over all ranks into ``recvbuf`` of rank ``root``."""
         state = self._prepared("Reduce")
-        if reduce_call(state, sendbuf, recvbuf, op, root, self._algorithm).run_now(state):
-            super().Reduce(sendbuf, recvbuf, op, root)
+        call = reduce_call(state, sendbuf, recvbuf, op, root, self._algorithm)
+        call.run_now(state, lambda comm: comm.Ireduce(sendbuf, recvbuf, op, root))
 
     def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; rank r gets block r."""
         state = self._prepared("Reduce_scatter_block")
-        if reduce_scatter_block_call(state, sendbuf, recvbuf, op, self._algorithm).run_now(state):
-            super().Reduce_scatter_block(sendbuf, recvbuf, op)
+        call = reduce_scatter_block_call(state, sendbuf, recvbuf, op, self._algorithm)
+        call.run_now(state, lambda comm: comm.Ireduce_scatter_block(sendbuf, recvbuf, op))
 
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
         """Gather every rank's ``sendbuf`` in ``recvbuf`` of every rank, in rank order."""
         state = self._prepared("Allgather")
-        if allgather_call(state, sendbuf, recvbuf, self._algorithm).run_now(state):
-            super().Allgather(sendbuf, recvbuf)
+        call = allgather_call(state, sendbuf, recvbuf, self._algorithm)
+        call.run_now(state, lambda comm: comm.Iallgather(sendbuf, recvbuf))
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         """Copy rank ``root``'s ``buf`` to every rank's."""
         state = self._prepared("Bcast")
-        if bcast_call(state, buf, root, self._algorithm).run_now(state):
-            super().Bcast(buf, root)
+        bcast_call(state, buf, root, self._algorithm).run_now(state, lambda comm: comm.Ibcast(buf, root))

@@ -89,10 +89,18 @@ class Lane:
         self.broken, self.wreck = why, wreck
         self.rest()
 
+    def cut_short(self, what: str, error: BaseException | None, wreck: Job | None = None) -> None:
+        """Refuse every further job, since others may still exchange what this rank has given up."""
+        if not self.broken:
+            self.breaks(f"{what} was cut short by {type(error).__name__}", wreck)
+
     def close(self) -> None:
         """The communicator is freed."""
         self.drain_notes()
         self.breaks("it was freed")
+        if self._shared is not None:
+            self._shared.direct.close()
+            self._shared = None
         self.comm.Free()
 
     def drain(self, what: str) -> None:
@@ -290,8 +298,8 @@ class Job:
             or isinstance(error, (MPI.Exception, MemoryError))
             or not isinstance(error, Exception)
         )
-        if cut_short and not self.lane.broken:
-            self.lane.breaks(f"{self.what} was cut short by {type(error).__name__}", self)
+        if cut_short:
+            self.lane.cut_short(self.what, error, self)
         self.lane.jobs.popleft()
         self.lane.rest()
         self.done = True
@@ -384,6 +392,8 @@ class Engine:
         with self._lock:
             if self._wake_driver is not None:
                 self._wake_driver.clear()
+                if gentle and self._drivers:
+                    return True  # a caller waits for the lock, and will be quicker
             for lane in list(self._lanes):
                 if lane.jobs:
                     moved |= lane.jobs[0].advance()

@@ -165,10 +165,16 @@ class ExactPlan(Plan):
         direct = self._direct
         if direct is None or self._job is not None or not self.state.lane.idle:
             super().__call__()
-        elif direct.run(_ALONE_SECONDS):
-            self.bytes_sent += self._nbytes
-        else:
-            self.state.lane.submit(self._finish, self.what).wait()
+            return
+        try:
+            if direct.run(_ALONE_SECONDS):
+                self.bytes_sent += self._nbytes
+                return
+            job = self.state.lane.submit(self._finish, self.what)
+        except BaseException as error:  # an interrupt, with the run half done
+            self.state.lane.cut_short(self.what, error)
+            raise
+        job.wait()
 
     @property
     def fusible(self) -> bool:

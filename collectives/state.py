@@ -105,6 +105,7 @@ class State:
         if "node" in self.__dict__:
             self.node.close()
         self.lane.close()
+        self.shared = None
 
 
 @functools.cache

@@ -41,8 +41,14 @@ public:
 
     std::shared_ptr<SharedAllreduce> operation() const { return operation_; }
 
-    // Others use the node: calls are declined.
+    // Others use the node, or it was closed: calls are declined.
     int busy = 0;
+
+    // Give the node's memory back; `busy` stays set from now on.
+    void close() {
+        operation_.reset();
+        node_.reset();
+    }
 
 private:
     struct Served {

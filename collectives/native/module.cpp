@@ -248,7 +248,8 @@ NB_MODULE(_native, m) {
         .def("remove", &Direct::remove)
         .def("allreduce", [](Direct& direct, nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
             return int(direct.allreduce(sendbuf, recvbuf, op));
-        })
+        }, nb::arg().none(), nb::arg().none(), nb::arg().none())
+        .def("close", &Direct::close)
         .def_prop_ro("operation", &Direct::operation)
         .def_rw("busy", &Direct::busy);
 }
