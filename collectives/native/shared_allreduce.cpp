@@ -112,14 +112,17 @@ Status SharedAllreduce::reduce_resident() {
     const Piece& piece = pieces_[0];
     const int size = node_->size();
     const std::size_t n = std::min(end_ - at_, kPieceNbytes / piece.itemsize);
-    const auto offset = std::size_t(static_cast<char*>(piece.to) - region_->part(region_->rank())) + at_ * piece.itemsize;
+    const std::size_t first = backwards_ ? end_ - n : at_;
+    const auto offset =
+        std::size_t(static_cast<char*>(piece.to) - region_->part(region_->rank())) + first * piece.itemsize;
     for (int r = 0; r < size; ++r) {
         in_[std::size_t(r)] = region_->part(r) + offset;
         out_[std::size_t(r)] = region_->part(r) + offset;
     }
     piece.reduce(n, std::size_t(size), in_.data(), std::size_t(size), out_.data());
-    at_ += n;
+    (backwards_ ? end_ : at_) = backwards_ ? first : first + n;
     if (at_ == end_) {
+        backwards_ = !backwards_;
         node_->report(0, ++node_->steps);
         phase_ = Phase::leaving;
     }

@@ -71,6 +71,7 @@ private:
     std::vector<const void*> in_;
     std::vector<void*> out_;
     std::size_t at_ = 0, end_ = 0;                         // resident: the values of this rank's chunk still to do
+    bool backwards_ = true;  // every other run, from the end that was touched last and may still be in the cache
     std::size_t rounds_ = 0, out_done_ = 0, reduced_ = 0, in_done_ = 0;  // staged
 };
 
