@@ -5,6 +5,7 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace bitring {
@@ -38,6 +39,7 @@ public:
 
     void moved() {
         idle_ = 0;
+        nap_nanoseconds_ = kFirstNap;
         since_ = 0;
     }
 
@@ -55,7 +57,9 @@ public:
         }
         if (!naps_) prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);  // the default makes every nap 50 microseconds longer
         naps_ = true;
-        timespec nap{0, gentle_ ? 100000 : 30000};
+        // What has taken long is likely to take as long again: a slow network is looked at rarely, a fast one often.
+        nap_nanoseconds_ = std::min(2 * nap_nanoseconds_, gentle_ ? kGentleNap : kNap);
+        timespec nap{0, nap_nanoseconds_};
         nanosleep(&nap, nullptr);
     }
 
@@ -66,8 +70,12 @@ private:
     static constexpr int kSpins = 400;
     static constexpr int kFew = 50;
     static constexpr int kCrowded = 4;
+    static constexpr long kFirstNap = 10000;
+    static constexpr long kNap = 80000;
+    static constexpr long kGentleNap = 500000;
     bool gentle_;
     bool naps_ = false;
+    long nap_nanoseconds_ = kFirstNap;
     int idle_ = 0;
     std::uint64_t since_ = 0;
 };
