@@ -109,9 +109,10 @@ class Check:
 
     def __init__(self, comm: MPI.Intracomm, request: Request) -> None:
         function, terms = _number(request.function), _number(request.words())
-        mine = np.array([function, ~function, terms, ~terms, request.library, request.error is not None], np.int64)
-        self._most = np.empty_like(mine)
-        self.request = comm.Iallreduce(mine, self._most, MPI.MAX)
+        bad = request.error is not None
+        self._most = np.array([function, ~function, terms, ~terms, request.library, bad], np.int64)
+        # In place: mpi4py's request (4.1.2) keeps a receive buffer alive, but not a send buffer.
+        self.request = comm.Iallreduce(MPI.IN_PLACE, self._most, MPI.MAX)
 
     @property
     def verdict(self) -> Verdict:
