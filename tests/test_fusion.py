@@ -75,7 +75,7 @@ def test_other_plans_go_by_themselves(comm, agree):
 def test_mistakes(comm):
     plan = bitring.plan_allreduce(np.ones(3, np.float32), comm=comm)
     with pytest.raises(TypeError, match="start: plans must be plans, as plan_allreduce returns; got int"):
-        bitring.start([plan, 3])
+        bitring.start([plan, 3])  # pyright: ignore[reportArgumentType]
     with pytest.raises(RuntimeError, match="given twice"):
         bitring.start([plan, plan])
     plan.start()
