@@ -458,7 +458,8 @@ def check_no_leak(world, agree, times: int) -> None:
 
 
 def test_splits_leave_nothing_behind(world, agree):
-    check_no_leak(world, agree, 2200)  # MPICH has 2046 communicators in all
+    # MPICH has 2046 communicators in all; with more ranks than that takes too long.
+    check_no_leak(world, agree, 2200 if world.size <= 3 else 300)
 
 
 @pytest.mark.slow

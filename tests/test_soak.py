@@ -29,7 +29,7 @@ def soak(clean_environment, tmp_path: Path, small: int, mixed: int) -> None:
 
 @pytest.mark.timeout(240)
 def test_a_short_soak(clean_environment, tmp_path):
-    soak(clean_environment, tmp_path, 10_000, 1_000)
+    soak(clean_environment, tmp_path, 4_000, 400)
 
 
 @pytest.mark.slow
