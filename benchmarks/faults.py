@@ -418,6 +418,8 @@ def _names(report: dict[str, Any], trial: Trial) -> bool:
     if report["error"] == "TimeoutError" and trial.fault == "stop":
         found = re.search(r"(?:not come to it|messages due from ranks):? \[([\d, ]*)\]", text)
         return found is not None and str(trial.victim) in found[1].split(", ")
+    if report["error"] == "PeerError" and trial.fault == "exception":  # raised while the call's arguments were read
+        return f"rank {trial.victim} could not take part: KeyError: '{_RAISED}'" in text
     return report["error"] == "PeerError" and f"rank {trial.victim} is gone" in text
 
 
