@@ -21,7 +21,8 @@ from bitring.collectives.transport import message_tag
 
 
 @functools.cache
-def _library() -> Any:
+def library() -> Any:
+    """The functions of the MPI library that mpi4py has loaded, for native operations."""
     module = native()
     return module.MpiLibrary(mpi_library())
 
@@ -71,7 +72,7 @@ class NativeTransport:
                 program.slot_values,
                 WINDOW,
             ),
-            _library(),
+            library(),
             MPI._sizeof(MPI.Comm),
             MPI._handleof(comm),
             MPI._handleof(MPI.BYTE),

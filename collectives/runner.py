@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from mpi4py import MPI
@@ -66,7 +67,11 @@ def make_runner(
     if algorithm == "shared_memory":
         return SharedRunner(state, flat, op, signature)
     if algorithm == "multilane":
-        runner = _multilane(state, flat, op, signature, channel, persistent=number > 0)
+
+        def ring(comm: MPI.Intracomm, values: Array) -> Runner:
+            return schedule_runner(comm, "allreduce", "ring", values, op, 0, channel, persistent=True)
+
+        runner = lane_runner(state, flat, op, signature, ring, persistent=number > 0)
         if runner is not None:
             return runner
         algorithm = "ring"
@@ -168,6 +173,8 @@ class LaneRunner:
             self._state.topology.lanes,
             None if self._lane is None else self._lane.operation,
         )
+        if self._lane is not None:
+            self._lane.operation.bind(self.operation.lane_values)
 
     def unbind(self) -> None:
         """See Runner."""
@@ -181,8 +188,19 @@ class LaneRunner:
         """See Runner."""
 
 
-def _multilane(state: State, flat: Array, op: MPI.Op, signature: int, channel: int, persistent: bool) -> Runner | None:
-    """Collective. None on all ranks where some node has no room for the values."""
+def lane_runner(
+    state: State,
+    flat: Array,
+    op: MPI.Op,
+    signature: int,
+    between: Callable[[MPI.Intracomm, Array], Runner],
+    persistent: bool,
+) -> LaneRunner | None:
+    """A runner of a node's exact reduction, and of one ``between`` nodes in each lane. Collective.
+
+    ``between`` makes a runner with a native operation, which is bound later, for the communicator of a lane and an
+    array such as its values. None on all ranks where some node has no room for the values.
+    """
     module, shared, node = native(), state.shared, state.node
     assert module is not None and shared is not None
     region = shared.region_of(flat) if persistent else None
@@ -194,10 +212,14 @@ def _multilane(state: State, flat: Array, op: MPI.Op, signature: int, channel: i
         return None
     lane = None
     if state.lane_comm != MPI.COMM_NULL:
-        lanes, number = state.topology.lanes, node.rank
-        first = module.LaneAllreduce.chunk_start(flat.size, lanes, number)
-        last = module.LaneAllreduce.chunk_start(flat.size, lanes, number + 1)
-        # The operation binds it to this rank's chunk of the region.
-        comm = state.lane_comm
-        lane = schedule_runner(comm, "allreduce", "ring", flat[first:last], op, 0, channel, persistent=True)
+        lane = between(state.lane_comm, flat[slice(*lane_extent(state, flat.size))])
     return LaneRunner(state, region, lane, flat, op, signature, staged)
+
+
+def lane_extent(state: State, n: int) -> tuple[int, int]:
+    """Of n values those in this rank's lane: the first, and the one after the last."""
+    lanes, number = state.topology.lanes, state.node.rank
+    if number >= lanes:
+        return n, n
+    start = native().LaneAllreduce.chunk_start
+    return start(n, lanes, number), start(n, lanes, number + 1)

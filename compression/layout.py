@@ -1,4 +1,5 @@
-"""How a compressed buffer is cut: blocks that span no two parameters, and chunks of whole blocks that ranks own."""
+"""How a compressed buffer is cut: blocks that span no two parameters, chunks of whole blocks that ranks own, and
+segments of chunks."""
 
 from __future__ import annotations
 
@@ -16,6 +17,38 @@ class Layout:
 
     pieces: tuple[tuple[Piece, ...], ...]
     owned: tuple[Piece, ...]
+
+
+_SEGMENTS = 16
+_SEGMENT_VALUES = 1 << 16
+_MESSAGES = 128
+
+
+def segments(layout: Layout, block: int) -> tuple[tuple[tuple[Piece, ...], ...], ...]:
+    """``layout``'s chunks cut into segments, each of them a tuple of pieces: what one message carries.
+
+    A chunk has about 16, of at least 65,536 values, and fewer where a rank would have more than 128 messages of one
+    kind under way.
+    """
+    size = len(layout.owned)
+    longest = max(stop - start for start, stop in layout.owned)
+    most = max(1, min(_SEGMENTS, _MESSAGES // size))
+    length = -(-max(_SEGMENT_VALUES, -(-longest // most)) // block) * block
+    chunks: list[tuple[tuple[Piece, ...], ...]] = []
+    for pieces in layout.pieces:
+        chunk: list[list[Piece]] = []
+        room = 0
+        for start, stop in pieces:
+            while start < stop:
+                if room < block:
+                    chunk.append([])
+                    room = length
+                end = min(stop, start + room // block * block)
+                chunk[-1].append((start, end))
+                room -= end - start
+                start = end
+        chunks.append(tuple(map(tuple, chunk)))
+    return tuple(chunks)
 
 
 def cut(n: int, boundaries: Sequence[int], block: int, size: int) -> Layout:

@@ -8,12 +8,20 @@ Encoded payloads cannot be summed, so every chunk has an owner:
    and sends the same bytes to everybody;
 3. everybody, the owner too, decodes these bytes: replicas stay bit-identical.
 
-With payloads of m bytes for the whole buffer, each rank sends 2(p−1)/p·m bytes in 2(p−1) messages.
+With payloads of m bytes for the whole buffer, each rank sends 2(p−1)/p·m bytes. Chunks are cut into segments; in the
+native engine each of them is a message, so that encoding, wire and decoding overlap. The portable exchange, in Python,
+sends whole chunks; it serves device buffers, and is the reference: both give the same bits.
+
+A message is the payloads of its pieces, after their lengths as uint32 where these depend on the values.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,25 +30,167 @@ from mpi4py import MPI
 from bitring.collectives.arrays import Array, Event, device_of, xp_of
 from bitring.collectives.cuda_aware import cuda_aware
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.extension import address_of, native, type_number
+from bitring.collectives.native_executor import library, run
 from bitring.collectives.transport import message_tag
 from bitring.compression.encoder import Encoder, residual_dtype
-from bitring.compression.layout import cut
+from bitring.compression.layout import Piece, cut, segments
 
-_TO_OWNER = 0
-_FROM_OWNER = 1
+_TO_OWNER = 1024
+_FROM_OWNER = 1025
+
+_SAMPLE = 16
+"""Of so many segments one is looked at for the norms of a record."""
 
 
-class _Payload:
-    """The bytes of one encoded chunk: where they are encoded or decoded, and where MPI sends or receives them."""
+@dataclass
+class Record:
+    """What one exchange took on this rank.
 
-    def __init__(self, nbytes: int, like: Array) -> None:
+    ``seconds`` in all, and of them in ``encode`` and ``decode``; ``bytes_sent`` to other ranks. Squared norms over a
+    sample of the segments: of the ``values``, of the values with their residual (``sums``), of the new ``residual``.
+    """
+
+    seconds: float = 0.0
+    encode: float = 0.0
+    decode: float = 0.0
+    bytes_sent: int = 0
+    values: float = 0.0
+    sums: float = 0.0
+    residual: float = 0.0
+
+
+class OwnerExchange(ABC):
+    """The exchange of n values, bound to an array, summed in place over the ranks of ``comm``.
+
+    State, in the array's memory: ``residual``, n values; ``owner_residual``, one for each value of the chunk this rank
+    owns (``owned``: first index, and the one after the last). Both float32, or float64 for float64 values.
+    """
+
+    operation: Any = None
+    nbytes_sent = 0  # nobody knows before a run
+    scratch_nbytes = 0
+
+    def __init__(
+        self, comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
+    ) -> None:
+        """``like``: an array of as many values, of the same type and in the same memory as those to be summed."""
+        self._comm = comm
+        self._rank, self._size = comm.Get_rank(), comm.Get_size()
+        self._encoder = encoder
+        self._tags = message_tag(channel, _TO_OWNER), message_tag(channel, _FROM_OWNER)
+        layout = cut(like.size, boundaries, encoder.block, self._size)
+        self._segments = segments(layout, encoder.block)
+        self.owned = layout.owned[self._rank]
+        xp, exact = xp_of(like), residual_dtype(like.dtype)
+        self.residual = xp.zeros(like.size, exact)
+        self.owner_residual = xp.zeros(self.owned[1] - self.owned[0], exact)
+        self.record = Record()
+        self._runs = 0
+
+    @abstractmethod
+    def bind(self, buffer: Array) -> None:
+        """Work on ``buffer`` from now on."""
+
+    def unbind(self) -> None:
+        """The next run is on another buffer."""
+
+    @abstractmethod
+    def steps(self, progress: Progress) -> Steps:
+        """One exchange; ``record`` is about it afterwards."""
+
+    def close(self) -> None:
+        """Nothing is kept that MPI would want back."""
+
+    def _seed(self) -> int:
+        """Each rank rounds for itself, in each run."""
+        return self._runs * self._size + self._rank
+
+
+def make_owner_exchange(
+    comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
+) -> OwnerExchange:
+    """The exchange for arrays such as ``like``: in the native engine for host memory, where that is to be had."""
+    kind = NativeOwnerExchange if native() is not None and device_of(like) is None else PortableOwnerExchange
+    return kind(comm, like, encoder, boundaries, channel)
+
+
+class NativeOwnerExchange(OwnerExchange):
+    """Of host buffers, without Python per message; the encoder's kernels are called as C functions."""
+
+    def __init__(
+        self, comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
+    ) -> None:
+        super().__init__(comm, like, encoder, boundaries, channel)
+        module, number = native(), itertools.count()
+        rows = [
+            (owner, k, a, b, encoder.nbytes(b - a))
+            for owner, chunk in enumerate(self._segments)
+            for k, segment in zip(number, chunk, strict=False)
+            for a, b in segment
+        ]
+        values, sums = (encoder.functions(dtype) for dtype in (like.dtype, self.residual.dtype))
+        self.operation = module.OwnerExchange(
+            library(),
+            MPI._sizeof(MPI.Comm),
+            MPI._handleof(comm),
+            MPI._handleof(MPI.BYTE),
+            self._rank,
+            self._size,
+            type_number(like.dtype),
+            [values.encode, values.decode, sums.encode, sums.decode, values.settings],
+            encoder.fixed_size,
+            np.array(rows, np.int64).reshape(-1, 5),
+            address_of(self.residual),
+            address_of(self.owner_residual),
+            self.owned[0],
+            *self._tags,
+        )
+        self._buffer: Array = None
+
+    def bind(self, buffer: Array) -> None:
+        """See OwnerExchange."""
+        self._buffer = buffer
+        self.operation.bind(address_of(buffer))
+
+    def prepare(self) -> None:
+        """The operation's next run is another one."""
+        self._runs += 1
+        self.operation.prepare(self._runs, self._seed())
+
+    def note(self) -> None:
+        """The operation has been run."""
+        of = self.operation.record
+        self.record = Record(
+            of.nanoseconds / 1e9, of.encode / 1e9, of.decode / 1e9, of.bytes_sent, of.values, of.sums, of.residual
+        )
+
+    def steps(self, progress: Progress) -> Steps:
+        """See OwnerExchange."""
+        self.prepare()
+        yield from run(self.operation, progress)
+        self.note()
+
+
+class _Message:
+    """The payloads of one chunk: where they are encoded or decoded, and where MPI sends or receives them."""
+
+    def __init__(self, pieces: Sequence[Piece], encoder: Encoder, like: Array) -> None:
+        self.pieces = pieces
+        self.most = [encoder.nbytes(b - a) for a, b in pieces]
+        self.header = 0 if encoder.fixed_size else 4 * len(pieces)
         device = device_of(like)
-        self.bytes: Array = xp_of(like).empty(nbytes, np.uint8)
+        self.bytes: Array = xp_of(like).empty(self.header + sum(self.most), np.uint8)
+        self.nbytes = self.bytes.size  # those used
         self.wire: Any = self.bytes
         self._device = device
         self._staged = device is not None and not cuda_aware()
         if device is not None and self._staged:
-            self.wire = device.pinned(nbytes)
+            self.wire = device.pinned(self.bytes.size)
+
+    def lengths(self) -> Any:
+        """How long each piece's payload is; written where that depends on the values."""
+        return self.bytes[: self.header].view(np.uint32) if self.header else self.most
 
     def out(self) -> Event | None:
         """Make what was encoded ready to be sent."""
@@ -54,49 +204,44 @@ class _Payload:
             self._device.copy_in(self.bytes, self.wire)
 
 
-class OwnerExchange:
-    """The exchange bound to ``x``, a 1-D array of n values summed in place over the ranks of ``comm``.
-
-    State, in x's memory: ``residual``, n values; ``owner_residual``, one for each value of the chunk this rank owns
-    (``owned``: first index, and the one after the last). Both float32, or float64 for float64 values.
-    """
+class PortableOwnerExchange(OwnerExchange):
+    """In Python over mpi4py."""
 
     def __init__(
-        self, comm: MPI.Intracomm, x: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
+        self, comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
     ) -> None:
-        self._comm = comm
-        self._rank, self._size = comm.Get_rank(), comm.Get_size()
-        self._x = x
-        self._encoder = encoder
-        self._tags = tuple(message_tag(channel, k) for k in (_TO_OWNER, _FROM_OWNER))
-        layout = cut(x.size, boundaries, encoder.block, self._size)
-        self._pieces = layout.pieces
-        self.owned = layout.owned[self._rank]
-        xp, exact = xp_of(x), residual_dtype(x.dtype)
-        self.residual = xp.zeros(x.size, exact)
-        self.owner_residual = xp.zeros(self.owned[1] - self.owned[0], exact)
-        self._sum = xp.empty(self.owner_residual.size, exact)
-        nbytes = [sum(encoder.nbytes(b - a) for a, b in chunk) for chunk in self._pieces]
-        mine = nbytes[self._rank]
-        self._encoded = [_Payload(k, x) for k in nbytes]  # by owner: this rank's chunks
-        self._summed = [_Payload(k, x) for k in nbytes]  # by owner: the encoded sums
-        self._incoming = [_Payload(mine if r != self._rank else 0, x) for r in range(self._size)]
-        self._incoming[self._rank] = self._encoded[self._rank]
-        self.nbytes_sent = sum(nbytes) - mine + (self._size - 1) * mine
+        super().__init__(comm, like, encoder, boundaries, channel)
+        self._sum = xp_of(like).empty(self.owner_residual.size, self.owner_residual.dtype)
+        chunks = [list(itertools.chain(*chunk)) for chunk in self._segments]
+        self._encoded = [_Message(pieces, encoder, like) for pieces in chunks]  # by owner: this rank's chunks
+        self._summed = [_Message(pieces, encoder, like) for pieces in chunks]  # by owner: the encoded sums
+        mine = chunks[self._rank]
+        self._incoming = [_Message(mine, encoder, like) for r in range(self._size) if r != self._rank]
+        self._incoming.insert(self._rank, self._encoded[self._rank])
+        numbers = [[k] * len(segment) for k, segment in enumerate(itertools.chain(*self._segments))]
+        self._numbers = dict(zip(itertools.chain(*chunks), itertools.chain(*numbers), strict=True))
+        self._every = min(_SAMPLE, len(numbers))
+        self._x: Array = None
+
+    def bind(self, buffer: Array) -> None:
+        """See OwnerExchange."""
+        self._x = buffer
 
     def steps(self, progress: Progress) -> Steps:
-        """One exchange."""
+        """See OwnerExchange."""
+        self._runs += 1
+        self.record = Record()
+        began = time.perf_counter()
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
-        receives = {r: self._receive(self._incoming[r], r, _TO_OWNER) for r in others}
-        sums = {r: self._receive(self._summed[r], r, _FROM_OWNER) for r in others}
+        receives = {r: self._receive(self._incoming[r], r, 0) for r in others}
+        sums = {r: self._receive(self._summed[r], r, 1) for r in others}
         sends: list[MPI.Request] = []
         for owner in [*others, self._rank]:
-            start = 0
-            for a, b in self._pieces[owner]:
-                start += self._encode(self._x[a:b], self.residual[a:b], self._encoded[owner], start)
+            message = self._encoded[owner]
+            self._encode(message, self._x, self.residual, 0, self._seed())
             if owner != self._rank:
-                yield from _reached(self._encoded[owner].out(), progress)
-                sends += self._send(self._encoded[owner], owner, _TO_OWNER)
+                yield from _reached(message.out(), progress)
+                sends += self._send(message, owner, 0)
             MPI.Request.Testall(sends)  # lets the library push on what is under way
             progress.moves += 1
         begin = self.owned[0]
@@ -104,51 +249,75 @@ class OwnerExchange:
             if r != self._rank:
                 yield from self._arrived(receives[r], r, progress)
                 self._incoming[r].taken_in()
-            self._decode(self._incoming[r], self._rank, self._sum, begin, accumulate=r > 0)
-        summed, start = self._summed[self._rank], 0
-        for a, b in self._pieces[self._rank]:
-            mine = slice(a - begin, b - begin)
-            start += self._encode(self._sum[mine], self.owner_residual[mine], summed, start)
+            self._decode(self._incoming[r], self._sum, begin, accumulate=r > 0)
+        summed = self._summed[self._rank]
+        self._encode(summed, self._sum, self.owner_residual, begin, ~self._seed())
         yield from _reached(summed.out(), progress)
         for r in others:
-            sends += self._send(summed, r, _FROM_OWNER)
-        self._decode(summed, self._rank, self._x, 0, accumulate=False)
+            sends += self._send(summed, r, 1)
+        self._decode(summed, self._x, 0, accumulate=False)
         for r in others:
             yield from self._arrived(sums[r], r, progress)
             self._summed[r].taken_in()
-            self._decode(self._summed[r], r, self._x, 0, accumulate=False)
+            self._decode(self._summed[r], self._x, 0, accumulate=False)
         progress.peers = frozenset(others)
         while not MPI.Request.Testall(sends):
             yield
         device = device_of(self._x)
         yield from _reached(None if device is None else device.record(), progress)
         progress.moves += 1
+        self.record.seconds = time.perf_counter() - began
 
-    def _encode(self, values: Array, residual: Array, payload: _Payload, start: int) -> int:
-        nbytes = self._encoder.nbytes(values.size)
-        used = self._encoder.encode(values, residual, payload.bytes[start : start + nbytes])
-        assert used == nbytes, "the owner exchange needs payloads of a known length"
-        return used
+    def _encode(self, message: _Message, values: Array, residual: Array, origin: int, seed: int) -> None:
+        """Encode a chunk; ``values[0]`` is value ``origin`` of the buffer, and so is ``residual[0]``."""
+        began = time.perf_counter()
+        start, lengths = message.header, message.lengths()
+        for k, (a, b) in enumerate(message.pieces):
+            left = residual[a - origin : b - origin]
+            v = values[a - origin : b - origin]
+            sampled = seed >= 0 and self._numbers[a, b] % self._every == self._runs % self._every
+            if sampled and device_of(v) is None:
+                wide, old = v.astype(np.float64), left.astype(np.float64)
+                self.record.values += float(wide @ wide)
+                self.record.sums += float((wide + old) @ (wide + old))
+            used = self._encoder.encode(v, left, message.bytes[start : start + message.most[k]], piece_seed(seed, a))
+            if sampled and device_of(v) is None:
+                new = left.astype(np.float64)
+                self.record.residual += float(new @ new)
+            lengths[k] = used
+            start += used
+        message.nbytes = start
+        self.record.encode += time.perf_counter() - began
 
-    def _decode(self, payload: _Payload, owner: int, out: Array, origin: int, accumulate: bool) -> None:
-        """Decode the chunk of ``owner``; ``out[0]`` is value ``origin`` of the buffer."""
-        start = 0
-        for a, b in self._pieces[owner]:
-            stop = start + self._encoder.nbytes(b - a)
-            self._encoder.decode(payload.bytes[start:stop], out[a - origin : b - origin], accumulate=accumulate)
+    def _decode(self, message: _Message, out: Array, origin: int, accumulate: bool) -> None:
+        """Decode a chunk; ``out[0]`` is value ``origin`` of the buffer."""
+        began = time.perf_counter()
+        start = message.header
+        for (a, b), nbytes in zip(message.pieces, message.lengths(), strict=True):
+            stop = start + int(nbytes)
+            self._encoder.decode(message.bytes[start:stop], out[a - origin : b - origin], accumulate=accumulate)
             start = stop
+        self.record.decode += time.perf_counter() - began
 
-    def _receive(self, payload: _Payload, source: int, phase: int) -> MPI.Request:
-        return self._comm.Irecv(payload.wire, source, self._tags[phase]) if payload.bytes.size else MPI.REQUEST_NULL
+    def _receive(self, message: _Message, source: int, kind: int) -> MPI.Request:
+        return self._comm.Irecv(message.wire, source, self._tags[kind]) if message.bytes.size else MPI.REQUEST_NULL
 
-    def _send(self, payload: _Payload, to: int, phase: int) -> list[MPI.Request]:
-        return [self._comm.Isend(payload.wire, to, self._tags[phase])] if payload.bytes.size else []
+    def _send(self, message: _Message, to: int, kind: int) -> list[MPI.Request]:
+        self.record.bytes_sent += message.nbytes
+        sent = message.wire[: message.nbytes]
+        return [self._comm.Isend(sent, to, self._tags[kind])] if message.bytes.size else []
 
     def _arrived(self, request: MPI.Request, source: int, progress: Progress) -> Steps:
         progress.peers = frozenset((source,))
         while not request.Test():
             yield
         progress.moves += 1
+
+
+def piece_seed(seed: int, start: int) -> int:
+    """A seed for the piece that begins at value ``start``: others have others."""
+    mixed = (seed + 0x9E3779B97F4A7C15 * (start + 1)) % (1 << 64)
+    return mixed - (1 << 64) if mixed >> 63 else mixed
 
 
 def _reached(event: Event | None, progress: Progress) -> Steps:

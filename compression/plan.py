@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +10,22 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, wait_for
+from bitring.collectives.agreement import Request
 from bitring.collectives.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
 from bitring.collectives.errors import NonFiniteError
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.operators import op_name
 from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact, run_agreement
-from bitring.collectives.runner import make_runner
+from bitring.collectives.runner import Runner, schedule_runner
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
 from bitring.collectives.transport import channel_of
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
-from bitring.compression.owner_exchange import OwnerExchange
+from bitring.compression.owner_exchange import OwnerExchange, Record, make_owner_exchange
+from bitring.compression.telemetry import Telemetry, Verdict, telemetry_of
+from bitring.compression.way import DirectWay, LeaderWay, Way, make_lane_way
+
+logger = logging.getLogger("bitring")
 
 
 def plan_allreduce(
@@ -91,12 +96,14 @@ _COMPRESSED_DTYPES = ("float16", BFLOAT16.name, "float32", "float64")
 
 
 class CompressedPlan(Plan):
-    """A sum of ``flat`` by the owner exchange; with ``hierarchical`` of the nodes' exact sums, between their leaders.
+    """A sum of ``flat`` by the owner exchange; with ``hierarchical`` of the nodes' exact sums.
 
-    ``owned``: the values whose sum this rank encodes, from the first index to before the second.
+    ``owned``: the values whose sum this rank encodes, from the first index to before the second. ``telemetry`` is about
+    the last run. When a rank's residual grows without bound all ranks sum exactly from then on; the log says so.
     """
 
     algorithm = "owner exchange"
+    _parts: tuple[Runner | Way | Verdict, ...] = ()  # that are closed at the end
 
     def __init__(
         self,
@@ -109,68 +116,93 @@ class CompressedPlan(Plan):
     ) -> None:
         super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values, compressed by {encoder}")
         self._flat = flat
+        self._encoder = encoder
         self._check_finite = check_finite
-        self._exchange: OwnerExchange | None = None
-        self._node: _Node | None = None
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
-        comm = state.comm
         _compile_once_a_node(encoder, flat, state.node.comm)
-        if hierarchical:
-            self._node = _Node(state, flat, self.number)
-            comm = state.leaders
-        if comm != MPI.COMM_NULL:
-            self._exchange = OwnerExchange(comm, flat, encoder, boundaries, channel_of(self.number))
-        # A rank that is no leader keeps what is handed to it as residual until it can add it to its node's sum.
+        self._way = self._make_way(hierarchical, boundaries)
+        self._exact: Runner | None = None  # what sums when the compressor has failed
+        # What is handed to this rank as residual of values that are in others' exchange waits to be added.
         self._to_add: Array | None = None
-        self.owned = (0, 0) if self._exchange is None else self._exchange.owned
+        self._verdict = Verdict(state, channel_of(self.number))
+        self._parts = (self._way, self._verdict)
+        self.telemetry: Telemetry | None = None
+        self.owned = self._way.owned
         self.why = f"{encoder} was asked for; " + (
             f"{state.topology.nodes} nodes exchange their exact sums"
             if hierarchical
             else f"{state.size} ranks exchange directly"
         )
 
+    def _make_way(self, hierarchical: bool, boundaries: tuple[int, ...]) -> Way:
+        state, flat, channel = self.state, self._flat, channel_of(self.number)
+
+        def make(comm: MPI.Intracomm, like: Array, first: int) -> OwnerExchange:
+            inside = [b - first for b in boundaries if first < b < first + like.size]
+            return make_owner_exchange(comm, like, self._encoder, inside, channel)
+
+        if not hierarchical:
+            return DirectWay(state, flat, make)
+        lanes = None
+        if state.shared is not None and device_of(flat) is None:
+            lanes = make_lane_way(state, flat, self._run.kind, make)
+        return LeaderWay(state, flat, self.number, make) if lanes is None else lanes
+
     def _steps(self, progress: Progress) -> Steps:
         if self.state.size == 1:
             return
-        if self._check_finite:
-            yield from self._raise_non_finite(progress)
-        if self._node is not None:
-            if self._to_add is not None:
-                self._flat += self._to_add.astype(self._flat.dtype)
-                self._to_add = None
-            yield from self._node.reduce.steps(progress)
-        if self._exchange is not None:
-            yield from self._exchange.steps(progress)
-            self.bytes_sent += self._exchange.nbytes_sent
-        if self._node is not None:
-            yield from self._node.broadcast.steps(progress)
-            self.bytes_sent += self._node.nbytes_sent
+        bad = self._check_finite and not all_finite(self._flat)
+        diverged = self.telemetry is not None and self.telemetry.diverged
+        yield from self._verdict.steps(bad, diverged, progress)
+        if self._verdict.bad_rank is not None:
+            raise NonFiniteError(
+                f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
+            )
+        if self._verdict.diverged and self._exact is None:
+            self._give_up()
+        if self._exact is not None:
+            yield from self._exact.steps(progress)
+            self.bytes_sent += self._exact.nbytes_sent
+            return
+        if self._to_add is not None:
+            self._flat += self._to_add.astype(self._flat.dtype)
+            self._to_add = None
+        yield from self._way.steps(progress)
+        record = Record() if self._way.exchange is None else self._way.exchange.record
+        self.telemetry = telemetry_of(record, self._verdict.wait_seconds, self._verdict.slowest_rank)
+        self.bytes_sent += record.bytes_sent + self._way.nbytes_sent
 
-    def _raise_non_finite(self, progress: Progress) -> Steps:
-        """Raise on all ranks if any value is NaN or Inf on any, naming the lowest such rank."""
-        comm = self.state.comm
-        size, rank = self.state.size, self.state.rank
-        mine = np.array(0 if all_finite(self._flat) else size - rank, np.int64)
-        most = np.empty_like(mine)
-        yield from wait_for(comm.Iallreduce(mine, most, MPI.MAX), progress)
-        if most > 0:
-            raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank {size - int(most)}; nothing was changed")
+    def _give_up(self) -> None:
+        """Sum exactly from now on, without what the residuals hold: it is out of all proportion."""
+        self._exact = schedule_runner(
+            self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
+        )
+        self._parts += (self._exact,)
+        if self._way.exchange is not None:
+            for residual in (self._way.exchange.residual, self._way.exchange.owner_residual):
+                residual[...] = 0
+        self.telemetry = self._to_add = None
+        self.algorithm, self.why = "ring", f"the residual of {self._encoder} diverged, so sums are exact now"
+        if self.state.rank == 0:
+            logger.warning("%s: %s", self.what, self.why)
 
     def state_dict(self) -> dict[str, Array]:
         """``residual``, one for each value, and ``owner_residual``, one for each value that this rank owns.
 
-        1-D arrays in x's memory, float32 (float64 for float64 values); the plan's own, not copies. With
-        ``hierarchical`` a rank that is not its node's leader owns nothing and has residuals of zero.
+        1-D arrays in x's memory, float32 (float64 for float64 values). The plan's own, but for ``hierarchical``, where
+        ``residual`` is a copy: each rank has one for its lane of the values, and zeros elsewhere.
         """
-        if self._exchange is not None:
-            return {"residual": self._exchange.residual, "owner_residual": self._exchange.owner_residual}
-        return {"residual": self._waiting(), "owner_residual": self._waiting()[:0]}
-
-    def _waiting(self) -> Array:
-        if self._to_add is None:
-            return xp_of(self._flat).zeros(self._flat.size, residual_dtype(self._flat.dtype))
-        return self._to_add
+        exchange, (first, last), n = self._way.exchange, self._way.extent, self._flat.size
+        if exchange is not None and (first, last) == (0, n):
+            return {"residual": exchange.residual, "owner_residual": exchange.owner_residual}
+        zeros = xp_of(self._flat).zeros
+        exact = residual_dtype(self._flat.dtype)
+        residual = zeros(n, exact) if self._to_add is None else self._to_add.copy()
+        if exchange is None:
+            return {"residual": residual, "owner_residual": zeros(0, exact)}
+        residual[first:last] = exchange.residual
+        return {"residual": residual, "owner_residual": exchange.owner_residual}
 
     def load_state_dict(self, state: dict[str, Array]) -> None:
         """Copy ``residual`` and ``owner_residual`` in. Raises ValueError for other names, shapes or dtypes."""
@@ -185,14 +217,18 @@ class CompressedPlan(Plan):
                 )
         for name, array in mine.items():
             _assign(array, state[name])
-        if self._exchange is None:
+        exchange, (first, last) = self._way.exchange, self._way.extent
+        if exchange is not None and exchange.residual is not mine["residual"]:
+            exchange.residual[...] = mine["residual"][first:last]
+        if exchange is None or exchange.residual is not mine["residual"]:
+            mine["residual"][first:last] = 0
             self._to_add = mine["residual"]
 
     def free(self) -> None:
         """See Plan."""
         super().free()
-        if self._node is not None:
-            self._node.close()
+        for part in self._parts:
+            part.close()
 
 
 def _assign(array: Array, source: Array) -> None:
@@ -201,20 +237,6 @@ def _assign(array: Array, source: Array) -> None:
         array.set(source)
     else:
         array[...] = source
-
-
-class _Node:
-    """The exact sum of a node's ranks on its leader, and the way back."""
-
-    def __init__(self, state: State, flat: Array, number: int) -> None:
-        node = state.node
-        self.reduce = make_runner(node, "reduce", "binomial_tree", flat, number=number)
-        self.broadcast = make_runner(node, "broadcast", "binomial_tree", flat, number=number)
-        self.nbytes_sent = self.reduce.nbytes_sent + self.broadcast.nbytes_sent
-
-    def close(self) -> None:
-        self.reduce.close()
-        self.broadcast.close()
 
 
 def _compile_once_a_node(encoder: Encoder, flat: Array, node: MPI.Intracomm) -> None:

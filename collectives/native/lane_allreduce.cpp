@@ -15,7 +15,7 @@ constexpr std::size_t kPieceNbytes = 1 << 20;
 
 LaneAllreduce::LaneAllreduce(std::shared_ptr<Node> node, const Intent& intent, void* buffer, std::size_t n,
                              std::size_t itemsize, Reduce reduce, std::shared_ptr<const Region> region, int lanes,
-                             std::shared_ptr<Execution> between)
+                             std::shared_ptr<Operation> between)
     : node_(std::move(node)),
       intent_(intent),
       buffer_(static_cast<char*>(buffer)),
@@ -27,9 +27,7 @@ LaneAllreduce::LaneAllreduce(std::shared_ptr<Node> node, const Intent& intent, v
       offset_(resident_ ? std::size_t(buffer_ - region_->part(region_->rank())) : 0),
       lanes_(lanes),
       between_(std::move(between)),
-      in_(std::size_t(node_->size())) {
-    if (between_) between_->bind(part(node_->rank()) + chunk_start(n_, lanes_, node_->rank()) * itemsize_);
-}
+      in_(std::size_t(node_->size())) {}
 
 void LaneAllreduce::start() {
     if (!resident_ && n_ > 0) copy_bytes(part(node_->rank()), buffer_, n_ * itemsize_);

@@ -7,8 +7,9 @@
 
 #include <memory>
 
-#include "execution.h"
+#include "kernels.h"
 #include "node.h"
+#include "operation.h"
 #include "region.h"
 
 namespace bitring {
@@ -16,13 +17,16 @@ namespace bitring {
 class LaneAllreduce final : public Operation {
 public:
     // n values from `buffer`, in place. `region`: the values themselves when `buffer` lies in it, else room for them.
-    // `between`: the exchange of this rank's lane, of chunk `rank` of `lanes`; null on a rank that has no lane.
+    // `between`: the exchange of this rank's lane, to be bound to lane_values(); null on a rank that has no lane.
     LaneAllreduce(std::shared_ptr<Node> node, const Intent& intent, void* buffer, std::size_t n, std::size_t itemsize,
-                  Reduce reduce, std::shared_ptr<const Region> region, int lanes, std::shared_ptr<Execution> between);
+                  Reduce reduce, std::shared_ptr<const Region> region, int lanes, std::shared_ptr<Operation> between);
 
     int awaited() const override { return node_->name(awaited_); }
     int error() const override { return between_ ? between_->error() : 0; }
     const Verdict& verdict() const { return verdict_; }
+
+    // Where the exchange between nodes finds chunk `rank` of `lanes`, summed over the node.
+    void* lane_values() const { return part(node_->rank()) + chunk_start(n_, lanes_, node_->rank()) * itemsize_; }
 
     // First value of lane l's chunk.
     static std::size_t chunk_start(std::size_t n, int lanes, int l) { return n * std::size_t(l) / std::size_t(lanes); }
@@ -46,7 +50,7 @@ private:
     bool resident_;
     std::size_t offset_;
     int lanes_;
-    std::shared_ptr<Execution> between_;
+    std::shared_ptr<Operation> between_;
     Verdict verdict_;
     Phase phase_ = Phase::arriving;
     int awaited_ = -1;

@@ -18,6 +18,7 @@
 #include "memory.h"
 #include "mpi_wire.h"
 #include "node.h"
+#include "owner_exchange.h"
 #include "presence.h"
 #include "region.h"
 #include "shared_allreduce.h"
@@ -63,6 +64,32 @@ std::shared_ptr<Execution> make_execution(std::shared_ptr<Program> program, cons
     auto wire = make_mpi_wire(library, handle_size, comm, byte, Execution::room(*program));
     return std::make_shared<Execution>(std::move(program), std::move(wire), rank, itemsize,
                                        reinterpret_cast<Reduce>(kernel));
+}
+
+// `functions`: of compression/functions.py, for the buffer's type, then for the residual's, then the settings'.
+// `pieces`: rows of owner, number of the segment, start, stop, nbytes, ordered.
+std::shared_ptr<OwnerExchange> make_owner_exchange(const MpiLibrary& library, int handle_size, std::uint64_t comm,
+                                                   std::uint64_t byte, int rank, int size, int type,
+                                                   const std::vector<std::uintptr_t>& functions, bool fixed,
+                                                   const Table& pieces, std::uintptr_t residual,
+                                                   std::uintptr_t owner_residual, std::int64_t owned, int to_owner_tag,
+                                                   int from_owner_tag) {
+    const Codec codec{
+        reinterpret_cast<Codec::Encode>(functions.at(0)), reinterpret_cast<Codec::Encode>(functions.at(2)),
+        reinterpret_cast<Codec::Decode>(functions.at(1)), reinterpret_cast<Codec::Decode>(functions.at(3)),
+        reinterpret_cast<const double*>(functions.at(4))};
+    std::vector<ExchangeSegment> segments;
+    std::int64_t number = -1;
+    for (std::size_t i = 0; i < pieces.shape(0); ++i) {
+        const std::int64_t* p = pieces.data() + i * pieces.shape(1);
+        if (p[1] != number) segments.push_back(ExchangeSegment{int(p[0]), {}});
+        number = p[1];
+        segments.back().pieces.push_back(EncodedPiece{p[2], p[3], p[4]});
+    }
+    auto wire = make_mpi_wire(library, handle_size, comm, byte, OwnerExchange::room(segments, rank, size));
+    return std::make_shared<OwnerExchange>(std::move(wire), rank, size, Type(type), codec, fixed, std::move(segments),
+                                           reinterpret_cast<void*>(residual), reinterpret_cast<void*>(owner_residual),
+                                           owned, to_owner_tag, from_owner_tag);
 }
 
 // Takes the first of `operations` that has something to do further, again and again, without Python's lock, until one
@@ -229,14 +256,34 @@ NB_MODULE(_native, m) {
     nb::class_<LaneAllreduce, Operation>(m, "LaneAllreduce")
         .def("__init__", [](LaneAllreduce* self, std::shared_ptr<Node> node, std::uint64_t signature,
                             std::uintptr_t buffer, std::size_t n, std::size_t itemsize, std::uintptr_t kernel,
-                            std::shared_ptr<const Region> region, int lanes, std::shared_ptr<Execution> between) {
+                            std::shared_ptr<const Region> region, int lanes, std::shared_ptr<Operation> between) {
             new (self) LaneAllreduce(std::move(node), Intent{signature, 0, 0}, reinterpret_cast<void*>(buffer), n,
                                      itemsize, reinterpret_cast<Reduce>(kernel), std::move(region), lanes,
                                      std::move(between));
         }, "node"_a, "signature"_a, "buffer"_a, "n"_a, "itemsize"_a, "kernel"_a, "region"_a, "lanes"_a,
            "between"_a.none())
         .def_prop_ro("verdict", &LaneAllreduce::verdict)
+        .def_prop_ro("lane_values", [](const LaneAllreduce& lanes) {
+            return reinterpret_cast<std::uintptr_t>(lanes.lane_values());
+        })
         .def_static("chunk_start", &LaneAllreduce::chunk_start);
+
+    nb::class_<OwnerExchange::Record>(m, "Record")
+        .def_ro("nanoseconds", &OwnerExchange::Record::nanoseconds)
+        .def_ro("encode", &OwnerExchange::Record::encode)
+        .def_ro("decode", &OwnerExchange::Record::decode)
+        .def_ro("bytes_sent", &OwnerExchange::Record::bytes_sent)
+        .def_ro("values", &OwnerExchange::Record::values)
+        .def_ro("sums", &OwnerExchange::Record::sums)
+        .def_ro("residual", &OwnerExchange::Record::residual);
+
+    nb::class_<OwnerExchange, Operation>(m, "OwnerExchange")
+        .def(nb::new_(&make_owner_exchange), nb::keep_alive<1, 2>())
+        .def("bind", [](OwnerExchange& exchange, std::uintptr_t buffer) {
+            exchange.bind(reinterpret_cast<void*>(buffer));
+        })
+        .def("prepare", &OwnerExchange::prepare)
+        .def_prop_ro("record", &OwnerExchange::record, nb::rv_policy::copy);
 
     nb::class_<Direct>(m, "Direct")
         .def(nb::init<std::shared_ptr<Node>, nb::object, nb::object>())

@@ -77,6 +77,7 @@ void check(const std::vector<int>& nodes, std::size_t n, bool resident) {
                                                        between[std::size_t(r)]->wire(me), me, 8, reduce_kernel(Op::sum, Type::i64));
                 }
                 LaneAllreduce operation(node, Intent{5, 0, 0}, x, n, 8, reduce_kernel(Op::sum, Type::i64), region, lanes, lane);
+                if (lane) lane->bind(operation.lane_values());
                 for (int run = 0; run < 4; ++run) {
                     for (std::size_t i = 0; i < n; ++i) x[i] = value(run, first_rank + r, i);
                     x[n] = 42;

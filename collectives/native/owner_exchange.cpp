@@ -1,0 +1,290 @@
+#include "owner_exchange.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "wait.h"
+
+namespace bitring {
+
+namespace {
+
+// Of so many segments that are encoded, one is looked at for the norms of the record.
+constexpr std::size_t kSample = 16;
+
+float widened_half(std::uint16_t half) {
+    // Shifted into float32's place; multiplying corrects the exponent, also of subnormal numbers.
+    const std::uint32_t bits = std::uint32_t(half & 0x7fff) << 13 | std::uint32_t(half & 0x8000) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x * 0x1p112f;
+}
+
+double value_at(const char* values, Type type, std::size_t i) {
+    const auto get = [&](auto x) {
+        std::memcpy(&x, values + i * sizeof x, sizeof x);
+        return x;
+    };
+    switch (type) {
+    case Type::f32: return get(0.0f);
+    case Type::f64: return get(0.0);
+    case Type::f16: return widened_half(get(std::uint16_t(0)));
+    default: {
+        const std::uint32_t bits = std::uint32_t(get(std::uint16_t(0))) << 16;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+    }
+    }
+}
+
+// The squares of values, of values + residual.
+template <Type type>
+void add_squares(const char* values, const char* residual, std::size_t n, double* of_values, double* of_sums) {
+    constexpr Type wide = type == Type::f64 ? Type::f64 : Type::f32;
+    double g[4] = {}, v[4] = {};
+    for (std::size_t i = 0; i < n; ++i) {
+        const double x = value_at(values, type, i), sum = x + value_at(residual, wide, i);
+        g[i % 4] += x * x;
+        v[i % 4] += sum * sum;
+    }
+    for (int k = 0; k < 4; ++k) *of_values += g[k], *of_sums += v[k];
+}
+
+// Pieces encoded in one run have different random numbers.
+std::int64_t piece_seed(std::int64_t seed, std::int64_t start) {
+    return std::int64_t(std::uint64_t(seed) + 0x9E3779B97F4A7C15u * std::uint64_t(start + 1));
+}
+
+}  // namespace
+
+int OwnerExchange::room(const std::vector<ExchangeSegment>& segments, int rank, int size) {
+    const auto own = std::count_if(segments.begin(), segments.end(), [&](auto& s) { return s.owner == rank; });
+    const auto others = std::int64_t(segments.size()) - own;
+    return int(std::max<std::int64_t>(1, 2 * (others + own * (size - 1))));
+}
+
+OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Type type, const Codec& codec, bool fixed,
+                             std::vector<ExchangeSegment> segments, void* residual, void* owner_residual,
+                             std::int64_t owned, int to_owner_tag, int from_owner_tag)
+    : wire_(std::move(wire)),
+      rank_(rank),
+      size_(size),
+      type_(type),
+      itemsize_(size_of(type)),
+      wide_(type == Type::f64 ? 8 : 4),
+      codec_(codec),
+      fixed_(fixed),
+      segments_(std::move(segments)),
+      residual_(static_cast<char*>(residual)),
+      owner_residual_(static_cast<char*>(owner_residual)),
+      owned_(owned),
+      tags_{to_owner_tag, from_owner_tag},
+      encoded_(segments_.size()),
+      summed_(segments_.size()),
+      landed_(std::size_t(room(segments_, rank, size))),
+      from_(std::size_t(size)) {
+    std::vector<std::vector<std::size_t>> by_owner(static_cast<std::size_t>(size));
+    std::size_t longest = 0;
+    std::int64_t most = 0;
+    for (std::size_t s = 0; s < segments_.size(); ++s) {
+        auto& owner = by_owner[std::size_t(segments_[s].owner)];
+        owner.push_back(s);
+        longest = std::max(longest, owner.size());
+        std::size_t nbytes = header(s);
+        std::int64_t n = 0;
+        for (const EncodedPiece& piece : segments_[s].pieces) {
+            nbytes += std::size_t(piece.nbytes);
+            n += piece.stop - piece.start;
+        }
+        encoded_[s].resize(nbytes);
+        summed_[s].resize(nbytes);
+        if (owns(s)) {
+            mine_.push_back(s);
+            incoming_.emplace_back(std::size_t(size), std::vector<std::uint8_t>(nbytes));
+            most = std::max(most, n);
+        }
+    }
+    sum_.resize(std::size_t(most) * wide_);
+    // All owners get their first segments first: each has something to add, and later to send, as early as can be.
+    for (std::size_t k = 0; k < longest; ++k) {
+        for (int turn = 1; turn <= size; ++turn) {
+            const auto& owner = by_owner[std::size_t((rank + turn) % size)];
+            if (k < owner.size()) order_.push_back(owner[k]);
+        }
+    }
+    missing_.resize(mine_.size());
+    arrived_.reserve(segments_.size());
+    messages_.reserve(landed_.size());
+}
+
+void OwnerExchange::start() {
+    began_ = std::int64_t(now_nanoseconds());
+    record_ = Record();
+    next_encode_ = next_sum_ = next_decode_ = 0;
+    sending_ = 0;
+    awaited_ = -1;
+    error_ = 0;
+    messages_.clear();
+    arrived_.clear();
+    std::fill(from_.begin(), from_.end(), 0);
+    std::fill(missing_.begin(), missing_.end(), size_);
+    const auto receive = [&](std::size_t s, bool summed, int peer, std::vector<std::uint8_t>& to) {
+        if (error_ != 0) return;
+        messages_.push_back(Message{false, summed, int(s), peer});
+        ++from_[std::size_t(peer)];
+        error_ = wire_->start(false, to.data(), to.size(), peer, tags_[summed], int(messages_.size()) - 1);
+    };
+    for (std::size_t k = 0; k < mine_.size(); ++k) {
+        for (int r = 0; r < size_; ++r) {
+            if (r != rank_) receive(k, false, r, incoming_[k][std::size_t(r)]);
+        }
+    }
+    for (std::size_t s = 0; s < segments_.size(); ++s) {
+        if (!owns(s)) receive(s, true, segments_[s].owner, summed_[s]);
+    }
+}
+
+void OwnerExchange::send(std::size_t s, bool summed, int peer, std::vector<std::uint8_t>& payload, std::size_t nbytes) {
+    if (error_ != 0) return;
+    messages_.push_back(Message{true, summed, int(s), peer});
+    ++sending_;
+    record_.bytes_sent += std::int64_t(nbytes);
+    error_ = wire_->start(true, payload.data(), nbytes, peer, tags_[summed], int(messages_.size()) - 1);
+}
+
+// Encode segment s of the buffer, or its sum; returns the bytes used.
+std::size_t OwnerExchange::encode(std::size_t s, bool sum, std::vector<std::uint8_t>& payload) {
+    const auto begin = std::int64_t(now_nanoseconds());
+    const auto& pieces = segments_[s].pieces;
+    std::size_t at = header(s);
+    for (std::size_t k = 0; k < pieces.size(); ++k) {
+        const EncodedPiece& piece = pieces[k];
+        const void* from = sum ? sum_.data() + std::size_t(piece.start - pieces[0].start) * wide_ : values(piece.start);
+        char* left = sum ? owner_residual_ + std::size_t(piece.start - owned_) * wide_
+                         : residual_ + std::size_t(piece.start) * wide_;
+        const std::int64_t seed = piece_seed(sum ? ~seed_ : seed_, piece.start);
+        const std::int64_t used = (sum ? codec_.encode_sum : codec_.encode)(
+            from, left, piece.stop - piece.start, payload.data() + at, std::int64_t(payload.size() - at), seed,
+            codec_.settings);
+        if (used < 0 || (fixed_ && used != piece.nbytes)) {
+            error_ = kCorrupt;
+            break;
+        }
+        if (!fixed_) {
+            const auto length = std::uint32_t(used);
+            std::memcpy(payload.data() + k * sizeof length, &length, sizeof length);
+        }
+        at += std::size_t(used);
+    }
+    record_.encode += std::int64_t(now_nanoseconds()) - begin;
+    return at;
+}
+
+// Decode segment s to the buffer, or to its sum.
+bool OwnerExchange::decode(std::size_t s, bool sum, bool accumulate, const std::vector<std::uint8_t>& payload) {
+    const auto begin = std::int64_t(now_nanoseconds());
+    const auto& pieces = segments_[s].pieces;
+    std::size_t at = header(s);
+    for (std::size_t k = 0; k < pieces.size() && error_ == 0; ++k) {
+        const EncodedPiece& piece = pieces[k];
+        std::size_t nbytes = std::size_t(piece.nbytes);
+        if (!fixed_) {
+            std::uint32_t length;
+            std::memcpy(&length, payload.data() + k * sizeof length, sizeof length);
+            nbytes = length;
+        }
+        if (nbytes > payload.size() - at) {
+            error_ = kCorrupt;
+            break;
+        }
+        void* to = sum ? sum_.data() + std::size_t(piece.start - pieces[0].start) * wide_ : values(piece.start);
+        const std::int64_t code = (sum ? codec_.decode_sum : codec_.decode)(
+            payload.data() + at, std::int64_t(nbytes), to, piece.stop - piece.start, accumulate, codec_.settings);
+        if (code != 0) error_ = kCorrupt;
+        at += nbytes;
+    }
+    record_.decode += std::int64_t(now_nanoseconds()) - begin;
+    return error_ == 0;
+}
+
+void OwnerExchange::encode_next() {
+    const std::size_t s = order_[next_encode_++];
+    const std::size_t every = std::min(kSample, order_.size());
+    const bool sampled = s % every == std::size_t(run_) % every;
+    const auto& pieces = segments_[s].pieces;
+    const std::int64_t first = pieces.front().start;
+    const auto n = std::size_t(pieces.back().stop - first);
+    const char* left = residual_ + std::size_t(first) * wide_;
+    if (sampled) {
+        const auto add = type_ == Type::f32 ? add_squares<Type::f32> : type_ == Type::f64 ? add_squares<Type::f64>
+                       : type_ == Type::f16 ? add_squares<Type::f16> : add_squares<Type::bf16>;
+        add(values(first), left, n, &record_.values, &record_.sums);
+    }
+    const bool own = owns(s);
+    const std::size_t k = own ? std::size_t(std::find(mine_.begin(), mine_.end(), s) - mine_.begin()) : 0;
+    auto& payload = own ? incoming_[k][std::size_t(rank_)] : encoded_[s];
+    const std::size_t nbytes = encode(s, false, payload);
+    if (sampled) {
+        double unused = 0;
+        (type_ == Type::f64 ? add_squares<Type::f64> : add_squares<Type::f32>)(left, left, n, &record_.residual, &unused);
+    }
+    if (own) {
+        --missing_[k];
+    } else {
+        send(s, false, segments_[s].owner, payload, nbytes);
+    }
+}
+
+void OwnerExchange::sum_next() {
+    const std::size_t k = next_sum_++, s = mine_[k];
+    for (int r = 0; r < size_; ++r) {
+        if (!decode(s, true, r > 0, incoming_[k][std::size_t(r)])) return;
+    }
+    const std::size_t nbytes = encode(s, true, summed_[s]);
+    for (int turn = 1; turn < size_; ++turn) send(s, true, (rank_ + turn) % size_, summed_[s], nbytes);
+    decode(s, false, false, summed_[s]);
+}
+
+void OwnerExchange::receive_next() {
+    const std::size_t s = arrived_[next_decode_++];
+    decode(s, false, false, summed_[s]);
+}
+
+Status OwnerExchange::step() {
+    int count = 0;
+    if (error_ == 0) error_ = wire_->complete(landed_.data(), int(landed_.size()), &count);
+    for (int i = 0; i < count; ++i) {
+        const Message& message = messages_[std::size_t(landed_[std::size_t(i)])];
+        if (message.sends) {
+            --sending_;
+            continue;
+        }
+        --from_[std::size_t(message.peer)];
+        if (message.summed) {
+            arrived_.push_back(std::size_t(message.segment));
+        } else {
+            --missing_[std::size_t(message.segment)];
+        }
+    }
+    // What others wait for goes first.
+    if (error_ != 0) {
+        // Over.
+    } else if (next_sum_ < mine_.size() && missing_[next_sum_] == 0) {
+        sum_next();
+    } else if (next_encode_ < order_.size()) {
+        encode_next();
+    } else if (next_decode_ < arrived_.size()) {
+        receive_next();
+    } else if (next_sum_ == mine_.size() && sending_ == 0 && arrived_.size() + mine_.size() == segments_.size()) {
+        record_.nanoseconds = std::int64_t(now_nanoseconds()) - began_;
+        return Status::done;
+    } else if (count == 0) {
+        const auto late = std::find_if(from_.begin(), from_.end(), [](int messages) { return messages > 0; });
+        awaited_ = late == from_.end() ? -1 : int(late - from_.begin());
+        return Status::waiting;
+    }
+    return error_ != 0 ? Status::failed : Status::moved;
+}
+
+}  // namespace bitring

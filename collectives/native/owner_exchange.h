@@ -1,0 +1,126 @@
+// The owner exchange of compression/owner_exchange.py, which is its reference: sums of what ranks encode, with a second
+// residual at the owner of each chunk (Seide et al., 2014). Chunks are cut into segments, so that encoding, messages and
+// decoding of different segments go on side by side; each sum is made in rank order whatever arrives first.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "operation.h"
+#include "wire.h"
+
+namespace bitring {
+
+// An encoder's kernels, as compression/functions.py describes them.
+struct Codec {
+    using Encode = std::int64_t (*)(const void* values, void* residual, std::int64_t n, std::uint8_t* payload,
+                                    std::int64_t capacity, std::int64_t seed, const double* settings);
+    using Decode = std::int64_t (*)(const std::uint8_t* payload, std::int64_t nbytes, void* out, std::int64_t n,
+                                    std::int64_t accumulate, const double* settings);
+    Encode encode;      // the buffer's values
+    Encode encode_sum;  // sums, in the residual's type
+    Decode decode;      // to the buffer
+    Decode decode_sum;
+    const double* settings;
+};
+
+// Values from `start` to before `stop`, encoded in one call, in at most `nbytes`.
+struct EncodedPiece {
+    std::int64_t start, stop, nbytes;
+};
+
+// What one message carries of the chunk that rank `owner` owns.
+struct ExchangeSegment {
+    int owner;
+    std::vector<EncodedPiece> pieces;
+};
+
+class OwnerExchange final : public Operation {
+public:
+    // What one run took, and squared norms over a sample of the segments: of the values, of the values with their
+    // residual, and of the residual left behind.
+    struct Record {
+        std::int64_t nanoseconds = 0, encode = 0, decode = 0, bytes_sent = 0;
+        double values = 0, sums = 0, residual = 0;
+    };
+
+    // `segments` are the same on all ranks, ordered by owner. `fixed`: a piece's payload has always `nbytes` bytes.
+    // `residual` has a value for each of the buffer's, `owner_residual` for each that this rank owns from `owned` on.
+    OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Type type, const Codec& codec, bool fixed,
+                  std::vector<ExchangeSegment> segments, void* residual, void* owner_residual, std::int64_t owned,
+                  int to_owner_tag, int from_owner_tag);
+
+    // Work on the values at `buffer` from the next begin() on.
+    void bind(void* buffer) { buffer_ = static_cast<char*>(buffer); }
+
+    // The number of the next run, and what its random numbers depend on.
+    void prepare(std::int64_t run, std::int64_t seed) { run_ = run, seed_ = seed; }
+
+    int awaited() const override { return awaited_; }
+    int error() const override { return error_; }
+    const Record& record() const { return record_; }
+
+    static constexpr int kCorrupt = -1;  // error(): a payload could not be decoded
+
+    // Messages under way at once, at most.
+    static int room(const std::vector<ExchangeSegment>& segments, int rank, int size);
+
+protected:
+    void start() override;
+    Status step() override;
+
+private:
+    struct Message {
+        bool sends, summed;
+        int segment, peer;
+    };
+
+    bool owns(std::size_t s) const { return segments_[s].owner == rank_; }
+    std::size_t header(std::size_t s) const { return fixed_ ? 0 : segments_[s].pieces.size() * sizeof(std::uint32_t); }
+    char* values(std::int64_t index) { return buffer_ + std::size_t(index) * itemsize_; }
+    void send(std::size_t s, bool summed, int peer, std::vector<std::uint8_t>& payload, std::size_t nbytes);
+    std::size_t encode(std::size_t s, bool sum, std::vector<std::uint8_t>& payload);
+    bool decode(std::size_t s, bool sum, bool accumulate, const std::vector<std::uint8_t>& payload);
+    void encode_next();
+    void sum_next();
+    void receive_next();
+
+    std::unique_ptr<Wire> wire_;
+    int rank_, size_;
+    Type type_;
+    std::size_t itemsize_, wide_;
+    Codec codec_;
+    bool fixed_;
+    std::vector<ExchangeSegment> segments_;
+    char* residual_;
+    char* owner_residual_;
+    std::int64_t owned_;
+    int tags_[2];
+
+    std::vector<std::size_t> order_;                             // segments as they are encoded
+    std::vector<std::size_t> mine_;                              // segments that this rank owns
+    std::vector<std::vector<std::uint8_t>> encoded_;             // by segment
+    std::vector<std::vector<std::uint8_t>> summed_;              // by segment
+    std::vector<std::vector<std::vector<std::uint8_t>>> incoming_;  // by own segment, by rank
+    std::vector<char> sum_;                                      // of one segment
+    std::vector<Message> messages_;
+    std::vector<int> landed_;
+    std::vector<int> missing_;  // by own segment: payloads that have not come
+    std::vector<int> from_;     // by rank: messages that have not come
+    std::vector<std::size_t> arrived_;  // sums of others, to be decoded
+
+    char* buffer_ = nullptr;
+    std::int64_t seed_ = 0;
+    std::int64_t run_ = 0;
+    std::size_t next_encode_ = 0, next_sum_ = 0, next_decode_ = 0;
+    int sending_ = 0;
+    int awaited_ = -1;
+    int error_ = 0;
+    std::int64_t began_ = 0;
+    Record record_;
+};
+
+}  // namespace bitring

@@ -1,0 +1,135 @@
+"""What compressed runs cost and lose, and what ranks tell each other before each of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.runner import schedule_runner
+from bitring.collectives.state import State
+from bitring.compression.owner_exchange import Record
+
+DIVERGED = 1e4
+"""A residual of so many times the values' norm is lost: error feedback keeps it some 1 / (1 - contraction)."""
+
+_RANK_BITS = 20
+_LONGEST = 1 << 40  # microseconds
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """One compressed run on this rank.
+
+    ``seconds`` of the exchange, ``encode_seconds`` and ``decode_seconds`` of them in kernels, ``wire_seconds`` the
+    rest; ``wait_seconds`` before it, for the slowest rank. ``slowest_rank`` of the run before: the one that waited
+    least; None in the first run. ``bytes_sent``: payload bytes to other ranks.
+
+    From a sample of the values: ``residual_ratio`` = ‖new residual‖ / ‖values‖, ``contraction`` = ‖new residual‖² /
+    ‖values + old residual‖², below 1 for a compressor that contracts; NaN where nothing was looked at.
+    """
+
+    seconds: float
+    encode_seconds: float
+    decode_seconds: float
+    wire_seconds: float
+    wait_seconds: float
+    slowest_rank: int | None
+    bytes_sent: int
+    residual_ratio: float
+    contraction: float
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the residual is out of proportion."""
+        return self.residual_ratio > DIVERGED
+
+
+def telemetry_of(record: Record, wait_seconds: float, slowest_rank: int | None) -> Telemetry:
+    """The telemetry of a run whose exchange left ``record``."""
+    return Telemetry(
+        record.seconds,
+        record.encode,
+        record.decode,
+        max(0.0, record.seconds - record.encode - record.decode),
+        wait_seconds,
+        slowest_rank,
+        record.bytes_sent,
+        math.sqrt(_over(record.residual, record.values)),
+        _over(record.residual, record.sums),
+    )
+
+
+def _over(part: float, whole: float) -> float:
+    if not (math.isfinite(part) and math.isfinite(whole)):
+        return math.inf
+    if whole > 0:
+        return part / whole
+    return math.nan if part == 0 else math.inf
+
+
+class Totals:
+    """Sums and means of many runs."""
+
+    def __init__(self) -> None:
+        self._runs: list[Telemetry] = []
+
+    def add(self, run: Telemetry) -> None:
+        """Count a run in."""
+        self._runs.append(run)
+
+    def taken(self) -> dict[str, float | int | None]:
+        """Since the last call: seconds and bytes summed, ratios as means, the rank that was slowest most often."""
+        runs, self._runs = self._runs, []
+        slowest = Counter(run.slowest_rank for run in runs if run.slowest_rank is not None)
+        result: dict[str, float | int | None] = {
+            name: sum(getattr(run, name) for run in runs)
+            for name in ("encode_seconds", "wire_seconds", "decode_seconds", "wait_seconds", "bytes_sent")
+        }
+        for name in ("residual_ratio", "contraction"):
+            numbers = [x for x in (getattr(run, name) for run in runs) if math.isfinite(x)]
+            result[name] = sum(numbers) / len(numbers) if numbers else None
+        result["slowest_rank"] = slowest.most_common(1)[0][0] if slowest else None
+        return result
+
+
+class Verdict:
+    """A tiny AllReduce before each run: is a value NaN or Inf, has a residual diverged, who was slowest last time.
+
+    After ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None;
+    ``diverged``; ``slowest_rank``. ``wait_seconds``: what it took here.
+    """
+
+    def __init__(self, state: State, channel: int) -> None:
+        self._rank, self._size = state.rank, state.size
+        self._words = np.zeros(3, np.int64)
+        self._runner = schedule_runner(
+            state.comm, "allreduce", "recursive_doubling", self._words, MPI.MAX, 0, channel, persistent=True
+        )
+        self.wait_seconds = 0.0
+        self._runs = 0
+        self.bad_rank: int | None = None
+        self.slowest_rank: int | None = None
+        self.diverged = False
+
+    def steps(self, bad: bool, diverged: bool, progress: Progress) -> Steps:
+        """Find out; ``bad`` and ``diverged`` are this rank's."""
+        waited = min(int(self.wait_seconds * 1e6), _LONGEST)
+        self._words[:] = self._size - self._rank if bad else 0, diverged, -(waited << _RANK_BITS | self._rank)
+        began = time.perf_counter()
+        yield from self._runner.steps(progress)
+        self.wait_seconds = time.perf_counter() - began
+        worst, flag, least = (int(word) for word in self._words)
+        self.bad_rank = self._size - worst if worst else None
+        self.diverged = bool(flag)
+        self.slowest_rank = -least & ((1 << _RANK_BITS) - 1) if self._runs else None
+        self._runs += 1
+
+    def close(self) -> None:
+        """Give MPI's requests back."""
+        self._runner.close()
