@@ -6,13 +6,20 @@ An encoder object is settings, a frozen dataclass; residuals are state, and belo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 
 from bitring.collectives.arrays import is_device
 from bitring.collectives.registry import Registry
+from bitring.compression.functions import (
+    Functions,
+    address_of,
+    decode_function,
+    encode_function,
+    settings_address,
+)
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -27,46 +34,105 @@ _NAMES = ", ".join(dtype.name for dtype in VALUE_DTYPES)
 class Encoder(ABC):
     """Base of every encoder. A subclass in ``compression/NAME.py`` registers itself as ``NAME``.
 
+    Its kernels for host memory are in ``NAME_numba.py`` beside it (``functions.py`` says what they are given); where it
+    has some for a device, it overrides ``device_kernels``.
+
     Arrays are 1-D and contiguous, all in host memory (NumPy) or all on one device (CuPy, in its current stream).
-    ``block`` values share levels: what is encoded piece by piece is cut at multiples of it.
+    ``block`` values share levels: what is encoded piece by piece is cut at multiples of it. Encoding k blocks gives the
+    bytes that encoding each of them gives, one behind the other.
     ``tests/test_encoders.py`` checks every registered encoder the moment its file exists.
     """
 
     block: int
+
+    fixed_size: ClassVar[bool] = True
+    """Whether a payload's length depends on the number of values alone; it is ``nbytes(n)`` then."""
 
     @abstractmethod
     def nbytes(self, n: int) -> int:
         """The most bytes that a payload of ``n`` values takes; 0 for none."""
 
     @abstractmethod
-    def encode(self, values: Array, residual: Array, payload: Array) -> int:
+    def settings(self) -> tuple[float, ...]:
+        """What the kernels are told of the object's settings, the same for one object always."""
+
+    def device_kernels(self) -> Any:
+        """What has ``encode(values, residual, payload, block)`` and ``decode(payload, out, block, accumulate)``.
+
+        Both for device arrays, and unchecked. Raises TypeError where there is none.
+        """
+        raise TypeError(
+            f"{type(self).__name__}: arrays must be in host memory, it has no kernels for a device; got device arrays"
+        )
+
+    def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
         """Encode v = values + residual into ``payload``; ``residual`` becomes v - decoded. Returns the bytes used.
 
         ``values`` (n of float16, bfloat16, float32 or float64) stay as they are; ``residual``: n of
-        ``residual_dtype(values.dtype)``, in place; ``payload``: uint8, at least ``nbytes(n)``. Raises TypeError for
-        anything but such arrays, ValueError for a wrong size, layout or a read-only array.
+        ``residual_dtype(values.dtype)``, in place; ``payload``: uint8, at least ``nbytes(n)``, of which those behind
+        the used ones stay as they are. ``seed``: of what is drawn, in encoders that draw; the same seed, values and
+        residual give the same bytes. Raises TypeError for anything but such arrays, or for device arrays without a
+        kernel, ValueError for a wrong size, layout or a read-only array.
         """
+        check_encode(self, values, residual, payload)
+        if is_device(values):
+            self.device_kernels().encode(values, residual, payload, self.block)
+            return self.nbytes(values.size)
+        used = encode_function(_kernels(self), values.dtype)(
+            *(values.ctypes.data, residual.ctypes.data, values.size),
+            *(payload.ctypes.data, payload.size, seed, settings_address(self.settings())),
+        )
+        assert used >= 0, "a payload outgrew nbytes"
+        return used
 
-    @abstractmethod
     def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
         """Out = decoded, or out += decoded.
 
         ``payload``: exactly the bytes that ``encode`` used; ``out``: as many values as were encoded, of any of the four
         dtypes, whichever was encoded. Sums are made in float32 (float64: in float64) and rounded once.
-        Raises as ``encode`` does, and ValueError for a payload that does not fit ``out``.
+        Raises as ``encode`` does, and ValueError for a payload that does not fit ``out``, or could not have been
+        encoded; ``out`` may have changed then.
         """
+        check_decode(self, payload, out)
+        if self.fixed_size:
+            check_size(self, payload, out, self.nbytes(out.size))
+        if is_device(out):
+            self.device_kernels().decode(payload, out, self.block, accumulate)
+            return
+        refused = decode_function(_kernels(self), out.dtype)(
+            *(payload.ctypes.data, payload.size, out.ctypes.data, out.size),
+            *(int(accumulate), settings_address(self.settings())),
+        )
+        if refused:
+            raise ValueError(
+                f"{type(self).__name__}.decode: payload must have been encoded for {out.size} values; "
+                f"got {payload.size} bytes that have not"
+            )
+
+    def functions(self, dtype: Any) -> Functions:
+        """The kernels for host arrays of ``dtype`` as C functions, compiled or loaded; see ``Functions``.
+
+        Sums of other ranks' payloads are made by the ``decode`` of ``functions(residual_dtype(dtype))``.
+        """
+        residual_dtype(dtype)
+        kernels, dtype = _kernels(self), np.dtype(dtype)
+        return Functions(
+            address_of(encode_function(kernels, dtype)),
+            address_of(decode_function(kernels, dtype)),
+            settings_address(self.settings()),
+        )
 
     def warm_up(self, dtype: Any) -> None:
         """Compile, or load from the cache, what encodes and decodes host arrays of ``dtype``.
 
         Where ranks share a cache of compiled code, one calls this and the others after it: one compiles, they load.
         """
-        values = np.zeros(self.block, dtype)
-        wide = np.zeros(self.block, residual_dtype(dtype))
-        payload = np.empty(self.nbytes(self.block), np.uint8)
-        used = self.encode(values, wide, payload)
-        for out in (values, wide):
-            self.decode(payload[:used], out)
+        decode_function(_kernels(self), residual_dtype(dtype))
+        self.functions(dtype)
+
+
+def _kernels(encoder: Encoder) -> str:
+    return f"{type(encoder).__module__}_numba"
 
 
 compressors: Registry[Encoder] = Registry("compressor", "compression", "Encoder")
@@ -78,6 +144,15 @@ def residual_dtype(dtype: Any) -> Any:
     if dtype not in VALUE_DTYPES:
         raise TypeError(f"compression is for {_NAMES}; got {dtype.name}")
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def check_block(encoder: Encoder) -> None:
+    """Raise unless ``encoder.block`` is a positive multiple of 64."""
+    name, block = type(encoder).__name__, encoder.block
+    if isinstance(block, bool) or not isinstance(block, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{name}: block must be an int; got {type(block).__name__}")
+    if block < 64 or block % 64:
+        raise ValueError(f"{name}: block must be a positive multiple of 64; got {block}")
 
 
 def check_encode(encoder: Encoder, values: Array, residual: Array, payload: Array) -> None:

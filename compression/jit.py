@@ -1,34 +1,90 @@
-"""Numba's compiler as bitring's kernels use it: lazy, without the interpreter lock, cached on disk where that works."""
+"""Numba's compiler as bitring's kernels use it: C functions that need no interpreter, cached on disk where it can."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
+INT = types.int64
+BYTES = types.CPointer(types.uint8)
+DOUBLES = types.CPointer(types.float64)
 
-def jit(function: Function) -> Function:
-    """Compile ``function`` once for each combination of argument types, when it is first called with them.
+_OPTIONS: dict[str, Any] = {"nopython": True, "error_model": "numpy"}  # whose division raises nothing
+_kept: list[Any] = []  # machine code lives as long as its object
+
+
+def pointer_type(dtype: Any) -> Any:
+    """Numba's type of a pointer to values of ``dtype``. It has no 16-bit floats, so integers stand for them."""
+    name = np.dtype(dtype).name
+    stand_ins = {"float16": types.int16, "bfloat16": types.uint16}
+    return types.CPointer(stand_ins.get(name) or getattr(types, name))
+
+
+def wide_pointer_type(dtype: Any) -> Any:
+    """The same of what sums of such values are made in: float64 for float64, else float32."""
+    return types.CPointer(types.float64 if np.dtype(dtype) == np.float64 else types.float32)
+
+
+def inline(function: Function) -> Function:
+    """A part of kernels, compiled into each that calls it."""
+    return cast(Function, numba.njit(forceinline=True, **_OPTIONS)(function))
+
+
+def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
+    """The address of ``function``, compiled for Numba's types ``arguments`` as a C function that returns an int64.
 
     The machine code is kept where Numba keeps it (NUMBA_CACHE_DIR, else beside the source, else in the user's cache
     folder), so that one process on a node compiles and the others load. Where no such folder can be written, or
     writing fails, each process compiles for itself.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # Numba found no writable folder
-        return cast(Function, numba.njit(**options)(function))
+    result: Any = CFunc(function, (arguments, INT), locals={}, options=dict(_OPTIONS))
+    with contextlib.suppress(RuntimeError):  # Numba found no writable folder
+        result._cache = _Cache(function)
+    result.compile()
+    _kept.append(result)
+    address: int = result.address
+    return address
 
-    @functools.wraps(function)
-    def call(*arguments: object) -> object:
-        try:
-            return compiled(*arguments)
-        except OSError:  # a full disk, say: the function was compiled, but has neither been saved nor run
-            return compiled(*arguments)
 
-    return cast(Function, call)
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache, which knows a function by its own file, and by the files of the kernels' parts that it uses too.
+
+    A disk that is full, or was taken away, loses what would have been saved, and no more.
+    """
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), _digest(self._py_func.__module__))
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
+@functools.cache
+def _digest(module: str) -> str:
+    files = sorted(str(inspect.getsourcefile(sys.modules[name])) for name in _parts(module, set()))
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def _parts(module: str, found: set[str]) -> set[str]:
+    """``module`` and the kernel files, ``*_numba.py``, whose things it uses."""
+    found.add(module)
+    for thing in list(vars(sys.modules[module]).values()):
+        name = getattr(thing, "__module__", None)
+        if isinstance(name, str) and name.endswith("_numba") and name not in found:
+            _parts(name, found)
+    return found

@@ -22,19 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bitring.collectives.arrays import is_device
-from bitring.compression.encoder import Array, Encoder, check_decode, check_encode, check_size
-
-
-def _kernels(x: Array) -> Any:
-    # Imported late: who only asks for settings needs neither Numba nor a GPU library.
-    if is_device(x):
-        from bitring.compression import onebit_cuda
-
-        return onebit_cuda
-    from bitring.compression import onebit_numba
-
-    return onebit_numba
+from bitring.compression.encoder import Encoder, check_block
 
 
 @dataclass(frozen=True)
@@ -44,24 +32,19 @@ class OneBit(Encoder):
     block: int = 1024
 
     def __post_init__(self) -> None:
-        if isinstance(self.block, bool) or not isinstance(self.block, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"OneBit: block must be an int; got {type(self.block).__name__}")
-        if self.block < 64 or self.block % 64:
-            raise ValueError(f"OneBit: block must be a positive multiple of 64; got {self.block}")
+        check_block(self)
 
     def nbytes(self, n: int) -> int:
-        """See Encoder; a payload takes exactly this."""
+        """See Encoder."""
         blocks, rest = divmod(n, self.block)
         return blocks * (8 + self.block // 8) + (8 + (rest + 7) // 8 if rest else 0)
 
-    def encode(self, values: Array, residual: Array, payload: Array) -> int:
+    def settings(self) -> tuple[float, ...]:
         """See Encoder."""
-        check_encode(self, values, residual, payload)
-        _kernels(values).encode(values, residual, payload, self.block)
-        return self.nbytes(values.size)
+        return (self.block,)
 
-    def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
+    def device_kernels(self) -> Any:
         """See Encoder."""
-        check_decode(self, payload, out)
-        check_size(self, payload, out, self.nbytes(out.size))
-        _kernels(out).decode(payload, out, self.block, accumulate)
+        from bitring.compression import onebit_cuda
+
+        return onebit_cuda

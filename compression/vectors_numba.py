@@ -1,0 +1,197 @@
+"""Vectors of 8 lanes for the kernels, as LLVM instructions: loads and stores of any alignment, and 16-bit floats.
+
+A compiler may not reorder the sums of a plain loop, so that one is slow; with ``fastmath`` it is fast, and rounds
+differently on each machine. Lane k of a sum of vectors is the same on every machine, whatever the width of its
+registers.
+
+Addresses are integers; ``like`` is a pointer that tells what it points to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as numba_intrinsic
+
+PART = 8  # lanes of a vector
+LINE_NBYTES = 64  # of a cache; only speed depends on it
+
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+I1, I8, I16, I32, I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
+WORDS, FLOATS = ir.VectorType(I32, PART), ir.VectorType(FLOAT, PART)
+POINTER = I8.as_pointer()
+
+intrinsic: Any = numba_intrinsic  # whose functions lack, when called, the first parameter of their definition
+
+
+class Kind:
+    """How 8 values are loaded, computed with (in float32, or float64 for float64) and stored."""
+
+    def __init__(self, like: Any) -> None:
+        self.dtype = like.dtype
+        stored = {types.float32: FLOAT, types.float64: DOUBLE}.get(like.dtype, I16)
+        self.stored = ir.VectorType(stored, PART)
+        self.stored_nbytes = like.dtype.bitwidth // 8 * PART
+        self.wide = ir.VectorType(DOUBLE if stored == DOUBLE else FLOAT, PART)
+        self.wide_nbytes = max(self.stored_nbytes, 4 * PART)
+
+    def load(self, builder: Any, array: Any, part: Any) -> Any:
+        """Part number ``part`` of the stored values at ``array``, widened exactly."""
+        x = read(builder, self.stored, element(builder, array, part, self.stored_nbytes))
+        if self.dtype == types.int16:
+            return _float16_to_float32(builder, x)
+        return _bfloat16_to_float32(builder, x) if self.dtype == types.uint16 else x
+
+    def load_wide(self, builder: Any, array: Any, part: Any) -> Any:
+        """Part number ``part`` of the wide values at ``array``."""
+        return read(builder, self.wide, element(builder, array, part, self.wide_nbytes))
+
+    def narrow(self, builder: Any, x: Any) -> Any:
+        """``wide`` to ``stored``, rounded to nearest, ties to even."""
+        if self.dtype == types.int16:
+            return _float32_to_float16(builder, x)
+        return _float32_to_bfloat16(builder, x) if self.dtype == types.uint16 else x
+
+    def level(self, builder: Any, level: Any) -> Any:
+        """The float32 ``level`` in every lane."""
+        return splat(builder, builder.fpext(level, DOUBLE) if self.wide.element == DOUBLE else level)
+
+
+def _bfloat16_to_float32(b: Any, x: Any) -> Any:
+    return b.bitcast(b.shl(b.zext(x, WORDS), _words(16)), FLOATS)
+
+
+def _float32_to_bfloat16(b: Any, x: Any) -> Any:
+    bits = b.bitcast(x, WORDS)
+    odd = b.and_(b.lshr(bits, _words(16)), _words(1))
+    rounded = b.add(bits, b.add(odd, _words(0x7FFF)))
+    quiet = b.or_(bits, _words(0x400000))  # rounding could make a NaN an infinity
+    return b.trunc(
+        b.lshr(b.select(b.fcmp_unordered("uno", x, x), quiet, rounded), _words(16)), ir.VectorType(I16, PART)
+    )
+
+
+# LLVM's own float16 conversions call a library, absent here, where the processor has none. These are integer
+# arithmetic; below float16's smallest normal number, 2^-14, a float addition does the shift.
+
+
+def _float16_to_float32(b: Any, x: Any) -> Any:
+    bits = b.zext(x, WORDS)
+    magnitude = b.shl(b.and_(bits, _words(0x7FFF)), _words(13))
+    exponent = b.and_(magnitude, _words(31 << 23))
+    normal = b.add(magnitude, _words((127 - 15) << 23))
+    special = b.add(normal, _words((128 - 16) << 23))  # infinity, NaN
+    tiny = b.fsub(b.bitcast(b.add(normal, _words(1 << 23)), FLOATS), b.bitcast(_words((127 - 14) << 23), FLOATS))
+    result = b.select(b.icmp_unsigned("==", exponent, _words(31 << 23)), special, normal)
+    result = b.select(b.icmp_unsigned("==", exponent, _words(0)), b.bitcast(tiny, WORDS), result)
+    return b.bitcast(b.or_(result, b.shl(b.and_(bits, _words(0x8000)), _words(16))), FLOATS)
+
+
+def _float32_to_float16(b: Any, x: Any) -> Any:
+    bits = b.bitcast(x, WORDS)
+    magnitude = b.and_(bits, _words(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, _words(13)), _words(1))
+    normal = b.lshr(b.sub(b.add(b.add(magnitude, odd), _words(0xFFF)), _words((127 - 15) << 23)), _words(13))
+    half = _words((127 - 1) << 23)  # 0.5, whose last bit is float16's smallest number
+    tiny = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, FLOATS), b.bitcast(half, FLOATS)), WORDS), half)
+    special = b.select(b.icmp_unsigned(">", magnitude, _words(255 << 23)), _words(0x7E00), _words(0x7C00))
+    result = b.select(b.icmp_unsigned("<", magnitude, _words((127 - 14) << 23)), tiny, normal)
+    result = b.select(b.icmp_unsigned(">=", magnitude, _words((127 + 16) << 23)), special, result)
+    sign = b.and_(b.lshr(bits, _words(16)), _words(0x8000))
+    return b.trunc(b.or_(result, sign), ir.VectorType(I16, PART))
+
+
+def _words(x: int) -> Any:
+    return ir.Constant(WORDS, [x] * PART)
+
+
+def splat(builder: Any, x: Any) -> Any:
+    """The number ``x`` in every lane."""
+    vector = builder.insert_element(ir.Constant(ir.VectorType(x.type, PART), ir.Undefined), x, I32(0))
+    return builder.shuffle_vector(vector, vector, _words(0))
+
+
+def element(builder: Any, address: Any, index: Any, nbytes: int) -> Any:
+    """The address of element ``index`` of those of ``nbytes`` bytes."""
+    return builder.add(address, builder.mul(index, I64(nbytes)))
+
+
+def read(builder: Any, kind: Any, address: Any) -> Any:
+    """What lies at ``address``, of LLVM's type ``kind``."""
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def write(builder: Any, x: Any, address: Any) -> None:
+    """Put ``x`` at ``address``."""
+    builder.store(x, builder.inttoptr(address, x.type.as_pointer()), align=1)
+
+
+def not_negative(builder: Any, v: Any) -> Any:
+    """v >= 0 lane by lane: true for -0.0, false for NaN."""
+    return builder.fcmp_ordered(">=", v, ir.Constant(v.type, None))
+
+
+def prefetch(builder: Any, address: Any, nbytes: int) -> None:
+    """Begin loading ``nbytes`` into the cache; an address beyond an array does no harm."""
+    prefetch = builder.module.declare_intrinsic(
+        "llvm.prefetch", [POINTER], ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+    )
+    for offset in range(0, nbytes, LINE_NBYTES):
+        line = builder.inttoptr(builder.add(address, I64(offset)), POINTER)
+        builder.call(prefetch, [line, I32(0), I32(3), I32(1)])  # to read, to the nearest cache, data
+
+
+@intrinsic
+def address(typing: Any, pointer: Any) -> Any:
+    """The pointer as an integer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ptrtoint(arguments[0], I64)
+
+    return types.int64(pointer), generate
+
+
+@intrinsic
+def itemsize(typing: Any, pointer: Any) -> Any:
+    """Bytes of one value that the pointer points to."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return I64(pointer.dtype.bitwidth // 8)
+
+    return types.int64(pointer), generate
+
+
+@intrinsic
+def copy(typing: Any, target: Any, source: Any, nbytes: Any) -> Any:
+    """Copy bytes from one address to another; not overlapping."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, source = (builder.inttoptr(address, POINTER) for address in arguments[:2])
+        cgutils.raw_memcpy(builder, target, source, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def get(typing: Any, address: Any, like: Any) -> Any:
+    """The number of ``like``'s type at ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return read(builder, context.get_value_type(like), arguments[0])
+
+    return like(types.int64, like), generate
+
+
+@intrinsic
+def put(typing: Any, address: Any, x: Any) -> Any:
+    """Put the number ``x`` at ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        write(builder, arguments[1], arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, x), generate
