@@ -22,7 +22,7 @@ from bitring.collectives.state import State, state_of
 from bitring.collectives.transport import channel_of
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.owner_exchange import OwnerExchange, Record, make_owner_exchange
-from bitring.compression.telemetry import Telemetry, Verdict, telemetry_of
+from bitring.compression.telemetry import Telemetry, Verdict, Watch, telemetry_of
 from bitring.compression.way import DirectWay, LeaderWay, Way, make_lane_way
 
 logger = logging.getLogger("bitring")
@@ -126,6 +126,7 @@ class CompressedPlan(Plan):
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
         self._to_add: Array | None = None
         self._verdict = Verdict(state, channel_of(self.number))
+        self._watch = Watch()
         self._parts = (self._way, self._verdict)
         self.telemetry: Telemetry | None = None
         self.owned = self._way.owned
@@ -149,12 +150,16 @@ class CompressedPlan(Plan):
             lanes = make_lane_way(state, flat, self._run.kind, make)
         return LeaderWay(state, flat, self.number, make) if lanes is None else lanes
 
+    def checked_steps(self, progress: Progress) -> Steps:
+        """See Plan."""
+        self._verdict.come()
+        yield from super().checked_steps(progress)
+
     def _steps(self, progress: Progress) -> Steps:
         if self.state.size == 1:
             return
         bad = self._check_finite and not all_finite(self._flat)
-        diverged = self.telemetry is not None and self.telemetry.diverged
-        yield from self._verdict.steps(bad, diverged, progress)
+        yield from self._verdict.steps(bad, self._watch.diverged, progress)
         if self._verdict.bad_rank is not None:
             raise NonFiniteError(
                 f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
@@ -170,6 +175,7 @@ class CompressedPlan(Plan):
             self._to_add = None
         yield from self._way.steps(progress)
         record = Record() if self._way.exchange is None else self._way.exchange.record
+        self._watch.look(record)
         self.telemetry = telemetry_of(record, self._verdict.wait_seconds, self._verdict.slowest_rank)
         self.bytes_sent += record.bytes_sent + self._way.nbytes_sent
 

@@ -44,11 +44,6 @@ class Telemetry:
     residual_ratio: float
     contraction: float
 
-    @property
-    def diverged(self) -> bool:
-        """Whether the residual is out of proportion."""
-        return self.residual_ratio > DIVERGED
-
 
 def telemetry_of(record: Record, wait_seconds: float, slowest_rank: int | None) -> Telemetry:
     """The telemetry of a run whose exchange left ``record``."""
@@ -68,9 +63,21 @@ def telemetry_of(record: Record, wait_seconds: float, slowest_rank: int | None) 
 def _over(part: float, whole: float) -> float:
     if not (math.isfinite(part) and math.isfinite(whole)):
         return math.inf
-    if whole > 0:
-        return part / whole
-    return math.nan if part == 0 else math.inf
+    return part / whole if whole > 0 else math.nan
+
+
+class Watch:
+    """Sees a residual that grows out of proportion to the largest values so far, or is not finite."""
+
+    def __init__(self) -> None:
+        self._largest = 0.0
+        self.diverged = False
+
+    def look(self, record: Record) -> None:
+        """Take a run into account."""
+        self._largest = max(self._largest, record.values)
+        limit = DIVERGED**2 * self._largest
+        self.diverged = not math.isfinite(record.residual) or (0 < limit < record.residual)
 
 
 class Totals:
@@ -102,7 +109,8 @@ class Verdict:
     """A tiny AllReduce before each run: is a value NaN or Inf, has a residual diverged, who was slowest last time.
 
     After ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None;
-    ``diverged``; ``slowest_rank``. ``wait_seconds``: what it took here.
+    ``diverged``; ``slowest_rank``. ``wait_seconds``: from when this rank
+    came to the run.
     """
 
     def __init__(self, state: State, channel: int) -> None:
@@ -112,18 +120,22 @@ class Verdict:
             state.comm, "allreduce", "recursive_doubling", self._words, MPI.MAX, 0, channel, persistent=True
         )
         self.wait_seconds = 0.0
+        self._came = 0.0
         self._runs = 0
         self.bad_rank: int | None = None
         self.slowest_rank: int | None = None
         self.diverged = False
 
+    def come(self) -> None:
+        """This rank has come to the run: its wait begins."""
+        self._came = time.perf_counter()
+
     def steps(self, bad: bool, diverged: bool, progress: Progress) -> Steps:
         """Find out; ``bad`` and ``diverged`` are this rank's."""
         waited = min(int(self.wait_seconds * 1e6), _LONGEST)
         self._words[:] = self._size - self._rank if bad else 0, diverged, -(waited << _RANK_BITS | self._rank)
-        began = time.perf_counter()
         yield from self._runner.steps(progress)
-        self.wait_seconds = time.perf_counter() - began
+        self.wait_seconds = time.perf_counter() - self._came
         worst, flag, least = (int(word) for word in self._words)
         self.bad_rank = self._size - worst if worst else None
         self.diverged = bool(flag)

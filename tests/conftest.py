@@ -4,6 +4,7 @@ For tests
     ``comm``   MPI.COMM_WORLD. The same test runs on 1 rank and under mpirun; use whatever size there is.
     ``agree``  ``agree(comm, ok, message)`` asserts on all ranks of ``comm`` that ``ok`` held on each; the error names
                the ranks where it did not. Collective: a rank with nothing to complain about calls it too.
+    ``two_nodes`` is a Communicator of the same ranks, which take themselves for two nodes.
     ``mpi_tmp_path`` (from pytest-mpi) is one folder for all ranks, ``tmp_path`` one folder for each.
     ``clean_environment(NAME="value")`` is the environment for a process that a test starts itself.
     ``on_ranks(2, "-m", "bitring", ...)`` runs Python on as many ranks, under this environment's mpirun.
@@ -19,13 +20,14 @@ its progress there, and its stacks at a test's time limit, which the runner enfo
 from __future__ import annotations
 
 import faulthandler
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -67,6 +69,30 @@ def agree() -> Agree:
             pytest.fail("\n".join(wrong))
 
     return agree
+
+
+@pytest.fixture
+def two_nodes(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A duplicate of ``comm`` whose ranks are told to be on two nodes: 1 + 2 ranks, 2 + 2, or 2 + 3."""
+    from mpi4py import MPI
+
+    from bitring.collectives.communicator import Communicator
+    from bitring.collectives.extension import native
+    from bitring.collectives.state import State
+
+    if native() is None or comm.size < 3:
+        pytest.skip("needs the native engine, and ranks for two nodes of which one has two")
+
+    def node(self: State) -> State:
+        part = MPI.Intracomm(self.comm.Split(int(self.rank >= self.size // 2), self.rank))
+        return State(part, None, part.rank, part.size)
+
+    emulated = functools.cached_property(node)
+    emulated.__set_name__(State, "node")
+    monkeypatch.setattr(State, "node", emulated)
+    duplicate = Communicator(comm.Dup(), algorithm="multilane")
+    yield duplicate
+    duplicate.Free()
 
 
 @pytest.fixture

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bitring.collectives.communicator import Communicator
-from bitring.collectives.extension import native
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.state import State
 
 SIZES = [0, 1, 2, 1009, 100_003]
 
 
 @pytest.fixture
-def world(comm, monkeypatch):
-    """Two nodes: 1 + 2 ranks, 2 + 2, or 2 + 3."""
-    from mpi4py import MPI
-
-    if native() is None or comm.size < 3:
-        pytest.skip("needs the native engine, and ranks for two nodes of which one has two")
-
-    def node(self: State) -> State:
-        part = MPI.Intracomm(self.comm.Split(int(self.rank >= self.size // 2), self.rank))
-        return State(part, None, part.rank, part.size)
-
-    emulated = functools.cached_property(node)
-    emulated.__set_name__(State, "node")
-    monkeypatch.setattr(State, "node", emulated)
-    duplicate = Communicator(comm.Dup(), algorithm="multilane")
-    yield duplicate
-    duplicate.Free()
+def world(two_nodes):
+    return two_nodes
 
 
 def values(rank: int, n: int, dtype: Any = np.float32) -> np.ndarray:

@@ -7,8 +7,10 @@ import pytest
 from mpi4py import MPI
 
 import bitring
-from bitring.compression.layout import cut
+from bitring.compression.encoder import Encoder, compressors, residual_dtype
+from bitring.compression.layout import cut, segments
 from bitring.compression.onebit import OneBit
+from bitring.compression.owner_exchange import piece_seed
 
 LENGTHS = [0, 1, 63, 1024, 1025, 5003]
 
@@ -20,33 +22,49 @@ def gradient(rank: int, step: int, n: int, dtype: Any) -> Any:
 class Everyone:
     """All ranks of the exchange in one process."""
 
-    def __init__(self, n: int, dtype: Any, size: int, boundaries: tuple[int, ...], encoder: OneBit) -> None:
-        exact = np.float64 if dtype == np.float64 else np.float32
-        self.layout = cut(n, boundaries, encoder.block, size)
+    def __init__(self, n: int, dtype: Any, size: int, boundaries: tuple[int, ...], encoder: Encoder) -> None:
+        layout = cut(n, boundaries, encoder.block, size)
+        self.pieces = [piece for chunk in segments(layout, encoder.block) for segment in chunk for piece in segment]
         self.encoder = encoder
-        self.residual = [np.zeros(n, exact) for _ in range(size)]
-        self.owner_residual = np.zeros(n, exact)
+        self.size = size
+        self.runs = 0
+        self.residual = [np.zeros(n, residual_dtype(dtype)) for _ in range(size)]
+        self.owner_residual = np.zeros(n, residual_dtype(dtype))
+        self.owners = np.zeros(n, int)
+        for rank, (a, b) in enumerate(layout.owned):
+            self.owners[a:b] = rank
+
+    def encoded(self, values: Any, residual: Any, seed: int, start: int) -> Any:
+        payload = np.empty(self.encoder.nbytes(values.size), np.uint8)
+        return payload[: self.encoder.encode(values, residual, payload, piece_seed(seed, start))]
 
     def step(self, gradients: list[Any]) -> Any:
+        self.runs += 1
         applied = np.zeros_like(gradients[0])
-        for chunk in self.layout.pieces:
-            for a, b in chunk:
-                total = np.zeros(b - a, self.owner_residual.dtype)
-                for rank, values in enumerate(gradients):
-                    payload = np.empty(self.encoder.nbytes(b - a), np.uint8)
-                    self.encoder.encode(values[a:b], self.residual[rank][a:b], payload)
-                    self.encoder.decode(payload, total, accumulate=rank > 0)
-                payload = np.empty(self.encoder.nbytes(b - a), np.uint8)
-                self.encoder.encode(total, self.owner_residual[a:b], payload)
-                self.encoder.decode(payload, applied[a:b])
+        for a, b in self.pieces:
+            total = np.zeros(b - a, self.owner_residual.dtype)
+            for rank, values in enumerate(gradients):
+                seed = self.runs * self.size + rank
+                payload = self.encoded(values[a:b], self.residual[rank][a:b], seed, a)
+                self.encoder.decode(payload, total, accumulate=rank > 0)
+            seed = ~(self.runs * self.size + int(self.owners[a]))
+            self.encoder.decode(self.encoded(total, self.owner_residual[a:b], seed, a), applied[a:b])
         return applied
 
 
+ENCODERS = [
+    OneBit(block=64),
+    *(made for made in (compressors.get(name)() for name in compressors.names()) if isinstance(made, Encoder)),
+]
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 @pytest.mark.parametrize("n", LENGTHS)
-def test_same_bits_as_all_ranks_in_one_process(comm: MPI.Intracomm, agree: Any, n: int, dtype: Any) -> None:
+def test_same_bits_as_all_ranks_in_one_process(
+    comm: MPI.Intracomm, agree: Any, n: int, dtype: Any, encoder: Encoder
+) -> None:
     rank, size = comm.rank, comm.size
-    encoder = OneBit(block=64)
     boundaries = (n // 3, n // 2)
     everyone = Everyone(n, dtype, size, boundaries, encoder)
     x = np.zeros(n, dtype)
@@ -81,6 +99,34 @@ def test_nodes_sum_exactly_first(comm: MPI.Intracomm, agree: Any) -> None:
     once = sum(range(1, comm.size + 1)) + (0.5 * (comm.size + 1) if comm.size > 1 else 0)
     agree(comm, bool((x == once).all()), f"{x}")
     agree(comm, not any(a.any() for a in plan.state_dict().values()), "a residual stayed")
+    plan.free()
+
+
+@pytest.mark.parametrize("n", [0, 1, 5003, 300_007])
+def test_between_nodes(two_nodes: Any, agree: Any, n: int) -> None:
+    """Nodes sum exactly, lanes exchange: nothing is lost, all ranks get the same bits, and residuals can be moved."""
+    comm, rng = two_nodes, np.random.default_rng(two_nodes.rank)
+    x = comm.empty(n)
+    plan: Any = bitring.plan_allreduce(x, comm=comm, compression="onebit")
+    applied, given = np.zeros(n), np.zeros(n)
+    for step in range(6):
+        x[:] = rng.standard_normal(n)
+        given += comm.allreduce(x.astype(float))
+        if step == 3:  # what is elsewhere is added there
+            states = comm.allgather({name: a.copy() for name, a in plan.state_dict().items()})
+            moved = states[(comm.rank + 1) % comm.size]["residual"]
+            plan.load_state_dict({"residual": moved, "owner_residual": plan.state_dict()["owner_residual"]})
+        plan()
+        agree(comm, len(set(comm.allgather(x.tobytes()))) == 1, "replicas differ")
+        applied += x
+    state = plan.state_dict()
+    owed = state["residual"].astype(float)
+    owed[slice(*plan.owned)] += state["owner_residual"]
+    left = comm.allreduce(owed)
+    agree(comm, bool(np.allclose(applied + left, given, atol=1e-3, rtol=0)), "something was lost")
+    agree(comm, n < 2 or bool(left.any()), "nothing was encoded")
+    owned = sorted(comm.allgather(plan.owned))
+    agree(comm, sum(b - a for a, b in owned) == n, f"{owned} do not make up {n}")
     plan.free()
 
 
