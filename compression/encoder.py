@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from bitring.collectives.arrays import is_device
-from bitring.collectives.registry import Registry
+from bitring.compression.compressor import Compressor
+from bitring.compression.compressor import compressors as compressors
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -24,7 +25,7 @@ UINT8 = np.dtype(np.uint8)
 _NAMES = ", ".join(dtype.name for dtype in VALUE_DTYPES)
 
 
-class Encoder(ABC):
+class Encoder(Compressor, ABC):
     """Base of every encoder. A subclass in ``compression/NAME.py`` registers itself as ``NAME``.
 
     Arrays are 1-D and contiguous, all in host memory (NumPy) or all on one device (CuPy, in its current stream).
@@ -67,9 +68,6 @@ class Encoder(ABC):
         used = self.encode(values, wide, payload)
         for out in (values, wide):
             self.decode(payload[:used], out)
-
-
-compressors: Registry[Encoder] = Registry("compressor", "compression", "Encoder")
 
 
 def residual_dtype(dtype: Any) -> Any:

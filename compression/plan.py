@@ -19,8 +19,10 @@ from bitring.collectives.runner import make_runner
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
 from bitring.collectives.transport import channel_of
+from bitring.compression.compressor import Compressor
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.owner_exchange import OwnerExchange
+from bitring.compression.reduced_plan import plan_reduced, reducer_of
 
 
 def plan_allreduce(
@@ -29,9 +31,10 @@ def plan_allreduce(
     comm: MPI.Intracomm | None = None,
     op: MPI.Op = MPI.SUM,
     algorithm: str = "auto",
-    compression: str | Encoder | None = None,
+    compression: str | Compressor | None = None,
     hierarchical: bool | None = None,
     boundaries: Sequence[int] = (),
+    shapes: Sequence[Sequence[int]] | None = None,
     check_finite: bool = True,
 ) -> Plan:
     """A plan that reduces ``x`` over all ranks in place; collective.
@@ -43,7 +46,11 @@ def plan_allreduce(
     of float16, bfloat16, float32 or float64 values with error feedback (Seide et al., 2014): what an encoding leaves
     out is added to the next run's values. ``boundaries``: the positions in ``x`` where a new parameter begins; no
     block of values that share levels spans two. ``hierarchical``: ranks of a node first sum exactly, and only nodes
-    exchange encoded sums; by default where there is more than one node. ``check_finite=False`` leaves out the look
+    exchange encoded sums; by default where there is more than one node.
+
+    A reducer such as ``PowerSGD(matrix_rank=4)`` sums its own small representation exactly instead, with nodes summed
+    first in any case. ``shapes``: the parameters' shapes, for reducers that look at matrices; without it x is one
+    parameter of one dimension. ``check_finite=False`` leaves out the look
     for NaN and Inf, for callers that have looked on all ranks.
 
     Raises on all ranks alike: MismatchError where ranks differ in dtype, count, op, algorithm or compression, and
@@ -53,6 +60,9 @@ def plan_allreduce(
     comm = MPI.COMM_WORLD if comm is None else comm
     if compression is None:
         return plan_exact(x, comm, op, algorithm)
+    reducer = reducer_of(compression)
+    if reducer is not None:
+        return plan_reduced(x, comm, op, algorithm, reducer, hierarchical, boundaries, shapes, check_finite)
     state = state_of(comm)
     request = Request("plan_allreduce")
     flat: Array = np.empty(0, np.float32)
@@ -60,12 +70,13 @@ def plan_allreduce(
     try:
         flat = checked_flat(x, "plan_allreduce")
         check_name(algorithm)
-        encoder = compressors.get(compression)() if isinstance(compression, str) else compression
-        if not isinstance(encoder, Encoder):
+        made = compressors.get(compression)() if isinstance(compression, str) else compression
+        if not isinstance(made, Encoder):
             raise TypeError(
-                f"plan_allreduce: compression must be None, a registered name ({', '.join(compressors.names())}) or "
-                f"an encoder; got {type(encoder).__name__}"
+                f"plan_allreduce: compression must be None, a registered name ({', '.join(compressors.names())}), an "
+                f"encoder or a reducer; got {type(made).__name__}"
             )
+        encoder = made
         if flat.dtype.name not in _COMPRESSED_DTYPES:
             raise TypeError(f"plan_allreduce: compression is for {', '.join(_COMPRESSED_DTYPES)}; got {flat.dtype}")
         if op_name(op) != "SUM":
