@@ -33,7 +33,8 @@ class Factors:
                 names = ", ".join(dtype.name for dtype in VALUE_DTYPES)
                 raise TypeError(f"Factors: {name} must be of {names}; got {x.dtype}")
             if x.ndim != 2:
-                raise ValueError(f"Factors: {name} must have shape (samples, {name}'s part); got {tuple(x.shape)}")
+                sides = "(K, M)" if name == "u" else "(K, N)"
+                raise ValueError(f"Factors: {name} must have shape {sides}, K samples; got {tuple(x.shape)}")
         if is_device(self.u) != is_device(self.v) or self.u.dtype != self.v.dtype:
             raise TypeError(
                 f"Factors: u and v must be of one dtype in one memory; got {self.u.dtype} in {_memory(self.u)} and "

@@ -127,7 +127,7 @@ class _LowRank(Reduction):
             f"{len(self._matrices)} of {len(parameters)} parameters travel as {first.size + second.size} of "
             f"{flat.size} values, the others exactly, summed by {exchange.algorithms}"
         )
-        if self._matrices:
+        if self._matrices and exchange.size > 1:
             exchange.once_a_node(lambda: _warm_up(wide))
 
     def steps(self, progress: Progress) -> Steps:

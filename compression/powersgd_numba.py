@@ -57,17 +57,17 @@ def orthogonalise(p: Any, least: float) -> None:
     for k in range(r):
         before = 0.0
         for i in range(m):
-            before += float(p[i, k]) * float(p[i, k])
+            before += np.float64(p[i, k]) * np.float64(p[i, k])
         for _ in range(2):
             for j in range(k):
                 along = 0.0
                 for i in range(m):
-                    along += float(p[i, j]) * float(p[i, k])
+                    along += np.float64(p[i, j]) * np.float64(p[i, k])
                 for i in range(m):
                     p[i, k] -= along * p[i, j]
         after = 0.0
         for i in range(m):
-            after += float(p[i, k]) * float(p[i, k])
+            after += np.float64(p[i, k]) * np.float64(p[i, k])
         if after > least * least * before and after < np.inf:
             scale = 1.0 / np.sqrt(after)
             for i in range(m):
@@ -84,7 +84,7 @@ def unit_rows(q: Any, instead: Any) -> None:
         row = q[k]
         length = 0.0
         for j in range(row.size):
-            length += float(row[j]) * float(row[j])
+            length += np.float64(row[j]) * np.float64(row[j])
         if 0.0 < length < np.inf:
             scale = 1.0 / np.sqrt(length)
             for j in range(row.size):

@@ -2,7 +2,8 @@
 
 The buffer is cut into k = ⌈density·n⌉ cells of equal size, to one value. In every run one value of each cell is drawn,
 with equal chances, by a seed that all ranks share: the same values everywhere, so that no indexes travel and the drawn
-values can be summed. What is not drawn stays in the residual. On average a value waits for 1/density runs.
+values can be summed. What is not drawn stays in the residual. On average a value waits for 1/density runs, and then
+comes with all that has gathered: a learning rate that is near the largest for exact gradients is too large here.
 
 One run sends what an exact AllReduce of k values sends, float32 (float64 for float64 gradients).
 """
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class RandomK(Reducer):
     """Send a random part of the values, ``density`` of them (0 < density <= 1), chosen anew in every run."""
 
-    density: float = 1 / 16
+    density: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
