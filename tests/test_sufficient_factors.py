@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,3 +209,14 @@ def test_a_plan_by_itself(comm: Any, agree: Any) -> None:
     error = raised(plan)
     agree(comm, isinstance(error, NonFiniteError) or comm.size == 1, repr(error))
     plan.free()
+
+
+@pytest.mark.single
+def test_train_hands_factors_over(on_ranks: Any, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    arguments = ["--model", "mlp", "--compression", "sufficient_factors", "--epochs", "1", "--output", tmp_path]
+    result = on_ranks(2, "-m", "bitring", "train", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["bytes_sent"] < summary["bytes_exact"] / 2
+    assert summary["test_accuracy"] > 0.8

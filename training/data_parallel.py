@@ -304,14 +304,15 @@ class DataParallel:
         for bucket, plan in zip(self.buckets, plans, strict=True):
             # 16-bit values are scaled in float32 and rounded once.
             factor = np.float32(scale) if bucket.flat.dtype.itemsize == 2 else scale
+            takes_factors = isinstance(self.compression, SufficientFactors) and isinstance(plan, ReducedPlan)
             for number, (name, view) in enumerate(bucket.views.items()):
                 if scale == 0:
                     view[...] = 0
-                    if isinstance(plan, ReducedPlan) and view.ndim == 2:  # no samples: nothing speaks against factors
+                    if takes_factors and view.ndim == 2:  # no samples: nothing speaks against the others' factors
                         plan.take(number, Factors(self._xp.empty((0, view.shape[0]), view.dtype), view[:0]))
                 elif isinstance(arrays[name], Factors):
                     factors = arrays[name].scaled(scale)
-                    if isinstance(plan, ReducedPlan):
+                    if takes_factors:
                         plan.take(number, factors)
                     else:
                         factors.multiply(view)
