@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from bitring.collectives.arrays import is_device
-from bitring.collectives.registry import Registry
+from bitring.compression.compressor import Compressor
+from bitring.compression.compressor import compressors as compressors
 from bitring.compression.functions import (
     Functions,
     address_of,
@@ -31,7 +32,7 @@ UINT8 = np.dtype(np.uint8)
 _NAMES = ", ".join(dtype.name for dtype in VALUE_DTYPES)
 
 
-class Encoder(ABC):
+class Encoder(Compressor, ABC):
     """Base of every encoder. A subclass in ``compression/NAME.py`` registers itself as ``NAME``.
 
     Its kernels for host memory are in ``NAME_numba.py`` beside it (``functions.py`` says what they are given); where it
@@ -133,9 +134,6 @@ class Encoder(ABC):
 
 def _kernels(encoder: Encoder) -> str:
     return f"{type(encoder).__module__}_numba"
-
-
-compressors: Registry[Encoder] = Registry("compressor", "compression", "Encoder")
 
 
 def residual_dtype(dtype: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +19,11 @@ from bitring.collectives.runner import Runner, schedule_runner
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
 from bitring.collectives.transport import channel_of
+from bitring.compression.compressor import Compressor
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
+from bitring.compression.once_a_node import once_a_node
 from bitring.compression.owner_exchange import OwnerExchange, Record, make_owner_exchange
+from bitring.compression.reduced_plan import plan_reduced, reducer_of
 from bitring.compression.telemetry import Telemetry, Verdict, Watch, telemetry_of
 from bitring.compression.way import DirectWay, LeaderWay, Way, make_lane_way
 
@@ -34,9 +36,10 @@ def plan_allreduce(
     comm: MPI.Intracomm | None = None,
     op: MPI.Op = MPI.SUM,
     algorithm: str = "auto",
-    compression: str | Encoder | None = None,
+    compression: str | Compressor | None = None,
     hierarchical: bool | None = None,
     boundaries: Sequence[int] = (),
+    shapes: Sequence[Sequence[int]] | None = None,
     check_finite: bool = True,
 ) -> Plan:
     """A plan that reduces ``x`` over all ranks in place; collective.
@@ -48,7 +51,11 @@ def plan_allreduce(
     of float16, bfloat16, float32 or float64 values with error feedback (Seide et al., 2014): what an encoding leaves
     out is added to the next run's values. ``boundaries``: the positions in ``x`` where a new parameter begins; no
     block of values that share levels spans two. ``hierarchical``: ranks of a node first sum exactly, and only nodes
-    exchange encoded sums; by default where there is more than one node. ``check_finite=False`` leaves out the look
+    exchange encoded sums; by default where there is more than one node.
+
+    A reducer such as ``PowerSGD(matrix_rank=4)`` sums its own small representation exactly instead, with nodes summed
+    first in any case. ``shapes``: the parameters' shapes, for reducers that look at matrices; without it x is one
+    parameter of one dimension. ``check_finite=False`` leaves out the look
     for NaN and Inf, for callers that have looked on all ranks.
 
     Raises on all ranks alike: MismatchError where ranks differ in dtype, count, op, algorithm or compression, and
@@ -58,6 +65,9 @@ def plan_allreduce(
     comm = MPI.COMM_WORLD if comm is None else comm
     if compression is None:
         return plan_exact(x, comm, op, algorithm)
+    reducer = reducer_of(compression)
+    if reducer is not None:
+        return plan_reduced(x, comm, op, algorithm, reducer, hierarchical, boundaries, shapes, check_finite)
     state = state_of(comm)
     request = Request("plan_allreduce")
     flat: Array = np.empty(0, np.float32)
@@ -65,12 +75,13 @@ def plan_allreduce(
     try:
         flat = checked_flat(x, "plan_allreduce")
         check_name(algorithm)
-        encoder = compressors.get(compression)() if isinstance(compression, str) else compression
-        if not isinstance(encoder, Encoder):
+        made = compressors.get(compression)() if isinstance(compression, str) else compression
+        if not isinstance(made, Encoder):
             raise TypeError(
-                f"plan_allreduce: compression must be None, a registered name ({', '.join(compressors.names())}) or "
-                f"an encoder; got {type(encoder).__name__}"
+                f"plan_allreduce: compression must be None, a registered name ({', '.join(compressors.names())}), an "
+                f"encoder or a reducer; got {type(made).__name__}"
             )
+        encoder = made
         if flat.dtype.name not in _COMPRESSED_DTYPES:
             raise TypeError(f"plan_allreduce: compression is for {', '.join(_COMPRESSED_DTYPES)}; got {flat.dtype}")
         if op_name(op) != "SUM":
@@ -120,7 +131,7 @@ class CompressedPlan(Plan):
         self._check_finite = check_finite
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
-        _compile_once_a_node(encoder, flat, state.node.comm)
+        once_a_node(state.node.comm, lambda: _warm_up(encoder, flat))
         self._way = self._make_way(hierarchical, boundaries)
         self._exact: Runner | None = None  # what sums when the compressor has failed
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
@@ -237,20 +248,14 @@ class CompressedPlan(Plan):
             part.close()
 
 
+def _warm_up(encoder: Encoder, flat: Array) -> None:
+    for dtype in (flat.dtype, residual_dtype(flat.dtype)):
+        encoder.warm_up(dtype)
+
+
 def _assign(array: Array, source: Array) -> None:
     """Copy, from host memory to a device, too."""
     if device_of(array) is not None and device_of(source) is None:
         array.set(source)
     else:
         array[...] = source
-
-
-def _compile_once_a_node(encoder: Encoder, flat: Array, node: MPI.Intracomm) -> None:
-    """Compile the encoder's kernels on one rank of the node; the others load what it cached."""
-    for turn in (True, False):
-        if turn == (node.Get_rank() == 0):
-            encoder.warm_up(flat.dtype)
-            encoder.warm_up(residual_dtype(flat.dtype))
-        everyone = node.Ibarrier()
-        while not everyone.Test():
-            time.sleep(0.001)  # a library's own barrier would spin on the core that compiles

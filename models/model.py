@@ -61,13 +61,20 @@ class Model(ABC):
         return x.reshape(len(x), -1)
 
     def loss_and_gradients(
-        self, x: Array, y: Array, on_gradient: Callable[[str, Array], None] | None = None
+        self,
+        x: Array,
+        y: Array,
+        on_gradient: Callable[[str, Array], None] | None = None,
+        product: Callable[[Array, Array], Any] | None = None,
     ) -> tuple[float, dict[str, Array]]:
         """The mean loss over the batch, and its gradient by every parameter, newly made, in ``parameters``' order.
 
         x: (N, *input_shape), floating; y: (N,), integers below ``classes``. ``on_gradient(name, gradient)`` is called
         as soon as each gradient is ready, in the reverse of ``parameters``' order. An empty batch has loss 0 and
         gradients of zeros. Raises TypeError or ValueError, before any work, when x or y are something else.
+
+        A dense weight's gradient is uᵀ·v of the layer's error u (N, outputs) and its input v (N, inputs). With
+        ``product=bitring.Factors`` it is given as that, ``product(u, v)`` of new arrays, and not multiplied out.
         """
         x, y = self._checked("loss_and_gradients", x, y)
         ready: dict[str, Array] = {}
@@ -80,6 +87,7 @@ class Model(ABC):
         loss = 0.0
         if len(x):
             logits, backwards = self._forward(x)
+            self._workspace.make_product = product
             losses, d = self._cross_entropy(logits, y)
             loss = float(losses.mean())
             d /= len(x)

@@ -5,7 +5,8 @@ maps what each rank keeps to arrays; equal arrays of several ranks are stored on
 holds one rank's array at a time.
 
 On q ranks instead of p, old rank r's residual is added to new rank r mod q's, so that their sum, what all ranks still
-owe, stays. The owners' residuals are put together and cut again where the new owners' parts are.
+owe, stays. The owners' residuals are put together and cut again where the new owners' parts are. What else a compressed
+plan keeps is alike on all ranks, and stays so.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from mpi4py import MPI
 
-from bitring.training.data_parallel import DataParallel, difference, resumable
+from bitring.training.data_parallel import Bucket, DataParallel, difference, resumable
 from bitring.training.tree import host_copy, is_array, leaves
 
 FORMAT = "bitring checkpoint 1"
@@ -112,13 +113,26 @@ def _versions() -> dict[str, str]:
 
 
 def _kept(trainer: DataParallel) -> dict[tuple[str, ...], Any]:
-    """This rank's arrays by path: parameters, optimizer, mode, and the residual of each compressed parameter."""
+    """This rank's arrays by path: parameters, optimizer, mode, and what the compressed plans keep, by parameter."""
     kept = {at: x for at, x in leaves(trainer.live()) if is_array(x)}
     for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
         if bucket.compressed:
-            residual = plan.state_dict()["residual"]
-            kept |= {("residual", name): part for name, part in bucket.cut(residual)}
+            state = plan.state_dict()
+            if "residual" in state:
+                kept |= {("residual", name): part for name, part in bucket.cut(state["residual"])}
+            kept |= {at: state[key] for at, key in _common(bucket, state).items()}
     return kept
+
+
+def _common(bucket: Bucket, state: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+    """What of a compressed plan's state is alike on all ranks: path -> key. Keys may end in a parameter's number."""
+    names = list(bucket.shapes)
+    common: dict[tuple[str, ...], str] = {}
+    for key in state:
+        if key not in ("residual", "owner_residual"):
+            kind, _, number = key.partition("/")
+            common[("compression", kind, names[int(number)]) if number else ("compression", kind)] = key
+    return common
 
 
 def _write_kept(comm: MPI.Intracomm, writer: _Writer | None, kept: Mapping[tuple[str, ...], Any]) -> list[Any]:
@@ -164,7 +178,7 @@ def _write_owner_residuals(comm: MPI.Intracomm, writer: _Writer | None, trainer:
     """Rank 0 puts each compressed bucket's owner residuals together and writes them by parameter. Returns a table."""
     table: list[Any] = []
     for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
-        if not bucket.compressed:
+        if not bucket.compressed or "owner_residual" not in plan.state_dict():
             continue
         owed = host_copy(plan.state_dict()["owner_residual"])
         owned: list[Any] | None = comm.gather(plan.owned)
@@ -304,7 +318,7 @@ def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel) -> dict
 def _check(path: Path, header: Mapping[str, Any], trainer: DataParallel) -> None:
     text = difference(resumable(trainer.describe()), resumable(header["settings"]))
     if text is None:
-        there = {tuple(at) for at, _ in header["ranks"][0] if at[0] != "residual"}
+        there = {tuple(at) for at, _ in header["ranks"][0] if at[0] not in ("residual", "compression")}
         there |= {tuple(at) for at, _ in header["numbers"]}
         here = {at for at, _ in leaves(trainer.live())}
         if odd := there ^ here:
@@ -340,26 +354,32 @@ def _read_kept(comm: MPI.Intracomm, reader: _Reader | None, header: Mapping[str,
 def _read_residuals(
     comm: MPI.Intracomm, reader: _Reader | None, header: Mapping[str, Any], trainer: DataParallel
 ) -> None:
-    """Fill both residuals of the compressed plans."""
+    """Fill what the compressed plans keep."""
     tables = [{tuple(at): member for at, member in table} for table in header["ranks"]]
     owed = {tuple(at): member for at, member in header["owner_residuals"]}
     for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
         if not bucket.compressed:
             continue
         state = {key: host_copy(x) for key, x in plan.state_dict().items()}
-        whole = np.zeros(bucket.flat.size, state["residual"].dtype)
-        for name, part in bucket.cut(state["residual"]):
-            at = ("residual", name)
+        if "residual" in state:
+            for name, part in bucket.cut(state["residual"]):
+                at = ("residual", name)
 
-            def read(rank: int, out: Any, at: tuple[str, ...] = at) -> None:
-                _read_into(reader, [table[at] for table in tables[rank :: comm.size]], out)
+                def read(rank: int, out: Any, at: tuple[str, ...] = at) -> None:
+                    _read_into(reader, [table[at] for table in tables[rank :: comm.size]], out)
 
-            _hand_out(comm, part, read)
-        for name, part in bucket.cut(whole):
+                _hand_out(comm, part, read)
+        if "owner_residual" in state:
+            whole = np.zeros(bucket.flat.size, state["owner_residual"].dtype)
+            for name, part in bucket.cut(whole):
+                if reader is not None:
+                    reader.read(owed["owner_residual", name], part)
+                comm.Bcast(_raw(part))
+            state["owner_residual"] = whole[slice(*plan.owned)]
+        for path, key in _common(bucket, state).items():
             if reader is not None:
-                reader.read(owed["owner_residual", name], part)
-            comm.Bcast(_raw(part))
-        state["owner_residual"] = whole[slice(*plan.owned)]
+                reader.read(tables[0][path], state[key])
+            comm.Bcast(_raw(state[key]))
         plan.load_state_dict(state)
 
 

@@ -21,8 +21,11 @@ from bitring.collectives.arrays import BFLOAT16, is_device, xp_of
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.registry import Registry
-from bitring.compression.encoder import Encoder, compressors
+from bitring.compression.compressor import Compressor, compressors
+from bitring.compression.factors import Factors
 from bitring.compression.plan import plan_allreduce
+from bitring.compression.reduced_plan import ReducedPlan
+from bitring.compression.sufficient_factors import SufficientFactors
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 from bitring.training.tree import copied, fill, host_copy, is_array, leaves, set_leaf
@@ -57,7 +60,7 @@ class Bucket:
             for (name, shape), start in zip(self.shapes.items(), self.starts, strict=True)
         ]
 
-    def plan(self, comm: MPI.Intracomm, algorithm: str, compression: Encoder | None) -> Any:
+    def plan(self, comm: MPI.Intracomm, algorithm: str, compression: Compressor | None) -> Any:
         """A plan on this bucket. Collective."""
         return plan_allreduce(
             self.flat,
@@ -65,6 +68,7 @@ class Bucket:
             algorithm=algorithm,
             compression=compression,
             boundaries=self.starts,
+            shapes=list(self.shapes.values()),
             check_finite=False,  # the trainer has looked at every gradient
         )
 
@@ -78,7 +82,7 @@ class DataParallel:
     as another learning rate, hold from then on.
     ``mode``: a name, or an instance such as ``BlockMomentum(tau=50)``.
     ``compression``: None for an exact exchange, a name, or an instance such as ``OneBit(block=1024)``. Parameters with
-    fewer values than one block travel exactly. The first ``warmup_steps`` steps are exact.
+    fewer values than one block of an encoder travel exactly. The first ``warmup_steps`` steps are exact.
     ``algorithm``: of the exact exchange, and "auto" chooses. ``bucket_bytes``: buckets are closed at this size.
 
     Raises on all ranks alike: a rank's own mistake there as TypeError or ValueError, and on the others as PeerError
@@ -91,7 +95,7 @@ class DataParallel:
         optimizer: Optimizer | str,
         comm: MPI.Intracomm | None = None,
         mode: Mode | str = "sync",
-        compression: Encoder | str | None = None,
+        compression: Compressor | str | None = None,
         algorithm: str = "auto",
         warmup_steps: int = 0,
         bucket_bytes: int = 25 << 20,
@@ -111,7 +115,7 @@ class DataParallel:
             self.optimizer = _chosen("optimizer", optimizer, optimizers, Optimizer)
             self.mode = _chosen("mode", mode, modes, Mode)
             self.compression = (
-                None if compression is None else _chosen("compression", compression, compressors, Encoder)
+                None if compression is None else _chosen("compression", compression, compressors, Compressor)
             )
             self.algorithm = algorithm
             self.warmup_steps = _count("warmup_steps", warmup_steps, 0)
@@ -198,7 +202,8 @@ class DataParallel:
         """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.
 
         ``gradients`` match the parameters in names (or order), shapes, dtypes and device; any strides; they are only
-        read, and not looked at when ``weight`` is 0. All ranks make equally many steps; total weight 0 changes nothing.
+        read, and not looked at when ``weight`` is 0. One of two dimensions may be given as ``Factors``. All ranks make
+        equally many steps; total weight 0 changes nothing.
 
         A rank's bad arguments raise TypeError or ValueError there and PeerError on the others, NaN or Inf
         NonFiniteError on all; parameters, optimizer and residuals are as before, and training may go on. In a mode that
@@ -299,9 +304,18 @@ class DataParallel:
         for bucket, plan in zip(self.buckets, plans, strict=True):
             # 16-bit values are scaled in float32 and rounded once.
             factor = np.float32(scale) if bucket.flat.dtype.itemsize == 2 else scale
-            for name, view in bucket.views.items():
+            takes_factors = isinstance(self.compression, SufficientFactors) and isinstance(plan, ReducedPlan)
+            for number, (name, view) in enumerate(bucket.views.items()):
                 if scale == 0:
                     view[...] = 0
+                    if takes_factors and view.ndim == 2:  # no samples: nothing speaks against the others' factors
+                        plan.take(number, Factors(self._xp.empty((0, view.shape[0]), view.dtype), view[:0]))
+                elif isinstance(arrays[name], Factors):
+                    factors = arrays[name].scaled(scale)
+                    if takes_factors:
+                        plan.take(number, factors)
+                    else:
+                        factors.multiply(view)
                 elif minus is None:
                     self._xp.multiply(arrays[name], factor, out=view, casting="same_kind")
                 else:
@@ -318,7 +332,8 @@ class DataParallel:
 
     def update(self, gradients: Mapping[str, Any]) -> None:
         """See :class:`bitring.training.mode.Trainer`."""
-        self.optimizer.update({name: self._parameters[name] for name in gradients}, gradients, self._optimizer_state)
+        dense = {name: g.product() if isinstance(g, Factors) else g for name, g in gradients.items()}
+        self.optimizer.update({name: self._parameters[name] for name in dense}, dense, self._optimizer_state)
 
     def restart_optimizer(self) -> None:
         """See :class:`bitring.training.mode.Trainer`."""
@@ -400,10 +415,11 @@ class DataParallel:
             g = taken[name]
             if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
                 g = taken[name] = np.asarray(g)
-            if type(g) is not type(w) and not (isinstance(g, np.ndarray) and isinstance(w, np.ndarray)):
+            array = g.u if isinstance(g, Factors) else g
+            if type(array) is not type(w) and not (isinstance(array, np.ndarray) and isinstance(w, np.ndarray)):
                 raise TypeError(
                     f"{where}: the gradient of {name!r} must be an array of {self._xp.__name__}, as the parameter is, "
-                    f"got {type(g).__module__}.{type(g).__name__}"
+                    f"got {type(array).__module__}.{type(array).__name__}"
                 )
             if g.shape != w.shape or g.dtype != w.dtype:
                 raise ValueError(
@@ -414,6 +430,8 @@ class DataParallel:
             bad = self._not_finite(taken)
             if bad is not None:
                 raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self.rank}")
+            if not isinstance(self.compression, SufficientFactors):
+                taken = {name: g.product() if isinstance(g, Factors) else g for name, g in taken.items()}
         return taken, number
 
     def _not_finite(self, arrays: Mapping[str, Any]) -> str | None:
@@ -423,15 +441,21 @@ class DataParallel:
         overflowed, and the values themselves are looked at.
         """
         xp = self._xp
-        sums = xp.empty(len(arrays), np.float64)
+        parts: list[tuple[str, Any]] = []
+        for name, array in arrays.items():
+            parts += [(name, array.u), (name, array.v)] if isinstance(array, Factors) else [(name, array)]
+        sums = xp.empty(len(parts), np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
-            for i, array in enumerate(arrays.values()):
+            for i, (_, array) in enumerate(parts):
                 wide = np.float64 if array.dtype == np.float64 else np.float32
                 sums[i] = array.sum(dtype=wide)
             finite = np.isfinite(host_copy(sums))
-        for (name, array), good in zip(arrays.items(), finite, strict=True):
+        for (name, array), good in zip(parts, finite, strict=True):
             if not good and not bool(xp.isfinite(array).all()):
                 return f"{name!r} holds {'NaN' if bool(xp.isnan(array).any()) else 'Inf'}"
+        for name, array in arrays.items():
+            if isinstance(array, Factors) and array.overflows():
+                return f"{name!r} holds Inf"
         return None
 
 

@@ -19,9 +19,15 @@ if TYPE_CHECKING:
     from bitring.collectives.plan import Plan as Plan
     from bitring.collectives.plan import explain as explain
     from bitring.collectives.schedule import Algorithm as Algorithm
+    from bitring.compression.compressor import Compressor as Compressor
     from bitring.compression.encoder import Encoder as Encoder
+    from bitring.compression.factors import Factors as Factors
     from bitring.compression.onebit import OneBit as OneBit
     from bitring.compression.plan import plan_allreduce as plan_allreduce
+    from bitring.compression.powersgd import PowerSGD as PowerSGD
+    from bitring.compression.randomk import RandomK as RandomK
+    from bitring.compression.reducer import Reducer as Reducer
+    from bitring.compression.sufficient_factors import SufficientFactors as SufficientFactors
     from bitring.models.cnn import CNN as CNN
     from bitring.models.dataset import load as load
     from bitring.models.mlp import MLP as MLP
@@ -48,8 +54,10 @@ _WHERE = {
     "Batches": "training.batches",
     "CheckpointError": "training.checkpoint",
     "Communicator": "collectives.communicator",
+    "Compressor": "compression.compressor",
     "DataParallel": "training.data_parallel",
     "Encoder": "compression.encoder",
+    "Factors": "compression.factors",
     "MismatchError": "collectives.errors",
     "Mode": "training.mode",
     "Model": "models.model",
@@ -57,6 +65,7 @@ _WHERE = {
     "Optimizer": "training.optimizer",
     "PeerError": "collectives.errors",
     "Plan": "collectives.plan",
+    "Reducer": "compression.reducer",
     "allreduce": "collectives.allreduce",
     "explain": "collectives.plan",
     "load": "models.dataset",
@@ -69,7 +78,7 @@ _WHERE = {
 
 _REGISTRIES = {
     "algorithms": "collectives.schedule",
-    "compressors": "compression.encoder",
+    "compressors": "compression.compressor",
     "datasets": "models.dataset",
     "models": "models.model",
     "modes": "training.mode",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from bitring.collectives.registry import Registry
 from bitring.collectives.selection import check_name
-from bitring.compression.encoder import Encoder, compressors
+from bitring.compression.compressor import Compressor, compressors
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 
@@ -63,7 +63,7 @@ class Settings:
             **{name: defaults.get(name) if value is None else value for name, value in given.items()},
         )
 
-    def make_compression(self) -> Encoder | None:
+    def make_compression(self) -> Compressor | None:
         """The compressor, None for an exact exchange. Raises ValueError as ``make_mode`` does."""
         if self.compression == "none":
             if self.block is not None:

@@ -21,7 +21,9 @@ from bitring.commands._pictures import draw_curve
 from bitring.commands._progress import Progress, megabytes
 from bitring.commands._ranks import ending_together, fail, limit_threads, same_everywhere, together
 from bitring.commands._settings import Settings
-from bitring.compression.encoder import Encoder
+from bitring.compression.compressor import Compressor
+from bitring.compression.factors import Factors
+from bitring.compression.sufficient_factors import SufficientFactors
 from bitring.machine import versions
 from bitring.models.dataset import Data, load
 from bitring.models.model import Model, models
@@ -53,7 +55,7 @@ class _Parts:
     model: Model
     optimizer: Optimizer
     mode: Mode
-    compression: Encoder | None
+    compression: Compressor | None
     batches: Batches
     steps: int  # of all epochs
     warmup_steps: int
@@ -155,6 +157,7 @@ def _train(
     sent_before = history[-1]["bytes_sent"] if history else 0
     sent_at_start = trainer.bytes_sent
     seconds = history[-1]["seconds"] if history else 0.0
+    product = Factors if isinstance(parts.compression, SufficientFactors) else None
     progress = Progress(len(history), settings.epochs, len(batches)) if comm.rank == 0 else None
     # Training that diverges is the trainer's to report, once.
     with progress or contextlib.nullcontext(), np.errstate(over="ignore", invalid="ignore"):
@@ -163,7 +166,7 @@ def _train(
             comm.Barrier()
             begin = time.perf_counter()
             for x, y in shard(batches, comm, seed=settings.seed, epoch=epoch):
-                loss, gradients = model.loss_and_gradients(x, y)
+                loss, gradients = model.loss_and_gradients(x, y, product=product)
                 # Falls to 0 along a straight line, and the noise of batches and of one bit with it.
                 trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / parts.steps))
                 trainer.step(gradients, weight=len(x))

@@ -10,7 +10,7 @@ import click
 from bitring.collectives.registry import Registry
 from bitring.collectives.schedule import algorithms
 from bitring.commands._settings import Settings
-from bitring.compression.encoder import compressors
+from bitring.compression.compressor import compressors
 from bitring.models.dataset import datasets
 from bitring.models.model import models
 from bitring.training.mode import modes

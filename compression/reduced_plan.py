@@ -1,0 +1,161 @@
+"""A plan whose sum travels by a reducer: a small representation, summed by exact AllReduces."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.agreement import Request
+from bitring.collectives.arrays import Array, device_of
+from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.operators import op_name
+from bitring.collectives.plan import Plan, checked_flat, memory_name, run_agreement
+from bitring.collectives.selection import check_name
+from bitring.collectives.state import State, state_of
+from bitring.compression.compressor import compressors
+from bitring.compression.encoder import VALUE_DTYPES
+from bitring.compression.exchange import Exchange
+from bitring.compression.factors import Factors
+from bitring.compression.finite import raise_non_finite
+from bitring.compression.reducer import Reducer, cut
+
+
+def reducer_of(compression: object) -> Reducer | None:
+    """The reducer that is asked for, by name or as an instance; None for anything else."""
+    if isinstance(compression, str) and compression in compressors.names():
+        compression = compressors.get(compression)()
+    return compression if isinstance(compression, Reducer) else None
+
+
+def plan_reduced(
+    x: Any,
+    comm: MPI.Intracomm,
+    op: MPI.Op,
+    algorithm: str,
+    reducer: Reducer,
+    hierarchical: bool | None,
+    boundaries: Sequence[int],
+    shapes: Sequence[Sequence[int]] | None,
+    check_finite: bool,
+) -> ReducedPlan:
+    """See ``bitring.plan_allreduce``. Collective."""
+    state = state_of(comm)
+    flat: Array = np.empty(0, np.float32)
+    parts: list[tuple[int, ...]] = []
+    request = Request("plan_allreduce")
+    try:
+        flat = checked_flat(x, "plan_allreduce")
+        check_name(algorithm)
+        if flat.dtype not in VALUE_DTYPES:
+            names = ", ".join(dtype.name for dtype in VALUE_DTYPES)
+            raise TypeError(f"plan_allreduce: compression is for {names}; got {flat.dtype}")
+        if op_name(op) != "SUM":
+            raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
+        reducer.check(flat)
+        parts = [(flat.size,)] if shapes is None else _checked_shapes(shapes)
+        values = sum(map(math.prod, parts))
+        if values != flat.size:
+            raise ValueError(f"plan_allreduce: shapes must have x's {flat.size} values in all; got {values}")
+        request.terms = {
+            "dtype": flat.dtype,
+            "count": flat.size,
+            "op": op_name(op),
+            "algorithm": algorithm,
+            "compression": reducer,
+            "hierarchical": hierarchical,
+            "boundaries": tuple(boundaries),
+            "memory": memory_name(flat),
+            "shapes": parts,
+        }
+    except (TypeError, ValueError) as error:
+        request.error = error
+    run_agreement(state, request)
+    return ReducedPlan(state, flat, reducer, parts, algorithm, check_finite)
+
+
+def _checked_shapes(shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    try:
+        return [tuple(map(operator.index, shape)) for shape in shapes]
+    except TypeError:
+        raise TypeError(f"plan_allreduce: shapes must be one shape for each parameter; got {shapes!r}") from None
+
+
+class ReducedPlan(Plan):
+    """A sum of ``flat`` by a reducer. With one rank there is nothing to exchange, and nothing is left out."""
+
+    algorithm = "exact sums of a small representation"
+
+    def __init__(
+        self,
+        state: State,
+        flat: Array,
+        reducer: Reducer,
+        shapes: Sequence[tuple[int, ...]],
+        algorithm: str,
+        check_finite: bool,
+    ) -> None:
+        super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values, compressed by {reducer}")
+        self._flat = flat
+        self._check_finite = check_finite
+        self._exchange = Exchange(state, algorithm)
+        self._reduction = reducer.bind(flat, cut(flat, shapes), self._exchange)
+        self.why = (
+            f"{reducer} was asked for; {self._reduction.why}; exact sums are node-aware themselves, so hierarchical "
+            f"makes no difference"
+        )
+
+    def take(self, number: int, factors: Factors) -> None:
+        """Take ``factors`` as this rank's values of a parameter, counted from 0, in the next run, instead of x's."""
+        self._reduction.take(number, factors)
+
+    def _steps(self, progress: Progress) -> Steps:
+        if self.state.size == 1:
+            self._reduction.finish()
+            return
+        if self._check_finite:
+            yield from raise_non_finite(self.state, self._reduction.finite(), self.what, progress)
+        before = self._exchange.bytes_sent
+        yield from self._reduction.steps(progress)
+        device = device_of(self._flat)
+        if device is not None:
+            event = device.record()
+            while not event.done:
+                yield
+            progress.moves += 1
+        self.bytes_sent += self._exchange.bytes_sent - before
+
+    def state_dict(self) -> dict[str, Array]:
+        """What the reducer carries from run to run; the plan's own arrays, not copies.
+
+        ``residual``, where the reducer leaves something out, is 1-D with one for each value, in x's memory, float32
+        (float64 for float64 values). All else is alike on all ranks.
+        """
+        return dict(self._reduction.state)
+
+    def load_state_dict(self, state: dict[str, Array]) -> None:
+        """Copy what ``state_dict`` returned in. Raises ValueError for other names, shapes or dtypes."""
+        mine = self._reduction.state
+        if sorted(state) != sorted(mine):
+            raise ValueError(f"{self.what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
+        for name, array in mine.items():
+            if state[name].shape != array.shape or state[name].dtype != array.dtype:
+                raise ValueError(
+                    f"{self.what}: load_state_dict: {name} must have shape {array.shape} and dtype {array.dtype}; "
+                    f"got {state[name].shape} and {state[name].dtype}"
+                )
+        for name, array in mine.items():
+            if device_of(array) is not None and device_of(state[name]) is None:
+                array.set(state[name])
+            else:
+                array[...] = state[name]
+
+    def free(self) -> None:
+        """See Plan."""
+        super().free()
+        for each in self._exchange.sums:
+            each.free()
