@@ -44,6 +44,27 @@ def inline(function: Function) -> Function:
     return cast(Function, numba.njit(forceinline=True, **_OPTIONS)(function))
 
 
+def jit(function: Function) -> Function:
+    """For arrays: compiled once for each combination of argument types, when it is first called with them.
+
+    Without the interpreter lock, and cached as ``compiled`` does, but for functions that use no others.
+    """
+    options: dict[str, Any] = {"nogil": True, **_OPTIONS}
+    try:
+        made = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # Numba found no writable folder
+        return cast(Function, numba.njit(**options)(function))
+
+    @functools.wraps(function)
+    def call(*arguments: object) -> object:
+        try:
+            return made(*arguments)
+        except OSError:  # a full disk, say: the function was compiled, but has neither been saved nor run
+            return made(*arguments)
+
+    return cast(Function, call)
+
+
 def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
     """The address of ``function``, compiled for Numba's types ``arguments`` as a C function that returns an int64.
 
