@@ -11,7 +11,7 @@ Where all ranks do the same in every round, as in a ring, all clocks are one ran
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, groupby
@@ -47,7 +47,7 @@ def cost(
     chunks = algorithm.chunks(size)
     alike = None
     if nbytes >= _LEAST_CHUNK_NBYTES * chunks and root == 0 and not vars(algorithm):
-        alike = _one_for_all(type(algorithm), collective, size)
+        alike = _one_for_all(type(algorithm), collective, size, segment_nbytes is not None)
     if alike is None:
         events: Iterable[_Passing | RoundEnd] = map(_passing, walk(algorithm, collective, size, root))
     else:
@@ -80,12 +80,14 @@ def _passing(event: Message | RoundEnd) -> _Passing | RoundEnd:
 
 
 @lru_cache(maxsize=64)
-def _one_for_all(algorithm: type[Algorithm], collective: str, size: int) -> tuple[_Passing | RoundEnd, ...] | None:
+def _one_for_all(
+    algorithm: type[Algorithm], collective: str, size: int, cut: bool
+) -> tuple[_Passing | RoundEnd, ...] | None:
     """The events of any rank, which stands for itself and for all its peers; None unless all ranks do the same.
 
     Doing the same: in each round a rank sends once and receives once, to and from ranks that are in the same round,
-    as many chunks, and what these chunks hold, in their order, was received in the same earlier rounds. (Recursive
-    halving is not alike: which half a rank keeps decides which segment comes first.)
+    as many chunks, and what these chunks hold was received in the same earlier rounds. Where messages are ``cut``, the
+    chunks' order counts, too: in recursive halving it depends on which half a rank keeps.
     """
     made = algorithm()
     if size == 1 or collective not in made.collectives() or collective in ("reduce", "broadcast"):
@@ -94,7 +96,7 @@ def _one_for_all(algorithm: type[Algorithm], collective: str, size: int) -> tupl
     wanted: list[object] | None = None
     peers: list[list[tuple[int, int]]] = []
     for rank in range(size):
-        mine = _Habits(made.chunks(size))
+        mine = _Habits(made.chunks(size), cut)
         own = first if rank == 0 else rounds(made, collective, rank, size)
         for i, transfers in enumerate(own):
             if not mine.add(transfers) or (wanted is not None and wanted[i : i + 1] != mine.rounds[-1:]):
@@ -112,7 +114,8 @@ def _one_for_all(algorithm: type[Algorithm], collective: str, size: int) -> tupl
 class _Habits:
     """What a rank does in each round, in words that are the same for ranks that do the same."""
 
-    def __init__(self, chunks: int) -> None:
+    def __init__(self, chunks: int, ordered: bool) -> None:
+        self._arrange: Callable[[Iterable[tuple[int, int]]], object] = list if ordered else sorted
         self.rounds: list[object] = []
         self.peers: list[tuple[int, int]] = []
         self._written = [-1] * chunks  # the round in which each chunk was received last
@@ -124,7 +127,7 @@ class _Habits:
         if len(transfers) != 2 or send is None or receive is None:
             return False
         reads, writes = (self._written[t.first : t.last] for t in (send, receive))
-        runs = [[(key, len([*group])) for key, group in groupby(each)] for each in (reads, writes)]
+        runs = [self._arrange((key, len([*group])) for key, group in groupby(each)) for each in (reads, writes)]
         self.rounds.append((receive.reduce, runs))
         self.peers.append((send.peer, receive.peer))
         self._written[receive.first : receive.last] = [len(self.rounds) - 1] * (receive.last - receive.first)

@@ -38,6 +38,10 @@ class Encoder(ABC):
     def nbytes(self, n: int) -> int:
         """The most bytes that a payload of ``n`` values takes; 0 for none."""
 
+    def expected_nbytes(self, n: int) -> float:
+        """The bytes that a payload of ``n`` values may be expected to take, for predictions; by default the most."""
+        return self.nbytes(n)
+
     @abstractmethod
     def encode(self, values: Array, residual: Array, payload: Array) -> int:
         """Encode v = values + residual into ``payload``; ``residual`` becomes v - decoded. Returns the bytes used.

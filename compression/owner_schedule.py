@@ -1,7 +1,7 @@
 """The owner exchange as a schedule, and its time: encoding, wire and decoding overlap chunk by chunk.
 
-What travels is encoded; chunk c of a payload is what its owner, rank c, decodes and sums. ``owner_exchange`` decodes in
-rank order, the rounds here are in the order in which messages are sent; the bytes, the messages and the owners are the same.
+What travels is encoded; chunk c of a payload is what its owner, rank c, decodes and sums. Here it does so in the order
+of the messages, where ``owner_exchange`` does it in rank order; messages, bytes and owners are the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from bitring.collectives.registry import Registry
 from bitring.collectives.schedule import Algorithm, Receive, Round, Send
+from bitring.compression.encoder import Encoder
+
+encoders: Registry[Encoder] = Registry("encoder", "compression", "Encoder")
+"""The compressors that use the owner exchange. Naming them imports nothing."""
 
 
 class OwnerSchedule(Algorithm):

@@ -1,4 +1,4 @@
-"""Published networks as tables of layers: what each has to learn, and how much it computes. Nothing here can be trained.
+"""Published networks as tables of layers: what each has to learn, and how much it computes. None can be trained here.
 
 An architecture is a few lines that say what the paper says; shapes and multiply-adds follow. bitring's own models have
 a table too, read from their layers.
@@ -55,7 +55,7 @@ class Builder:
         bias: bool = True,
     ) -> None:
         """A convolution; with ``groups``, each filter sees only its group's channels."""
-        height, width, channels = self.shape
+        channels = self.shape[2]
         self._slide(kernel, stride, padding, filters)
         weight = (filters, kernel, kernel, channels // groups)
         parameters = [(f"{name}.weight", weight), (f"{name}.bias", (filters,))][: 1 + bias]

@@ -53,6 +53,6 @@ def test_other_shapes_of_own_models():
 
 
 def test_an_unknown_model_lists_the_known():
-    with pytest.raises(ValueError, match="unknown model 'vgg'; known: alexnet, cnn, googlenet, lstm, mlp, .*vgg16"):
+    with pytest.raises(ValueError, match=r"unknown model 'vgg'; known: alexnet, cnn, googlenet, lstm, mlp, .*vgg16"):
         layer_table("vgg")
     assert layer_tables() == sorted({*PUBLISHED, *models.names()})
