@@ -13,7 +13,7 @@ from bitring.training.cluster import Cluster, Machine
 
 ITEMSIZE = 4  # float32
 
-MOST_MESSAGES = 1 << 14
+MOST_MESSAGES = 1 << 13
 """A schedule whose ranks differ is clocked message by message: its segments are no finer than about so many."""
 
 
