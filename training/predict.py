@@ -72,14 +72,13 @@ def predict(
     batch: int = 32,
     compute: float | None = None,
     overlap: bool = False,
-    progress: Callable[[str], None] | None = None,
 ) -> list[Prediction]:
     """A prediction for each exchange that there is, ``exact`` first.
 
     ``batch``: samples a rank in a step. ``compute``: seconds a rank takes for the gradients; by default, from the
     layers' multiply-adds and the machine's speed. ``overlap``: buckets are exchanged as back-propagation completes
-    them; ``DataParallel.step`` begins when all gradients are there, which is the default. ``progress`` is called with
-    the exchange that is looked at. Raises ValueError for no layers, and numbers that are out of range.
+    them; ``DataParallel.step`` begins when all gradients are there, which is the default. Raises ValueError for no
+    layers, and numbers that are out of range.
     """
     if not layers or batch < 1 or (compute is not None and not 0 <= compute < math.inf):
         raise ValueError(
@@ -89,8 +88,6 @@ def predict(
     step = _Step(layers, cluster, machine, batch, compute, overlap)
     found: list[Prediction] = []
     for name in ("exact", "mpi", *encoders.names(), "powersgd", "sufficient_factors"):
-        if progress is not None:
-            progress(name)
         predicted = step.predict(name)
         if predicted is not None:
             found.append(dataclasses.replace(predicted, speedup=(found or [predicted])[0].seconds / predicted.seconds))
@@ -162,7 +159,7 @@ class _Step:
 
     def _way(self, name: str) -> _Way | None:
         if name == "exact":
-            return _Way(lambda bucket: self._exact(bucket.names), lossless=True)
+            return _Way(self._exactly, lossless=True)
         if name == "mpi":
             return _Way(self._library, lossless=True)
         if name == "powersgd":
@@ -209,6 +206,9 @@ class _Step:
         seconds, how = self.network.exact(nbytes)
         return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * nbytes, how)
 
+    def _exactly(self, bucket: BucketSizes) -> _Exchange:
+        return self._exact(bucket.names)
+
     def _library(self, bucket: BucketSizes) -> _Exchange:
         nbytes = self._nbytes(bucket.names)
         seconds, how = self.network.library(nbytes)
@@ -240,7 +240,8 @@ class _Step:
 
     def _powersgd(self, bucket: BucketSizes) -> _Exchange:
         """Two exact sums, of the factors P (rows × rank) and Q (columns × rank) of all matrices; the rest exactly."""
-        sides = {name: (shape[0], self.values[name] // shape[0]) for name, shape in self._of(bucket) if len(shape) > 1}
+        shapes = {name: self.shapes[name] for name in bucket.names}
+        sides = {name: (shape[0], self.values[name] // shape[0]) for name, shape in shapes.items() if len(shape) > 1}
         sides = {name: side for name, side in sides.items() if RANK * sum(side) < self.values[name]}
         sums = [self._sum(RANK * sum(side[i] for side in sides.values())) for i in (0, 1)]
         sums.append(self._exact(name for name in bucket.names if name not in sides))
@@ -282,8 +283,6 @@ class _Step:
         # A rank's own product is part of its back-propagation, wherever it is made.
         products = sum(2 * (p - 1) * self.batch * layer.factors * self.values[name] for name, layer in factored.items())
         decode = products / self.machine.flops
-        how = f"factors of {len(factored)} layers" if factored else rest.how
+        count = sum(1 for layer in self.layers if self._factored(layer))
+        how = f"factors of {count} layer{'s' * (count > 1)}"
         return _Exchange(Times(0, wire, decode, wire + decode), rest.nbytes + (p - 1) * nbytes, how)
-
-    def _of(self, bucket: BucketSizes) -> list[tuple[str, tuple[int, ...]]]:
-        return [(name, self.shapes[name]) for name in bucket.names]

@@ -282,6 +282,6 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
     left.set_yticks(range(len(kernels)), [f"{name}, {dtype}" if several else name for name, dtype in kernels])
     left.invert_yaxis()
     if len(settings) > 1:
-        right.legend(frameon=False, fontsize=8.5)
+        picture.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     picture.suptitle(f"{kept['values']:,} values, {kept['machine']['processor']}", fontsize=10)
     picture.savefig(path)

@@ -228,9 +228,9 @@ def draw(
     axes.text(cluster.bandwidth * 8, 1.01, rate(cluster.bandwidth), transform=top, ha="center", fontsize=8.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda bits, _: rate(bits / 8)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_rate_tick))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _time(seconds)))
+    axes.yaxis.set_major_formatter(FuncFormatter(_time_tick))
     axes.minorticks_off()
     axes.set_xlabel("bandwidth of a node")
     axes.set_ylabel("predicted time of a step")
@@ -238,6 +238,14 @@ def draw(
     nodes = f" on {cluster.nodes} nodes" * (cluster.nodes != cluster.ranks)
     picture.suptitle(f"{asked.model}, {cluster.ranks} ranks{nodes}, {asked.batch} samples a rank", fontsize=11)
     picture.savefig(path)
+
+
+def _rate_tick(bits: float, position: int | None) -> str:
+    return rate(bits / 8)
+
+
+def _time_tick(seconds: float, position: int | None) -> str:
+    return _time(seconds)
 
 
 def rate(bandwidth: float) -> str:
