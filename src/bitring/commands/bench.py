@@ -1,4 +1,4 @@
-"""Measure side by side: bench allreduce, bench compress."""
+"""Measure side by side: bench allreduce, bench compress, bench train."""
 
 from __future__ import annotations
 
@@ -118,3 +118,21 @@ def compress(
     from bitring.commands import _bench_compress  # initialises MPI
 
     _bench_compress.run(json_path, plot, compressors, dtypes, values, samples)
+
+
+@command.command("train")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here.")
+@click.option("--model", default="mlp", show_default=True, help="A model that predict knows, for its layers.")
+@click.option("--exchanges", type=Names(), help="Some of exact, mpi, and the compressors.  [default: all]")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=9, show_default=True, help="Steps that are timed with each."
+)
+def train(json_path: Path | None, model: str, exchanges: list[str] | None, samples: int) -> None:
+    """A step of DataParallel with each exchange, from gradients that are there to updated parameters.
+
+    Gradients are random and take no time: what is measured is what predict calls a step, less its computing. The
+    exchanges take turns; a time is the median of its samples, each the slowest rank's. All have their buffers at once.
+    """
+    from bitring.commands import _bench_train  # initialises MPI
+
+    _bench_train.run(json_path, model, exchanges, samples)
