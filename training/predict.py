@@ -131,7 +131,8 @@ class _Step:
         self.layer_of = {name: i for i, layer in enumerate(layers) for name, _ in layer.parameters}
         operations = 2 * (1 + BACKWARD) * batch * sum(layer.multiply_adds for layer in layers)
         self.compute = operations / machine.flops if compute is None else compute
-        self.bandwidth = machine.copy_together / cluster.ranks if machine.emulated else machine.copy
+        sharing = cluster.ranks if machine.emulated else cluster.ranks_per_node
+        self.bandwidth = min(machine.copy, machine.copy_together / sharing)
 
     def predict(self, name: str) -> Prediction | None:
         """The prediction for one exchange; None where it would not be used at all."""
