@@ -4,16 +4,21 @@ A message of m bytes takes alpha + m·beta seconds, adding m bytes gamma·m. A r
 one at a time and adds one at a time, all three at once; it starts whatever can start first. A message starts as soon as
 the sender holds its data, so segments run through several rounds like through a pipeline. Not modelled: waiting for a
 receive to be posted or for a buffer to be free, and links shared between ranks.
+
+Where all ranks do the same in every round, as in a ring, all clocks are one rank's, and only that one is run.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
-from bitring.collectives.check import Message, walk
-from bitring.collectives.schedule import Algorithm, chunk_start
+from bitring.collectives.check import Message, RoundEnd, walk
+from bitring.collectives.schedule import Algorithm, Receive, Round, Send, chunk_start, rounds
 
 
 def cost(
@@ -39,8 +44,102 @@ def cost(
             f"cost: expected nbytes, alpha, beta, gamma >= 0 and segment_nbytes >= 1, got nbytes {nbytes}, "
             f"alpha {alpha}, beta {beta}, gamma {gamma}, segment_nbytes {segment_nbytes}"
         )
-    segments = _segments(algorithm, collective, size, nbytes, segment_nbytes, root)
-    return _clock(segments, size, alpha, beta, gamma)
+    chunks = algorithm.chunks(size)
+    alike = None
+    if nbytes >= _LEAST_CHUNK_NBYTES * chunks and root == 0 and not vars(algorithm):
+        alike = _one_for_all(type(algorithm), collective, size, segment_nbytes is not None)
+    if alike is None:
+        events: Iterable[_Passing | RoundEnd] = map(_passing, walk(algorithm, collective, size, root))
+    else:
+        size, nbytes, events = 1, -(-nbytes // chunks) * chunks, alike
+    return _clock(_segments(events, chunks, size, nbytes, segment_nbytes), size, alpha, beta, gamma)
+
+
+_LEAST_CHUNK_NBYTES = 64
+"""Chunks that differ by a byte are taken for equal from here on."""
+
+
+class _Passing(NamedTuple):
+    """A message: chunks ``first`` to ``last``-1 of the sender go to as many chunks from ``into`` on of the receiver."""
+
+    step: int
+    sender: int
+    receiver: int
+    position: int
+    first: int
+    last: int
+    into: int
+    reduce: bool
+
+
+def _passing(event: Message | RoundEnd) -> _Passing | RoundEnd:
+    if isinstance(event, RoundEnd):
+        return event
+    m = event
+    return _Passing(m.step, m.sender, m.receiver, m.position, m.first, m.last, m.first, m.reduce)
+
+
+@lru_cache(maxsize=64)
+def _one_for_all(
+    algorithm: type[Algorithm], collective: str, size: int, cut: bool
+) -> tuple[_Passing | RoundEnd, ...] | None:
+    """The events of any rank, which stands for itself and for all its peers; None unless all ranks do the same.
+
+    Doing the same: in each round a rank sends once and receives once, to and from ranks that are in the same round,
+    as many chunks, and what these chunks hold was received in the same earlier rounds. Where messages are ``cut``, the
+    chunks' order counts, too: in recursive halving it depends on which half a rank keeps.
+    """
+    made = algorithm()
+    if size == 1 or collective not in made.collectives() or collective in ("reduce", "broadcast"):
+        return None
+    first = [*rounds(made, collective, 0, size)]
+    wanted: list[object] | None = None
+    peers: list[list[tuple[int, int]]] = []
+    for rank in range(size):
+        mine = _Habits(made.chunks(size), cut)
+        own = first if rank == 0 else rounds(made, collective, rank, size)
+        for i, transfers in enumerate(own):
+            if not mine.add(transfers) or (wanted is not None and wanted[i : i + 1] != mine.rounds[-1:]):
+                return None
+        wanted = wanted or mine.rounds
+        if len(mine.rounds) != len(wanted):
+            return None
+        peers.append(mine.peers)
+    for rank, talks in enumerate(peers):
+        if any(peers[to][i][1] != rank for i, (to, _) in enumerate(talks)):
+            return None
+    return tuple(_alone(first))
+
+
+class _Habits:
+    """What a rank does in each round, in words that are the same for ranks that do the same."""
+
+    def __init__(self, chunks: int, ordered: bool) -> None:
+        self._arrange: Callable[[Iterable[tuple[int, int]]], object] = list if ordered else sorted
+        self.rounds: list[object] = []
+        self.peers: list[tuple[int, int]] = []
+        self._written = [-1] * chunks  # the round in which each chunk was received last
+
+    def add(self, transfers: Round) -> bool:
+        """Take in a round; False where it is not one send and one receive."""
+        send = next((t for t in transfers if isinstance(t, Send)), None)
+        receive = next((t for t in transfers if isinstance(t, Receive)), None)
+        if len(transfers) != 2 or send is None or receive is None:
+            return False
+        reads, writes = (self._written[t.first : t.last] for t in (send, receive))
+        runs = [self._arrange((key, len([*group])) for key, group in groupby(each)) for each in (reads, writes)]
+        self.rounds.append((receive.reduce, runs))
+        self.peers.append((send.peer, receive.peer))
+        self._written[receive.first : receive.last] = [len(self.rounds) - 1] * (receive.last - receive.first)
+        return True
+
+
+def _alone(schedule: Iterable[Round]) -> Iterator[_Passing | RoundEnd]:
+    for i, transfers in enumerate(schedule):
+        send = next(t for t in transfers if isinstance(t, Send))
+        receive = next(t for t in transfers if isinstance(t, Receive))
+        yield _Passing(i, 0, 0, 0, send.first, send.last, receive.first, receive.reduce)
+        yield RoundEnd(0, i)
 
 
 @dataclass(eq=False)
@@ -61,10 +160,9 @@ class _Segment:
 
 
 def _segments(
-    algorithm: Algorithm, collective: str, size: int, nbytes: int, segment_nbytes: int | None, root: int
+    events: Iterable[_Passing | RoundEnd], chunks: int, size: int, nbytes: int, segment_nbytes: int | None
 ) -> list[_Segment]:
     """All segments of all ranks, with who waits for whom."""
-    chunks = algorithm.chunks(size)
     chunk_nbytes = [chunk_start(nbytes, chunks, c + 1) - chunk_start(nbytes, chunks, c) for c in range(chunks)]
     # A cell is what dependencies are kept for: a chunk, or a segment of a chunk that is longer than one.
     pieces = [1 if segment_nbytes is None else max(1, -(-size_ // segment_nbytes)) for size_ in chunk_nbytes]
@@ -80,8 +178,8 @@ def _segments(
     written: list[list[_Segment | None]] = [[None] * len(cell_nbytes) for _ in range(size)]
     arrived: list[list[tuple[int, int, int, _Segment]]] = [[] for _ in range(size)]  # position, cells, segment
 
-    for event in walk(algorithm, collective, size, root):
-        if not isinstance(event, Message):
+    for event in events:
+        if isinstance(event, RoundEnd):
             for _, first, last, segment in sorted(arrived[event.rank], key=lambda arrival: arrival[:2]):
                 for before in _distinct(written[event.rank][first:last]):
                     before.writers.append(segment)
@@ -91,6 +189,7 @@ def _segments(
             continue
         previous: _Segment | None = None
         first, end = first_cell[event.first], first_cell[event.last]
+        aside = first_cell[event.into] - first
         place = 0
         while first < end:
             last = first + 1
@@ -106,7 +205,7 @@ def _segments(
                     previous.follower = segment
                     segment.to_pass += 1
                 segments.append(segment)
-                arrived[event.receiver].append((event.position, first, last, segment))
+                arrived[event.receiver].append((event.position, first + aside, last + aside, segment))
                 previous = segment
                 place += 1
             first = last

@@ -53,6 +53,10 @@ class Encoder(Compressor, ABC):
     def nbytes(self, n: int) -> int:
         """The most bytes that a payload of ``n`` values takes; 0 for none."""
 
+    def expected_nbytes(self, n: int) -> float:
+        """The bytes that a payload of ``n`` values may be expected to take, for predictions; by default the most."""
+        return self.nbytes(n)
+
     @abstractmethod
     def settings(self) -> tuple[float, ...]:
         """What the kernels are told of the object's settings, the same for one object always."""

@@ -23,7 +23,7 @@ INT = types.int64
 BYTES = types.CPointer(types.uint8)
 DOUBLES = types.CPointer(types.float64)
 
-_OPTIONS: dict[str, Any] = {"nopython": True, "error_model": "numpy"}  # whose division raises nothing
+_OPTIONS: dict[str, Any] = {"error_model": "numpy"}  # whose division raises nothing
 _kept: list[Any] = []  # machine code lives as long as its object
 
 
@@ -72,7 +72,7 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
     folder), so that one process on a node compiles and the others load. Where no such folder can be written, or
     writing fails, each process compiles for itself.
     """
-    result: Any = CFunc(function, (arguments, INT), locals={}, options=dict(_OPTIONS))
+    result: Any = CFunc(function, (arguments, INT), locals={}, options={"nopython": True, **_OPTIONS})
     with contextlib.suppress(RuntimeError):  # Numba found no writable folder
         result._cache = _Cache(function)
     result.compile()

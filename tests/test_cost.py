@@ -49,6 +49,25 @@ def test_folding_costs_what_the_docstrings_say():
     assert alone <= seconds("rabenseifner", 6) * 1.0001 <= alone + N / 2 * BETA
 
 
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+@pytest.mark.parametrize("name", ["ring", "recursive_doubling", "rabenseifner", "double_binary_tree"])
+@pytest.mark.parametrize("segment_nbytes", [N, 20_000])
+def test_one_clock_for_all_ranks_is_every_rank_s(name: str, size: int, segment_nbytes: int, monkeypatch):
+    def cuts() -> list[float]:
+        return [seconds(name, size), seconds(name, size, segment_nbytes=segment_nbytes)]
+
+    quick = cuts()
+    monkeypatch.setattr("bitring.collectives.cost._one_for_all", lambda *_: None)
+    assert quick == pytest.approx(cuts(), rel=1e-4)
+
+
+def test_a_large_ring_is_quick():
+    """With 200 clocks it would run into the time limit. A rank's port is never idle but for the last segment's sum."""
+    size, n, segments = 200, 200 << 19, 32
+    port = 2 * (size - 1) * (segments * ALPHA + n / size * BETA)
+    assert port < seconds("ring", size, n, segment_nbytes=1 << 14) < port + (size - 1) * (n / size) * GAMMA
+
+
 @pytest.mark.parametrize("size", [4, 7, 16, 33])
 def test_trees_pipeline(size: int):
     """With many segments, a double binary tree approaches 2nβ and a chain nβ, whatever the number of ranks."""

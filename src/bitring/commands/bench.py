@@ -1,4 +1,4 @@
-"""Measure collectives side by side: bench allreduce."""
+"""Measure side by side: bench allreduce, bench compress, bench train."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Names(click.ParamType[list[str]]):
 
 @click.group("bench")
 def command() -> None:
-    """Measure collectives side by side. Run it under mpirun or srun."""
+    """Measure side by side. Run it under mpirun or srun."""
 
 
 @command.command("allreduce")
@@ -84,3 +84,55 @@ def allreduce(
     from bitring.commands import _bench_allreduce  # initialises MPI
 
     _bench_allreduce.run(json_path, plot, sizes, algorithms, dtypes, samples, seconds)
+
+
+@command.command("compress")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw them to this .png, .svg or .pdf.")
+@click.option("--compressors", type=Names(), help="Some of the registered encoders.  [default: all]")
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=Names(),
+    default="float32,float16,bfloat16",
+    show_default=True,
+    help="Types of the values.",
+)
+@click.option("--values", type=click.IntRange(min=1), default=1 << 24, show_default=True, help="Values in an array.")
+@click.option("--samples", type=click.IntRange(min=1), default=9, show_default=True, help="Times each kernel is timed.")
+def compress(
+    json_path: Path | None,
+    plot: Path | None,
+    compressors: list[str] | None,
+    dtypes: list[str],
+    values: int,
+    samples: int,
+) -> None:
+    """Encoding, and decoding-and-adding, by every encoder, against the memory's own speed.
+
+    The roofline is the bandwidth of np.add, to a third array and in place (12 bytes a value), or of a copy (8), the
+    largest, as measured in the same run; a kernel's bandwidth counts what its algorithm has to move, once. First one
+    rank is timed, while the others sleep, then all at once, each the slowest rank's. Each kernel is checked before it
+    is timed; they take turns, and a time is the median of its samples. The file is for predict --machine, too.
+    """
+    from bitring.commands import _bench_compress  # initialises MPI
+
+    _bench_compress.run(json_path, plot, compressors, dtypes, values, samples)
+
+
+@command.command("train")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here.")
+@click.option("--model", default="mlp", show_default=True, help="A model that predict knows, for its layers.")
+@click.option("--exchanges", type=Names(), help="Some of exact, mpi, and the compressors.  [default: all]")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=9, show_default=True, help="Steps that are timed with each."
+)
+def train(json_path: Path | None, model: str, exchanges: list[str] | None, samples: int) -> None:
+    """A step of DataParallel with each exchange, from gradients that are there to updated parameters.
+
+    Gradients are random and take no time: what is measured is what predict calls a step, less its computing. The
+    exchanges take turns; a time is the median of its samples, each the slowest rank's. All have their buffers at once.
+    """
+    from bitring.commands import _bench_train  # initialises MPI
+
+    _bench_train.run(json_path, model, exchanges, samples)

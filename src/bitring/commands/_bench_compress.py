@@ -1,0 +1,287 @@
+"""The measurement of ``bitring bench compress``. Importing this initialises MPI."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+from mpi4py import MPI
+
+from bitring.commands._bench_allreduce import dtype_of
+from bitring.commands._pictures import COLORS, figure, plain
+from bitring.commands._ranks import ending_together, limit_threads, together
+from bitring.commands._tables import show_table
+from bitring.compression.encoder import Encoder, residual_dtype
+from bitring.compression.owner_schedule import encoders
+from bitring.machine import describe
+from bitring.training.cluster import Kernel, Machine, write_constants
+
+ADD, IN_PLACE, COPY, PRODUCT = "np.add", "np.add in place", "copy", "matrix product"
+"""In place, no line of memory is read only to be overwritten: this comes closest to what the memory can do."""
+
+_YARDSTICKS = {ADD: 12, IN_PLACE: 12, COPY: 8}  # bytes a value
+_PRODUCT_SIDE = 768
+_NAP_SECONDS = 1e-4
+
+
+class _Contender(NamedTuple):
+    """``nbytes``: what a value has to move through memory, by the algorithm; 0 where that is not the point."""
+
+    name: str
+    dtype: str
+    call: Callable[[], object]
+    nbytes: float
+    encoder: str | None = None
+    operation: str | None = None
+
+
+def run(
+    json_path: Path | None, plot: Path | None, names: list[str] | None, dtypes: list[str], n: int, samples: int
+) -> None:
+    """Measure, print, and keep the results. Collective."""
+    world = MPI.COMM_WORLD
+    with ending_together(world):
+        together(world, lambda: _check(world, json_path, plot, names, dtypes))
+        limit_threads(world)
+        machine = describe(world)
+        chosen = names or encoders.names()
+        contenders = together(world, lambda: _contenders(world, chosen, [dtype_of(each) for each in dtypes], n))
+        if world.rank == 0:
+            click.echo(f"compress, {n:,} values, {world.size} ranks, {machine['processor']}")
+        results: list[dict[str, Any]] = []
+        for ranks in sorted({1, world.size}):
+            taken = _sample(world, contenders, samples, alone=ranks == 1)
+            rows = _rows(contenders, taken, n, ranks)
+            results += rows
+            if world.rank == 0:
+                click.echo("\none rank alone" if ranks == 1 else f"\neach of {ranks} ranks at once")
+                _show(rows)
+        if world.rank == 0:
+            kept = {
+                "benchmark": "compress",
+                "machine": machine,
+                "values": n,
+                "constants": write_constants(constants(machine, results)),
+                "results": results,
+            }
+            if json_path is not None:
+                json_path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            if plot is not None:
+                draw(kept, plot)
+
+
+def _check(
+    comm: MPI.Intracomm, json_path: Path | None, plot: Path | None, names: list[str] | None, dtypes: list[str]
+) -> None:
+    for name in names or []:
+        encoders.get(name)
+    for name in dtypes:
+        residual_dtype(dtype_of(name))
+    if comm.rank != 0:
+        return
+    for path in (json_path, plot):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+    if plot is not None:
+        figure(1, 1)
+        if plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot must end in .png, .svg or .pdf; got {plot}")
+
+
+def _contenders(comm: MPI.Intracomm, names: Iterable[str], dtypes: Iterable[Any], n: int) -> list[_Contender]:
+    """What is timed, each checked; all arrays but the encoders' settings are shared."""
+    random = np.random.default_rng(comm.rank)
+    x, y, z = (random.standard_normal(n, np.float32) for _ in range(3))
+    zeros = np.zeros_like(x)
+    side = random.standard_normal((_PRODUCT_SIDE, _PRODUCT_SIDE), np.float32)
+    product = np.empty_like(side)
+    found = [
+        _Contender(ADD, "float32", partial(np.add, x, y, out=z), _YARDSTICKS[ADD]),
+        _Contender(IN_PLACE, "float32", partial(np.add, zeros, x, out=zeros), _YARDSTICKS[IN_PLACE]),
+        _Contender(COPY, "float32", partial(np.copyto, z, x), _YARDSTICKS[COPY]),
+        _Contender(PRODUCT, "float32", partial(np.matmul, side, side, out=product), 0),
+    ]
+    for dtype in dtypes:
+        values = x.astype(dtype)
+        for name in names:
+            found += _of_encoder(name, encoders.get(name)(), values)
+    return found
+
+
+def _of_encoder(name: str, encoder: Encoder, values: Any) -> list[_Contender]:
+    """Encode, and decode-and-add. Raises RuntimeError unless decoded + residual is what was encoded."""
+    n, wide = values.size, residual_dtype(values.dtype)
+    encoder.warm_up(values.dtype)
+    residual, out = np.zeros(n, wide), np.zeros(n, wide)
+    payload = np.empty(encoder.nbytes(n), np.uint8)
+    used = encoder.encode(values, residual, payload)
+    encoder.decode(payload[:used], out)
+    touched = np.count_nonzero(out) / n
+    error = float(np.abs(out + residual - values.astype(wide)).max())
+    if not error < 1e-5 * max(1.0, float(np.abs(out).max())):
+        raise RuntimeError(f"bench compress: {name} of {values.dtype.name} leaves out {error} that is no residual")
+    dtype, width, of_payload = values.dtype.name, wide.itemsize, used / n
+    added = values.copy()
+    # What an encoding leaves out changes from call to call, and with it how much a sparse one has to send.
+    return [
+        _Contender(
+            f"{name} encode",
+            dtype,
+            partial(encoder.encode, values, residual, payload),
+            values.itemsize + 2 * width + of_payload,
+            name,
+            "encode",
+        ),
+        _Contender(
+            f"{name} decode-and-add",
+            dtype,
+            partial(encoder.decode, payload[:used].copy(), added, accumulate=True),
+            2 * values.itemsize * touched + of_payload,
+            name,
+            "decode",
+        ),
+    ]
+
+
+def _sample(comm: MPI.Intracomm, contenders: Sequence[_Contender], samples: int, alone: bool) -> list[list[float]]:
+    """Seconds of each contender, the slowest rank's, in turns; with ``alone``, of rank 0 while others sleep."""
+    taken: list[list[float]] = [[] for _ in contenders]
+    active = comm.rank == 0 or not alone
+    for turn in range(-1, samples):  # the first turn warms up
+        for i in range(len(contenders)):
+            i = (i + turn) % len(contenders)
+            meet(comm)
+            begin = time.perf_counter()
+            if active:
+                contenders[i].call()
+            if turn >= 0:
+                taken[i].append(time.perf_counter() - begin if active else 0.0)
+    meet(comm)
+    slowest = np.array(taken)
+    comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+    return [list(map(float, each)) for each in slowest]
+
+
+def meet(comm: MPI.Intracomm) -> None:
+    """A barrier whose ranks sleep: a library's own would spin on cores that others compute on. Collective."""
+    arrival = comm.Ibarrier()
+    while not arrival.Test():
+        time.sleep(_NAP_SECONDS)
+
+
+def _rows(
+    contenders: Sequence[_Contender], taken: Sequence[Sequence[float]], n: int, ranks: int
+) -> list[dict[str, Any]]:
+    medians = [statistics.median(each) for each in taken]
+    by_name = dict(zip((each.name for each in contenders), medians, strict=False))
+    roofline = max(nbytes * n / by_name[name] for name, nbytes in _YARDSTICKS.items())
+    rows: list[dict[str, Any]] = []
+    for contender, seconds, samples in zip(contenders, medians, taken, strict=True):
+        row = {
+            "kernel": contender.name,
+            "encoder": contender.encoder,
+            "operation": contender.operation,
+            "dtype": contender.dtype,
+            "ranks": ranks,
+            "seconds": seconds,
+            "samples": [float(f"{each:.4g}") for each in samples],
+        }
+        if contender.nbytes:
+            row |= {
+                "values_a_second": n / seconds,
+                "times_add": by_name[ADD] / seconds,
+                "bytes_a_value": contender.nbytes,
+                "bandwidth": contender.nbytes * n / seconds,
+                "of_the_roofline": contender.nbytes * n / seconds / roofline,
+            }
+        else:
+            row["flops"] = 2 * _PRODUCT_SIDE**3 / seconds
+        rows.append(row)
+    return rows
+
+
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    show_table(
+        ("kernel", "type", "median", "10⁹ values/s", "of np.add", "bytes a value", "GB/s", "of the roofline"),
+        [
+            (
+                row["kernel"],
+                row["dtype"],
+                f"{row['seconds'] * 1e3:.2f} ms",
+                f"{row['values_a_second'] / 1e9:.2f}",
+                f"{row['times_add']:.2f}x",
+                f"{row['bytes_a_value']:.2f}",
+                f"{row['bandwidth'] / 1e9:.1f}",
+                f"{row['of_the_roofline']:.0%}",
+            )
+            for row in rows
+            if "bandwidth" in row
+        ],
+    )
+
+
+def constants(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Machine:
+    """What ``bitring predict --machine`` needs."""
+    ranks = int(machine["ranks"])
+    emulated = bool(os.environ.get("BITRING_HOSTS"))
+
+    def of(ranks: int, **wanted: str) -> Any:
+        return next(row for row in results if row["ranks"] == ranks and all(row[key] == wanted[key] for key in wanted))
+
+    def kernels(ranks: int) -> dict[str, Kernel]:
+        names = {row["encoder"]: None for row in results if row["encoder"] and row["dtype"] == "float32"}
+        return {
+            name: Kernel(
+                *(
+                    1 / of(ranks, encoder=name, operation=operation, dtype="float32")["values_a_second"]
+                    for operation in ("encode", "decode")
+                )
+            )
+            for name in names
+        }
+
+    return Machine(
+        title=f"{machine['processor']}, measured with {ranks} rank{'s' * (ranks != 1)}",
+        flops=of(ranks, kernel=PRODUCT)["flops"],
+        add=4 * of(ranks if emulated else 1, kernel=IN_PLACE)["values_a_second"],
+        copy=of(1, kernel=COPY)["bandwidth"],
+        copy_together=ranks * of(ranks, kernel=COPY)["bandwidth"],
+        kernels=kernels(1),
+        kernels_together=kernels(ranks),
+        emulated=emulated,
+    )
+
+
+def draw(kept: Mapping[str, Any], path: Path) -> None:
+    """Draw the speeds against the roofline. Raises ImportError without matplotlib, OSError."""
+    shown = [row for row in kept["results"] if "bandwidth" in row]
+    kernels = list(dict.fromkeys((row["kernel"], row["dtype"]) for row in shown))
+    settings = sorted({row["ranks"] for row in shown})
+    picture = figure(9.5, 1.3 + 0.34 * len(kernels) * max(1, 0.6 * len(settings)))
+    left, right = picture.subplots(1, 2, sharey=True)
+    for k, ranks in enumerate(settings):
+        by_kernel = {(row["kernel"], row["dtype"]): row for row in shown if row["ranks"] == ranks}
+        places = [i + (k - (len(settings) - 1) / 2) * 0.38 for i in range(len(kernels))]
+        label = "one rank alone" if ranks == 1 else f"each of {ranks} ranks at once"
+        for axes, field, scale in ((left, "values_a_second", 1e9), (right, "of_the_roofline", 0.01)):
+            lengths = [by_kernel[kernel][field] / scale for kernel in kernels]
+            axes.barh(places, lengths, height=0.34, color=COLORS[k], label=label)
+    for axes, label in ((left, "10⁹ values a second"), (right, "bandwidth, % of the memory's as measured")):
+        plain(axes)
+        axes.set_xlabel(label)
+    right.axvline(100, color="0.2", linestyle=":", linewidth=1.2)
+    several = len({dtype for _, dtype in kernels}) > 1
+    left.set_yticks(range(len(kernels)), [f"{name}, {dtype}" if several else name for name, dtype in kernels])
+    left.invert_yaxis()
+    if len(settings) > 1:
+        picture.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    picture.suptitle(f"{kept['values']:,} values, {kept['machine']['processor']}", fontsize=10)
+    picture.savefig(path)

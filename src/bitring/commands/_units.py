@@ -1,0 +1,45 @@
+"""Quantities with their units, as options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import click
+
+_PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+
+
+class Quantity(click.ParamType[float]):
+    """A number above 0 with a unit behind it; ``units`` are their sizes, ``example`` is shown where one is wrong."""
+
+    def __init__(self, name: str, units: Mapping[str, float], example: str) -> None:
+        self.name, self._units, self._example = name, dict(units), example
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See click."""
+        found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(\S*)\s*", str(value))
+        try:
+            number = float(found[1]) if found else 0.0
+        except ValueError:
+            number = 0.0
+        if found is None or number <= 0 or found[2] not in self._units:
+            known = ", ".join(unit for unit in self._units if unit)
+            self.fail(f"expected such as {self._example}; units are {known}; got {value!r}", param, ctx)
+        return number * self._units[found[2]]
+
+
+def _prefixed(unit: str, size: float) -> dict[str, float]:
+    return {f"{prefix}{unit}": factor * size for prefix, factor in _PREFIXES.items()}
+
+
+BANDWIDTH = Quantity(
+    "bandwidth", {**_prefixed("bit", 1 / 8), **_prefixed("bit/s", 1 / 8), **_prefixed("B/s", 1)}, "10Gbit or 1.25GB/s"
+)
+"""In bytes a second."""
+
+DURATION = Quantity("duration", {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}, "50us or 0.2s")
+"""In seconds."""
+
+FLOPS = Quantity("speed", {**_prefixed("flops", 1), **_prefixed("flop/s", 1)}, "10Tflops")
+"""In operations a second."""

@@ -1,0 +1,22 @@
+"""Bucket sizes are those of the buckets that DataParallel makes."""
+
+import numpy as np
+import pytest
+
+import bitring
+from bitring.training.buckets import bucket_sizes
+
+VALUES = {"a": 3000, "b": 10, "c": 5000, "none": 0, "d": 200, "e": 4000, "f": 4}
+
+
+@pytest.mark.parametrize("compression", [None, "onebit"])
+@pytest.mark.parametrize("bucket_bytes", [1, 16_000, 36_000, 1 << 20])
+def test_they_are_data_parallel_s(comm, agree, compression: str | None, bucket_bytes: int):
+    parameters = {name: np.zeros(count, np.float32) for name, count in VALUES.items()}
+    trainer = bitring.DataParallel(
+        parameters, bitring.SGD(lr=0.1), comm=comm, compression=compression, bucket_bytes=bucket_bytes
+    )
+    made = [(tuple(bucket.views), bucket.compressed) for bucket in trainer.buckets]
+    trainer.free()
+    block = bitring.OneBit().block if compression else None
+    agree(comm, made == [tuple(sizes) for sizes in bucket_sizes(VALUES, 4, block, bucket_bytes)])

@@ -1,0 +1,43 @@
+"""``bitring bench train``: a step with each exchange, and the bytes that each has to send."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bitring import __main__
+from bitring.compression.encoder import compressors
+
+pytestmark = pytest.mark.single
+
+
+def test_two_ranks(on_ranks, tmp_path: Path):
+    kept = tmp_path / "t.json"
+    arguments = ["--json", kept, "--model", "softmax", "--samples", "2"]
+    done = on_ranks(2, "-m", "bitring", "bench", "train", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(kept.read_text())
+    rows = {row["exchange"]: row for row in found["results"]}
+    assert list(rows) == ["exact", "mpi", *compressors.names()]
+    for row in rows.values():
+        assert len(row["samples"]) == 2
+        assert row["speedup"] == pytest.approx(rows["exact"]["seconds"] / row["seconds"])
+    assert found["values"] == 7850
+    assert rows["exact"]["nbytes"] == 4 * 7850
+    # The 10 biases are fewer than a block, and travel exactly.
+    assert rows["onebit"]["nbytes"] == 7840 / 8 + 8 * 8 + 4 * 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--exchanges", "exact,zip"], "unknown exchange 'zip'; known: exact, mpi, "),
+        (["--model", "vgg"], "unknown model 'vgg'; known: alexnet"),
+        (["--json", "/nowhere/t.json"], "there is no folder /nowhere"),
+    ],
+)
+def test_mistakes(arguments: list[str], text: str):
+    result = CliRunner().invoke(__main__._bitring, ["bench", "train", *arguments], prog_name="bitring")
+    assert result.exit_code == 2
+    assert text in result.output

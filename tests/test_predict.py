@@ -1,0 +1,146 @@
+"""Predicted steps: the parts by hand, what must be monotone, and where compression pays and where it does not."""
+
+import dataclasses
+import math
+
+import pytest
+
+import bitring
+from bitring.commands._predict import advice
+from bitring.compression.owner_schedule import encoders
+from bitring.models.architecture import LayerTable, layer_table
+from bitring.training import predict as module
+from bitring.training.cluster import BUILT_IN, Cluster, Machine
+from bitring.training.predict import Prediction, predict
+
+pytestmark = pytest.mark.single
+
+GBIT = 1e9 / 8
+FREE = Machine("all but the wire is free", math.inf, math.inf, math.inf, math.inf, wire=1.0, local_latency=0.0)
+FAST = dataclasses.replace(BUILT_IN, flops=1e13)
+MATRIX = [LayerTable("fc", "dense", (("fc.weight", (4096, 4096)),), 4096 * 4096, factors=1)]
+
+
+def by_name(layers: list[LayerTable], cluster: Cluster, machine: Machine, **options) -> dict[str, Prediction]:
+    return {each.exchange: each for each in predict(layers, cluster, machine, **options)}
+
+
+@pytest.mark.parametrize("ranks", [2, 5, 16])
+def test_a_step_by_hand_where_all_but_the_wire_is_free(ranks: int):
+    n, share = 4096 * 4096, 2 * (ranks - 1) / ranks
+    cluster = Cluster(ranks, ranks, bandwidth=GBIT, latency=0.0)
+    found = by_name(MATRIX, cluster, FREE, compute=0.25, batch=1)
+    assert found["exact"].seconds == pytest.approx(0.25 + share * 4 * n / GBIT, rel=1e-4)
+    assert found["exact"].exposed == pytest.approx(found["exact"].wire, rel=1e-4)
+    assert found["exact"].nbytes == share * 4 * n
+    payload = bitring.OneBit().nbytes(n)
+    assert found["onebit"].seconds == pytest.approx(0.25 + share * payload / GBIT, rel=1e-4)
+    assert found["onebit"].nbytes == pytest.approx(share * payload)
+    assert found["onebit"].speedup == pytest.approx(found["exact"].seconds / found["onebit"].seconds)
+    assert found["powersgd"].nbytes == pytest.approx(share * 4 * module.RANK * (4096 + 4096))
+    assert found["sufficient_factors"].nbytes == (ranks - 1) * 4 * (4096 + 4096)
+    assert found["sufficient_factors"].wire == pytest.approx((ranks - 1) * 4 * (4096 + 4096) / GBIT)
+    assert [each.exchange for each in found.values() if each.lossless] == ["exact", "mpi", "sufficient_factors"]
+
+
+def test_every_encoder_is_there():
+    assert set(encoders.names()) <= set(by_name(MATRIX, Cluster(4, 4, GBIT), BUILT_IN))
+
+
+def test_computing_takes_three_passes():
+    layers = layer_table("vgg16")
+    one = by_name(layers, Cluster(1, 1), dataclasses.replace(FREE, flops=1e12), batch=4)
+    assert one["exact"].seconds == pytest.approx(3 * 2 * 4 * 15.47e9 / 1e12, rel=1e-3)
+    assert one["exact"].exposed == one["exact"].nbytes == one["onebit"].encode == 0
+
+
+@pytest.mark.parametrize("model", ["alexnet", "googlenet", "lstm"])
+def test_more_bandwidth_never_makes_a_step_longer(model: str):
+    curves = [by_name(layer_table(model), Cluster(8, 8, gbit * GBIT), FAST) for gbit in (0.3, 3, 30, 300)]
+    for name in curves[0]:
+        seconds = [found[name].seconds for found in curves]
+        assert seconds == sorted(seconds, reverse=True), name
+
+
+def test_buckets_are_exchanged_while_others_are_packed_and_updated():
+    """Two buckets: the second's exchange hides the first's update; all are checked before, and packed."""
+    layers = [LayerTable(f"fc{i}", "dense", ((f"fc{i}.weight", (4096, 4096)),), 4096 * 4096) for i in (1, 2)]
+    machine = dataclasses.replace(FREE, copy=1e9)
+    n = 4096 * 4096
+    exchange = 2 * (1 / 2) * 4 * n / GBIT
+    exact = by_name(layers, Cluster(2, 2, GBIT, latency=0.0), machine, compute=0.0)["exact"]
+    before = (2 * module.CHECK_NBYTES + module.PACK_NBYTES) * n / 1e9
+    assert exact.wire == pytest.approx(2 * exchange)
+    assert exact.seconds == pytest.approx(before + 2 * exchange + module.UPDATE_NBYTES * n / 1e9)
+    assert exact.exposed == pytest.approx(
+        exact.seconds - 2 * (module.CHECK_NBYTES + module.PACK_NBYTES + module.UPDATE_NBYTES) * n / 1e9
+    )
+
+
+def test_overlap_hides_communication_behind_back_propagation():
+    layers, cluster = layer_table("vgg16"), Cluster(8, 8, 10 * GBIT)
+    late, early = (by_name(layers, cluster, FAST, compute=3.0, overlap=overlap) for overlap in (False, True))
+    for name, each in early.items():
+        assert 3.0 < each.seconds < late[name].seconds
+    # VGG's last layers have most of the values and are ready first: nearly all is hidden.
+    assert early["exact"].exposed < 0.1 * late["exact"].exposed
+
+
+def test_vgg_at_a_gigabit_is_worth_compressing():
+    found = predict(layer_table("vgg16"), Cluster(64, 64, GBIT), FAST)
+    best = min(found, key=lambda each: each.seconds)
+    assert not best.lossless
+    assert best.speedup > 4
+    assert f"{best.exchange} is the best: {best.speedup:.1f}x" in advice(found, Cluster(64, 64, GBIT))
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster"),
+    [
+        ("cnn", Cluster(16, 16, 100 * GBIT, latency=2e-6)),
+        ("vgg16", Cluster(4, 4, 400 * GBIT, latency=2e-6)),
+        ("mlp", Cluster(2, 1)),
+        ("vgg16", Cluster(4, 1)),
+    ],
+)
+def test_where_compression_does_not_pay(model: str, cluster: Cluster):
+    found = predict(layer_table(model), cluster, BUILT_IN)
+    exact = found[0]
+    assert exact.seconds <= min(each.seconds for each in found if not each.lossless)
+    assert advice(found, cluster).startswith("Compression does not pay ")
+    assert ("within one node" in advice(found, cluster)) == (cluster.nodes == 1)
+
+
+def test_ranks_of_a_node_sum_before_one_of_them_encodes():
+    layers = layer_table("alexnet")
+    spread, dense = (by_name(layers, Cluster(4 * q, 4, GBIT), BUILT_IN) for q in (1, 8))
+    assert dense["onebit"].how == "node sums, owners"
+    assert dense["onebit"].nbytes == pytest.approx(spread["onebit"].nbytes, rel=1e-2)  # biases travel exactly
+    assert dense["onebit"].encode == spread["onebit"].encode
+    assert dense["onebit"].wire > spread["onebit"].wire
+
+
+def test_emulated_nodes_share_the_cores_of_one_machine():
+    machine = dataclasses.replace(BUILT_IN, copy_together=BUILT_IN.copy)
+    layers, cluster = layer_table("alexnet"), Cluster(4, 4, 10 * GBIT)
+    real, emulated = (by_name(layers, cluster, dataclasses.replace(machine, emulated=each)) for each in (False, True))
+    assert emulated["onebit"].encode > real["onebit"].encode
+    assert emulated["exact"].seconds > real["exact"].seconds
+
+
+def test_factors_are_used_where_they_are_fewer_bytes():
+    layers, cluster = layer_table("vgg16"), Cluster(8, 8, GBIT)
+    assert by_name(layers, cluster, FAST, batch=32)["sufficient_factors"].how == "factors of 3 layers"
+    assert "sufficient_factors" not in by_name(layers, cluster, FAST, batch=4096)
+    assert "sufficient_factors" not in by_name(layer_table("cnn"), Cluster(1, 1), FAST)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"compute": -1.0}, {"compute": math.nan}])
+def test_numbers_out_of_range_are_refused(wrong: dict):
+    with pytest.raises(ValueError, match=r"predict: expected layers, batch >= 1 and compute >= 0; got 1 layers"):
+        predict(MATRIX, Cluster(2, 2, GBIT), BUILT_IN, **wrong)
+
+
+def test_no_layers_are_refused():
+    with pytest.raises(ValueError, match=r"predict: expected layers.*; got 0 layers"):
+        predict([], Cluster(2, 2, GBIT), BUILT_IN)

@@ -1,0 +1,121 @@
+"""What a prediction needs to know: the ranks and the network between them, and how fast one machine computes.
+
+A :class:`Machine` comes from the file that ``bitring bench compress --json`` writes, or is the built-in one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``ranks`` spread evenly over ``nodes``. ``bandwidth``: bytes a second out of a node, and as many into it;
+    ``latency``: seconds a message between nodes. On one node, neither counts.
+
+    Raises ValueError for numbers that are out of range, and ranks that the nodes cannot share evenly.
+    """
+
+    ranks: int
+    nodes: int
+    bandwidth: float = math.inf
+    latency: float = 50e-6
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
+            raise ValueError(
+                f"Cluster: expected ranks and nodes from 1 on, and as many ranks on each node; got {self.ranks} ranks "
+                f"and {self.nodes} nodes"
+            )
+        if not (self.bandwidth > 0 and 0 <= self.latency < math.inf):
+            raise ValueError(
+                f"Cluster: expected bandwidth > 0 and latency >= 0; got {self.bandwidth} bytes/s and {self.latency} s"
+            )
+
+    @property
+    def ranks_per_node(self) -> int:
+        """How many ranks share a node's memory and its network interface."""
+        return self.ranks // self.nodes
+
+
+class Kernel(NamedTuple):
+    """Seconds a float32 value: to encode it, and to decode and add it."""
+
+    encode: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How fast one machine is. Where ranks compute at once they share its memory, so there are two figures.
+
+    ``flops``: float32 operations a second of one rank, in a matrix product. ``add``: bytes a second reduced by one rank
+    (γ is its inverse). ``copy``: bytes a second read and written by a copy, of one rank alone; ``copy_together``: of
+    all ranks at once, together. ``kernels``, ``kernels_together``: by encoder, of a rank alone and of each of all at
+    once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet the ranks of
+    the same node. ``emulated``: nodes share this machine's cores, so all ranks compute at once whatever their nodes.
+    """
+
+    title: str
+    flops: float
+    add: float
+    copy: float
+    copy_together: float
+    kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
+    kernels_together: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
+    wire: float = 0.95
+    local_latency: float = 2e-6
+    emulated: bool = False
+
+    def kernel(self, encoder: str, payload: float, together: bool) -> tuple[Kernel, bool]:
+        """The speed of an encoder, and whether it was measured.
+
+        What was not is taken to be as fast as a copy of its bytes: 12 and 8 a value, and ``payload`` of each.
+        """
+        measured = self.kernels_together if together and self.kernels_together else self.kernels
+        if encoder in measured:
+            return measured[encoder], True
+        return Kernel((12 + payload) / self.copy, (8 + payload) / self.copy), False
+
+
+BUILT_IN = Machine(
+    title="AMD EPYC, 2 cores, where bitring is developed",
+    flops=6.6e10,
+    add=6.1e9,
+    copy=1.53e10,
+    copy_together=2.51e10,
+    kernels={"onebit": Kernel(6.2e-10, 4.2e-10)},
+    kernels_together={"onebit": Kernel(8.5e-10, 5.2e-10)},
+)
+"""The ``constants`` of a run of ``bitring bench compress`` on 2 ranks, while the machine had a little else to do."""
+
+
+def read_machine(path: Path) -> Machine:
+    """The machine in a file of ``bitring bench compress --json``. Raises OSError, and ValueError for another file."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = dict(content["constants"])
+        for name in ("kernels", "kernels_together"):
+            fields[name] = {encoder: Kernel(**each) for encoder, each in fields[name].items()}
+        machine = Machine(**fields)
+        speeds = [machine.flops, machine.add, machine.copy, machine.copy_together, machine.wire]
+        speeds += [s for part in (machine.kernels, machine.kernels_together) for k in part.values() for s in k]
+        if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
+            raise ValueError("its speeds must be positive numbers")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: it is not what bitring bench compress --json wrote: {error}") from error
+    return machine
+
+
+def write_constants(machine: Machine) -> dict[str, Any]:
+    """What ``read_machine`` reads under ``constants``."""
+    plain = dataclasses.asdict(machine)
+    for name in ("kernels", "kernels_together"):
+        plain[name] = {encoder: kernel._asdict() for encoder, kernel in getattr(machine, name).items()}
+    return plain

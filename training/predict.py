@@ -1,0 +1,289 @@
+"""Seconds a step of synchronous data-parallel training, predicted for every way to exchange the gradients.
+
+The exact exchange costs what ``collectives.cost`` finds for the schedules that run, the compressed one what
+``compression.owner_schedule`` does; both bucket by bucket, as ``DataParallel`` packs them. With C seconds to compute
+gradients, A to agree on the step, and for bucket k P_k to check and pack, T_k to exchange and U_k to update:
+
+    packed_k  = max(packed_{k−1}, ready_k) + P_k
+    there_k   = max(there_{k−1}, packed_k) + T_k         exchanges take turns on the wire
+    updated_k = max(updated_{k−1}, there_k) + U_k        the first after all are packed; the last ends the step
+
+where ready_k is C + A, or with ``overlap`` when back-propagation has made the bucket's gradients. With less than 8 MiB
+of gradients, a bucket's exchange begins when all are packed and the one before is updated. Not modelled: that encoding
+takes a core from what it overlaps with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bitring.compression.owner_schedule import Times, encoders, owner_seconds
+from bitring.models.architecture import LayerTable
+from bitring.training.buckets import BucketSizes, bucket_sizes
+from bitring.training.cluster import Cluster, Machine
+from bitring.training.network import ITEMSIZE, Network
+
+OVERLAP_BYTES = 8 << 20  # as DataParallel has it
+BUCKET_BYTES = 25 << 20
+BACKWARD = 2.0  # times the operations of the way forward
+
+CHECK_NBYTES, PACK_NBYTES, UPDATE_NBYTES = 4, 8, 20
+"""Bytes a value that pass through memory: to look for NaN; to scale into the bucket; SGD's with momentum."""
+
+RANK = 4
+"""Of PowerSGD's factors; 2 to 4 is what its paper recommends."""
+
+POWERSGD_NBYTES = 24, 16
+"""Bytes a value to make both factors (the residual is added, the matrix read twice), and to multiply them again."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A way to exchange, and what a step with it takes, in seconds.
+
+    ``exchange``: ``"exact"``, ``"mpi"`` or a compressor's name; ``how``: by which algorithm. ``nbytes``: sent by a rank
+    in a step. ``encode``, ``wire``, ``decode``: of one rank, which overlap. ``exposed``: the part of the step in which
+    only the exchange goes on. ``seconds``: of a step. ``speedup``: over ``exact``. ``lossless``: the sum is exact up to
+    rounding. ``measured``: the kernels' speeds are.
+    """
+
+    exchange: str
+    how: str
+    nbytes: float
+    encode: float
+    wire: float
+    decode: float
+    exposed: float
+    seconds: float
+    speedup: float = 1.0
+    lossless: bool = False
+    measured: bool = True
+
+
+def predict(
+    layers: Sequence[LayerTable],
+    cluster: Cluster,
+    machine: Machine,
+    *,
+    batch: int = 32,
+    compute: float | None = None,
+    overlap: bool = False,
+) -> list[Prediction]:
+    """A prediction for each exchange that there is, ``exact`` first.
+
+    ``batch``: samples a rank in a step. ``compute``: seconds a rank takes for the gradients; by default, from the
+    layers' multiply-adds and the machine's speed. ``overlap``: buckets are exchanged as back-propagation completes
+    them; ``DataParallel.step`` begins when all gradients are there, which is the default. Raises ValueError for no
+    layers, and numbers that are out of range.
+    """
+    if not layers or batch < 1 or (compute is not None and not 0 <= compute < math.inf):
+        raise ValueError(
+            f"predict: expected layers, batch >= 1 and compute >= 0; got {len(layers)} layers, batch {batch}, "
+            f"compute {compute}"
+        )
+    step = _Step(layers, cluster, machine, batch, compute, overlap)
+    found: list[Prediction] = []
+    for name in ("exact", "mpi", *encoders.names(), "powersgd", "sufficient_factors"):
+        predicted = step.predict(name)
+        if predicted is not None:
+            found.append(dataclasses.replace(predicted, speedup=(found or [predicted])[0].seconds / predicted.seconds))
+    return found
+
+
+class _Exchange(NamedTuple):
+    """Of one bucket: its times, the bytes that a rank sends, and by what."""
+
+    times: Times
+    nbytes: float
+    how: str
+
+
+class _Way(NamedTuple):
+    """How ``exchange`` serves buckets, of which those with parameters of ``block`` values or more are compressed."""
+
+    exchange: Callable[[BucketSizes], _Exchange]
+    block: int | None = None
+    lossless: bool = False
+    measured: bool = True
+
+
+class _Step:
+    """A step's parts, for any exchange."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerTable],
+        cluster: Cluster,
+        machine: Machine,
+        batch: int,
+        compute: float | None,
+        overlap: bool,
+    ) -> None:
+        self.layers, self.cluster, self.machine = layers, cluster, machine
+        self.batch, self.overlap = batch, overlap
+        self.network = Network(cluster, machine)
+        self.shapes = {name: shape for layer in layers for name, shape in layer.parameters}
+        self.values = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        self.layer_of = {name: i for i, layer in enumerate(layers) for name, _ in layer.parameters}
+        operations = 2 * (1 + BACKWARD) * batch * sum(layer.multiply_adds for layer in layers)
+        self.compute = operations / machine.flops if compute is None else compute
+        sharing = cluster.ranks if machine.emulated else cluster.ranks_per_node
+        self.bandwidth = min(machine.copy, machine.copy_together / sharing)
+
+    def predict(self, name: str) -> Prediction | None:
+        """The prediction for one exchange; None where it would not be used at all."""
+        way = self._way(name)
+        if way is None:
+            return None
+        buckets = bucket_sizes(self.values, ITEMSIZE, way.block, BUCKET_BYTES)
+        exchanges = [way.exchange(bucket) for bucket in buckets]
+        alone = self._timeline(buckets, [0.0] * len(buckets), 0.0)
+        agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha
+        seconds = self._timeline(buckets, [each.times.total for each in exchanges], agree)
+        largest = max(range(len(buckets)), key=lambda k: self._nbytes(buckets[k].names))
+        return Prediction(
+            name,
+            exchanges[largest].how,
+            sum(each.nbytes for each in exchanges),
+            sum(each.times.encode for each in exchanges),
+            sum(each.times.wire for each in exchanges),
+            sum(each.times.decode for each in exchanges),
+            seconds - alone,
+            seconds,
+            lossless=way.lossless,
+            measured=way.measured,
+        )
+
+    def _way(self, name: str) -> _Way | None:
+        if name == "exact":
+            return _Way(self._exactly, lossless=True)
+        if name == "mpi":
+            return _Way(self._library, lossless=True)
+        if name == "powersgd":
+            return _Way(self._powersgd)
+        if name == "sufficient_factors":
+            used = self.cluster.ranks > 1 and any(self._factored(layer) for layer in self.layers)
+            return _Way(self._sufficient_factors, lossless=True) if used else None
+        return self._owners(name)
+
+    def _timeline(self, buckets: Sequence[BucketSizes], totals: Sequence[float], agree: float) -> float:
+        """The module's recursion: from the step's begin to its last update."""
+        seconds = [self._nbytes(bucket.names) / ITEMSIZE / self.bandwidth for bucket in buckets]  # a byte of each value
+        packed = 0.0 if self.overlap else self.compute + agree + CHECK_NBYTES * sum(seconds)
+        starts: list[float] = []
+        for bucket, second in zip(buckets, seconds, strict=True):
+            if self.overlap:
+                packed = max(packed, self._ready(bucket) + agree) + CHECK_NBYTES * second
+            packed += PACK_NBYTES * second
+            starts.append(packed)
+        beside = sum(self.values.values()) * ITEMSIZE >= OVERLAP_BYTES
+        there, updated = 0.0, packed
+        for start, total, second in zip(starts, totals, seconds, strict=True):
+            there = max(there, start if beside else updated) + total
+            updated = max(updated, there) + UPDATE_NBYTES * second
+        return updated
+
+    def _ready(self, bucket: BucketSizes) -> float:
+        """When back-propagation, last layer first, has made the bucket's gradients."""
+        first = min(self.layer_of[name] for name in bucket.names)
+        work = sum(layer.multiply_adds for layer in self.layers) or 1
+        done = sum(layer.multiply_adds for layer in self.layers[first:])
+        return self.compute * (1 + BACKWARD * done / work) / (1 + BACKWARD)
+
+    def _nbytes(self, names: Iterable[str]) -> int:
+        return ITEMSIZE * sum(self.values[name] for name in names)
+
+    def _share(self, size: int) -> float:
+        return 2 * (size - 1) / size
+
+    # Exchanges of a bucket
+
+    def _exact(self, names: Iterable[str]) -> _Exchange:
+        nbytes = self._nbytes(names)
+        seconds, how = self.network.exact(nbytes)
+        return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * nbytes, how)
+
+    def _exactly(self, bucket: BucketSizes) -> _Exchange:
+        return self._exact(bucket.names)
+
+    def _library(self, bucket: BucketSizes) -> _Exchange:
+        nbytes = self._nbytes(bucket.names)
+        seconds, how = self.network.library(nbytes)
+        return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * nbytes, how)
+
+    def _owners(self, name: str) -> _Way:
+        """An encoder's. On several nodes the ranks of each first sum exactly, and one of them exchanges."""
+        encoder, machine, network = encoders.get(name)(), self.machine, self.network
+        between = not network.inside and self.cluster.ranks_per_node > 1
+        among = self.cluster.nodes if between else self.cluster.ranks
+        some = 1 << 20
+        kernel, measured = machine.kernel(
+            name, encoder.expected_nbytes(some) / some, together=machine.emulated or (network.inside and among > 1)
+        )
+
+        def exchange(bucket: BucketSizes) -> _Exchange:
+            if not bucket.compressed:
+                return self._exact(bucket.names)
+            n = sum(self.values[each] for each in bucket.names)
+            payload = sum(encoder.expected_nbytes(self.values[each]) for each in bucket.names)
+            times = owner_seconds(
+                among, kernel.encode * n, kernel.decode * n, payload, alpha=network.alpha, beta=network.beta
+            )
+            inside = network.node_seconds(ITEMSIZE * n) if between else 0.0
+            times = times._replace(wire=times.wire + inside, total=times.total + inside)
+            return _Exchange(times, self._share(among) * payload, "node sums, owners" if between else "owners")
+
+        return _Way(exchange, encoder.block, measured=measured)
+
+    def _powersgd(self, bucket: BucketSizes) -> _Exchange:
+        """Two exact sums, of the factors P (rows × rank) and Q (columns × rank) of all matrices; the rest exactly."""
+        shapes = {name: self.shapes[name] for name in bucket.names}
+        sides = {name: (shape[0], self.values[name] // shape[0]) for name, shape in shapes.items() if len(shape) > 1}
+        sides = {name: side for name, side in sides.items() if RANK * sum(side) < self.values[name]}
+        sums = [self._sum(RANK * sum(side[i] for side in sides.values())) for i in (0, 1)]
+        sums.append(self._exact(name for name in bucket.names if name not in sides))
+        n = sum(self.values[name] for name in sides)
+        work = 2 * RANK * n / self.machine.flops  # of a product with one factor
+        encode, decode = (
+            max(times * work, nbytes * n / self.bandwidth)
+            for times, nbytes in zip((2, 1), POWERSGD_NBYTES, strict=True)
+        )
+        wire = sum(each.times.total for each in sums)
+        return _Exchange(
+            Times(encode, wire, decode, encode + wire + decode),
+            sum(each.nbytes for each in sums),
+            f"rank {RANK}, {sums[0].how}",
+        )
+
+    def _sum(self, values: int) -> _Exchange:
+        seconds, how = self.network.exact(ITEMSIZE * values)
+        return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * ITEMSIZE * values, how)
+
+    def _factored(self, layer: LayerTable) -> int:
+        """Bytes of a rank's u and v, where all ranks' are fewer to send than the gradient; else 0."""
+        if not layer.factors:
+            return 0
+        rows, columns = layer.parameters[0][1]
+        nbytes = ITEMSIZE * self.batch * layer.factors * (rows + columns)
+        p = self.cluster.ranks
+        return nbytes if (p - 1) * nbytes < self._share(p) * ITEMSIZE * rows * columns else 0
+
+    def _sufficient_factors(self, bucket: BucketSizes) -> _Exchange:
+        """Each rank's factors to all, which multiply them; layers with none, or too many, exactly."""
+        p = self.cluster.ranks
+        mine = {self.layers[self.layer_of[name]].parameters[0][0]: self.layer_of[name] for name in bucket.names}
+        factored = {name: self.layers[i] for name, i in mine.items() if name in bucket.names}
+        factored = {name: layer for name, layer in factored.items() if self._factored(layer)}
+        rest = self._exact(name for name in bucket.names if name not in factored)
+        nbytes = sum(self._factored(layer) for layer in factored.values())
+        wire = rest.times.total + (self.network.allgather(nbytes) if factored else 0.0)
+        # A rank's own product is part of its back-propagation, wherever it is made.
+        products = sum(2 * (p - 1) * self.batch * layer.factors * self.values[name] for name, layer in factored.items())
+        decode = products / self.machine.flops
+        count = sum(1 for layer in self.layers if self._factored(layer))
+        how = f"factors of {count} layer{'s' * (count > 1)}"
+        return _Exchange(Times(0, wire, decode, wire + decode), rest.nbytes + (p - 1) * nbytes, how)
