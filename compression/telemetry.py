@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,28 +80,43 @@ class Watch:
         self.diverged = not math.isfinite(record.residual) or (0 < limit < record.residual)
 
 
+_SUMMED = ("encode_seconds", "wire_seconds", "decode_seconds", "wait_seconds", "bytes_sent")
+_AVERAGED = ("residual_ratio", "contraction")
+
+
 class Totals:
     """Sums and means of many runs."""
 
     def __init__(self) -> None:
-        self._runs: list[Telemetry] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: Counter[str] = Counter()
+        self._slowest: Counter[int] = Counter()
 
     def add(self, run: Telemetry) -> None:
         """Count a run in."""
-        self._runs.append(run)
+        for name in (*_SUMMED, *_AVERAGED):
+            x = getattr(run, name)
+            if math.isfinite(x):
+                self._sums[name] += x
+                self._counts[name] += 1
+        if run.slowest_rank is not None:
+            self._slowest[run.slowest_rank] += 1
 
     def taken(self) -> dict[str, float | int | None]:
-        """Since the last call: seconds and bytes summed, ratios as means, the rank that was slowest most often."""
-        runs, self._runs = self._runs, []
-        slowest = Counter(run.slowest_rank for run in runs if run.slowest_rank is not None)
-        result: dict[str, float | int | None] = {
-            name: sum(getattr(run, name) for run in runs)
-            for name in ("encode_seconds", "wire_seconds", "decode_seconds", "wait_seconds", "bytes_sent")
-        }
-        for name in ("residual_ratio", "contraction"):
-            numbers = [x for x in (getattr(run, name) for run in runs) if math.isfinite(x)]
-            result[name] = sum(numbers) / len(numbers) if numbers else None
-        result["slowest_rank"] = slowest.most_common(1)[0][0] if slowest else None
+        """Since the last call: seconds and bytes summed, ratios as means, the rank that was slowest most often.
+
+        Empty where there was no run.
+        """
+        if not self._sums:
+            return {}
+        result: dict[str, float | int | None] = {name: self._sums[name] for name in _SUMMED}
+        for name in _AVERAGED:
+            result[name] = self._sums[name] / self._counts[name] if self._counts[name] else None
+        result["slowest_rank"] = self._slowest.most_common(1)[0][0] if self._slowest else None
+        self._clear()
         return result
 
 

@@ -57,7 +57,14 @@ def test_two_ranks(on_ranks, tmp_path: Path):
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert set(records[0]) == {
         "epoch", "train_loss", "test_accuracy", "seconds", "samples_per_second", "bytes_sent", "bytes_exact", "digest",
+        "telemetry",
     }  # fmt: skip
+    told = records[2]["telemetry"]
+    assert min(told[f"{part}_seconds"] for part in ("encode", "wire", "decode", "wait")) > 0
+    assert 0 < told["contraction"] < 1 < told["bytes_sent"]
+    assert told["slowest_rank"] in (0, 1)
+    assert "(encode " in lines[2]
+    assert " of the gradient)" in lines[2]
     assert records[2]["train_loss"] < records[0]["train_loss"]
     sent = [record["bytes_sent"] for record in records]
     assert sent[0] > sent[2] - sent[1] == sent[1] - sent[0]  # the first step of 69 is exact

@@ -23,9 +23,10 @@ from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.registry import Registry
 from bitring.compression.compressor import Compressor, compressors
 from bitring.compression.factors import Factors
-from bitring.compression.plan import plan_allreduce
+from bitring.compression.plan import CompressedPlan, plan_allreduce
 from bitring.compression.reduced_plan import ReducedPlan
 from bitring.compression.sufficient_factors import SufficientFactors
+from bitring.compression.telemetry import Totals
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 from bitring.training.tree import copied, fill, host_copy, is_array, leaves, set_leaf
@@ -108,6 +109,7 @@ class DataParallel:
         self.steps = 0
         """Steps made, those without samples included."""
         self._problem: Exception | None = None
+        self._totals = Totals()
         self._operation = "step"
 
         error: Exception | None = None
@@ -167,6 +169,15 @@ class DataParallel:
     def bytes_sent(self) -> int:
         """Payload bytes that this rank has sent to others in exchanges so far."""
         return sum(plan.bytes_sent for plan in (*self.plans, *self._exact_plans.values()))
+
+    def telemetry(self) -> dict[str, float | int | None]:
+        """What encoded exchanges took on this rank since the last call; empty where there were none.
+
+        ``encode_seconds``, ``wire_seconds``, ``decode_seconds``, ``wait_seconds`` (for the slowest rank, before the
+        exchange) and ``bytes_sent``, summed over steps and buckets; ``residual_ratio`` and ``contraction`` as means;
+        ``slowest_rank``, the one that was so most often. See ``Telemetry``.
+        """
+        return self._totals.taken()
 
     @property
     def algorithms(self) -> list[str]:
@@ -328,6 +339,8 @@ class DataParallel:
                 plan.wait()
             else:
                 plan()
+            if isinstance(plan, CompressedPlan) and plan.telemetry is not None:
+                self._totals.add(plan.telemetry)
             yield bucket.views
 
     def update(self, gradients: Mapping[str, Any]) -> None:

@@ -104,23 +104,37 @@ class Others:
         """Those that can reduce values such as ``x``. Collective."""
         found: list[Contender] = []
         if self._has_job and library_reduces(x):
-            answer = self._on_first(lambda: self._ask(n=x.size, dtype=x.dtype.name))
-            if not answer["right"]:
+            answer = self._on_first(lambda: self._prepare(x))
+            self._has_job = answer is not None
+            if answer is not None and not answer["right"]:
                 raise RuntimeError(f"library, {self.level}: a wrong sum of {x.size} values")
-            found += [
-                Contender(f"{name}, {answer['level']}", _nothing, seconds=partial(self._sample, way))
-                for way, name in enumerate(LIBRARY)
-            ]
+            if answer is not None:
+                found += [
+                    Contender(f"{name}, {answer['level']}", _nothing, seconds=partial(self._sample, way))
+                    for way, name in enumerate(LIBRARY)
+                ]
         if self._gloo is not None and x.dtype == np.float32:
             found.append(Contender("gloo", partial(self._gloo.all_reduce, self._torch.from_numpy(x)), x, x))
         return found
 
-    def _ask(self, **command: Any) -> Any:
+    def _prepare(self, x: Any) -> Any:
+        """The other job's word that it is ready for values such as ``x``; None: it is left out from now on."""
         assert self._job is not None
-        return self._job.ask(**command)
+        try:
+            return self._job.ask(n=x.size, dtype=x.dtype.name)
+        except OSError as error:
+            self.remarks.append(f"no library at thread level {self.level} from {x.nbytes} bytes on: {error}")
+            click.echo(self.remarks[-1])
+            self._job.close()
+            self._job = None
+            return None
 
     def _sample(self, way: int) -> float:
-        return float(self._on_first(lambda: self._ask(way=way)))
+        def ask() -> Any:
+            assert self._job is not None
+            return self._job.ask(way=way)
+
+        return float(self._on_first(ask))
 
     def close(self) -> None:
         """End what was started."""

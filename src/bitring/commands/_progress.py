@@ -41,12 +41,24 @@ class Progress:
         line = (
             f"epoch {record['epoch']:>{len(str(self._epochs))}}/{self._epochs}  loss {record['train_loss']:.4f}  "
             f"test accuracy {record['test_accuracy']:.4f}  {record['samples_per_second']:,.0f} samples/s  "
-            f"{megabytes(record['bytes_sent'])} sent  {record['seconds']:.1f} s"
+            f"{megabytes(record['bytes_sent'])} sent  {record['seconds']:.1f} s{_of_exchanges(record['telemetry'])}"
         )
         if self._bar is None:
             click.echo(line)
         else:
             self._bar.console.print(line, highlight=False)
+
+
+def _of_exchanges(telemetry: Mapping[str, Any]) -> str:
+    """Where the epoch's encoded exchanges spent their time, and what they left out."""
+    if not telemetry:
+        return ""
+    names = ("encode", "wire", "decode", "wait")
+    parts = ", ".join(f"{name} {telemetry[f'{name}_seconds']:.2g} s" for name in names)
+    slowest = "" if telemetry["slowest_rank"] is None else f" for rank {telemetry['slowest_rank']}"
+    ratio = telemetry["residual_ratio"]
+    left = "" if ratio is None else f"; residual {ratio:.2g} of the gradient"
+    return f"  ({parts}{slowest}{left})"
 
 
 def _bar(width: int) -> Any:

@@ -190,6 +190,7 @@ def _train(
                     "bytes_sent": sent_before + max(sent for _, sent, _ in sums),
                     "bytes_exact": exact * epoch,
                     "digest": digest,
+                    "telemetry": trainer.telemetry(),
                 }
             )
             if progress is not None:
