@@ -196,6 +196,7 @@ class Lockstep:
         self._stacks = (logs / f"stacks-{RANK}.log").open("a", encoding="utf-8") if logs else None
         self._comm: MPI.Intracomm | None = None
         self._outcome = "passed"
+        self._began = 0.0
         self._deadline = 0.0
         self._record(event="began", pid=os.getpid())
         self._watch(self.BETWEEN_SECONDS)
@@ -229,7 +230,7 @@ class Lockstep:
         self._record(event="collected", tests=names)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._outcome = "passed"
+        self._outcome, self._began = "passed", time.monotonic()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> bool | None:
@@ -263,7 +264,8 @@ class Lockstep:
                 f"rank {rank} {outcome}" for rank, outcome in enumerate(outcomes) if outcome != self._outcome
             )
         common = outcomes[0] if len(set(outcomes)) == 1 else "failed"
-        self._record(event="end", test=item.nodeid, outcome=common)
+        seconds = round(time.monotonic() - self._began, 2)
+        self._record(event="end", test=item.nodeid, outcome=common, seconds=seconds)
         self._watch(self.BETWEEN_SECONDS)
 
     @pytest.hookimpl(wrapper=True)
