@@ -148,6 +148,24 @@ def residual_dtype(dtype: Any) -> Any:
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
+def check_whole(encoder: Encoder, setting: str, least: int, most: int) -> None:
+    """Raise unless the setting is an int from ``least`` to ``most``."""
+    name, x = type(encoder).__name__, getattr(encoder, setting)
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name}: {setting} must be an int; got {type(x).__name__}")
+    if not least <= x <= most:
+        raise ValueError(f"{name}: {setting} must be {least} to {most}; got {x}")
+
+
+def check_positive(encoder: Encoder, setting: str, most: float) -> None:
+    """Raise unless the setting is a number above 0, up to ``most``."""
+    name, x = type(encoder).__name__, getattr(encoder, setting)
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: {setting} must be a number; got {type(x).__name__}")
+    if not 0 < x <= most:
+        raise ValueError(f"{name}: {setting} must be above 0 and at most {most}; got {x}")
+
+
 def check_block(encoder: Encoder) -> None:
     """Raise unless ``encoder.block`` is a positive multiple of 64."""
     name, block = type(encoder).__name__, encoder.block

@@ -41,7 +41,12 @@ def wide_pointer_type(dtype: Any) -> Any:
 
 def inline(function: Function) -> Function:
     """A part of kernels, compiled into each that calls it."""
-    return cast(Function, numba.njit(forceinline=True, **_OPTIONS)(function))
+    return cast(Function, numba.njit(forceinline=True, error_model="numpy")(function))
+
+
+def shared(function: Function) -> Function:
+    """A larger part of kernels, which may stay a function of its own: that compiles faster."""
+    return cast(Function, numba.njit(error_model="numpy")(function))
 
 
 def jit(function: Function) -> Function:

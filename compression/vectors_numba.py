@@ -4,7 +4,8 @@ A compiler may not reorder the sums of a plain loop, so that one is slow; with `
 differently on each machine. Lane k of a sum of vectors is the same on every machine, whatever the width of its
 registers.
 
-Addresses are integers; ``like`` is a pointer that tells what it points to.
+Addresses are integers; ``like`` is a pointer that tells what it points to. ``lanes_numba.py`` is for kernels written in
+Python.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Kind:
 
     def load(self, builder: Any, array: Any, part: Any) -> Any:
         """Part number ``part`` of the stored values at ``array``, widened exactly."""
-        x = read(builder, self.stored, element(builder, array, part, self.stored_nbytes))
+        return self.widen(builder, read(builder, self.stored, element(builder, array, part, self.stored_nbytes)))
+
+    def widen(self, builder: Any, x: Any) -> Any:
+        """``stored`` to ``wide``, exactly."""
         if self.dtype == types.int16:
             return _float16_to_float32(builder, x)
         return _bfloat16_to_float32(builder, x) if self.dtype == types.uint16 else x
@@ -195,3 +199,35 @@ def put(typing: Any, address: Any, x: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, x), generate
+
+
+@intrinsic
+def clear(typing: Any, address: Any, nbytes: Any) -> Any:
+    """Set bytes to zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        cgutils.memset(builder, builder.inttoptr(arguments[0], POINTER), arguments[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@numba_intrinsic(prefer_literal=True)
+def stack(typing: Any, nbytes: Any) -> Any:
+    """The address of so many bytes (a constant) of stack memory. Each call that the code holds has its own."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.VectorType(I64, PART), -(-nbytes.literal_value // 64)))
+        return builder.ptrtoint(memory, I64)
+
+    return types.int64(nbytes), generate
+
+
+@intrinsic
+def as_type(typing: Any, address: Any, like: Any) -> Any:
+    """The address as a pointer of ``like``'s type."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(like))
+
+    return like(types.int64, like), generate

@@ -1,0 +1,161 @@
+"""Whole numbers of a few bits each, without gaps: the parts that the kernels of ``linear.py`` and ``fixed.py`` share.
+
+8 numbers of b bits, 2 <= b <= 16, in two's complement, are b bytes: a word of up to 64 bits, one more where b > 8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from bitring.compression.jit import inline
+from bitring.compression.lanes_numba import absolute, lanes, largest, load, select, store
+from bitring.compression.vectors_numba import (
+    DOUBLE,
+    FLOAT,
+    I16,
+    I32,
+    I64,
+    PART,
+    address,
+    copy,
+    get,
+    intrinsic,
+    put,
+    splat,
+    stack,
+)
+
+STEP_NBYTES = 4
+WORDS_NBYTES = 16
+HALVES = ir.VectorType(I16, PART)
+
+
+@intrinsic
+def _words(typing: Any, x: Any, nbits: Any) -> Any:
+    """Lanes of whole numbers as two words of four 16-bit numbers, of which the last ``nbits`` bits are kept."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_, nbits = arguments
+        # Numbers are as wide as the lanes at first: vectors convert to that in one instruction.
+        numbers = builder.fptosi(x_, ir.VectorType(I64 if x.dtype == types.float64 else I32, PART))
+        unused = builder.sub(I16(16), builder.trunc(nbits, I16))
+        kept = splat(builder, builder.lshr(I16(0xFFFF), unused))
+        words = builder.bitcast(builder.and_(builder.trunc(numbers, HALVES), kept), ir.VectorType(I64, 2))
+        both = [builder.extract_element(words, I32(k)) for k in (0, 1)]
+        return context.make_tuple(builder, signature.return_type, both)
+
+    return types.UniTuple(types.uint64, 2)(x, types.int64), generate
+
+
+@intrinsic
+def _numbers(typing: Any, low: Any, high: Any, nbits: Any, like: Any) -> Any:
+    """What ``_words`` was given, as lanes of ``like``'s type."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words = ir.Constant(ir.VectorType(I64, 2), ir.Undefined)
+        for k in (0, 1):
+            words = builder.insert_element(words, arguments[k], I32(k))
+        unused = splat(builder, builder.sub(I16(16), builder.trunc(arguments[2], I16)))
+        numbers = builder.ashr(builder.shl(builder.bitcast(words, HALVES), unused), unused)
+        wide = builder.sext(numbers, ir.VectorType(I32, PART))
+        return builder.sitofp(wide, ir.VectorType(DOUBLE if like.dtype == types.float64 else FLOAT, PART))
+
+    return like(types.uint64, types.uint64, types.int64, like), generate
+
+
+@inline
+def _squeezed(word: Any, b: Any) -> Any:
+    """Four numbers of ``b`` bits, 16 apart, with no gaps between them."""
+    pairs = (word & np.uint64(0x0000FFFF0000FFFF)) | ((word >> np.uint64(16) & np.uint64(0x0000FFFF0000FFFF)) << b)
+    return (pairs & np.uint64(0xFFFFFFFF)) | ((pairs >> np.uint64(32)) << b << b)
+
+
+@inline
+def _spread(word: Any, b: Any) -> Any:
+    """The reverse of ``_squeezed``; bits behind the four numbers are ignored."""
+    pair = (np.uint64(1) << b << b) - np.uint64(1)
+    pairs = (word & pair) | ((word >> b >> b & pair) << np.uint64(32))
+    one = (np.uint64(1) << b) - np.uint64(1)
+    each = one | one << np.uint64(32)
+    return (pairs & each) | ((pairs >> b & each) << np.uint64(16))
+
+
+@inline
+def pack(numbers: Any, nbits: int, at: int, end: int) -> None:
+    """Write 8 numbers at address ``at``, or as many of their bytes as there is room before ``end``."""
+    b = np.uint64(nbits)
+    first, second = _words(numbers, nbits)
+    first, second = _squeezed(first, b), _squeezed(second, b)
+    half, rest = b + b, np.uint64(32) - b - b  # shifted by twice: a shift by all 64 bits is undefined
+    low, high = first | second << half << half, second >> rest >> rest
+    if at + WORDS_NBYTES <= end:  # what is written behind the numbers, the next ones overwrite
+        put(at, low)
+        if nbits > 8:
+            put(at + 8, high)
+    else:
+        words = stack(WORDS_NBYTES)
+        put(words, low)
+        put(words + 8, high)
+        copy(at, words, min(nbits, end - at))
+
+
+@inline
+def unpack(like: Any, nbits: int, at: int, end: int) -> Any:
+    """The 8 numbers at address ``at``, as lanes of ``like``'s type; nothing from ``end`` on is read."""
+    b = np.uint64(nbits)
+    low, high = np.uint64(0), np.uint64(0)
+    if at + WORDS_NBYTES <= end:
+        low = get(at, np.uint64(0))
+        if nbits > 8:
+            high = get(at + 8, np.uint64(0))
+    else:
+        words = stack(WORDS_NBYTES)
+        put(words, low)
+        put(words + 8, high)
+        copy(words, at, min(nbits, end - at))
+        low, high = get(words, np.uint64(0)), get(words + 8, np.uint64(0))
+    half, rest = b + b, np.uint64(32) - b - b
+    return _numbers(_spread(low, b), _spread(low >> half >> half | high << rest << rest, b), nbits, like)
+
+
+@inline
+def nbytes_of(count: int, nbits: int) -> Any:
+    """Bytes of a block: the step, then the numbers."""
+    return STEP_NBYTES + (count * nbits + 7) // 8
+
+
+@inline
+def largest_magnitude(values: Any, residual: Any, first: int, stop: int) -> Any:
+    """The largest |v| of a block, v = values + residual; a NaN does not count."""
+    most = lanes(0.0, values)
+    for i in range(first, stop, PART):
+        magnitude = absolute(load(values, i, stop) + load(residual, i, stop))
+        most = select(magnitude > most, magnitude, most)
+    return largest(most)
+
+
+def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, settings: Any) -> Any:
+    """See ``functions.py``; settings: block, bits."""
+    block: Any = np.int64(settings[0])
+    nbits: Any = np.int64(settings[1])
+    like = lanes(0.0, out)
+    at = 0
+    for first in range(0, n, block):
+        stop = min(first + block, n)
+        end = at + nbytes_of(stop - first, nbits)
+        if end > nbytes:
+            return -1
+        step = lanes(get(address(payload) + at, np.float32(0)), out)
+        here = address(payload) + at + STEP_NBYTES
+        for i in range(first, stop, PART):
+            x = unpack(like, nbits, here, address(payload) + end) * step
+            if accumulate:
+                x = load(out, i, stop) + x
+            store(out, i, stop, x)
+            here += nbits
+        at = end
+    return 0 if at == nbytes else -1
