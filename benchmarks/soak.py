@@ -29,7 +29,7 @@ POINTS = 25
 
 MAX_NBYTES = 1 << 20
 
-# UCX, which both MPI wheels may bring, follows each mmap and munmap of the process, and keeps some 150 bytes of each for
+# UCX, which an MPI library may use, follows each mmap and munmap of the process, and keeps some 150 bytes of each for
 # ever: a process that only maps and unmaps memory, without bitring, grows as much.
 _NO_MEMORY_EVENTS = {"UCX_MEM_EVENTS": "n", "UCX_MEM_MMAP_HOOK_MODE": "none"}
 
