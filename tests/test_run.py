@@ -39,7 +39,7 @@ def test_a_hang_costs_its_limit_and_shows_the_stacks_of_all_ranks(run_tests):
 import time, pytest
 def test_before(comm):
     comm.Barrier()
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(3)
 def test_hangs(comm):
     if comm.rank == 0:
         comm.Barrier()  # stands here
@@ -52,7 +52,7 @@ def test_after(comm):
     )
     assert status == 1
     assert counts.split() == ["2", "1", "0"], output
-    assert "FAILED tests/test_inner.py::test_hangs: did not end within 5 s" in output
+    assert "FAILED tests/test_inner.py::test_hangs: did not end within 3 s" in output
     stacks = output.split("FAILED tests/test_inner.py::test_hangs")[1].split("----- rank ")
     assert 'test_inner.py", line 8 in test_hangs' in stacks[1], output
     assert 'test_inner.py", line 10 in test_hangs' in stacks[2], output
@@ -62,7 +62,7 @@ def test_a_rank_that_raises_alone_is_shown_beside_the_one_that_waits_for_it(run_
     status, output, counts = run_tests(
         """
 import pytest
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(3)
 def test_raises(comm):
     if comm.rank == 1:
         raise RuntimeError("rank one is unhappy")

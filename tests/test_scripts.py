@@ -133,7 +133,7 @@ def test_scripts_test_names_its_stages(clean_environment):
         check=False,
     )
     assert done.returncode == 2
-    assert "unknown stage 'mpich-9'; known: lint types shell single mpich-2" in done.stderr
+    assert "unknown stage 'mpich-9'; known: lint types shell single started mpich-2" in done.stderr
 
 
 @pytest.fixture
