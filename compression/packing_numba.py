@@ -70,9 +70,7 @@ def _numbers(typing: Any, low: Any, high: Any, nbits: Any, like: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         low, high, nbits, _ = arguments
-        fours = builder.insert_element(
-            builder.insert_element(ir.Constant(WORDS, ir.Undefined), low, I32(0)), high, I32(1)
-        )
+        fours = builder.insert_element(_in_both(builder, low), high, I32(1))
         b = _in_both(builder, nbits)
         twice = builder.add(b, b)
         mask = builder.sub(builder.shl(_constants(1), twice), _constants(1))
