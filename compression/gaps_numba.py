@@ -95,7 +95,7 @@ def put_group(payload: Any, capacity: int, bit: int, gaps: Any, items: Any, coun
         total += gaps[j]
     # The best k is near the logarithm of the mean.
     near = 64 - zeros_above(np.uint64(total // count)) if count else 0
-    best_k, fewest = 0, np.int64(1) << 62
+    best_k, fewest = 0, 1 << 62
     for k in range(max(near - 2, 0), min(near + 1, MOST_K) + 1):
         nbits = count * (k + 1)
         for j in range(count):
@@ -137,7 +137,7 @@ def decode_block(
     """
     limit = 8 * nbytes
     number = stack(8)
-    index = first - 1
+    index: Any = first - 1
     if not accumulate:
         clear(address(out) + first * itemsize(out), (stop - first) * itemsize(out))
     full = True
@@ -146,8 +146,8 @@ def decode_block(
             return -1
         word = _bits(payload, nbytes, bit)
         full = (word & np.uint64(1)) != 0
-        k = np.int64(word >> np.uint64(1) & np.uint64(15))
-        count = GROUP
+        k: Any = np.int64(word >> np.uint64(1) & np.uint64(15))
+        count: Any = GROUP
         bit += 5
         if not full:
             count = np.int64(word >> np.uint64(5) & np.uint64(127))

@@ -6,6 +6,7 @@ behind it are zeros. Nothing is contracted or reordered, so that results are the
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -76,10 +77,14 @@ def _operator(function: Any, result: Callable[[Any], Any], lower: Callable[[Any,
             x, y = args
             return signature(result(x), x, y) if isinstance(x, Lanes) and x == y else None
 
-    infer_global(function)(Template)
-    lower_builtin(function, Lanes, Lanes)(
-        lambda context, builder, signature, arguments: lower(builder, arguments[0], arguments[1])
-    )
+    found: Any = infer_global(function)
+    found(Template)
+    registered: Any = functools.partial(lower_builtin, function)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return lower(builder, *arguments)
+
+    registered(Lanes, Lanes)(generate)
 
 
 _operator(operator.add, lambda x: x, lambda builder, x, y: builder.fadd(x, y))

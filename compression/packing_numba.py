@@ -31,21 +31,34 @@ from bitring.compression.vectors_numba import (
 
 STEP_NBYTES = 4
 WORDS_NBYTES = 16
-HALVES = ir.VectorType(I16, PART)
+HALVES, WORDS = ir.VectorType(I16, PART), ir.VectorType(I64, 2)
+
+
+def _in_both(builder: Any, x: Any) -> Any:
+    words = builder.insert_element(ir.Constant(WORDS, ir.Undefined), x, I32(0))
+    return builder.insert_element(words, x, I32(1))
+
+
+def _constants(x: int) -> Any:
+    return ir.Constant(WORDS, [x, x])
 
 
 @intrinsic
 def _words(typing: Any, x: Any, nbits: Any) -> Any:
-    """Lanes of whole numbers as two words of four 16-bit numbers, of which the last ``nbits`` bits are kept."""
+    """Lanes of whole numbers as two words: the last ``nbits`` bits of four numbers each, with no gaps between them."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x_, nbits = arguments
+        vector, nbits = arguments
         # Numbers are as wide as the lanes at first: vectors convert to that in one instruction.
-        numbers = builder.fptosi(x_, ir.VectorType(I64 if x.dtype == types.float64 else I32, PART))
-        unused = builder.sub(I16(16), builder.trunc(nbits, I16))
-        kept = splat(builder, builder.lshr(I16(0xFFFF), unused))
-        words = builder.bitcast(builder.and_(builder.trunc(numbers, HALVES), kept), ir.VectorType(I64, 2))
-        both = [builder.extract_element(words, I32(k)) for k in (0, 1)]
+        numbers = builder.fptosi(vector, ir.VectorType(I64 if x.dtype == types.float64 else I32, PART))
+        kept = splat(builder, builder.lshr(I16(0xFFFF), builder.trunc(builder.sub(I64(16), nbits), I16)))
+        words = builder.bitcast(builder.and_(builder.trunc(numbers, HALVES), kept), WORDS)
+        b, even = _in_both(builder, nbits), _constants(0x0000FFFF0000FFFF)
+        odd = builder.shl(builder.and_(builder.lshr(words, _constants(16)), even), b)
+        pairs = builder.or_(builder.and_(words, even), odd)
+        second = builder.shl(builder.lshr(pairs, _constants(32)), builder.add(b, b))
+        fours = builder.or_(builder.and_(pairs, _constants(0xFFFFFFFF)), second)
+        both = [builder.extract_element(fours, I32(k)) for k in (0, 1)]
         return context.make_tuple(builder, signature.return_type, both)
 
     return types.UniTuple(types.uint64, 2)(x, types.int64), generate
@@ -53,13 +66,21 @@ def _words(typing: Any, x: Any, nbits: Any) -> Any:
 
 @intrinsic
 def _numbers(typing: Any, low: Any, high: Any, nbits: Any, like: Any) -> Any:
-    """What ``_words`` was given, as lanes of ``like``'s type."""
+    """What ``_words`` was given, as lanes of ``like``'s type; bits of a word behind its four numbers are ignored."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        words = ir.Constant(ir.VectorType(I64, 2), ir.Undefined)
-        for k in (0, 1):
-            words = builder.insert_element(words, arguments[k], I32(k))
-        unused = splat(builder, builder.sub(I16(16), builder.trunc(arguments[2], I16)))
+        low, high, nbits, _ = arguments
+        fours = builder.insert_element(_in_both(builder, low), high, I32(1))
+        b = _in_both(builder, nbits)
+        twice = builder.add(b, b)
+        mask = builder.sub(builder.shl(_constants(1), twice), _constants(1))
+        second = builder.shl(builder.and_(builder.lshr(fours, twice), mask), _constants(32))
+        pairs = builder.or_(builder.and_(fours, mask), second)
+        # The bits above each number are shifted out below.
+        odd = builder.shl(builder.lshr(pairs, b), _constants(16))
+        even = _constants(0x0000FFFF0000FFFF)
+        words = builder.or_(builder.and_(pairs, even), builder.and_(odd, _constants(0xFFFF0000FFFF0000)))
+        unused = splat(builder, builder.trunc(builder.sub(I64(16), nbits), I16))
         numbers = builder.ashr(builder.shl(builder.bitcast(words, HALVES), unused), unused)
         wide = builder.sext(numbers, ir.VectorType(I32, PART))
         return builder.sitofp(wide, ir.VectorType(DOUBLE if like.dtype == types.float64 else FLOAT, PART))
@@ -68,28 +89,10 @@ def _numbers(typing: Any, low: Any, high: Any, nbits: Any, like: Any) -> Any:
 
 
 @inline
-def _squeezed(word: Any, b: Any) -> Any:
-    """Four numbers of ``b`` bits, 16 apart, with no gaps between them."""
-    pairs = (word & np.uint64(0x0000FFFF0000FFFF)) | ((word >> np.uint64(16) & np.uint64(0x0000FFFF0000FFFF)) << b)
-    return (pairs & np.uint64(0xFFFFFFFF)) | ((pairs >> np.uint64(32)) << b << b)
-
-
-@inline
-def _spread(word: Any, b: Any) -> Any:
-    """The reverse of ``_squeezed``; bits behind the four numbers are ignored."""
-    pair = (np.uint64(1) << b << b) - np.uint64(1)
-    pairs = (word & pair) | ((word >> b >> b & pair) << np.uint64(32))
-    one = (np.uint64(1) << b) - np.uint64(1)
-    each = one | one << np.uint64(32)
-    return (pairs & each) | ((pairs >> b & each) << np.uint64(16))
-
-
-@inline
 def pack(numbers: Any, nbits: int, at: int, end: int) -> None:
     """Write 8 numbers at address ``at``, or as many of their bytes as there is room before ``end``."""
     b = np.uint64(nbits)
     first, second = _words(numbers, nbits)
-    first, second = _squeezed(first, b), _squeezed(second, b)
     half, rest = b + b, np.uint64(32) - b - b  # shifted by twice: a shift by all 64 bits is undefined
     low, high = first | second << half << half, second >> rest >> rest
     if at + WORDS_NBYTES <= end:  # what is written behind the numbers, the next ones overwrite
@@ -119,7 +122,7 @@ def unpack(like: Any, nbits: int, at: int, end: int) -> Any:
         copy(words, at, min(nbits, end - at))
         low, high = get(words, np.uint64(0)), get(words + 8, np.uint64(0))
     half, rest = b + b, np.uint64(32) - b - b
-    return _numbers(_spread(low, b), _spread(low >> half >> half | high << rest << rest, b), nbits, like)
+    return _numbers(low, low >> half >> half | high << rest << rest, nbits, like)
 
 
 @inline

@@ -19,7 +19,8 @@ SIGN_NBITS = 1
 @shared
 def _tau_for(values: Any, residual: Any, first: int, stop: int, density: float) -> Any:
     """The tau that about a part ``density`` of the block reaches; where fewer are not zero, a half of these."""
-    tau = sampled_kth_largest(values, residual, first, stop, max(np.int64(density * (stop - first)), 1))
+    k: Any = max(np.int64(density * (stop - first)), 1)
+    tau = sampled_kth_largest(values, residual, first, stop, k)
     if tau == 0:
         count = 0
         zero = lanes(0.0, values)

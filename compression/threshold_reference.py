@@ -29,7 +29,7 @@ def sampled_kth_largest(v: Array, k: int) -> Any:
 
 def _tau_for(v: Array, density: float) -> np.float32:
     tau = sampled_kth_largest(v, max(int(density * v.size), 1))
-    some = np.count_nonzero(v)
+    some = int(np.count_nonzero(v))
     return np.float32(kth_largest(v, (some + 1) // 2) if tau == 0 and some else tau)
 
 

@@ -21,9 +21,10 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
     gaps, items, number = as_integers(stack(GROUP_NBYTES)), as_integers(stack(GROUP_NBYTES)), stack(8)
     zero = lanes(0.0, values)
     bit: Any = 0
+    ties: Any
     for first in range(0, n, block):
         stop = min(first + block, n)
-        k = max(np.int64(density * (stop - first)), 1)
+        k: Any = max(np.int64(density * (stop - first)), 1)
         if sampled:
             least, left, ties = sampled_kth_largest(values, residual, first, stop, k), 2 * k, 2 * k
         else:

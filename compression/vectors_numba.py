@@ -28,6 +28,9 @@ POINTER = I8.as_pointer()
 intrinsic: Any = numba_intrinsic  # whose functions lack, when called, the first parameter of their definition
 
 
+_intrinsic_of_constants: Any = numba_intrinsic(prefer_literal=True)
+
+
 class Kind:
     """How 8 values are loaded, computed with (in float32, or float64 for float64) and stored."""
 
@@ -212,7 +215,7 @@ def clear(typing: Any, address: Any, nbytes: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@numba_intrinsic(prefer_literal=True)
+@_intrinsic_of_constants
 def stack(typing: Any, nbytes: Any) -> Any:
     """The address of so many bytes (a constant) of stack memory. Each call that the code holds has its own."""
 

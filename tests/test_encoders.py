@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import itertools
+import mmap
 from typing import Any
 
+import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitring.compression import (
+    cast_reference,
+    fixed_reference,
+    linear_reference,
+    sign_reference,
+    threshold_reference,
+    topk_reference,
+)
 from bitring.compression.encoder import VALUE_DTYPES, Encoder, compressors, residual_dtype
+from bitring.compression.fixed import Fixed
+from bitring.compression.functions import DECODE, ENCODE
+from bitring.compression.jit import _parts
+from bitring.compression.linear import Linear
+from bitring.compression.sign import Sign
+from bitring.compression.threshold import Threshold
+from bitring.compression.topk import TopK
 
 pytestmark = pytest.mark.single
 
@@ -18,6 +38,22 @@ ENCODERS = [cls for name in compressors.names() if issubclass(cls := compressors
 
 each_encoder = pytest.mark.parametrize("make", ENCODERS, ids=lambda cls: cls.__name__)
 each_dtype = pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=lambda dtype: dtype.name)
+
+
+def small(make: Any) -> Encoder:
+    """With blocks that tests can afford."""
+    encoder: Encoder = make(block=1024)
+    return encoder
+
+
+@each_encoder
+@pytest.mark.timeout(300)
+def test_warm_up_takes_each_dtype_and_no_other(make: Any) -> None:
+    # Comes first: under Hypothesis, which traces, compiling takes long.
+    for dtype in VALUE_DTYPES:
+        make().warm_up(dtype)
+    with pytest.raises(TypeError, match="compression is for float16, bfloat16, float32, float64; got int32"):
+        make().warm_up(np.int32)
 
 
 def gradient(n: int, dtype: Any, seed: int = 0) -> Any:
@@ -50,9 +86,10 @@ def lengths(encoder: Encoder) -> Any:
 
 @each_encoder
 @each_dtype
+@hypothesis.settings(max_examples=30)
 @given(data=st.data())
 def test_decoded_and_residual_make_the_value(make: Any, dtype: Any, data: Any) -> None:
-    encoder: Encoder = make()
+    encoder: Encoder = small(make)
     n, seed = data.draw(lengths(encoder)), data.draw(st.integers(0, 99))
     values, wide = gradient(n, dtype, seed), residual_dtype(dtype)
     before, residual = values.copy(), gradient(n, wide, seed + 1)
@@ -66,9 +103,10 @@ def test_decoded_and_residual_make_the_value(make: Any, dtype: Any, data: Any) -
 
 @each_encoder
 @each_dtype
+@hypothesis.settings(max_examples=30)
 @given(data=st.data())
 def test_accumulate_adds_and_rounds_once(make: Any, dtype: Any, data: Any) -> None:
-    encoder: Encoder = make()
+    encoder: Encoder = small(make)
     n = data.draw(lengths(encoder))
     payload = encoded(encoder, gradient(n, np.float32), np.zeros(n, np.float32))
     wide, out = residual_dtype(dtype), gradient(n, dtype, 5)
@@ -81,7 +119,7 @@ def test_accumulate_adds_and_rounds_once(make: Any, dtype: Any, data: Any) -> No
 @each_encoder
 @each_dtype
 def test_zeros_stay_exactly_zero(make: Any, dtype: Any) -> None:
-    encoder: Encoder = make()
+    encoder: Encoder = small(make)
     for n in (1, encoder.block, encoder.block + 3):
         for values in (np.zeros(n, dtype), -np.zeros(n, dtype)):
             residual = np.zeros(n, residual_dtype(dtype))
@@ -93,7 +131,7 @@ def test_zeros_stay_exactly_zero(make: Any, dtype: Any) -> None:
 @each_encoder
 @each_dtype
 def test_nothing_is_lost_over_many_steps(make: Any, dtype: Any) -> None:
-    encoder: Encoder = make()
+    encoder: Encoder = small(make)
     n, steps = 2 * encoder.block + 13, 50
     wide = residual_dtype(dtype)
     residual, applied, total = np.zeros(n, wide), np.zeros(n), np.zeros(n)
@@ -108,7 +146,7 @@ def test_nothing_is_lost_over_many_steps(make: Any, dtype: Any) -> None:
 @each_encoder
 @each_dtype
 def test_two_runs_give_the_same_bits(make: Any, dtype: Any) -> None:
-    encoder: Encoder = make()
+    encoder: Encoder = small(make)
     n = 3 * encoder.block + 5
     runs: list[bytes] = []
     for _ in range(2):
@@ -119,14 +157,15 @@ def test_two_runs_give_the_same_bits(make: Any, dtype: Any) -> None:
 
 
 @each_encoder
-def test_pieces_of_whole_blocks_encode_to_what_the_whole_does(make: Any) -> None:
-    encoder: Encoder = make()
+def test_payloads_of_pieces_are_pieces_of_the_payload(make: Any) -> None:
+    encoder: Encoder = small(make)
     cut, n = 2 * encoder.block, 5 * encoder.block + 3
     values, residual = gradient(n, np.float32), np.zeros(n, np.float32)
-    whole = decoded(encoder, encoded(encoder, values, residual.copy()), n, np.float32)
-    for piece in (slice(0, cut), slice(cut, n)):
-        payload = encoded(encoder, values[piece], residual[piece])
-        assert decoded(encoder, payload, values[piece].size, np.float32).tobytes() == whole[piece].tobytes()
+    whole = encoded(encoder, values, residual.copy())
+    pieces = [encoded(encoder, values[piece], residual[piece]) for piece in (slice(0, cut), slice(cut, n))]
+    assert whole.tobytes() == np.concatenate(pieces).tobytes()
+    if encoder.fixed_size:
+        assert [piece.size for piece in pieces] == [encoder.nbytes(cut), encoder.nbytes(n - cut)]
 
 
 @each_encoder
@@ -138,16 +177,8 @@ def test_settings_are_frozen_and_equal_by_value(make: Any) -> None:
 
 
 @each_encoder
-def test_warm_up_takes_each_dtype_and_no_other(make: Any) -> None:
-    for dtype in VALUE_DTYPES:
-        make().warm_up(dtype)
-    with pytest.raises(TypeError, match="compression is for float16, bfloat16, float32, float64; got int32"):
-        make().warm_up(np.int32)
-
-
-@each_encoder
 def test_a_payload_of_the_wrong_length_is_refused(make: Any) -> None:
-    encoder: Encoder = make()
+    encoder: Encoder = small(make)
     n = encoder.block + 1
     payload = encoded(encoder, gradient(n, np.float32), np.zeros(n, np.float32))
     for wrong in (payload[:-1], payload[:0], np.append(payload, np.uint8(0))):
@@ -194,7 +225,7 @@ def test_encode_names_what_is_wrong(make: Any, argument: str, wrong: Any, error:
         "payload": np.zeros(4096, np.uint8),
     }
     with pytest.raises(error, match=f"{make.__name__}.encode: {text}"):
-        make().encode(**(arguments | {argument: wrong}))
+        small(make).encode(**(arguments | {argument: wrong}))
 
 
 @each_encoder
@@ -209,9 +240,9 @@ def test_encode_names_what_is_wrong(make: Any, argument: str, wrong: Any, error:
     ],
 )
 def test_decode_names_what_is_wrong(make: Any, argument: str, wrong: Any, error: Any, text: str) -> None:
-    payload = encoded(make(), np.ones(4, np.float32), np.zeros(4, np.float32))
+    payload = encoded(small(make), np.ones(4, np.float32), np.zeros(4, np.float32))
     with pytest.raises(error, match=f"{make.__name__}.decode: {text}"):
-        make().decode(**({"payload": payload, "out": np.zeros(4, np.float32)} | {argument: wrong}))
+        small(make).decode(**({"payload": payload, "out": np.zeros(4, np.float32)} | {argument: wrong}))
 
 
 @each_encoder
@@ -224,11 +255,230 @@ def test_host_and_device_arrays_do_not_mix(make: Any, monkeypatch: pytest.Monkey
     with pytest.raises(
         TypeError, match=r"residual must be in host memory, as the other arrays are; got .* in device memory"
     ):
-        make().encode(np.zeros(4, np.float32), residual, np.zeros(4096, np.uint8))
+        small(make).encode(np.zeros(4, np.float32), residual, np.zeros(4096, np.uint8))
     with pytest.raises(TypeError, match="out must be in host memory"):
-        make().decode(np.zeros(9, np.uint8), residual)
+        small(make).decode(np.zeros(9, np.uint8), residual)
 
 
 def test_an_unknown_compressor_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"unknown compressor 'twobit'; known: .*onebit"):
         compressors.get("twobit")
+
+
+@each_encoder
+@each_dtype
+def test_an_encoding_leaves_less_than_there_was(make: Any, dtype: Any) -> None:
+    encoder = small(make)
+    n = 2 * encoder.block + 77
+    residual = np.zeros(n, residual_dtype(dtype))
+    norms = [float(np.linalg.norm(gradient(n, dtype).astype(np.float64)))]
+    values = gradient(n, dtype)
+    for _ in range(300):  # a gradient, then none
+        encoded(encoder, values, residual)
+        values = np.zeros(n, dtype)
+        norms.append(float(np.linalg.norm(residual.astype(np.float64))))
+    if make is Fixed:  # whose noise is no more than a step, wherever it is; test_fixed.py bounds it
+        assert norms[-1] < norms[0]
+    else:
+        assert norms[1] < norms[0]
+        assert all(after <= before for before, after in itertools.pairwise(norms))
+        assert norms[-1] < 0.2 * norms[0]
+
+
+@each_encoder
+def test_device_arrays_need_a_kernel(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = small(make)
+    if type(encoder).device_kernels is not Encoder.device_kernels:
+        return
+    monkeypatch.setattr("bitring.compression.encoder.is_device", lambda _: True)
+    values, residual, payload = np.ones(4, np.float32), np.zeros(4, np.float32), np.zeros(encoder.nbytes(4), np.uint8)
+    text = f"{make.__name__}: arrays must be in host memory, it has no kernels for a device; got device arrays"
+    with pytest.raises(TypeError, match=text):
+        encoder.encode(values, residual, payload)
+    with pytest.raises(TypeError, match=text):
+        encoder.decode(payload, values)
+
+
+HALVES: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def references() -> list[Any]:
+    """An encoder, and its encode and decode in NumPy; OneBit's are compared in test_onebit.py."""
+    pairs: list[tuple[Encoder, Any, dict[str, Any], tuple[str, ...]]] = [(Sign(192), sign_reference, {}, ())]
+    pairs += [(Linear(bits, 128), linear_reference, {"bits": bits}, ("bits",)) for bits in range(2, 9)]
+    pairs += [(Fixed(bits, 128), fixed_reference, {"bits": bits}, ("bits",)) for bits in (3, 8, 9, 13, 16)]
+    for tau, density in ((0.5, 0.01), (1e-4, 0.01), (None, 0.01), (None, 0.4)):
+        settings = {"tau": tau, "density": density}
+        pairs.append((Threshold(tau, density, 4160), threshold_reference, settings, tuple(settings)))
+    for density, sampled in ((0.01, False), (0.01, True), (0.2, False), (0.2, True)):
+        pairs.append((TopK(density, sampled, 4160), topk_reference, {"density": density, "sampled": sampled}, ()))
+    cases: list[Any] = []
+    for encoder, module, settings, also_decode in pairs:
+        decode = linear_reference.decode if module is fixed_reference else module.decode
+        cases.append(
+            pytest.param(
+                encoder,
+                functools.partial(module.encode, block=encoder.block, **settings),
+                functools.partial(decode, block=encoder.block, **{name: settings[name] for name in also_decode}),
+                id=str(encoder),
+            )
+        )
+    for name, half in HALVES.items():
+        encode = functools.partial(cast_reference.encode, half=half)
+        cases.append(
+            pytest.param(compressors.get(name)(), encode, functools.partial(cast_reference.decode, half=half), id=name)
+        )
+    return cases
+
+
+@pytest.mark.parametrize(("encoder", "encode", "decode"), references())
+@each_dtype
+def test_kernels_equal_the_reference(encoder: Encoder, encode: Any, decode: Any, dtype: Any) -> None:
+    wide = residual_dtype(dtype)
+    for n in (0, 1, 7, 8, 65, 4161):
+        for kind in ("normal", "wide", "sparse", "ties"):
+            rng = np.random.default_rng([n, len(kind)])
+            x = rng.normal(size=n)
+            if kind == "wide":
+                x *= 10 ** rng.uniform(-4, 4, n)
+            if kind == "sparse":
+                x = np.where(rng.random(n) < 0.002, x, 0)
+            if kind == "ties":
+                x = np.round(2 * x) / 2
+            values = x.astype(dtype)
+            residual = (rng.normal(size=n) * (kind in ("normal", "wide")) / 10).astype(wide)
+            expected_residual = residual.copy()
+            payload = np.full(encoder.nbytes(n) + 9, 0xAA, np.uint8)
+            expected = payload.copy()
+            used = encoder.encode(values, residual, payload)
+            assert used == encode(values, expected_residual, expected)
+            assert payload.tobytes() == expected.tobytes()  # what lies behind the payload is left alone
+            assert residual.tobytes() == expected_residual.tobytes()
+            for out_dtype in VALUE_DTYPES:
+                out = rng.normal(size=n).astype(out_dtype)
+                expected_out = out.copy()
+                accumulate = kind in ("normal", "sparse")
+                encoder.decode(payload[:used], out, accumulate)
+                decode(payload[:used], expected_out, accumulate=accumulate)
+                assert out.tobytes() == expected_out.tobytes()
+
+
+def at(array: Any) -> int:
+    address: int = array.ctypes.data
+    return address
+
+
+@each_encoder
+@each_dtype
+def test_functions_give_the_same_bits_and_refuse_what_does_not_fit(make: Any, dtype: Any) -> None:
+    encoder, n = small(make), 2500
+    wide = residual_dtype(dtype)
+    functions = encoder.functions(dtype)
+    encode, decode = ENCODE(functions.encode), DECODE(functions.decode)
+    values, residual, expected_residual = gradient(n, dtype), gradient(n, wide, 1), gradient(n, wide, 1)
+    expected = np.empty(encoder.nbytes(n), np.uint8)
+    expected = expected[: encoder.encode(values, expected_residual, expected, seed=5)]
+
+    payload = np.full(encoder.nbytes(n) + 2, 0xAA, np.uint8)[1:]  # at an odd address
+    used = encode(at(values), at(residual), n, at(payload), payload.size, 5, functions.settings)
+    assert payload[:used].tobytes() == expected.tobytes()
+    assert residual.tobytes() == expected_residual.tobytes()
+
+    for accumulate in (0, 1):
+        out, expected_out = gradient(n, dtype, 2), gradient(n, dtype, 2)
+        encoder.decode(expected, expected_out, accumulate=bool(accumulate))
+        assert decode(at(payload), used, at(out), n, accumulate, functions.settings) == 0
+        assert out.tobytes() == expected_out.tobytes()
+
+    for capacity in (0, 1, used // 2, used - 1):
+        payload[:] = 0xAA
+        assert encode(at(values), at(gradient(n, wide, 1)), n, at(payload), capacity, 5, functions.settings) == -1
+        assert (payload[capacity:] == 0xAA).all()
+    out = np.zeros(n, dtype)
+    for nbytes in (0, 1, used - 1, used + 1):
+        assert decode(at(payload), nbytes, at(out), n, 0, functions.settings) == -1
+    assert encode(at(values), at(residual), 0, at(payload), 0, 0, functions.settings) == 0
+    assert decode(at(payload), 0, at(out), 0, 0, functions.settings) == 0
+
+
+class Guarded:
+    """Memory that ends where a page begins that can be neither read nor written: going beyond it ends the process."""
+
+    def __init__(self, nbytes: int) -> None:
+        begin = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map = mmap.mmap(-1, begin + mmap.PAGESIZE)
+        pages = np.frombuffer(self._map, np.uint8)
+        guard = ctypes.c_void_p(at(pages) + begin)
+        assert ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        self._all = pages[:begin]
+
+    def last(self, nbytes: int) -> Any:
+        """The last bytes; those before them are set to 0xAA."""
+        self._all[:] = 0xAA
+        return self._all[self._all.size - nbytes :]
+
+    def untouched(self, nbytes: int) -> bool:
+        """Whether the others are as they were set."""
+        return bool((self._all[: self._all.size - nbytes] == 0xAA).all())
+
+
+def decode_nonsense(make: Any, cases: int) -> int:
+    """Decode damaged payloads and noise; how many were refused."""
+    encoder: Encoder = make(block=64)
+    rng = np.random.default_rng(cases)
+    payloads, outs = Guarded(4096), Guarded(4096)
+    refused = 0
+    originals = {n: encoded(encoder, gradient(n, np.float32), np.zeros(n, np.float32)) for n in (1, 64, 150, 300)}
+    for case in range(cases):
+        n = list(originals)[case % 4]
+        damaged = originals[n].copy()
+        kind = rng.integers(5)
+        if kind == 0:
+            damaged = damaged[: rng.integers(damaged.size)]
+        elif kind == 1:
+            damaged = rng.integers(0, 256, rng.integers(2 * damaged.size), np.uint8)
+        elif kind == 2:
+            damaged = np.append(damaged, rng.integers(0, 256, 5, np.uint8))
+        for _ in range(rng.integers(1, 4)):
+            if damaged.size:
+                damaged[rng.integers(damaged.size)] ^= np.uint8(1 << rng.integers(8))
+        payload = payloads.last(damaged.size)
+        payload[:] = damaged
+        dtype = VALUE_DTYPES[case // 4 % 4]
+        out = outs.last(n * dtype.itemsize).view(dtype)
+        try:
+            encoder.decode(payload, out, accumulate=bool(case & 16))
+        except ValueError:
+            refused += 1
+        assert outs.untouched(out.nbytes)
+        assert payload.tobytes() == damaged.tobytes()
+    return refused
+
+
+@each_encoder
+def test_nonsense_is_refused_or_decoded_within_bounds(make: Any) -> None:
+    assert decode_nonsense(make, 2000) > 500
+
+
+@each_encoder
+@pytest.mark.slow
+def test_much_nonsense_is_refused_or_decoded_within_bounds(make: Any) -> None:
+    assert decode_nonsense(make, 100_000) > 25_000
+
+
+@each_encoder
+@hypothesis.settings(max_examples=30)
+@given(seed=st.integers(0, 10_000))
+def test_numbers_that_are_not_finite_do_no_harm(make: Any, seed: int) -> None:
+    encoder = make(block=64)
+    rng = np.random.default_rng(seed)
+    special = rng.choice([np.nan, np.inf, -np.inf, 3e38, -1e-45], 200)
+    values = np.where(rng.random(200) < 0.1, special, 1).astype(np.float32)
+    payload = encoded(encoder, values, np.zeros(200, np.float32))
+    assert decoded(encoder, payload, 200, np.float32).size == 200
+
+
+def test_the_cache_knows_kernels_by_their_parts_too() -> None:
+    parts = _parts("bitring.compression.topk_numba", set())
+    names = {name.rpartition(".")[2] for name in parts}
+    assert names == {"topk_numba", "gaps_numba", "quantile_numba", "lanes_numba", "vectors_numba"}
