@@ -54,13 +54,14 @@ def main() -> None:
     print(f"bytes: 1/{kept['bytes_ratio']:.1f}; kept in {target}")
 
 
-def train(compression: str, ranks: int, epochs: int, folder: Path) -> dict[str, Any]:
+def train(compression: str, ranks: int, epochs: int, folder: Path, *options: str) -> dict[str, Any]:
     """The summary and the history of one run, made or finished now unless it is complete."""
     summary, metrics = folder / "summary.json", folder / "metrics.jsonl"
     if not summary.exists() or json.loads(summary.read_text(encoding="utf-8"))["epochs"] < epochs:
         prefix, environment = launcher(ranks)
         command = [*prefix, sys.executable, "-m", "bitring", "train", "--model", "cnn", "--data", "fashion-mnist"]
         command += ["--compression", compression, "--epochs", str(epochs), "--output", str(folder), "--resume"]
+        command += options
         subprocess.run(command, env={**os.environ, **environment}, check=True)
     history = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return {"summary": json.loads(summary.read_text(encoding="utf-8")), "history": history}

@@ -146,8 +146,8 @@ def _difference(everyone: list[tuple[str, dict[str, str], str]]) -> str:
     others = [r for r, (function, _, _) in enumerate(everyone) if function != usual]
     if others:
         return f"ranks called different collectives: {usual}, but rank {others[0]} called {everyone[others[0]][0]}"
-    for term in everyone[0][1]:
-        values = [terms[term] for _, terms, _ in everyone]
+    for term in dict.fromkeys(term for _, terms, _ in everyone for term in terms):
+        values = [terms.get(term, "none") for _, terms, _ in everyone]
         most, _ = Counter(values).most_common(1)[0]
         differing = [r for r, value in enumerate(values) if value != most]
         if differing:

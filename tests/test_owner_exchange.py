@@ -228,3 +228,23 @@ def test_kernels_run_beside_a_loop(comm: MPI.Intracomm, agree: Any) -> None:
         agree(comm, bool((x == comm.size).all() and (y == 2 * comm.size).all()), f"{x} {y}")
     for plan in plans:
         plan.free()
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "text"),
+    [
+        ("onebit", None, "disagree on compression: rank {last} gave OneBit(block=1024), rank 0 gave none"),
+        (None, "onebit", "disagree on compression: rank {last} gave none, rank 0 gave OneBit(block=1024)"),
+        ("powersgd", "onebit", "disagree on compression: rank {last} gave PowerSGD("),
+    ],
+)
+def test_ranks_that_differ_in_compression(comm: MPI.Intracomm, agree: Any, here: Any, there: Any, text: str) -> None:
+    if comm.size == 1:
+        return
+    last = comm.size - 1
+    said = ""
+    try:
+        bitring.plan_allreduce(np.ones(4, np.float32), comm=comm, compression=here if comm.rank == last else there)
+    except bitring.MismatchError as error:
+        said = str(error)
+    agree(comm, text.format(last=last) in said, said)

@@ -20,6 +20,7 @@ from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._ranks import ending_together, limit_threads, together
 from bitring.commands._tables import show_table
 from bitring.compression.encoder import Encoder, residual_dtype
+from bitring.compression.once_a_node import once_a_node
 from bitring.compression.owner_schedule import encoders
 from bitring.machine import describe
 from bitring.training.cluster import Kernel, Machine, write_constants
@@ -53,7 +54,9 @@ def run(
         limit_threads(world)
         machine = describe(world)
         chosen = names or encoders.names()
-        contenders = together(world, lambda: _contenders(world, chosen, [dtype_of(each) for each in dtypes], n))
+        types = [dtype_of(each) for each in dtypes]
+        once_a_node(MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED)), lambda: _compile(chosen, types))
+        contenders = together(world, lambda: _contenders(world, chosen, types, n))
         if world.rank == 0:
             click.echo(f"compress, {n:,} values, {world.size} ranks, {machine['processor']}")
         results: list[dict[str, Any]] = []
@@ -96,6 +99,12 @@ def _check(
             raise ValueError(f"--plot must end in .png, .svg or .pdf; got {plot}")
 
 
+def _compile(names: Iterable[str], dtypes: Iterable[Any]) -> None:
+    for dtype in dtypes:
+        for name in names:
+            encoders.get(name)().warm_up(dtype)
+
+
 def _contenders(comm: MPI.Intracomm, names: Iterable[str], dtypes: Iterable[Any], n: int) -> list[_Contender]:
     """What is timed, each checked; all arrays but the encoders' settings are shared."""
     random = np.random.default_rng(comm.rank)
@@ -119,7 +128,6 @@ def _contenders(comm: MPI.Intracomm, names: Iterable[str], dtypes: Iterable[Any]
 def _of_encoder(name: str, encoder: Encoder, values: Any) -> list[_Contender]:
     """Encode, and decode-and-add. Raises RuntimeError unless decoded + residual is what was encoded."""
     n, wide = values.size, residual_dtype(values.dtype)
-    encoder.warm_up(values.dtype)
     residual, out = np.zeros(n, wide), np.zeros(n, wide)
     payload = np.empty(encoder.nbytes(n), np.uint8)
     used = encoder.encode(values, residual, payload)
