@@ -241,8 +241,9 @@ def test_encode_names_what_is_wrong(make: Any, argument: str, wrong: Any, error:
 )
 def test_decode_names_what_is_wrong(make: Any, argument: str, wrong: Any, error: Any, text: str) -> None:
     payload = encoded(small(make), np.ones(4, np.float32), np.zeros(4, np.float32))
+    arguments: dict[str, Any] = {"payload": payload, "out": np.zeros(4, np.float32)}
     with pytest.raises(error, match=f"{make.__name__}.decode: {text}"):
-        small(make).decode(**({"payload": payload, "out": np.zeros(4, np.float32)} | {argument: wrong}))
+        small(make).decode(**(arguments | {argument: wrong}))
 
 
 @each_encoder
