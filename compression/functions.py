@@ -3,7 +3,7 @@
 The two functions of an encoder, for values of one dtype, never touch the interpreter::
 
     int64 encode(const void* values, void* residual, int64 n, uint8* payload, int64 capacity, int64 seed,
-                 const double* settings)    // the bytes used, or -1: capacity is too small
+                 const double* settings)    // the bytes used, or -1: capacity is too small, and residual is spoilt
     int64 decode(const uint8* payload, int64 nbytes, void* out, int64 n, int64 accumulate, const double* settings)
                                             // 0, or -1: the payload is not one of n values
 

@@ -209,11 +209,13 @@ if comm.rank == 1:
 try:
     {how}
 except TimeoutError as error:
-    print(error, flush=True)
+    sys.stdout.write(f"{{error}}\\n")  # at once: lines of several ranks must not run into each other
+    sys.stdout.flush()
     try:
         {how}
     except RuntimeError as error:
-        print(error, flush=True)
+        sys.stdout.write(f"{{error}}\\n")
+        sys.stdout.flush()
 time.sleep(5)
 os._exit(0)
 """

@@ -58,6 +58,7 @@ def test_after(comm):
     assert 'test_inner.py", line 10 in test_hangs' in stacks[2], output
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_alone_is_shown_beside_the_one_that_waits_for_it(run_tests):
     status, output, counts = run_tests(
         """
@@ -103,6 +104,7 @@ def test_a_process_that_dies_fails_its_test_only(run_tests):
     assert "FAILED tests/test_inner.py::test_dies" in output
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_import_is_a_failure(run_tests):
     status, output, counts = run_tests("import nonesuch\n", 1)
     assert status == 1
@@ -110,6 +112,7 @@ def test_a_file_that_does_not_import_is_a_failure(run_tests):
     assert "No module named 'nonesuch'" in output
 
 
+@pytest.mark.slow
 def test_all_is_well(run_tests):
     status, output, counts = run_tests("def test_well(comm): comm.Barrier()\n", 3)
     assert status == 0, output
