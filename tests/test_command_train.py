@@ -243,6 +243,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_all(on_ranks, tmp_path: Path):
     begin = time.monotonic()
     done = on_ranks(3, "-c", RAISES, tmp_path)
@@ -302,6 +303,7 @@ def test_ctrl_c(tmp_path: Path, clean_environment):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_the_bar_is_shown_through_mpirun(tmp_path: Path, clean_environment):
     """The launcher's terminal counts: a rank's own output is a pipe."""
     mpirun = Path(sys.executable).with_name("mpirun")

@@ -459,7 +459,7 @@ def check_no_leak(world, agree, times: int) -> None:
 
 def test_splits_leave_nothing_behind(world, agree):
     # MPICH has 2046 communicators in all; with more ranks than that takes too long.
-    check_no_leak(world, agree, 2200 if world.size <= 3 else 300)
+    check_no_leak(world, agree, 2200 if world.size <= 2 else 300)
 
 
 @pytest.mark.slow
