@@ -38,13 +38,15 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Ranks that draw different examples, or stop at different ones because one was slow, would wait for each other.
-hypothesis.settings.register_profile(
-    "ranks-alike",
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)
+for name, examples in (("ranks-alike", 40), ("ranks-alike, all", 200)):
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    )
 hypothesis.settings.load_profile("ranks-alike")
 
 
@@ -152,6 +154,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all"):
+        hypothesis.settings.load_profile("ranks-alike, all")
     logs = os.environ.get("BITRING_TEST_LOGS")
     if logs or SIZE > 1:
         config.pluginmanager.register(Lockstep(Path(logs) if logs else None))
