@@ -24,16 +24,20 @@ _SEGMENT_VALUES = 1 << 16
 _MESSAGES = 128
 
 
-def segments(layout: Layout, block: int) -> tuple[tuple[tuple[Piece, ...], ...], ...]:
-    """``layout``'s chunks cut into segments, each of them a tuple of pieces: what one message carries.
+def segment_length(longest: int, size: int, block: int) -> int:
+    """How many values, whole blocks, a message carries where the ``longest`` of ``size`` chunks has so many.
 
-    A chunk has about 16, of at least 65,536 values, and fewer where a rank would have more than 128 messages of one
-    kind under way.
+    A chunk has about 16 segments, of at least 65,536 values, and fewer where a rank would have more than 128 messages
+    of one kind under way.
     """
-    size = len(layout.owned)
-    longest = max(stop - start for start, stop in layout.owned)
     most = max(1, min(_SEGMENTS, _MESSAGES // size))
-    length = -(-max(_SEGMENT_VALUES, -(-longest // most)) // block) * block
+    return -(-max(_SEGMENT_VALUES, -(-longest // most)) // block) * block
+
+
+def segments(layout: Layout, block: int) -> tuple[tuple[tuple[Piece, ...], ...], ...]:
+    """``layout``'s chunks cut into segments, each of them a tuple of pieces: what one message carries."""
+    longest = max(stop - start for start, stop in layout.owned)
+    length = segment_length(longest, len(layout.owned), block)
     chunks: list[tuple[tuple[Piece, ...], ...]] = []
     for pieces in layout.pieces:
         chunk: list[list[Piece]] = []

@@ -1,5 +1,6 @@
 """``bitring predict``: its table, its advice, its files, its refusals; on a login node."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -79,6 +80,15 @@ def test_an_encoder_that_was_not_measured_is_marked(tmp_path: Path):
     assert "~ not measured on this machine" in output
 
 
+def test_the_network_is_the_machine_s_unless_it_is_given(tmp_path: Path):
+    machine = tmp_path / "m.json"
+    measured = dataclasses.replace(BUILT_IN, latency=3e-5, bandwidth=1e9 * BUILT_IN.wire)
+    machine.write_text(json.dumps({"constants": write_constants(measured)}))
+    assert "8 nodes, 8 Gbit/s, 30 µs a message" in run(*VGG, "--machine", machine).output
+    given = run(*VGG, "--machine", machine, "--bandwidth", "10Gbit", "--latency", "20us").output
+    assert "8 nodes, 10 Gbit/s, 20 µs a message" in given
+
+
 def test_mistakes_say_what_is_expected(tmp_path: Path):
     assert f"known: {', '.join(layer_tables())}" in refused("--model", "vgg", "--ranks", 4, "--bandwidth", "1Gbit")
     assert "expected such as 10Gbit or 1.25GB/s" in refused(*VGG, "--bandwidth", "10")
@@ -90,6 +100,7 @@ def test_mistakes_say_what_is_expected(tmp_path: Path):
     assert "must end in .png" in refused(*VGG, "--bandwidth", "1Gbit", "--plot", "x.txt")
     assert "one node has no network" in refused(*VGG, "--nodes", 1, "--plot", tmp_path / "x.png")
     assert "there is no folder" in refused(*VGG, "--bandwidth", "1Gbit", "--json", tmp_path / "none" / "x.json")
+    assert "ran on several nodes" in refused(*VGG)
     other = tmp_path / "other.json"
     other.write_text("{}")
     assert "is not what bitring bench compress" in refused(*VGG, "--bandwidth", "1Gbit", "--machine", other)

@@ -59,7 +59,9 @@ class Machine:
     (γ is its inverse). ``copy``: bytes a second read and written by a copy, of one rank alone; ``copy_together``: of
     all ranks at once, together. ``kernels``, ``kernels_together``: by encoder, of a rank alone and of each of all at
     once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet the ranks of
-    the same node. ``emulated``: nodes share this machine's cores, so all ranks compute at once whatever their nodes.
+    the same node. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of payload that each
+    node sends to the next while all do; None where they were not measured. ``emulated``: nodes share this machine's
+    cores, so all ranks compute at once whatever their nodes.
     """
 
     title: str
@@ -71,6 +73,8 @@ class Machine:
     kernels_together: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     wire: float = 0.95
     local_latency: float = 2e-6
+    latency: float | None = None
+    bandwidth: float | None = None
     emulated: bool = False
 
     def kernel(self, encoder: str, payload: float, together: bool) -> tuple[Kernel, bool]:
@@ -105,6 +109,7 @@ def read_machine(path: Path) -> Machine:
             fields[name] = {encoder: Kernel(**each) for encoder, each in fields[name].items()}
         machine = Machine(**fields)
         speeds = [machine.flops, machine.add, machine.copy, machine.copy_together, machine.wire]
+        speeds += [each for each in (machine.latency, machine.bandwidth) if each is not None]
         speeds += [s for part in (machine.kernels, machine.kernels_together) for k in part.values() for s in k]
         if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
             raise ValueError("its speeds must be positive numbers")

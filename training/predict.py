@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bitring.compression.layout import segment_length
 from bitring.compression.owner_schedule import Times, encoders, owner_seconds
 from bitring.models.architecture import LayerTable
 from bitring.training.buckets import BucketSizes, bucket_sizes
@@ -216,26 +217,34 @@ class _Step:
         return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * nbytes, how)
 
     def _owners(self, name: str) -> _Way:
-        """An encoder's. On several nodes the ranks of each first sum exactly, and one of them exchanges."""
+        """An encoder's. On several nodes the ranks of each first sum exactly, and each exchanges a lane of the sum."""
         encoder, machine, network = encoders.get(name)(), self.machine, self.network
         between = not network.inside and self.cluster.ranks_per_node > 1
-        among = self.cluster.nodes if between else self.cluster.ranks
+        among, lanes = (self.cluster.nodes, self.cluster.ranks_per_node) if between else (self.cluster.ranks, 1)
         some = 1 << 20
-        kernel, measured = machine.kernel(
-            name, encoder.expected_nbytes(some) / some, together=machine.emulated or (network.inside and among > 1)
-        )
+        together = machine.emulated or self.cluster.ranks_per_node > 1
+        kernel, measured = machine.kernel(name, encoder.expected_nbytes(some) / some, together)
 
         def exchange(bucket: BucketSizes) -> _Exchange:
             if not bucket.compressed:
                 return self._exact(bucket.names)
             n = sum(self.values[each] for each in bucket.names)
             payload = sum(encoder.expected_nbytes(self.values[each]) for each in bucket.names)
+            chunk = -(-n // (lanes * among))
             times = owner_seconds(
-                among, kernel.encode * n, kernel.decode * n, payload, alpha=network.alpha, beta=network.beta
+                among,
+                kernel.encode * n / lanes,
+                kernel.decode * n / lanes,
+                payload,  # of all lanes, which share the node's wire
+                alpha=network.alpha,
+                beta=network.beta,
+                pieces=-(-chunk // segment_length(chunk, among, encoder.block)),
             )
-            inside = network.node_seconds(ITEMSIZE * n) if between else 0.0
-            times = times._replace(wire=times.wire + inside, total=times.total + inside)
-            return _Exchange(times, self._share(among) * payload, "node sums, owners" if between else "owners")
+            if between:
+                inside = network.node_seconds(ITEMSIZE * n)
+                times = times._replace(wire=times.wire + inside, total=times.total + inside)
+            how = "node sums, owners" if between else "owners"
+            return _Exchange(times, self._share(among) * payload / lanes, how)
 
         return _Way(exchange, encoder.block, measured=measured)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -17,8 +18,9 @@ from mpi4py import MPI
 
 from bitring.commands._bench_allreduce import dtype_of
 from bitring.commands._pictures import COLORS, figure, plain
-from bitring.commands._ranks import ending_together, limit_threads, together
+from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
+from bitring.commands._wire import wire
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.once_a_node import once_a_node
 from bitring.compression.owner_schedule import encoders
@@ -30,7 +32,6 @@ ADD, IN_PLACE, COPY, PRODUCT = "np.add", "np.add in place", "copy", "matrix prod
 
 _YARDSTICKS = {ADD: 12, IN_PLACE: 12, COPY: 8}  # bytes a value
 _PRODUCT_SIDE = 768
-_NAP_SECONDS = 1e-4
 
 
 class _Contender(NamedTuple):
@@ -67,12 +68,18 @@ def run(
             if world.rank == 0:
                 click.echo("\none rank alone" if ranks == 1 else f"\neach of {ranks} ranks at once")
                 _show(rows)
+        network = wire(world)
         if world.rank == 0:
+            found = constants(machine, results)
+            if network is not None:
+                latency, bandwidth = network
+                found = dataclasses.replace(found, latency=latency, bandwidth=bandwidth)
+                click.echo(f"\nbetween nodes: {latency * 1e6:.3g} µs a message, {bandwidth / 1e9:.3g} GB/s each way")
             kept = {
                 "benchmark": "compress",
                 "machine": machine,
                 "values": n,
-                "constants": write_constants(constants(machine, results)),
+                "constants": write_constants(found),
                 "results": results,
             }
             if json_path is not None:
@@ -176,13 +183,6 @@ def _sample(comm: MPI.Intracomm, contenders: Sequence[_Contender], samples: int,
     slowest = np.array(taken)
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
     return [list(map(float, each)) for each in slowest]
-
-
-def meet(comm: MPI.Intracomm) -> None:
-    """A barrier whose ranks sleep: a library's own would spin on cores that others compute on. Collective."""
-    arrival = comm.Ibarrier()
-    while not arrival.Test():
-        time.sleep(_NAP_SECONDS)
 
 
 def _rows(

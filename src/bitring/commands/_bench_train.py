@@ -13,8 +13,7 @@ import click
 import numpy as np
 from mpi4py import MPI
 
-from bitring.commands._bench_compress import meet
-from bitring.commands._ranks import ending_together, limit_threads, together
+from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
 from bitring.compression.encoder import compressors
 from bitring.machine import describe

@@ -25,17 +25,18 @@ PAYS_FROM = 1.1
 DECADES = 1.5, 1.5
 """How far the picture reaches below and above the bandwidth."""
 _POINTS_A_DECADE = 4
+_LATENCY = 50e-6
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The options; ``bandwidth`` in bytes a second, ``latency`` and ``compute`` in seconds."""
+    """The options, None where not given; ``bandwidth`` in bytes a second, ``latency`` and ``compute`` in seconds."""
 
     model: str
     ranks: int
     nodes: int
     bandwidth: float | None
-    latency: float
+    latency: float | None
     batch: int
     flops: float | None
     compute: float | None
@@ -45,8 +46,6 @@ class Asked:
 
 def run(asked: Asked, json_path: Path | None, plot: Path | None) -> None:
     """Predict, print, and keep the results. Raises ValueError, OSError and ImportError for a user's mistakes."""
-    if asked.bandwidth is None and asked.nodes > 1:
-        raise ValueError(f"--bandwidth is needed between {asked.nodes} nodes, such as 10Gbit")
     if asked.flops is not None and asked.compute is not None:
         raise ValueError("--flops and --compute both say how long the gradients take; give one")
     if plot is not None:
@@ -62,7 +61,7 @@ def run(asked: Asked, json_path: Path | None, plot: Path | None) -> None:
     machine = BUILT_IN if asked.machine is None else read_machine(asked.machine)
     if asked.flops is not None:
         machine = dataclasses.replace(machine, flops=asked.flops)
-    cluster = Cluster(asked.ranks, asked.nodes, asked.bandwidth or math.inf, asked.latency)
+    cluster = _cluster(asked, machine)
     bandwidths = _bandwidths(cluster.bandwidth) if plot is not None else []
     progress = _Progress(1 + len(bandwidths))
 
@@ -94,6 +93,21 @@ def run(asked: Asked, json_path: Path | None, plot: Path | None) -> None:
     if plot is not None:
         draw(asked, cluster, bandwidths, curves, plot)
         click.echo(f"picture  {plot}")
+
+
+def _cluster(asked: Asked, machine: Machine) -> Cluster:
+    """What was asked for; what was not said of the network is as the machine's file has it."""
+    bandwidth, latency = asked.bandwidth, asked.latency
+    if bandwidth is None and machine.bandwidth is not None:
+        bandwidth = machine.bandwidth / machine.wire  # measured was what payloads get
+    if bandwidth is None and asked.nodes > 1:
+        raise ValueError(
+            f"--bandwidth is needed between {asked.nodes} nodes, such as 10Gbit, or a --machine whose bench compress "
+            "ran on several nodes"
+        )
+    if latency is None:
+        latency = _LATENCY if machine.latency is None else machine.latency
+    return Cluster(asked.ranks, asked.nodes, bandwidth or math.inf, latency)
 
 
 def advice(predictions: Sequence[Prediction], cluster: Cluster) -> str:
@@ -176,7 +190,7 @@ def _kept(
             "model": asked.model,
             "ranks": cluster.ranks,
             "nodes": cluster.nodes,
-            "bandwidth": asked.bandwidth,
+            "bandwidth": cluster.bandwidth if cluster.nodes > 1 else None,
             "latency": cluster.latency,
             "batch": asked.batch,
             "compute": asked.compute,

@@ -19,6 +19,8 @@ from bitring.machine import node_map
 
 T = TypeVar("T")
 
+_NAP_SECONDS = 1e-4
+
 # What a user's mistake raises. Anything else is a defect and deserves its traceback.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 
@@ -28,6 +30,13 @@ def fail(comm: MPI.Intracomm, message: str, status: int = 2) -> NoReturn:
     if comm.rank == 0:
         click.echo(f"Error: {message}", err=True)
     raise click.exceptions.Exit(status)
+
+
+def meet(comm: MPI.Intracomm) -> None:
+    """A barrier whose ranks sleep: a library's own would spin on cores that others compute on. Collective."""
+    arrival = comm.Ibarrier()
+    while not arrival.Test():
+        time.sleep(_NAP_SECONDS)
 
 
 def together(comm: MPI.Intracomm, prepare: Callable[[], T]) -> T:

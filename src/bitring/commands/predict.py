@@ -17,8 +17,8 @@ from bitring.models.architecture import layer_tables
 @click.option("--model", required=True, help=f"One of: {', '.join(layer_tables())}.")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="Number of ranks.")
 @click.option("--nodes", type=click.IntRange(min=1), help="Nodes that they are spread over.  [default: one a rank]")
-@click.option("--bandwidth", type=BANDWIDTH, help="Of a node's network, each way, such as 10Gbit; one node needs none.")
-@click.option("--latency", type=DURATION, default="50us", show_default=True, help="Of a message between nodes.")
+@click.option("--bandwidth", type=BANDWIDTH, help="Of a node's network, each way, such as 10Gbit.  [default: measured]")
+@click.option("--latency", type=DURATION, help="Of a message between nodes.  [default: measured, or 50us]")
 @click.option(
     "--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Samples in a step, of each rank."
 )
@@ -41,7 +41,7 @@ def command(
     ranks: int,
     nodes: int | None,
     bandwidth: float | None,
-    latency: float,
+    latency: float | None,
     batch: int,
     flops: float | None,
     compute: float | None,
