@@ -60,7 +60,7 @@ ALGORITHMS = ["auto", *algorithms.names()]
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_bitring_answers(clean_environment, ranks: int):
     names = {1: ["ring"], 2: ALGORITHMS, 3: ["auto", "binomial_tree", "rabenseifner"]}[ranks]
     conform(clean_environment, ranks, names, "--quick")
