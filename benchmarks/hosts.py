@@ -163,6 +163,8 @@ def run(command: Sequence[str], *, hosts: int, ranks_per_host: int = 1, rate: fl
     mpirun, environment = _mpirun(made)
     with _noting_signals() as signals, _network(made) as name:
         counters = _counters(name, hosts)
+        # The hosts share this machine's cores, each of which a library would start a thread for.
+        environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (hosts * ranks_per_host)))}
         environment |= {"BITRING_HOSTS": json.dumps(made._asdict()), "BITRING_HOSTS_RUN": name}
         begin = time.perf_counter()
         meter = Meter(made, counters)
