@@ -21,7 +21,6 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,29 +34,10 @@ from bitring.collectives.native_executor import library, run
 from bitring.collectives.transport import message_tag
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.layout import Piece, cut, segments
+from bitring.compression.record import SAMPLE, Record, pieces
 
 _TO_OWNER = 1024
 _FROM_OWNER = 1025
-
-_SAMPLE = 16
-"""Of so many segments one is looked at for the norms of a record."""
-
-
-@dataclass
-class Record:
-    """What one exchange took on this rank.
-
-    ``seconds`` in all, and of them in ``encode`` and ``decode``; ``bytes_sent`` to other ranks. Squared norms over a
-    sample of the segments: of the ``values``, of the values with their residual (``sums``), of the new ``residual``.
-    """
-
-    seconds: float = 0.0
-    encode: float = 0.0
-    decode: float = 0.0
-    bytes_sent: int = 0
-    values: float = 0.0
-    sums: float = 0.0
-    residual: float = 0.0
 
 
 class OwnerExchange(ABC):
@@ -220,7 +200,7 @@ class PortableOwnerExchange(OwnerExchange):
         self._incoming.insert(self._rank, self._encoded[self._rank])
         numbers = [[k] * len(segment) for k, segment in enumerate(itertools.chain(*self._segments))]
         self._numbers = dict(zip(itertools.chain(*chunks), itertools.chain(*numbers), strict=True))
-        self._every = min(_SAMPLE, len(numbers))
+        self._every = min(SAMPLE, len(numbers))
         self._x: Array = None
 
     def bind(self, buffer: Array) -> None:
@@ -277,13 +257,10 @@ class PortableOwnerExchange(OwnerExchange):
             v = values[a - origin : b - origin]
             sampled = seed >= 0 and self._numbers[a, b] % self._every == self._runs % self._every
             if sampled and device_of(v) is None:
-                wide, old = v.astype(np.float64), left.astype(np.float64)
-                self.record.values += float(wide @ wide)
-                self.record.sums += float((wide + old) @ (wide + old))
+                self.record.look_before(pieces(v), pieces(left))
             used = self._encoder.encode(v, left, message.bytes[start : start + message.most[k]], piece_seed(seed, a))
             if sampled and device_of(v) is None:
-                new = left.astype(np.float64)
-                self.record.residual += float(new @ new)
+                self.record.look_after(pieces(left))
             lengths[k] = used
             start += used
         message.nbytes = start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,23 +10,20 @@ from mpi4py import MPI
 
 from bitring.collectives.agreement import Request
 from bitring.collectives.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
-from bitring.collectives.errors import NonFiniteError
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.operators import op_name
 from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact, run_agreement
-from bitring.collectives.runner import Runner, schedule_runner
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
 from bitring.collectives.transport import channel_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.once_a_node import once_a_node
-from bitring.compression.owner_exchange import OwnerExchange, Record, make_owner_exchange
+from bitring.compression.owner_exchange import OwnerExchange, make_owner_exchange
+from bitring.compression.record import Record
 from bitring.compression.reduced_plan import plan_reduced, reducer_of
-from bitring.compression.telemetry import Telemetry, Verdict, Watch, telemetry_of
+from bitring.compression.watched_plan import WatchedPlan
 from bitring.compression.way import DirectWay, LeaderWay, Way, make_lane_way
-
-logger = logging.getLogger("bitring")
 
 
 def plan_allreduce(
@@ -106,15 +102,13 @@ def plan_allreduce(
 _COMPRESSED_DTYPES = ("float16", BFLOAT16.name, "float32", "float64")
 
 
-class CompressedPlan(Plan):
+class CompressedPlan(WatchedPlan):
     """A sum of ``flat`` by the owner exchange; with ``hierarchical`` of the nodes' exact sums.
 
-    ``owned``: the values whose sum this rank encodes, from the first index to before the second. ``telemetry`` is about
-    the last run. When a rank's residual grows without bound all ranks sum exactly from then on; the log says so.
+    ``owned``: the values whose sum this rank encodes, from the first index to before the second.
     """
 
     algorithm = "owner exchange"
-    _parts: tuple[Runner | Way | Verdict, ...] = ()  # that are closed at the end
 
     def __init__(
         self,
@@ -125,21 +119,15 @@ class CompressedPlan(Plan):
         boundaries: tuple[int, ...],
         check_finite: bool,
     ) -> None:
-        super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values, compressed by {encoder}")
-        self._flat = flat
+        super().__init__(state, flat, encoder, check_finite)
         self._encoder = encoder
-        self._check_finite = check_finite
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
         once_a_node(state.node.comm, lambda: _warm_up(encoder, flat))
         self._way = self._make_way(hierarchical, boundaries)
-        self._exact: Runner | None = None  # what sums when the compressor has failed
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
         self._to_add: Array | None = None
-        self._verdict = Verdict(state, channel_of(self.number))
-        self._watch = Watch()
-        self._parts = (self._way, self._verdict)
-        self.telemetry: Telemetry | None = None
+        self._parts += (self._way,)
         self.owned = self._way.owned
         self.why = f"{encoder} was asked for; " + (
             f"{state.topology.nodes} nodes exchange their exact sums"
@@ -161,48 +149,25 @@ class CompressedPlan(Plan):
             lanes = make_lane_way(state, flat, self._run.kind, make)
         return LeaderWay(state, flat, self.number, make) if lanes is None else lanes
 
-    def checked_steps(self, progress: Progress) -> Steps:
-        """See Plan."""
-        self._verdict.come()
-        yield from super().checked_steps(progress)
+    def _finite(self) -> bool:
+        return all_finite(self._flat)
 
-    def _steps(self, progress: Progress) -> Steps:
-        if self.state.size == 1:
-            return
-        bad = self._check_finite and not all_finite(self._flat)
-        yield from self._verdict.steps(bad, self._watch.diverged, progress)
-        if self._verdict.bad_rank is not None:
-            raise NonFiniteError(
-                f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
-            )
-        if self._verdict.diverged and self._exact is None:
-            self._give_up()
-        if self._exact is not None:
-            yield from self._exact.steps(progress)
-            self.bytes_sent += self._exact.nbytes_sent
-            return
+    def _compressed_steps(self, progress: Progress) -> Steps:
         if self._to_add is not None:
-            self._flat += self._to_add.astype(self._flat.dtype)
-            self._to_add = None
+            flat, waiting, self._to_add = self._flat, self._to_add, None
+            flat += waiting.astype(flat.dtype)
         yield from self._way.steps(progress)
-        record = Record() if self._way.exchange is None else self._way.exchange.record
-        self._watch.look(record)
-        self.telemetry = telemetry_of(record, self._verdict.wait_seconds, self._verdict.slowest_rank)
-        self.bytes_sent += record.bytes_sent + self._way.nbytes_sent
+        self.bytes_sent += self._record.bytes_sent + self._way.nbytes_sent
 
-    def _give_up(self) -> None:
-        """Sum exactly from now on, without what the residuals hold: it is out of all proportion."""
-        self._exact = schedule_runner(
-            self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
-        )
-        self._parts += (self._exact,)
+    @property
+    def _record(self) -> Record:
+        return Record() if self._way.exchange is None else self._way.exchange.record
+
+    def _forget(self) -> None:
+        self._to_add = None
         if self._way.exchange is not None:
             for residual in (self._way.exchange.residual, self._way.exchange.owner_residual):
                 residual[...] = 0
-        self.telemetry = self._to_add = None
-        self.algorithm, self.why = "ring", f"the residual of {self._encoder} diverged, so sums are exact now"
-        if self.state.rank == 0:
-            logger.warning("%s: %s", self.what, self.why)
 
     def state_dict(self) -> dict[str, Array]:
         """``residual``, one for each value, and ``owner_residual``, one for each value that this rank owns.
@@ -223,17 +188,7 @@ class CompressedPlan(Plan):
 
     def load_state_dict(self, state: dict[str, Array]) -> None:
         """Copy ``residual`` and ``owner_residual`` in. Raises ValueError for other names, shapes or dtypes."""
-        mine = self.state_dict()
-        if sorted(state) != sorted(mine):
-            raise ValueError(f"{self.what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
-        for name, array in mine.items():
-            if state[name].shape != array.shape or state[name].dtype != array.dtype:
-                raise ValueError(
-                    f"{self.what}: load_state_dict: {name} must have shape {array.shape} and dtype {array.dtype}; "
-                    f"got {state[name].shape} and {state[name].dtype}"
-                )
-        for name, array in mine.items():
-            _assign(array, state[name])
+        mine = self._copy_in(state)
         exchange, (first, last) = self._way.exchange, self._way.extent
         if exchange is not None and exchange.residual is not mine["residual"]:
             exchange.residual[...] = mine["residual"][first:last]
@@ -241,21 +196,7 @@ class CompressedPlan(Plan):
             mine["residual"][first:last] = 0
             self._to_add = mine["residual"]
 
-    def free(self) -> None:
-        """See Plan."""
-        super().free()
-        for part in self._parts:
-            part.close()
-
 
 def _warm_up(encoder: Encoder, flat: Array) -> None:
     for dtype in (flat.dtype, residual_dtype(flat.dtype)):
         encoder.warm_up(dtype)
-
-
-def _assign(array: Array, source: Array) -> None:
-    """Copy, from host memory to a device, too."""
-    if device_of(array) is not None and device_of(source) is None:
-        array.set(source)
-    else:
-        array[...] = source

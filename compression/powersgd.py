@@ -139,23 +139,26 @@ class _LowRank(Reduction):
             yield from self._whole.steps(progress)
             return
         assert self._first is not None and self._second is not None
-        for values, wide in zip(self._exact, self._exact_wide, strict=True):
-            wide[...] = values
-        for each in self._matrices:
-            each.residual += each.values.astype(self._wide, copy=False)
-            np.matmul(each.residual, each.start.T, out=each.p)
+        with self.record.during("encode"):
+            for values, wide in zip(self._exact, self._exact_wide, strict=True):
+                wide[...] = values
+            for each in self._matrices:
+                each.residual += each.values.astype(self._wide, copy=False)
+                np.matmul(each.residual, each.start.T, out=each.p)
         yield from self._first.steps(progress)
-        for values, wide in zip(self._exact, self._exact_wide, strict=True):
-            values[...] = wide
-        for each in self._matrices:
-            orthogonalise(each.p, self._least)
-            np.matmul(each.p.T, each.residual, out=each.q)
-            subtract_low_rank(each.p, each.q, each.residual)
+        with self.record.during("encode"):
+            for each in self._matrices:
+                orthogonalise(each.p, self._least)
+                np.matmul(each.p.T, each.residual, out=each.q)
+                subtract_low_rank(each.p, each.q, each.residual)
         yield from self._second.steps(progress)
-        for each in self._matrices:
-            self._approximate(each)
-            each.start[...] = each.q
-            unit_rows(each.start, each.fresh)
+        with self.record.during("decode"):
+            for values, wide in zip(self._exact, self._exact_wide, strict=True):
+                values[...] = wide
+            for each in self._matrices:
+                self._approximate(each)
+                each.start[...] = each.q
+                unit_rows(each.start, each.fresh)
 
     def _approximate(self, matrix: _Matrix) -> None:
         """Write P̂·Qᵀ to the buffer."""

@@ -71,12 +71,14 @@ class _Drawn(Reduction):
     def steps(self, progress: Progress) -> Steps:
         """See Reduction."""
         residual, runs = self.state["residual"], self.state["runs"]
-        where = words(self._seed, int(runs[0]), self._widths.size, xp_of(self._flat)) % self._widths
-        where = where.astype(np.int64) + self._starts
-        residual += self._flat.astype(residual.dtype, copy=False)
-        self._drawn[...] = residual[where]
-        residual[where] = 0
-        runs += 1
+        with self.record.during("encode"):
+            where = words(self._seed, int(runs[0]), self._widths.size, xp_of(self._flat)) % self._widths
+            where = where.astype(np.int64) + self._starts
+            residual += self._flat.astype(residual.dtype, copy=False)
+            self._drawn[...] = residual[where]
+            residual[where] = 0
+            runs += 1
         yield from self._sum.steps(progress)
-        self._flat[...] = 0
-        self._flat[where] = self._drawn.astype(self._flat.dtype, copy=False)
+        with self.record.during("decode"):
+            self._flat[...] = 0
+            self._flat[where] = self._drawn.astype(self._flat.dtype, copy=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,16 @@ from bitring.collectives.agreement import Request
 from bitring.collectives.arrays import Array, device_of
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.operators import op_name
-from bitring.collectives.plan import Plan, checked_flat, memory_name, run_agreement
+from bitring.collectives.plan import checked_flat, memory_name, run_agreement
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
 from bitring.compression.compressor import compressors
 from bitring.compression.encoder import VALUE_DTYPES
 from bitring.compression.exchange import Exchange
 from bitring.compression.factors import Factors
-from bitring.compression.finite import raise_non_finite
+from bitring.compression.record import Record, sample
 from bitring.compression.reducer import Reducer, cut
+from bitring.compression.watched_plan import WatchedPlan
 
 
 def reducer_of(compression: object) -> Reducer | None:
@@ -85,7 +87,7 @@ def _checked_shapes(shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         raise TypeError(f"plan_allreduce: shapes must be one shape for each parameter; got {shapes!r}") from None
 
 
-class ReducedPlan(Plan):
+class ReducedPlan(WatchedPlan):
     """A sum of ``flat`` by a reducer. With one rank there is nothing to exchange, and nothing is left out."""
 
     algorithm = "exact sums of a small representation"
@@ -99,11 +101,10 @@ class ReducedPlan(Plan):
         algorithm: str,
         check_finite: bool,
     ) -> None:
-        super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values, compressed by {reducer}")
-        self._flat = flat
-        self._check_finite = check_finite
+        super().__init__(state, flat, reducer, check_finite)
         self._exchange = Exchange(state, algorithm)
         self._reduction = reducer.bind(flat, cut(flat, shapes), self._exchange)
+        self._runs = 0
         self.why = (
             f"{reducer} was asked for; {self._reduction.why}; exact sums are node-aware themselves, so hierarchical "
             f"makes no difference"
@@ -116,18 +117,39 @@ class ReducedPlan(Plan):
     def _steps(self, progress: Progress) -> Steps:
         if self.state.size == 1:
             self._reduction.finish()
-            return
-        if self._check_finite:
-            yield from raise_non_finite(self.state, self._reduction.finite(), self.what, progress)
-        before = self._exchange.bytes_sent
+        else:
+            yield from super()._steps(progress)
+
+    def _finite(self) -> bool:
+        return self._reduction.finite()
+
+    def _compressed_steps(self, progress: Progress) -> Steps:
+        record = self._reduction.record = Record()
+        device, residual = device_of(self._flat), self._reduction.state.get("residual")
+        before, began = self._exchange.bytes_sent, time.perf_counter()
+        self._runs += 1
+        if residual is not None and device is None:
+            with record.during("encode"):
+                record.look_before(sample(self._flat, self._runs), sample(residual, self._runs))
         yield from self._reduction.steps(progress)
-        device = device_of(self._flat)
         if device is not None:
             event = device.record()
             while not event.done:
                 yield
             progress.moves += 1
-        self.bytes_sent += self._exchange.bytes_sent - before
+        elif residual is not None:
+            with record.during("encode"):
+                record.look_after(sample(residual, self._runs))
+        record.seconds = time.perf_counter() - began
+        record.bytes_sent = self._exchange.bytes_sent - before
+        self.bytes_sent += record.bytes_sent
+
+    @property
+    def _record(self) -> Record:
+        return self._reduction.record
+
+    def _forget(self) -> None:
+        self._reduction.state["residual"][...] = 0
 
     def state_dict(self) -> dict[str, Array]:
         """What the reducer carries from run to run; the plan's own arrays, not copies.
@@ -136,23 +158,6 @@ class ReducedPlan(Plan):
         (float64 for float64 values). All else is alike on all ranks.
         """
         return dict(self._reduction.state)
-
-    def load_state_dict(self, state: dict[str, Array]) -> None:
-        """Copy what ``state_dict`` returned in. Raises ValueError for other names, shapes or dtypes."""
-        mine = self._reduction.state
-        if sorted(state) != sorted(mine):
-            raise ValueError(f"{self.what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
-        for name, array in mine.items():
-            if state[name].shape != array.shape or state[name].dtype != array.dtype:
-                raise ValueError(
-                    f"{self.what}: load_state_dict: {name} must have shape {array.shape} and dtype {array.dtype}; "
-                    f"got {state[name].shape} and {state[name].dtype}"
-                )
-        for name, array in mine.items():
-            if device_of(array) is not None and device_of(state[name]) is None:
-                array.set(state[name])
-            else:
-                array[...] = state[name]
 
     def free(self) -> None:
         """See Plan."""

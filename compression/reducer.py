@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from bitring.collectives.arrays import Array, all_finite, device_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.factors import Factors
+from bitring.compression.record import Record
 
 if TYPE_CHECKING:  # settings need no MPI
     from bitring.collectives.executor import Progress, Steps
@@ -34,6 +35,8 @@ class Reduction(ABC):
         ``residual``, if there is one, has a value for each of the buffer. All else is alike on all ranks, and is a
         parameter's own where the key ends in ``/`` and the parameter's number.
         """
+        self.record = Record()
+        """Of this run. ``steps`` notes down when it encodes and when it decodes; the plan does the rest."""
 
     @abstractmethod
     def steps(self, progress: Progress) -> Steps:

@@ -109,9 +109,10 @@ class _Gathered(Reduction):
             for i, samples in zip(self._matrices, self._samples.T, strict=True):
                 if samples.min() >= 0 and pays(int(samples.sum()), self.parameters[i].shape):
                     gathered.append(i)
-        for i, factors in given.items():
-            if i not in gathered:
-                factors.multiply(self.parameters[i])
+        with self.record.during("encode"):
+            for i, factors in given.items():
+                if i not in gathered:
+                    factors.multiply(self.parameters[i])
         if not gathered:
             yield from self._whole.steps(progress)
             return
@@ -120,12 +121,14 @@ class _Gathered(Reduction):
             if i not in gathered:
                 yield from self._single[i].steps(progress)
         if self._rest.size and self._rest_sum is not None:
-            np.concatenate([values.reshape(-1) for values in self._others], out=self._rest)
+            with self.record.during("encode"):
+                np.concatenate([values.reshape(-1) for values in self._others], out=self._rest)
             yield from self._rest_sum.steps(progress)
-            start = 0
-            for values in self._others:
-                values[...] = self._rest[start : start + values.size].reshape(values.shape)
-                start += values.size
+            with self.record.during("decode"):
+                start = 0
+                for values in self._others:
+                    values[...] = self._rest[start : start + values.size].reshape(values.shape)
+                    start += values.size
 
     def _gather(self, gathered: list[int], given: dict[int, Factors], progress: Progress) -> Steps:
         """Gather the factors of these parameters, and multiply them out."""
@@ -143,18 +146,20 @@ class _Gathered(Reduction):
             parts.append(self._room[start : start + count].view(self._dtype))
             start += count
         if counts[exchange.rank]:
-            mine = [np.ravel(x) for i in gathered for x in (given[i].u, given[i].v)]
-            np.concatenate(mine, out=parts[exchange.rank])
+            with self.record.during("encode"):
+                mine = [np.ravel(x) for i in gathered for x in (given[i].u, given[i].v)]
+                np.concatenate(mine, out=parts[exchange.rank])
         yield from exchange.gather(self._room, counts, progress)
         at = [0] * exchange.size
-        for i in gathered:
-            stacked: list[Array] = []
-            for width in self.parameters[i].shape:
-                taken: list[Array] = []
-                for r, part in enumerate(parts):
-                    count = samples[i][r] * width
-                    taken.append(part[at[r] : at[r] + count].reshape(-1, width))
-                    at[r] += count
-                stacked.append(np.concatenate(taken))
-            Factors(*stacked).multiply(self.parameters[i])
-            progress.moves += 1
+        with self.record.during("decode"):
+            for i in gathered:
+                stacked: list[Array] = []
+                for width in self.parameters[i].shape:
+                    taken: list[Array] = []
+                    for r, part in enumerate(parts):
+                        count = samples[i][r] * width
+                        taken.append(part[at[r] : at[r] + count].reshape(-1, width))
+                        at[r] += count
+                    stacked.append(np.concatenate(taken))
+                Factors(*stacked).multiply(self.parameters[i])
+                progress.moves += 1

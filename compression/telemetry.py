@@ -13,7 +13,7 @@ from mpi4py import MPI
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.runner import schedule_runner
 from bitring.collectives.state import State
-from bitring.compression.owner_exchange import Record
+from bitring.compression.record import Record
 
 DIVERGED = 1e4
 """A residual of so many times the values' norm is lost: error feedback keeps it some 1 / (1 - contraction)."""
@@ -26,12 +26,14 @@ _LONGEST = 1 << 40  # microseconds
 class Telemetry:
     """One compressed run on this rank.
 
-    ``seconds`` of the exchange, ``encode_seconds`` and ``decode_seconds`` of them in kernels, ``wire_seconds`` the
-    rest; ``wait_seconds`` before it, for the slowest rank. ``slowest_rank`` of the run before: the one that waited
-    least; None in the first run. ``bytes_sent``: payload bytes to other ranks.
+    ``seconds`` of the exchange, ``encode_seconds`` and ``decode_seconds`` of them in kernels (a reducer's: making what
+    is summed, and the result of it), ``wire_seconds`` the rest; ``wait_seconds`` before it, for the slowest rank.
+    ``slowest_rank`` of the run before: the one that waited least; None in the first run. ``bytes_sent``: payload bytes
+    to other ranks.
 
     From a sample of the values: ``residual_ratio`` = ‖new residual‖ / ‖values‖, ``contraction`` = ‖new residual‖² /
-    ‖values + old residual‖², below 1 for a compressor that contracts; NaN where nothing was looked at.
+    ‖values + old residual‖², below 1 for a compressor that contracts; NaN where nothing was looked at: in device
+    memory, and in a reducer without residual.
     """
 
     seconds: float

@@ -21,7 +21,7 @@ def run(*arguments: object):
 def test_two_ranks(on_ranks, tmp_path: Path):
     kept, plot = tmp_path / "c.json", tmp_path / "c.png"
     arguments = ["--json", kept, "--plot", plot, "--values", "20000", "--samples", "2", "--dtype", "float32,bfloat16"]
-    names = ["onebit", "linear"]  # all of them take long to compile
+    names = ["onebit", "linear:bits=2,block=64"]  # all of them take long to compile
     arguments += ["--compressors", ",".join(names)]
     done = on_ranks(2, "-m", "bitring", "bench", "compress", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,6 +83,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
     ("arguments", "text"),
     [
         (["--compressors", "zip"], "unknown encoder 'zip'; known: "),
+        (["--compressors", "topk:k=9"], "unknown setting 'k' of the encoder topk; known: density, sampled, block"),
         (["--dtype", "int32"], "compression is for float16"),
         (["--json", "/nowhere/c.json"], "there is no folder /nowhere"),
         (["--plot", "c.txt"], "--plot must end in"),

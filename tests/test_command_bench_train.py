@@ -13,7 +13,7 @@ pytestmark = pytest.mark.single
 
 def test_two_ranks(on_ranks, tmp_path: Path):
     kept = tmp_path / "t.json"
-    exchanges = ["exact", "mpi", "onebit", "powersgd"]
+    exchanges = ["exact", "mpi", "onebit", "powersgd", "topk:density=0.25,block=64"]
     arguments = ["--json", kept, "--model", "softmax", "--samples", "2", "--exchanges", ",".join(exchanges)]
     done = on_ranks(2, "-m", "bitring", "bench", "train", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -27,12 +27,16 @@ def test_two_ranks(on_ranks, tmp_path: Path):
     assert rows["exact"]["nbytes"] == 4 * 7850
     # The 10 biases are fewer than a block, and travel exactly.
     assert rows["onebit"]["nbytes"] == 7840 / 8 + 8 * 8 + 4 * 10
+    assert rows["topk:density=0.25,block=64"]["nbytes"] > 4 * 7840 / 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["--exchanges", "exact,zip"], "unknown exchange 'zip'; known: exact, mpi, "),
+        (["--exchanges", "zip:level=9"], "unknown exchange 'zip'; known: exact, mpi, "),
+        (["--exchanges", "onebit:block=10"], "OneBit: block must be a positive multiple of 64; got 10"),
+        (["--exchanges", "exact,mpi:x=1"], "mpi:x=1: mpi has no settings"),
         (["--model", "vgg"], "unknown model 'vgg'; known: alexnet"),
         (["--json", "/nowhere/t.json"], "there is no folder /nowhere"),
     ],

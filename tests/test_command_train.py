@@ -162,6 +162,18 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path):
     assert "belongs to other training" in result.output
 
 
+def test_resume_compares_what_the_compressor_is_not_how_it_is_written(tmp_path: Path):
+    arguments = ["--model", "softmax", "--output", tmp_path, "--resume", "--compression"]
+    assert train("--epochs", 1, *arguments, "topk:density=0.010,block=4096").exit_code == 0
+    assert summary(tmp_path)["compression"] == "topk:block=4096"
+    result = train("--epochs", 2, *arguments, "topk:block=4096")
+    assert result.exit_code == 0, result.output
+    assert len(history(tmp_path)) == 2
+    result = train("--epochs", 3, *arguments, "topk")
+    assert result.exit_code == 2
+    assert "TopK(density=0.01, sampled=False, block=65536)" in result.output
+
+
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
     train("--model", "softmax", "--epochs", 2, "--output", tmp_path)
     checkpoint = tmp_path / "checkpoint.npz"
@@ -184,8 +196,10 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
         (["--optimizer", "adam"], "Error: unknown optimizer 'adam'; known: adagrad, sgd"),
         (["--optimizer", "adagrad", "--momentum", "0.5"], "Error: --momentum is not for the optimizer adagrad"),
         (["--tau", "5"], "Error: --tau is not for the mode sync"),
-        (["--block", "64"], "Error: --block is for a compressor; --compression is none"),
-        (["--compression", "onebit", "--block", "10"], "OneBit: block must be a positive multiple of 64; got 10"),
+        (["--compression", "2bit:block=64"], "Error: unknown compressor '2bit'; known: none, "),
+        (["--compression", "none:block=64"], "Error: --compression none:block=64: none has no settings"),
+        (["--compression", "topk:k=9"], "Error: unknown setting 'k' of the compressor topk; known: density, sampled,"),
+        (["--compression", "onebit:block=10"], "OneBit: block must be a positive multiple of 64; got 10"),
         (["--batch", "0"], "Error: --batch must be at least 1; got 0"),
         (["--checkpoint-every", "0"], "Error: --checkpoint-every must be at least 1; got 0"),
         (["--lr", "-1"], "SGD: lr must be finite and > 0, got -1.0"),

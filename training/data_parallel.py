@@ -23,10 +23,11 @@ from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.registry import Registry
 from bitring.compression.compressor import Compressor, compressors
 from bitring.compression.factors import Factors
-from bitring.compression.plan import CompressedPlan, plan_allreduce
+from bitring.compression.plan import plan_allreduce
 from bitring.compression.reduced_plan import ReducedPlan
 from bitring.compression.sufficient_factors import SufficientFactors
 from bitring.compression.telemetry import Totals
+from bitring.compression.watched_plan import WatchedPlan
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 from bitring.training.tree import copied, fill, host_copy, is_array, leaves, set_leaf
@@ -171,7 +172,7 @@ class DataParallel:
         return sum(plan.bytes_sent for plan in (*self.plans, *self._exact_plans.values()))
 
     def telemetry(self) -> dict[str, float | int | None]:
-        """What encoded exchanges took on this rank since the last call; empty where there were none.
+        """What compressed exchanges took on this rank since the last call; empty where there were none.
 
         ``encode_seconds``, ``wire_seconds``, ``decode_seconds``, ``wait_seconds`` (for the slowest rank, before the
         exchange) and ``bytes_sent``, summed over steps and buckets; ``residual_ratio`` and ``contraction`` as means;
@@ -339,7 +340,7 @@ class DataParallel:
                 plan.wait()
             else:
                 plan()
-            if isinstance(plan, CompressedPlan) and plan.telemetry is not None:
+            if isinstance(plan, WatchedPlan) and plan.telemetry is not None:
                 self._totals.add(plan.telemetry)
             yield bucket.views
 

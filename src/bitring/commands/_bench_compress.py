@@ -17,6 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.commands._bench_allreduce import dtype_of
+from bitring.commands._compression import make
 from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
@@ -51,12 +52,11 @@ def run(
     """Measure, print, and keep the results. Collective."""
     world = MPI.COMM_WORLD
     with ending_together(world):
-        together(world, lambda: _check(world, json_path, plot, names, dtypes))
+        chosen = together(world, lambda: _checked(world, json_path, plot, names, dtypes))
         limit_threads(world)
         machine = describe(world)
-        chosen = names or encoders.names()
         types = [dtype_of(each) for each in dtypes]
-        once_a_node(MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED)), lambda: _compile(chosen, types))
+        once_a_node(MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED)), lambda: _compile(chosen.values(), types))
         contenders = together(world, lambda: _contenders(world, chosen, types, n))
         if world.rank == 0:
             click.echo(f"compress, {n:,} values, {world.size} ranks, {machine['processor']}")
@@ -88,15 +88,14 @@ def run(
                 draw(kept, plot)
 
 
-def _check(
+def _checked(
     comm: MPI.Intracomm, json_path: Path | None, plot: Path | None, names: list[str] | None, dtypes: list[str]
-) -> None:
-    for name in names or []:
-        encoders.get(name)
+) -> dict[str, Encoder]:
+    chosen = {name: make(name, encoders) for name in names or encoders.names()}
     for name in dtypes:
         residual_dtype(dtype_of(name))
     if comm.rank != 0:
-        return
+        return chosen
     for path in (json_path, plot):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
@@ -104,15 +103,16 @@ def _check(
         figure(1, 1)
         if plot.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--plot must end in .png, .svg or .pdf; got {plot}")
+    return chosen
 
 
-def _compile(names: Iterable[str], dtypes: Iterable[Any]) -> None:
+def _compile(chosen: Iterable[Encoder], dtypes: Iterable[Any]) -> None:
     for dtype in dtypes:
-        for name in names:
-            encoders.get(name)().warm_up(dtype)
+        for encoder in chosen:
+            encoder.warm_up(dtype)
 
 
-def _contenders(comm: MPI.Intracomm, names: Iterable[str], dtypes: Iterable[Any], n: int) -> list[_Contender]:
+def _contenders(comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iterable[Any], n: int) -> list[_Contender]:
     """What is timed, each checked; all arrays but the encoders' settings are shared."""
     random = np.random.default_rng(comm.rank)
     x, y, z = (random.standard_normal(n, np.float32) for _ in range(3))
@@ -127,8 +127,8 @@ def _contenders(comm: MPI.Intracomm, names: Iterable[str], dtypes: Iterable[Any]
     ]
     for dtype in dtypes:
         values = x.astype(dtype)
-        for name in names:
-            found += _of_encoder(name, encoders.get(name)(), values)
+        for name, encoder in chosen.items():
+            found += _of_encoder(name, encoder, values)
     return found
 
 

@@ -13,6 +13,7 @@ import click
 import numpy as np
 from mpi4py import MPI
 
+from bitring.commands._compression import make, name_of
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
 from bitring.compression.encoder import compressors
@@ -42,7 +43,7 @@ def run(json_path: Path | None, model: str, names: list[str] | None, samples: in
                 SGD(lr=1e-6, momentum=0.9),
                 comm=world,
                 algorithm=EXACT.get(name, "auto"),
-                compression=None if name in EXACT else name,
+                compression=None if name in EXACT else make(name, compressors),
             )
             stack.callback(trainers[name].free)
         taken: dict[str, list[float]] = {name: [] for name in chosen}
@@ -86,9 +87,14 @@ def run(json_path: Path | None, model: str, names: list[str] | None, samples: in
 
 def _checked(comm: MPI.Intracomm, json_path: Path | None, names: list[str] | None) -> list[str]:
     known = [*EXACT, *compressors.names()]
-    for name in names or []:
+    for text in names or []:
+        name = name_of(text)
         if name not in known:
             raise ValueError(f"unknown exchange {name!r}; known: {', '.join(known)}")
+        if name not in EXACT:
+            make(text, compressors)
+        elif text != name:
+            raise ValueError(f"{text}: {name} has no settings")
     if comm.rank == 0 and json_path is not None and not json_path.parent.is_dir():
         raise FileNotFoundError(f"{json_path} cannot be written: there is no folder {json_path.parent}")
     return list(dict.fromkeys(names or known))

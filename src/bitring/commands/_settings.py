@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from bitring.collectives.registry import Registry
 from bitring.collectives.selection import check_name
+from bitring.commands._compression import make, name_of, spelled
 from bitring.compression.compressor import Compressor, compressors
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
@@ -29,7 +30,6 @@ class Settings:
     mode: str
     tau: int | None
     compression: str
-    block: int | None
     warmup_steps: int | None
     algorithm: str
     optimizer: str
@@ -64,19 +64,23 @@ class Settings:
         )
 
     def make_compression(self) -> Compressor | None:
-        """The compressor, None for an exact exchange. Raises ValueError as ``make_mode`` does."""
+        """The compressor, None for an exact exchange. Raises ValueError as ``make`` does."""
         if self.compression == "none":
-            if self.block is not None:
-                raise ValueError("--block is for a compressor; --compression is none")
             return None
-        if self.compression not in compressors.names():
-            raise ValueError(f"unknown compressor {self.compression!r}; known: none, {', '.join(compressors.names())}")
-        return _make(compressors, self.compression, block=self.block)
+        name = name_of(self.compression)
+        if name == "none":
+            raise ValueError(f"--compression {self.compression}: none has no settings")
+        if name not in compressors.names():
+            raise ValueError(f"unknown compressor {name!r}; known: none, {', '.join(compressors.names())}")
+        return make(self.compression, compressors)
 
     def of_the_result(self) -> dict[str, Any]:
         """What must be the same for a run to go on as it began; not how long it is to go on."""
         left_out = ("data_directory", "epochs", "output", "checkpoint_every", "resume")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+        compressor = self.make_compression()
+        compression = "none" if compressor is None else spelled(name_of(self.compression), compressor)
+        given = {**dataclasses.asdict(self), "compression": compression}
+        return {name: value for name, value in given.items() if name not in left_out}
 
 
 def _make(registry: Registry[T], name: str, **options: Any) -> T:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from bitring.commands._compression import HOW, split
+
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -27,13 +29,13 @@ class Sizes(click.ParamType[list[int]]):
 
 
 class Names(click.ParamType[list[str]]):
-    """Names separated by commas."""
+    """Names separated by commas, of compressors maybe with settings."""
 
     name = "names"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
         """See click."""
-        return [text.strip() for text in str(value).split(",")]
+        return split(str(value))
 
 
 @click.group("bench")
@@ -89,7 +91,11 @@ def allreduce(
 @command.command("compress")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw them to this .png, .svg or .pdf.")
-@click.option("--compressors", type=Names(), help="Some of the registered encoders.  [default: all]")
+@click.option(
+    "--compressors",
+    type=Names(),
+    help=f"Some of the registered encoders, separated by commas: {HOW}.  [default: all]",
+)
 @click.option(
     "--dtype",
     "dtypes",
@@ -123,7 +129,7 @@ def compress(
 @command.command("train")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here.")
 @click.option("--model", default="mlp", show_default=True, help="A model that predict knows, for its layers.")
-@click.option("--exchanges", type=Names(), help="Some of exact, mpi, and the compressors.  [default: all]")
+@click.option("--exchanges", type=Names(), help=f"Some of exact, mpi, and the compressors: {HOW}.  [default: all]")
 @click.option(
     "--samples", type=click.IntRange(min=1), default=9, show_default=True, help="Steps that are timed with each."
 )

@@ -9,6 +9,7 @@ import click
 
 from bitring.collectives.registry import Registry
 from bitring.collectives.schedule import algorithms
+from bitring.commands._compression import HOW
 from bitring.commands._settings import Settings
 from bitring.compression.compressor import compressors
 from bitring.models.dataset import datasets
@@ -32,8 +33,12 @@ def _names(registry: Registry[Any]) -> str:
 @click.option("--data-directory", type=click.Path(path_type=Path), help="Where the data set's files are.")
 @click.option("--mode", default="sync", show_default=True, help=f"One of: {_names(modes)}.")
 @click.option("--tau", type=int, help="Steps between two exchanges, for the modes local and block_momentum.")
-@click.option("--compression", default="none", show_default=True, help=f"One of: none, {_names(compressors)}.")
-@click.option("--block", type=int, help="Values that share a pair of levels, for onebit.")
+@click.option(
+    "--compression",
+    default="none",
+    show_default=True,
+    help=f"{HOW}. One of: none, {_names(compressors)}.",
+)
 @click.option("--warmup-steps", type=int, help="Exact steps before compression begins.  [default: 1/64 of all]")
 @click.option(
     "--algorithm", default="auto", show_default=True, help=f"Of the exact exchange. One of: auto, {_names(algorithms)}."

@@ -1,0 +1,126 @@
+"""What compressed plans have in common: a look at all ranks before each run, telemetry after it, and the way out."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from typing import Protocol
+
+from mpi4py import MPI
+
+from bitring.collectives.arrays import Array, device_of
+from bitring.collectives.errors import NonFiniteError
+from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.plan import Plan
+from bitring.collectives.runner import Runner, schedule_runner
+from bitring.collectives.state import State
+from bitring.collectives.transport import channel_of
+from bitring.compression.compressor import Compressor
+from bitring.compression.record import Record
+from bitring.compression.telemetry import Telemetry, Verdict, Watch, telemetry_of
+
+logger = logging.getLogger("bitring")
+
+
+class _Part(Protocol):
+    def close(self) -> None: ...
+
+
+class WatchedPlan(Plan):
+    """A compressed sum of ``flat``. ``telemetry`` is about the last run; None before one, and where sums are exact.
+
+    When a rank's residual grows without bound all ranks sum exactly from then on; the log says so.
+    """
+
+    telemetry: Telemetry | None = None
+    _exact: Runner | None = None  # what sums when the compressor has failed
+    _parts: tuple[_Part, ...] = ()  # that are closed at the end
+
+    def __init__(self, state: State, flat: Array, compressor: Compressor, check_finite: bool) -> None:
+        super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values, compressed by {compressor}")
+        self._flat = flat
+        self._compressor = compressor
+        self._check_finite = check_finite
+        self._verdict = Verdict(state, channel_of(self.number))
+        self._watch = Watch()
+        self._parts = (self._verdict,)
+
+    @abstractmethod
+    def _finite(self) -> bool:
+        """Whether this rank's values hold neither NaN nor Inf."""
+
+    @abstractmethod
+    def _compressed_steps(self, progress: Progress) -> Steps:
+        """One compressed run; ``_record`` is about it afterwards. Adds to ``bytes_sent``."""
+
+    @property
+    @abstractmethod
+    def _record(self) -> Record: ...
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Make the residuals zero."""
+
+    def checked_steps(self, progress: Progress) -> Steps:
+        """See Plan."""
+        self._verdict.come()
+        yield from super().checked_steps(progress)
+
+    def _steps(self, progress: Progress) -> Steps:
+        if self.state.size == 1:
+            return
+        bad = self._check_finite and not self._finite()
+        yield from self._verdict.steps(bad, self._watch.diverged, progress)
+        if self._verdict.bad_rank is not None:
+            raise NonFiniteError(
+                f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
+            )
+        if self._verdict.diverged and self._exact is None:
+            self._give_up()
+        if self._exact is not None:
+            yield from self._exact.steps(progress)
+            self.bytes_sent += self._exact.nbytes_sent
+            return
+        yield from self._compressed_steps(progress)
+        self._watch.look(self._record)
+        self.telemetry = telemetry_of(self._record, self._verdict.wait_seconds, self._verdict.slowest_rank)
+
+    def _give_up(self) -> None:
+        """Sum exactly from now on, without what the residuals hold: it is out of all proportion."""
+        self._exact = schedule_runner(
+            self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
+        )
+        self._parts += (self._exact,)
+        self._forget()
+        self.telemetry = None
+        self.algorithm, self.why = "ring", f"the residual of {self._compressor} diverged, so sums are exact now"
+        if self.state.rank == 0:
+            logger.warning("%s: %s", self.what, self.why)
+
+    def load_state_dict(self, state: dict[str, Array]) -> None:
+        """Copy what ``state_dict`` returned in. Raises ValueError for other names, shapes or dtypes."""
+        self._copy_in(state)
+
+    def _copy_in(self, state: dict[str, Array]) -> dict[str, Array]:
+        """Copy to the arrays of ``state_dict``, and return them."""
+        mine = self.state_dict()
+        if sorted(state) != sorted(mine):
+            raise ValueError(f"{self.what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
+        for name, array in mine.items():
+            if state[name].shape != array.shape or state[name].dtype != array.dtype:
+                raise ValueError(
+                    f"{self.what}: load_state_dict: {name} must have shape {array.shape} and dtype {array.dtype}; "
+                    f"got {state[name].shape} and {state[name].dtype}"
+                )
+        for name, array in mine.items():
+            if device_of(array) is not None and device_of(state[name]) is None:
+                array.set(state[name])
+            else:
+                array[...] = state[name]
+        return mine
+
+    def free(self) -> None:
+        """See Plan."""
+        super().free()
+        for part in self._parts:
+            part.close()
