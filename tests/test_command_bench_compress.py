@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from bitring import __main__
+from bitring.commands._bench_compress import by_packbits
 from bitring.compression.onebit import OneBit
 from bitring.training.cluster import read_machine
 
@@ -32,7 +33,14 @@ def test_two_ranks(on_ranks, tmp_path: Path):
     wanted = [f"{name} {operation}" for _ in range(2) for name in names for operation in ("encode", "decode-and-add")]
     for ranks in (1, 2):
         rows = [row for row in found["results"] if row["ranks"] == ranks]
-        assert [row["kernel"] for row in rows] == ["np.add", "np.add in place", "copy", "matrix product", *wanted]
+        assert [row["kernel"] for row in rows] == [
+            "np.add",
+            "np.add in place",
+            "copy",
+            "np.packbits encode",
+            "matrix product",
+            *wanted,
+        ]
         shares = [row["of_the_roofline"] for row in rows if "bandwidth" in row]
         assert max(shares[:3]) == 1
         for row in rows:
@@ -93,3 +101,15 @@ def test_mistakes(arguments: list[str], text: str):
     result = run(*arguments)
     assert result.exit_code == 2
     assert text in result.output
+
+
+def test_the_numpy_formulation_computes_the_same():
+    values, residual = np.random.default_rng(0).standard_normal((2, 5 * 1024)).astype(np.float32)
+    mine, other = residual.copy(), residual.copy()
+    levels, bits = by_packbits(values, mine)
+    payload = np.empty(OneBit().nbytes(values.size), np.uint8)
+    OneBit().encode(values, other, payload)
+    blocks = payload.reshape(5, 8 + 128)
+    np.testing.assert_array_equal(bits, blocks[:, 8:])
+    np.testing.assert_allclose(levels, blocks[:, :8].copy().view(np.float32), rtol=1e-5)
+    np.testing.assert_allclose(mine, other, atol=1e-5)

@@ -28,11 +28,12 @@ from bitring.compression.owner_schedule import encoders
 from bitring.machine import describe
 from bitring.training.cluster import Kernel, Machine, write_constants
 
-ADD, IN_PLACE, COPY, PRODUCT = "np.add", "np.add in place", "copy", "matrix product"
+ADD, IN_PLACE, COPY, PACKBITS, PRODUCT = "np.add", "np.add in place", "copy", "np.packbits encode", "matrix product"
 """In place, no line of memory is read only to be overwritten: this comes closest to what the memory can do."""
 
 _YARDSTICKS = {ADD: 12, IN_PLACE: 12, COPY: 8}  # bytes a value
 _PRODUCT_SIDE = 768
+_PACKBITS_BLOCK = 1024  # values that share two levels, as of onebit by default
 
 
 class _Contender(NamedTuple):
@@ -123,6 +124,7 @@ def _contenders(comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iter
         _Contender(ADD, "float32", partial(np.add, x, y, out=z), _YARDSTICKS[ADD]),
         _Contender(IN_PLACE, "float32", partial(np.add, zeros, x, out=zeros), _YARDSTICKS[IN_PLACE]),
         _Contender(COPY, "float32", partial(np.copyto, z, x), _YARDSTICKS[COPY]),
+        _Contender(PACKBITS, "float32", partial(by_packbits, x, np.zeros_like(x)), 12 + 1 / 8 + 8 / _PACKBITS_BLOCK),
         _Contender(PRODUCT, "float32", partial(np.matmul, side, side, out=product), 0),
     ]
     for dtype in dtypes:
@@ -130,6 +132,23 @@ def _contenders(comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iter
         for name, encoder in chosen.items():
             found += _of_encoder(name, encoder, values)
     return found
+
+
+def by_packbits(values: Any, residual: Any) -> tuple[Any, Any]:
+    """Levels and bits of the whole blocks of float32 ``values``, one bit each, as one writes it in NumPy.
+
+    ``residual`` is updated in place.
+    """
+    whole = values.size // _PACKBITS_BLOCK * _PACKBITS_BLOCK
+    left = residual[:whole].reshape(-1, _PACKBITS_BLOCK)
+    v = values[:whole].reshape(left.shape) + left
+    is_high = v >= 0
+    highs = np.count_nonzero(is_high, axis=1)
+    high_sum = np.where(is_high, v, np.float32(0)).sum(axis=1)
+    low = (v.sum(axis=1) - high_sum) / np.maximum(_PACKBITS_BLOCK - highs, 1)
+    levels = np.stack([low, high_sum / np.maximum(highs, 1)], axis=1).astype(np.float32)
+    np.subtract(v, np.where(is_high, levels[:, 1:], levels[:, :1]), out=left)
+    return levels, np.packbits(is_high, axis=1, bitorder="little")
 
 
 def _of_encoder(name: str, encoder: Encoder, values: Any) -> list[_Contender]:
