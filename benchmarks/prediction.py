@@ -79,7 +79,7 @@ def main() -> None:
             }
             predictions = predict(layer_table(model), cluster, speeds, compute=0.0)
             tried = [each for each in predictions if each.exchange in seconds]
-            rows += [row(place, model, each, seconds[each.exchange]) for each in tried]
+            rows += [compared(place, model, each, seconds[each.exchange]) for each in tried]
             exact = min(seconds[name] for name in ("exact", "mpi") if name in seconds)
             lossy = min(s for name, s in seconds.items() if name not in ("exact", "mpi"))
             said = advice(tried, cluster)
@@ -117,7 +117,7 @@ def main() -> None:
     print(f"kept in {target}")
 
 
-def row(place: Place, model: str, predicted: Prediction, measured: float) -> dict[str, Any]:
+def compared(place: Place, model: str, predicted: Prediction, measured: float) -> dict[str, Any]:
     return {
         "place": place.name,
         "model": model,

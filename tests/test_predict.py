@@ -16,7 +16,9 @@ from bitring.training.predict import Prediction, predict
 pytestmark = pytest.mark.single
 
 GBIT = 1e9 / 8
-FREE = Machine("all but the wire is free", math.inf, math.inf, math.inf, math.inf, wire=1.0, local_latency=0.0)
+FREE = Machine(
+    "all but the wire is free", *[math.inf] * 4, step=0, step_together=0, step_array=0, wire=1.0, local_latency=0.0
+)
 FAST = dataclasses.replace(BUILT_IN, flops=1e13)
 MATRIX = [LayerTable("fc", "dense", (("fc.weight", (4096, 4096)),), 4096 * 4096, factors=1)]
 
@@ -65,16 +67,15 @@ def test_more_bandwidth_never_makes_a_step_longer(model: str):
 def test_buckets_are_exchanged_while_others_are_packed_and_updated():
     """Two buckets: the second's exchange hides the first's update; all are checked before, and packed."""
     layers = [LayerTable(f"fc{i}", "dense", ((f"fc{i}.weight", (4096, 4096)),), 4096 * 4096) for i in (1, 2)]
-    machine = dataclasses.replace(FREE, copy=1e9)
+    machine = dataclasses.replace(FREE, step=32e-9, step_array=1e-3)
     n = 4096 * 4096
     exchange = 2 * (1 / 2) * 4 * n / GBIT
     exact = by_name(layers, Cluster(2, 2, GBIT, latency=0.0), machine, compute=0.0)["exact"]
-    before = (2 * module.CHECK_NBYTES + module.PACK_NBYTES) * n / 1e9
+    bucket = 32e-9 * n + 1e-3
+    before = (2 * module.CHECK + module.PACK) * bucket
     assert exact.wire == pytest.approx(2 * exchange)
-    assert exact.seconds == pytest.approx(before + 2 * exchange + module.UPDATE_NBYTES * n / 1e9)
-    assert exact.exposed == pytest.approx(
-        exact.seconds - 2 * (module.CHECK_NBYTES + module.PACK_NBYTES + module.UPDATE_NBYTES) * n / 1e9
-    )
+    assert exact.seconds == pytest.approx(before + 2 * exchange + module.UPDATE * bucket)
+    assert exact.exposed == pytest.approx(exact.seconds - 2 * bucket)
 
 
 def test_overlap_hides_communication_behind_back_propagation():

@@ -59,7 +59,9 @@ class Machine:
     (γ is its inverse). ``copy``: bytes a second read and written by a copy, of one rank alone; ``copy_together``: of
     all ranks at once, together. ``kernels``, ``kernels_together``: by encoder, of a rank alone and of each of all at
     once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet the ranks of
-    the same node. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of payload that each
+    the same node. ``step``, ``step_together``: seconds a value of what a step of ``DataParallel`` does beside
+    exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``: seconds that each parameter
+    adds, whatever its size. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of payload that each
     node sends to the next while all do; None where they were not measured. ``emulated``: nodes share this machine's
     cores, so all ranks compute at once whatever their nodes.
     """
@@ -69,6 +71,9 @@ class Machine:
     add: float
     copy: float
     copy_together: float
+    step: float
+    step_together: float
+    step_array: float
     kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     kernels_together: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     wire: float = 0.95
@@ -94,6 +99,9 @@ BUILT_IN = Machine(
     add=6.1e9,
     copy=1.53e10,
     copy_together=2.51e10,
+    step=2e-9,
+    step_together=2.4e-9,
+    step_array=5e-5,
     kernels={"onebit": Kernel(6.2e-10, 4.2e-10)},
     kernels_together={"onebit": Kernel(8.5e-10, 5.2e-10)},
 )
@@ -109,6 +117,7 @@ def read_machine(path: Path) -> Machine:
             fields[name] = {encoder: Kernel(**each) for encoder, each in fields[name].items()}
         machine = Machine(**fields)
         speeds = [machine.flops, machine.add, machine.copy, machine.copy_together, machine.wire]
+        speeds += [machine.step, machine.step_together, machine.step_array]
         speeds += [each for each in (machine.latency, machine.bandwidth) if each is not None]
         speeds += [s for part in (machine.kernels, machine.kernels_together) for k in part.values() for s in k]
         if not all(math.isfinite(speed) and speed > 0 for speed in speeds):

@@ -32,8 +32,9 @@ OVERLAP_BYTES = 8 << 20  # as DataParallel has it
 BUCKET_BYTES = 25 << 20
 BACKWARD = 2.0  # times the operations of the way forward
 
-CHECK_NBYTES, PACK_NBYTES, UPDATE_NBYTES = 4, 8, 20
-"""Bytes a value that pass through memory: to look for NaN; to scale into the bucket; SGD's with momentum."""
+CHECK, PACK, UPDATE = 4 / 32, 8 / 32, 20 / 32
+"""Parts of what a step does beside exchanging: to look for NaN; to scale into the bucket; SGD with momentum. By the
+bytes that they move."""
 
 RANK = 4
 """Of PowerSGD's factors; 2 to 4 is what its paper recommends."""
@@ -134,6 +135,7 @@ class _Step:
         self.compute = operations / machine.flops if compute is None else compute
         sharing = cluster.ranks if machine.emulated else cluster.ranks_per_node
         self.bandwidth = min(machine.copy, machine.copy_together / sharing)
+        self.step = machine.step if sharing == 1 else machine.step_together
 
     def predict(self, name: str) -> Prediction | None:
         """The prediction for one exchange; None where it would not be used at all."""
@@ -173,19 +175,22 @@ class _Step:
 
     def _timeline(self, buckets: Sequence[BucketSizes], totals: Sequence[float], agree: float) -> float:
         """The module's recursion: from the step's begin to its last update."""
-        seconds = [self._nbytes(bucket.names) / ITEMSIZE / self.bandwidth for bucket in buckets]  # a byte of each value
-        packed = 0.0 if self.overlap else self.compute + agree + CHECK_NBYTES * sum(seconds)
+        seconds = [
+            self.step * sum(self.values[name] for name in bucket.names) + self.machine.step_array * len(bucket.names)
+            for bucket in buckets
+        ]
+        packed = 0.0 if self.overlap else self.compute + agree + CHECK * sum(seconds)
         starts: list[float] = []
         for bucket, second in zip(buckets, seconds, strict=True):
             if self.overlap:
-                packed = max(packed, self._ready(bucket) + agree) + CHECK_NBYTES * second
-            packed += PACK_NBYTES * second
+                packed = max(packed, self._ready(bucket) + agree) + CHECK * second
+            packed += PACK * second
             starts.append(packed)
         beside = sum(self.values.values()) * ITEMSIZE >= OVERLAP_BYTES
         there, updated = 0.0, packed
         for start, total, second in zip(starts, totals, seconds, strict=True):
             there = max(there, start if beside else updated) + total
-            updated = max(updated, there) + UPDATE_NBYTES * second
+            updated = max(updated, there) + UPDATE * second
         return updated
 
     def _ready(self, bucket: BucketSizes) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -27,12 +28,16 @@ from bitring.compression.once_a_node import once_a_node
 from bitring.compression.owner_schedule import encoders
 from bitring.machine import describe
 from bitring.training.cluster import Kernel, Machine, write_constants
+from bitring.training.data_parallel import DataParallel
+from bitring.training.sgd import SGD
 
 ADD, IN_PLACE, COPY, PACKBITS, PRODUCT = "np.add", "np.add in place", "copy", "np.packbits encode", "matrix product"
+STEP, STEP_ARRAYS = "step without exchange", "step without exchange, many arrays"
 """In place, no line of memory is read only to be overwritten: this comes closest to what the memory can do."""
 
 _YARDSTICKS = {ADD: 12, IN_PLACE: 12, COPY: 8}  # bytes a value
 _PRODUCT_SIDE = 768
+_ARRAYS = 256  # of one value each
 _PACKBITS_BLOCK = 1024  # values that share two levels, as of onebit by default
 
 
@@ -52,13 +57,13 @@ def run(
 ) -> None:
     """Measure, print, and keep the results. Collective."""
     world = MPI.COMM_WORLD
-    with ending_together(world):
+    with ending_together(world), contextlib.ExitStack() as stack:
         chosen = together(world, lambda: _checked(world, json_path, plot, names, dtypes))
         limit_threads(world)
         machine = describe(world)
         types = [dtype_of(each) for each in dtypes]
         once_a_node(MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED)), lambda: _compile(chosen.values(), types))
-        contenders = together(world, lambda: _contenders(world, chosen, types, n))
+        contenders = together(world, lambda: _contenders(world, chosen, types, n, stack))
         if world.rank == 0:
             click.echo(f"compress, {n:,} values, {world.size} ranks, {machine['processor']}")
         results: list[dict[str, Any]] = []
@@ -71,7 +76,7 @@ def run(
                 _show(rows)
         network = wire(world)
         if world.rank == 0:
-            found = constants(machine, results)
+            found = constants(machine, results, n)
             if network is not None:
                 latency, bandwidth = network
                 found = dataclasses.replace(found, latency=latency, bandwidth=bandwidth)
@@ -113,7 +118,9 @@ def _compile(chosen: Iterable[Encoder], dtypes: Iterable[Any]) -> None:
             encoder.warm_up(dtype)
 
 
-def _contenders(comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iterable[Any], n: int) -> list[_Contender]:
+def _contenders(
+    comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iterable[Any], n: int, stack: contextlib.ExitStack
+) -> list[_Contender]:
     """What is timed, each checked; all arrays but the encoders' settings are shared."""
     random = np.random.default_rng(comm.rank)
     x, y, z = (random.standard_normal(n, np.float32) for _ in range(3))
@@ -126,12 +133,21 @@ def _contenders(comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iter
         _Contender(COPY, "float32", partial(np.copyto, z, x), _YARDSTICKS[COPY]),
         _Contender(PACKBITS, "float32", partial(by_packbits, x, np.zeros_like(x)), 12 + 1 / 8 + 8 / _PACKBITS_BLOCK),
         _Contender(PRODUCT, "float32", partial(np.matmul, side, side, out=product), 0),
+        _Contender(STEP, "float32", _step([x], stack), 0),
+        _Contender(STEP_ARRAYS, "float32", _step([x[i : i + 1] for i in range(min(_ARRAYS, n))], stack), 0),
     ]
     for dtype in dtypes:
         values = x.astype(dtype)
         for name, encoder in chosen.items():
             found += _of_encoder(name, encoder, values)
     return found
+
+
+def _step(gradients: list[Any], stack: contextlib.ExitStack) -> Callable[[], None]:
+    """A step of a trainer that is alone; ``stack`` frees it."""
+    trainer = DataParallel([np.zeros_like(g) for g in gradients], SGD(lr=1e-6, momentum=0.9), comm=MPI.COMM_SELF)
+    stack.callback(trainer.free)
+    return partial(trainer.step, gradients)
 
 
 def by_packbits(values: Any, residual: Any) -> tuple[Any, Any]:
@@ -229,7 +245,7 @@ def _rows(
                 "bandwidth": contender.nbytes * n / seconds,
                 "of_the_roofline": contender.nbytes * n / seconds / roofline,
             }
-        else:
+        elif contender.name == PRODUCT:
             row["flops"] = 2 * _PRODUCT_SIDE**3 / seconds
         rows.append(row)
     return rows
@@ -255,7 +271,7 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def constants(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Machine:
+def constants(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]], values: int) -> Machine:
     """What ``bitring predict --machine`` needs."""
     ranks = int(machine["ranks"])
     emulated = bool(os.environ.get("BITRING_HOSTS"))
@@ -281,6 +297,9 @@ def constants(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) 
         add=4 * of(ranks if emulated else 1, kernel=IN_PLACE)["values_a_second"],
         copy=of(1, kernel=COPY)["bandwidth"],
         copy_together=ranks * of(ranks, kernel=COPY)["bandwidth"],
+        step=of(1, kernel=STEP)["seconds"] / values,
+        step_together=of(ranks, kernel=STEP)["seconds"] / values,
+        step_array=of(ranks if emulated else 1, kernel=STEP_ARRAYS)["seconds"] / min(_ARRAYS, values),
         kernels=kernels(1),
         kernels_together=kernels(ranks),
         emulated=emulated,
