@@ -111,13 +111,17 @@ def test_where_compression_does_not_pay(model: str, cluster: Cluster):
     assert ("within one node" in advice(found, cluster)) == (cluster.nodes == 1)
 
 
-def test_ranks_of_a_node_sum_before_one_of_them_encodes():
-    layers = layer_table("alexnet")
-    spread, dense = (by_name(layers, Cluster(4 * q, 4, GBIT), BUILT_IN) for q in (1, 8))
-    assert dense["onebit"].how == "node sums, owners"
-    assert dense["onebit"].nbytes == pytest.approx(spread["onebit"].nbytes, rel=1e-2)  # biases travel exactly
-    assert dense["onebit"].encode == spread["onebit"].encode
-    assert dense["onebit"].wire > spread["onebit"].wire
+def test_ranks_of_a_node_sum_and_each_exchanges_its_lane():
+    """As CompressedPlan's LaneWay does: a node's wire carries all lanes, its ranks encode one each."""
+    layers, machine = layer_table("alexnet"), dataclasses.replace(BUILT_IN, kernels_together={})
+    spread, dense = (by_name(layers, Cluster(4 * q, 4, GBIT), machine)["onebit"] for q in (1, 8))
+    assert dense.how == "node sums, owners of lanes"
+    assert dense.encode == pytest.approx(spread.encode / 8)
+    assert dense.decode == pytest.approx(spread.decode / 8)
+    assert dense.wire > spread.wire
+    # Biases travel exactly, through the ranks' memory too.
+    exact = sum(math.prod(shape) for layer in layers for _, shape in layer.parameters if math.prod(shape) < 1024)
+    assert dense.nbytes == pytest.approx(spread.nbytes / 8 + 2 * (31 / 32 - 3 / 4 / 8) * 4 * exact)
 
 
 def test_emulated_nodes_share_the_cores_of_one_machine():

@@ -216,26 +216,27 @@ class _Step:
         return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * nbytes, how)
 
     def _owners(self, name: str) -> _Way:
-        """An encoder's. On several nodes the ranks of each first sum exactly, and one of them exchanges."""
+        """An encoder's. On several nodes the ranks of each first sum exactly, and each exchanges its lane of the sum."""
         encoder, machine, network = encoders.get(name)(), self.machine, self.network
-        between = not network.inside and self.cluster.ranks_per_node > 1
+        lanes = 1 if network.inside else self.cluster.ranks_per_node
+        between = lanes > 1
         among = self.cluster.nodes if between else self.cluster.ranks
         some = 1 << 20
-        kernel, measured = machine.kernel(
-            name, encoder.expected_nbytes(some) / some, together=machine.emulated or (network.inside and among > 1)
-        )
+        together = machine.emulated or between or (network.inside and among > 1)
+        kernel, measured = machine.kernel(name, encoder.expected_nbytes(some) / some, together=together)
 
         def exchange(bucket: BucketSizes) -> _Exchange:
             if not bucket.compressed:
                 return self._exact(bucket.names)
-            n = sum(self.values[each] for each in bucket.names)
-            payload = sum(encoder.expected_nbytes(self.values[each]) for each in bucket.names)
+            values = sum(self.values[each] for each in bucket.names)
+            n = values / lanes
+            payload = sum(encoder.expected_nbytes(self.values[each]) for each in bucket.names) / lanes
             times = owner_seconds(
-                among, kernel.encode * n, kernel.decode * n, payload, alpha=network.alpha, beta=network.beta
+                among, kernel.encode * n, kernel.decode * n, payload, alpha=network.alpha, beta=network.beta * lanes
             )
-            inside = network.node_seconds(ITEMSIZE * n) if between else 0.0
+            inside = network.node_seconds(ITEMSIZE * values) if between else 0.0
             times = times._replace(wire=times.wire + inside, total=times.total + inside)
-            return _Exchange(times, self._share(among) * payload, "node sums, owners" if between else "owners")
+            return _Exchange(times, self._share(among) * payload, "node sums, owners of lanes" if between else "owners")
 
         return _Way(exchange, encoder.block, measured=measured)
 
