@@ -86,7 +86,8 @@ class OwnerExchange(ABC):
         self.residual = xp.zeros(like.size, exact)
         self.owner_residual = xp.zeros(self.owned[1] - self.owned[0], exact)
         self.record = Record()
-        self._runs = 0
+        self.runs = 0
+        """The number of the next run, from 1, on which seeds depend; the caller's to count."""
 
     @abstractmethod
     def bind(self, buffer: Array) -> None:
@@ -104,7 +105,7 @@ class OwnerExchange(ABC):
 
     def _seed(self) -> int:
         """Each rank rounds for itself, in each run."""
-        return self._runs * self._size + self._rank
+        return self.runs * self._size + self._rank
 
 
 def make_owner_exchange(
@@ -155,8 +156,7 @@ class NativeOwnerExchange(OwnerExchange):
 
     def prepare(self) -> None:
         """The operation's next run is another one."""
-        self._runs += 1
-        self.operation.prepare(self._runs, self._seed())
+        self.operation.prepare(self.runs, self._seed())
 
     def note(self) -> None:
         """The operation has been run."""
@@ -229,7 +229,7 @@ class PortableOwnerExchange(OwnerExchange):
 
     def steps(self, progress: Progress) -> Steps:
         """See OwnerExchange."""
-        self._runs += 1
+        progress.exchanging = True
         self.record = Record()
         began = time.perf_counter()
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
@@ -266,6 +266,7 @@ class PortableOwnerExchange(OwnerExchange):
         device = device_of(self._x)
         yield from _reached(None if device is None else device.record(), progress)
         progress.moves += 1
+        progress.exchanging = False
         self.record.seconds = time.perf_counter() - began
 
     def _encode(self, message: _Message, values: Array, residual: Array, origin: int, seed: int) -> None:
@@ -275,7 +276,7 @@ class PortableOwnerExchange(OwnerExchange):
         for k, (a, b) in enumerate(message.pieces):
             left = residual[a - origin : b - origin]
             v = values[a - origin : b - origin]
-            sampled = seed >= 0 and self._numbers[a, b] % self._every == self._runs % self._every
+            sampled = seed >= 0 and self._numbers[a, b] % self._every == self.runs % self._every
             if sampled and device_of(v) is None:
                 wide, old = v.astype(np.float64), left.astype(np.float64)
                 self.record.values += float(wide @ wide)

@@ -25,7 +25,7 @@ from bitring.compression.once_a_node import once_a_node
 from bitring.compression.owner_exchange import OwnerExchange, Record, make_owner_exchange
 from bitring.compression.reduced_plan import plan_reduced, reducer_of
 from bitring.compression.telemetry import Telemetry, Verdict, Watch, telemetry_of
-from bitring.compression.way import DirectWay, LeaderWay, Way, make_lane_way
+from bitring.compression.way import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
 
 logger = logging.getLogger("bitring")
 
@@ -96,7 +96,7 @@ def plan_allreduce(
             "boundaries": tuple(boundaries),
             "memory": memory_name(flat),
         }
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
     run_agreement(state, request)
     assert encoder is not None
@@ -131,21 +131,35 @@ class CompressedPlan(Plan):
         self._check_finite = check_finite
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
-        once_a_node(state.node.comm, lambda: _warm_up(encoder, flat))
+        request = Request("plan_allreduce", {"compression": encoder})
+
+        def warm_up() -> None:
+            try:
+                _warm_up(encoder, flat)
+            except Exception as error:  # the other ranks wait for their turn, and must not go on without this one
+                request.error = error
+
+        once_a_node(state.node.comm, warm_up)
+        run_agreement(state, request)
         self._way = self._make_way(hierarchical, boundaries)
-        self._exact: Runner | None = None  # what sums when the compressor has failed
+        self._runs = np.zeros(1, np.int64)
+        self._ring: Runner | None = None  # made when the compressor has failed
+        self._exact: Runner | None = None  # what sums, then
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
         self._to_add: Array | None = None
+        self._owes = False  # whether a single rank was handed residuals
         self._verdict = Verdict(state, channel_of(self.number))
         self._watch = Watch()
         self._parts = (self._way, self._verdict)
         self.telemetry: Telemetry | None = None
         self.owned = self._way.owned
-        self.why = f"{encoder} was asked for; " + (
-            f"{state.topology.nodes} nodes exchange their exact sums"
-            if hierarchical
-            else f"{state.size} ranks exchange directly"
-        )
+        how = f"{state.size} ranks exchange directly"
+        if isinstance(self._way, NodeWay):
+            self.algorithm, how = self._way.algorithm, "all ranks are on one node, whose sum is exact"
+        elif hierarchical:
+            how = f"{state.topology.nodes} nodes exchange their exact sums"
+        self.why = f"{encoder} was asked for; {how}"
+        self._chosen = self.algorithm, self.why
 
     def _make_way(self, hierarchical: bool, boundaries: tuple[int, ...]) -> Way:
         state, flat, channel = self.state, self._flat, channel_of(self.number)
@@ -154,8 +168,10 @@ class CompressedPlan(Plan):
             inside = [b - first for b in boundaries if first < b < first + like.size]
             return make_owner_exchange(comm, like, self._encoder, inside, channel)
 
-        if not hierarchical:
+        if not hierarchical or state.size == 1:
             return DirectWay(state, flat, make)
+        if state.topology.nodes == 1:
+            return NodeWay(state, flat, self.number, self._run.kind)
         lanes = None
         if state.shared is not None and device_of(flat) is None:
             lanes = make_lane_way(state, flat, self._run.kind, make)
@@ -167,10 +183,14 @@ class CompressedPlan(Plan):
         yield from super().checked_steps(progress)
 
     def _steps(self, progress: Progress) -> Steps:
-        if self.state.size == 1:
-            return
         bad = self._check_finite and not all_finite(self._flat)
-        yield from self._verdict.steps(bad, self._watch.diverged, progress)
+        if self.state.size == 1:
+            if bad:
+                raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank 0; nothing was changed")
+            self._settle()
+            return
+        # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
+        yield from self._verdict.steps(bad, self._watch.diverged or self._exact is not None, progress)
         if self._verdict.bad_rank is not None:
             raise NonFiniteError(
                 f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
@@ -182,20 +202,42 @@ class CompressedPlan(Plan):
             self.bytes_sent += self._exact.nbytes_sent
             return
         if self._to_add is not None:
-            self._flat += self._to_add.astype(self._flat.dtype)
-            self._to_add = None
+            self._to_add = self._with(self._to_add)
+        exchange = self._way.exchange
+        self._runs += 1
+        if exchange is not None:
+            exchange.runs = int(self._runs[0])
         yield from self._way.steps(progress)
-        record = Record() if self._way.exchange is None else self._way.exchange.record
+        record = Record() if exchange is None else exchange.record
         self._watch.look(record)
         self.telemetry = telemetry_of(record, self._verdict.wait_seconds, self._verdict.slowest_rank)
         self.bytes_sent += record.bytes_sent + self._way.nbytes_sent
 
+    def _with(self, owed: Array) -> Array | None:
+        """Add ``owed``, in the residual's dtype, to x. What x's dtype cannot hold is still owed; None for nothing."""
+        v = self._flat.astype(owed.dtype) + owed
+        self._flat[...] = v.astype(self._flat.dtype)
+        v -= self._flat.astype(v.dtype)
+        return v if bool(v.any()) else None
+
+    def _settle(self) -> None:
+        """One rank encodes nothing: what it was handed as residuals, of more ranks, is added to x."""
+        exchange = self._way.exchange
+        if not self._owes or exchange is None:
+            return
+        left = self._with(exchange.residual + exchange.owner_residual)
+        self._owes = left is not None
+        exchange.residual[...] = 0 if left is None else left
+        exchange.owner_residual[...] = 0
+
     def _give_up(self) -> None:
         """Sum exactly from now on, without what the residuals hold: it is out of all proportion."""
-        self._exact = schedule_runner(
-            self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
-        )
-        self._parts += (self._exact,)
+        if self._ring is None:
+            self._ring = schedule_runner(
+                self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
+            )
+            self._parts += (self._ring,)
+        self._exact = self._ring
         if self._way.exchange is not None:
             for residual in (self._way.exchange.residual, self._way.exchange.owner_residual):
                 residual[...] = 0
@@ -208,8 +250,12 @@ class CompressedPlan(Plan):
         """``residual``, one for each value, and ``owner_residual``, one for each value that this rank owns.
 
         1-D arrays in x's memory, float32 (float64 for float64 values). The plan's own, but for ``hierarchical``, where
-        ``residual`` is a copy: each rank has one for its lane of the values, and zeros elsewhere.
+        ``residual`` is a copy: each rank has one for its lane of the values, and zeros elsewhere. For an encoder that
+        draws, also ``runs``, how many there were, on which its seeds depend: one int64 in host memory.
         """
+        return {**self._residuals(), "runs": self._runs} if self._encoder.draws else self._residuals()
+
+    def _residuals(self) -> dict[str, Array]:
         exchange, (first, last), n = self._way.exchange, self._way.extent, self._flat.size
         if exchange is not None and (first, last) == (0, n):
             return {"residual": exchange.residual, "owner_residual": exchange.owner_residual}
@@ -222,7 +268,10 @@ class CompressedPlan(Plan):
         return {"residual": residual, "owner_residual": exchange.owner_residual}
 
     def load_state_dict(self, state: dict[str, Array]) -> None:
-        """Copy ``residual`` and ``owner_residual`` in. Raises ValueError for other names, shapes or dtypes."""
+        """Copy what ``state_dict`` returned in, and compress from now on, whatever has diverged before.
+
+        Raises ValueError for other names, shapes or dtypes.
+        """
         mine = self.state_dict()
         if sorted(state) != sorted(mine):
             raise ValueError(f"{self.what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
@@ -240,6 +289,9 @@ class CompressedPlan(Plan):
         if exchange is None or exchange.residual is not mine["residual"]:
             mine["residual"][first:last] = 0
             self._to_add = mine["residual"]
+        self._owes = True
+        self._exact, self._watch = None, Watch()
+        self.algorithm, self.why = self._chosen
 
     def free(self) -> None:
         """See Plan."""
@@ -249,6 +301,9 @@ class CompressedPlan(Plan):
 
 
 def _warm_up(encoder: Encoder, flat: Array) -> None:
+    if device_of(flat) is not None:
+        encoder.device_kernels()
+        return
     for dtype in (flat.dtype, residual_dtype(flat.dtype)):
         encoder.warm_up(dtype)
 

@@ -73,6 +73,16 @@ def test_a_residual_that_diverges_makes_sums_exact(comm, agree, caplog):
     agree(comm, len(said) == (comm.rank == 0), f"{said}")
     agree(comm, "diverged" in bitring.explain(plan), bitring.explain(plan))
     agree(comm, not any(a.any() for a in plan.state_dict().values()), "a residual stayed")
+    # Of ranks that load a state, all or none go on compressing.
+    state = {name: np.full_like(a, 0.5) for name, a in plan.state_dict().items()}
+    for ranks, exact in ((1, True), (comm.size, False)):
+        if comm.rank < ranks:
+            plan.load_state_dict(state)
+        x[:] = comm.rank
+        plan()
+        agree(comm, (x[0] == sum(range(comm.size))) == exact, f"{ranks}: {x}")
+        agree(comm, ("diverged" in bitring.explain(plan)) == exact, bitring.explain(plan))
+    agree(comm, bool((x == sum(range(comm.size)) + 0.5 * (comm.size + 1)).all()), f"{x}")
     plan.free()
 
 
