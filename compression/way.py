@@ -58,10 +58,10 @@ class DirectWay:
 class NodeWay:
     """All ranks are on one node: they sum exactly, there is nothing to encode, and no rank has residuals."""
 
-    exchange: OwnerExchange | None = None
-    extent = owned = (0, 0)
-
     def __init__(self, state: State, flat: Array, number: int, signature: int) -> None:
+        self.exchange: OwnerExchange | None = None
+        self.extent: Piece = (0, 0)
+        self.owned: Piece = (0, 0)
         self.algorithm = "ring" if state.common is None or device_of(flat) is not None else "shared_memory"
         self._runner = make_runner(
             state, "allreduce", self.algorithm, flat, MPI.SUM, number=number, signature=signature

@@ -216,7 +216,7 @@ class _Step:
         return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * nbytes, how)
 
     def _owners(self, name: str) -> _Way:
-        """An encoder's. On several nodes the ranks of each first sum exactly, and each exchanges its lane of the sum."""
+        """An encoder's. On several nodes the ranks of each first sum exactly, then each exchanges its lane of that."""
         encoder, machine, network = encoders.get(name)(), self.machine, self.network
         lanes = 1 if network.inside else self.cluster.ranks_per_node
         between = lanes > 1
