@@ -9,6 +9,7 @@ when there is none; below MPI's thread level ``multiple`` there is no such threa
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -42,6 +43,9 @@ _LOOK_SECONDS = 0.25
 _DRIVE_SECONDS = 0.05
 """A native operation that has not moved for so long gives the engine a chance to look around."""
 
+_FAILED = -(1 << 40)
+"""What a rank says that has broken off a job; other notes are jobs' numbers, and ranks that are gone."""
+
 _GRACE_SECONDS = 2.0
 _SPINS = 200
 _NAP_SECONDS = 20e-6
@@ -63,6 +67,7 @@ class Lane:
         self.wreck: Job | None = None  # cut short: the library may still write to its memory
         self._waiting: dict[int, int] = {}  # the last job that another rank said it waits in
         self._gone: set[int] = set()  # ranks that another rank, or they themselves, said are gone
+        self.failed: set[int] = set()  # ranks that said that they have given up in the middle of a job
         self._words: list[Any] = []  # what others may not have been told yet
         self._shared: Shared | None = None
         self.idle = False
@@ -90,9 +95,12 @@ class Lane:
         self.rest()
 
     def cut_short(self, what: str, error: BaseException | None, wreck: Job | None = None) -> None:
-        """Refuse every further job, since others may still exchange what this rank has given up."""
+        """Refuse every further job, since others may still exchange what this rank has given up; and tell them."""
         if not self.broken:
             self.breaks(f"{what} was cut short by {type(error).__name__}", wreck)
+            if self._made is None:
+                with contextlib.suppress(MPI.Exception):  # the library may be what has failed
+                    self._tell(set(range(self.comm.Get_size())) - {self.rank}, _FAILED)
 
     def close(self) -> None:
         """The communicator is freed."""
@@ -143,7 +151,9 @@ class Lane:
         while self.comm.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
             source = status.Get_source()
             self.comm.Recv(note, source, NOTE_TAG)
-            if note[0] < 0:
+            if note[0] == _FAILED:
+                self.failed.add(source)
+            elif note[0] < 0:
                 self._gone.add(-1 - int(note[0]))
             else:
                 self._waiting[source] = int(note[0])
@@ -280,10 +290,18 @@ class Job:
             self._end(TimeoutError(f"{self._complaint} (BITRING_TIMEOUT={_timeout():g})"))
 
     def _bereaved(self, seconds: float) -> bool:
-        """End with an error when the wait, of ``seconds`` by now, is for ranks that are gone. Whether it is."""
+        """End with an error when the wait, of ``seconds`` by now, is for ranks that are gone or have failed.
+
+        Whether it is.
+        """
         gone = self.lane.gone(self._progress.peers, seconds)
-        if not gone:
+        if not gone and not self.lane.failed:
             return False
+        if not gone:
+            failed = f"rank {min(self.lane.failed)} has failed in it, or in what came before"
+            self.lane.breaks(failed, self)
+            self._end(PeerError(f"{self.what}: {failed}"))
+            return True
         who = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {gone} are"
         engine.bereaved = True
         self.lane.tell_gone(gone)

@@ -101,7 +101,10 @@ class NativeTransport:
 
 
 def run(operation: Any, progress: Progress) -> Steps:
-    """Run a native operation, as a job's steps. Raises MPI.Exception for the MPI library's errors."""
+    """Run a native operation, as a job's steps. Raises MPI.Exception for the MPI library's errors.
+
+    ValueError where an encoder failed.
+    """
     operation.begin()
     yield from finish(operation, progress)
 
@@ -114,7 +117,16 @@ def finish(operation: Any, progress: Progress) -> Steps:
     progress.exchanging = False
     if operation.error:
         progress.exchanging = True
+        if operation.error in _ENCODER_FAILED:
+            raise ValueError(_ENCODER_FAILED[operation.error])
         raise MPI.Exception(operation.error)
+
+
+_ENCODER_FAILED = {
+    -1: "a payload that came is not one of its values: it was damaged, or is of another encoder",
+    -2: "the encoder made a payload that is longer than its nbytes",
+}
+"""By the codes of native/owner_exchange.h."""
 
 
 def served(dtype: np.dtype[Any], ufunc: str | None, reduces: bool) -> bool:

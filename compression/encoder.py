@@ -49,6 +49,9 @@ class Encoder(Compressor, ABC):
     fixed_size: ClassVar[bool] = True
     """Whether a payload's length depends on the number of values alone; it is ``nbytes(n)`` then."""
 
+    draws: ClassVar[bool] = False
+    """Whether payloads depend on ``seed``."""
+
     @abstractmethod
     def nbytes(self, n: int) -> int:
         """The most bytes that a payload of ``n`` values takes; 0 for none."""

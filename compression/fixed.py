@@ -25,6 +25,8 @@ from bitring.compression.encoder import Encoder, check_block, check_whole
 class Fixed(Encoder):
     """``bits`` (3 to 16) a value, and a float32 step for every ``block`` values (a positive multiple of 64)."""
 
+    draws = True
+
     bits: int = 8
     block: int = 1024
 

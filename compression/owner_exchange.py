@@ -66,7 +66,8 @@ class OwnerExchange(ABC):
         self.residual = xp.zeros(like.size, exact)
         self.owner_residual = xp.zeros(self.owned[1] - self.owned[0], exact)
         self.record = Record()
-        self._runs = 0
+        self.runs = 0
+        """The number of the next run, from 1, on which seeds depend; the caller's to count."""
 
     @abstractmethod
     def bind(self, buffer: Array) -> None:
@@ -84,7 +85,7 @@ class OwnerExchange(ABC):
 
     def _seed(self) -> int:
         """Each rank rounds for itself, in each run."""
-        return self._runs * self._size + self._rank
+        return self.runs * self._size + self._rank
 
 
 def make_owner_exchange(
@@ -135,8 +136,7 @@ class NativeOwnerExchange(OwnerExchange):
 
     def prepare(self) -> None:
         """The operation's next run is another one."""
-        self._runs += 1
-        self.operation.prepare(self._runs, self._seed())
+        self.operation.prepare(self.runs, self._seed())
 
     def note(self) -> None:
         """The operation has been run."""
@@ -209,7 +209,7 @@ class PortableOwnerExchange(OwnerExchange):
 
     def steps(self, progress: Progress) -> Steps:
         """See OwnerExchange."""
-        self._runs += 1
+        progress.exchanging = True
         self.record = Record()
         began = time.perf_counter()
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
@@ -246,6 +246,7 @@ class PortableOwnerExchange(OwnerExchange):
         device = device_of(self._x)
         yield from _reached(None if device is None else device.record(), progress)
         progress.moves += 1
+        progress.exchanging = False
         self.record.seconds = time.perf_counter() - began
 
     def _encode(self, message: _Message, values: Array, residual: Array, origin: int, seed: int) -> None:
@@ -255,7 +256,7 @@ class PortableOwnerExchange(OwnerExchange):
         for k, (a, b) in enumerate(message.pieces):
             left = residual[a - origin : b - origin]
             v = values[a - origin : b - origin]
-            sampled = seed >= 0 and self._numbers[a, b] % self._every == self._runs % self._every
+            sampled = seed >= 0 and self._numbers[a, b] % self._every == self.runs % self._every
             if sampled and device_of(v) is None:
                 self.record.look_before(pieces(v), pieces(left))
             used = self._encoder.encode(v, left, message.bytes[start : start + message.most[k]], piece_seed(seed, a))

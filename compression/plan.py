@@ -23,7 +23,7 @@ from bitring.compression.owner_exchange import OwnerExchange, make_owner_exchang
 from bitring.compression.record import Record
 from bitring.compression.reduced_plan import plan_reduced, reducer_of
 from bitring.compression.watched_plan import WatchedPlan
-from bitring.compression.way import DirectWay, LeaderWay, Way, make_lane_way
+from bitring.compression.way import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
 
 
 def plan_allreduce(
@@ -92,7 +92,7 @@ def plan_allreduce(
             "boundaries": tuple(boundaries),
             "memory": memory_name(flat),
         }
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
     run_agreement(state, request)
     assert encoder is not None
@@ -123,17 +123,29 @@ class CompressedPlan(WatchedPlan):
         self._encoder = encoder
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
-        once_a_node(state.node.comm, lambda: _warm_up(encoder, flat))
+        request = Request("plan_allreduce", {"compression": encoder})
+
+        def warm_up() -> None:
+            try:
+                _warm_up(encoder, flat)
+            except Exception as error:  # the other ranks wait for their turn, and must not go on without this one
+                request.error = error
+
+        once_a_node(state.node.comm, warm_up)
+        run_agreement(state, request)
         self._way = self._make_way(hierarchical, boundaries)
+        self._runs = np.zeros(1, np.int64)
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
         self._to_add: Array | None = None
+        self._owes = False  # whether a single rank was handed residuals
         self._parts += (self._way,)
         self.owned = self._way.owned
-        self.why = f"{encoder} was asked for; " + (
-            f"{state.topology.nodes} nodes exchange their exact sums"
-            if hierarchical
-            else f"{state.size} ranks exchange directly"
-        )
+        how = f"{state.size} ranks exchange directly"
+        if isinstance(self._way, NodeWay):
+            self.algorithm, how = self._way.algorithm, "all ranks are on one node, whose sum is exact"
+        elif hierarchical:
+            how = f"{state.topology.nodes} nodes exchange their exact sums"
+        self.why = f"{encoder} was asked for; {how}"
 
     def _make_way(self, hierarchical: bool, boundaries: tuple[int, ...]) -> Way:
         state, flat, channel = self.state, self._flat, channel_of(self.number)
@@ -142,8 +154,10 @@ class CompressedPlan(WatchedPlan):
             inside = [b - first for b in boundaries if first < b < first + like.size]
             return make_owner_exchange(comm, like, self._encoder, inside, channel)
 
-        if not hierarchical:
+        if not hierarchical or state.size == 1:
             return DirectWay(state, flat, make)
+        if state.topology.nodes == 1:
+            return NodeWay(state, flat, self.number, self._run.kind)
         lanes = None
         if state.shared is not None and device_of(flat) is None:
             lanes = make_lane_way(state, flat, self._run.kind, make)
@@ -154,14 +168,34 @@ class CompressedPlan(WatchedPlan):
 
     def _compressed_steps(self, progress: Progress) -> Steps:
         if self._to_add is not None:
-            flat, waiting, self._to_add = self._flat, self._to_add, None
-            flat += waiting.astype(flat.dtype)
+            self._to_add = self._with(self._to_add)
+        exchange = self._way.exchange
+        self._runs += 1
+        if exchange is not None:
+            exchange.runs = int(self._runs[0])
         yield from self._way.steps(progress)
         self.bytes_sent += self._record.bytes_sent + self._way.nbytes_sent
 
     @property
     def _record(self) -> Record:
         return Record() if self._way.exchange is None else self._way.exchange.record
+
+    def _with(self, owed: Array) -> Array | None:
+        """Add ``owed``, in the residual's dtype, to x. What x's dtype cannot hold is still owed; None for nothing."""
+        v = self._flat.astype(owed.dtype) + owed
+        self._flat[...] = v.astype(self._flat.dtype)
+        v -= self._flat.astype(v.dtype)
+        return v if bool(v.any()) else None
+
+    def _settle(self) -> None:
+        """One rank encodes nothing: what it was handed as residuals, of more ranks, is added to x."""
+        exchange = self._way.exchange
+        if not self._owes or exchange is None:
+            return
+        left = self._with(exchange.residual + exchange.owner_residual)
+        self._owes = left is not None
+        exchange.residual[...] = 0 if left is None else left
+        exchange.owner_residual[...] = 0
 
     def _forget(self) -> None:
         self._to_add = None
@@ -173,8 +207,12 @@ class CompressedPlan(WatchedPlan):
         """``residual``, one for each value, and ``owner_residual``, one for each value that this rank owns.
 
         1-D arrays in x's memory, float32 (float64 for float64 values). The plan's own, but for ``hierarchical``, where
-        ``residual`` is a copy: each rank has one for its lane of the values, and zeros elsewhere.
+        ``residual`` is a copy: each rank has one for its lane of the values, and zeros elsewhere. For an encoder that
+        draws, also ``runs``, how many there were, on which its seeds depend: one int64 in host memory.
         """
+        return {**self._residuals(), "runs": self._runs} if self._encoder.draws else self._residuals()
+
+    def _residuals(self) -> dict[str, Array]:
         exchange, (first, last), n = self._way.exchange, self._way.extent, self._flat.size
         if exchange is not None and (first, last) == (0, n):
             return {"residual": exchange.residual, "owner_residual": exchange.owner_residual}
@@ -187,7 +225,7 @@ class CompressedPlan(WatchedPlan):
         return {"residual": residual, "owner_residual": exchange.owner_residual}
 
     def load_state_dict(self, state: dict[str, Array]) -> None:
-        """Copy ``residual`` and ``owner_residual`` in. Raises ValueError for other names, shapes or dtypes."""
+        """See WatchedPlan."""
         mine = self._copy_in(state)
         exchange, (first, last) = self._way.exchange, self._way.extent
         if exchange is not None and exchange.residual is not mine["residual"]:
@@ -195,8 +233,12 @@ class CompressedPlan(WatchedPlan):
         if exchange is None or exchange.residual is not mine["residual"]:
             mine["residual"][first:last] = 0
             self._to_add = mine["residual"]
+        self._owes = True
 
 
 def _warm_up(encoder: Encoder, flat: Array) -> None:
+    if device_of(flat) is not None:
+        encoder.device_kernels()
+        return
     for dtype in (flat.dtype, residual_dtype(flat.dtype)):
         encoder.warm_up(dtype)

@@ -114,11 +114,8 @@ class ReducedPlan(WatchedPlan):
         """Take ``factors`` as this rank's values of a parameter, counted from 0, in the next run, instead of x's."""
         self._reduction.take(number, factors)
 
-    def _steps(self, progress: Progress) -> Steps:
-        if self.state.size == 1:
-            self._reduction.finish()
-        else:
-            yield from super()._steps(progress)
+    def _settle(self) -> None:
+        self._reduction.finish()
 
     def _finite(self) -> bool:
         return self._reduction.finite()

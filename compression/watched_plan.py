@@ -33,7 +33,8 @@ class WatchedPlan(Plan):
     """
 
     telemetry: Telemetry | None = None
-    _exact: Runner | None = None  # what sums when the compressor has failed
+    _ring: Runner | None = None  # made when the compressor has failed
+    _exact: Runner | None = None  # what sums, then
     _parts: tuple[_Part, ...] = ()  # that are closed at the end
 
     def __init__(self, state: State, flat: Array, compressor: Compressor, check_finite: bool) -> None:
@@ -57,6 +58,9 @@ class WatchedPlan(Plan):
     @abstractmethod
     def _record(self) -> Record: ...
 
+    def _settle(self) -> None:
+        """The run of a single rank, which exchanges nothing."""
+
     @abstractmethod
     def _forget(self) -> None:
         """Make the residuals zero."""
@@ -67,10 +71,14 @@ class WatchedPlan(Plan):
         yield from super().checked_steps(progress)
 
     def _steps(self, progress: Progress) -> Steps:
-        if self.state.size == 1:
-            return
         bad = self._check_finite and not self._finite()
-        yield from self._verdict.steps(bad, self._watch.diverged, progress)
+        if self.state.size == 1:
+            if bad:
+                raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank 0; nothing was changed")
+            self._settle()
+            return
+        # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
+        yield from self._verdict.steps(bad, self._watch.diverged or self._exact is not None, progress)
         if self._verdict.bad_rank is not None:
             raise NonFiniteError(
                 f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
@@ -87,18 +95,24 @@ class WatchedPlan(Plan):
 
     def _give_up(self) -> None:
         """Sum exactly from now on, without what the residuals hold: it is out of all proportion."""
-        self._exact = schedule_runner(
-            self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
-        )
-        self._parts += (self._exact,)
+        if self._ring is None:
+            self._ring = schedule_runner(
+                self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
+            )
+            self._parts += (self._ring,)
+        self._exact = self._ring
         self._forget()
         self.telemetry = None
+        self._chosen = self.algorithm, self.why
         self.algorithm, self.why = "ring", f"the residual of {self._compressor} diverged, so sums are exact now"
         if self.state.rank == 0:
             logger.warning("%s: %s", self.what, self.why)
 
     def load_state_dict(self, state: dict[str, Array]) -> None:
-        """Copy what ``state_dict`` returned in. Raises ValueError for other names, shapes or dtypes."""
+        """Copy what ``state_dict`` returned in, and compress from now on, whatever has diverged before.
+
+        Raises ValueError for other names, shapes or dtypes.
+        """
         self._copy_in(state)
 
     def _copy_in(self, state: dict[str, Array]) -> dict[str, Array]:
@@ -117,6 +131,9 @@ class WatchedPlan(Plan):
                 array.set(state[name])
             else:
                 array[...] = state[name]
+        if self._exact is not None:
+            self.algorithm, self.why = self._chosen
+        self._exact, self._watch = None, Watch()
         return mine
 
     def free(self) -> None:

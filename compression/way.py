@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from mpi4py import MPI
 
-from bitring.collectives.arrays import Array
+from bitring.collectives.arrays import Array, device_of
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.native_executor import run
 from bitring.collectives.runner import LaneRunner, lane_extent, lane_runner, make_runner
@@ -53,6 +53,25 @@ class DirectWay:
 
     def close(self) -> None:
         """See Way."""
+
+
+class NodeWay:
+    """All ranks are on one node: they sum exactly, there is nothing to encode, and no rank has residuals."""
+
+    def __init__(self, state: State, flat: Array, number: int, signature: int) -> None:
+        self.exchange: OwnerExchange | None = None
+        self.extent: Piece = (0, 0)
+        self.owned: Piece = (0, 0)
+        self.algorithm = "ring" if state.common is None or device_of(flat) is not None else "shared_memory"
+        self._runner = make_runner(
+            state, "allreduce", self.algorithm, flat, MPI.SUM, number=number, signature=signature
+        )
+        self.nbytes_sent = self._runner.nbytes_sent
+        self.steps = self._runner.steps
+
+    def close(self) -> None:
+        """See Way."""
+        self._runner.close()
 
 
 class LaneWay:

@@ -1,5 +1,6 @@
 """Checkpoints: resumed bit for bit, on other numbers of ranks, and refused when they are not whole."""
 
+import itertools
 import json
 import os
 import resource
@@ -68,9 +69,11 @@ def residual_sum(trainer):
     return {name: trainer.comm.allreduce(part) for name, part in left.items()}
 
 
-@pytest.mark.parametrize("compression", [None, "onebit"])
-@pytest.mark.parametrize("mode", list(SETTINGS), ids=str)
-@pytest.mark.parametrize("steps", [8, 7])
+@pytest.mark.parametrize(
+    ("mode", "compression", "steps"),
+    [*itertools.product(SETTINGS, [None, "onebit"], [8, 7]), ("sync", "fixed", 7), ("sync", "randomk", 7)],
+    ids=str,
+)
 def test_a_resumed_run_continues_bit_for_bit(comm, agree, path, mode, compression, steps):
     through = new_trainer(comm, mode, compression=compression, warmup_steps=2)
     train(through, steps)

@@ -2,15 +2,20 @@
 
 from typing import Any
 
+import fake_device
 import numpy as np
 import pytest
 from mpi4py import MPI
 
 import bitring
+from bitring.collectives import arrays
+from bitring.compression import encoder as encoder_module
+from bitring.compression import plan as plan_module
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
+from bitring.compression.functions import DECODE
 from bitring.compression.layout import cut, segments
 from bitring.compression.onebit import OneBit
-from bitring.compression.owner_exchange import piece_seed
+from bitring.compression.owner_exchange import PortableOwnerExchange, piece_seed
 
 LENGTHS = [0, 1, 63, 1024, 1025, 5003]
 
@@ -93,16 +98,16 @@ def test_same_bits_as_all_ranks_in_one_process(
 
 
 def test_nodes_sum_exactly_first(comm: MPI.Intracomm, agree: Any) -> None:
-    """All ranks here are one node: nothing is left to compress, so the sum is exact, and no leader has residuals."""
-    x = np.full(5000, comm.rank + 1.0, np.float32)
+    """All ranks here are one node: nothing is left to compress, so the sum is exact, and no rank has residuals."""
+    gradients = [gradient(r, 0, 5000, np.float64).round(8) for r in range(comm.size)]
+    x = gradients[comm.rank].copy()
     plan = bitring.plan_allreduce(x, comm=comm, compression="onebit", hierarchical=True)
-    if comm.size > 1:
-        plan.load_state_dict({name: np.full_like(a, 0.5) for name, a in plan.state_dict().items()})
-        plan()
-    # Each rank's residual of 0.5 and the owner's own join the sum. One block has one value: it decodes exactly.
-    once = sum(range(1, comm.size + 1)) + (0.5 * (comm.size + 1) if comm.size > 1 else 0)
-    agree(comm, bool((x == once).all()), f"{x}")
+    plan.load_state_dict({name: np.full_like(a, 0.5) for name, a in plan.state_dict().items()})
+    once = sum(gradients) + 0.5 * comm.size * sum(a.size > 0 for a in plan.state_dict().values())
+    plan()
+    agree(comm, bool(np.allclose(x, once, rtol=0, atol=1e-12)), f"{x} is not {once}")
     agree(comm, not any(a.any() for a in plan.state_dict().values()), "a residual stayed")
+    agree(comm, comm.size == 1 or "on one node, whose sum is exact" in bitring.explain(plan), bitring.explain(plan))
     plan.free()
 
 
@@ -134,6 +139,101 @@ def test_between_nodes(two_nodes: Any, agree: Any, n: int) -> None:
     plan.free()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_rank_alone_adds_what_it_is_handed(comm: MPI.Intracomm, agree: Any, dtype: Any) -> None:
+    """Residuals of more ranks, which a checkpoint has brought: what the dtype cannot hold stays owed."""
+    alone = MPI.Intracomm(comm.Split(comm.rank))
+    x = np.ones(3000, dtype)
+    plan = bitring.plan_allreduce(x, comm=alone, compression="onebit")
+    tiny = 2.0**-13
+    plan.load_state_dict({name: np.full_like(a, 0.25 + tiny) for name, a in plan.state_dict().items()})
+    plan()
+    state = plan.state_dict()
+    agree(comm, bool((x + state["residual"] == 1.5 + 2 * tiny).all()), f"{x} {state}")
+    agree(comm, not state["owner_residual"].any() and x[0] >= 1.5, f"{x} {state}")
+    owed = state["residual"].copy()
+    x[:] = 0
+    plan()
+    agree(comm, bool((x == owed).all()) and not state["residual"].any(), f"{x} {state}")
+    plan.free()
+    alone.Free()
+
+
+def test_what_16_bits_cannot_hold_stays_owed(two_nodes: Any, agree: Any) -> None:
+    """A residual of values that other ranks exchange is added to this one's, and not rounded away there."""
+    n, tiny = 300, 2.0**-12
+    plan: Any = bitring.plan_allreduce(np.ones(n, np.float16), comm=two_nodes, compression="onebit")
+    plan.load_state_dict({name: np.full_like(a, tiny) for name, a in plan.state_dict().items()})
+    plan()
+    elsewhere = plan.state_dict()["residual"]
+    first, last = plan._way.extent
+    elsewhere[first:last] = tiny
+    agree(two_nodes, bool((elsewhere == tiny).all()), f"{elsewhere}")
+    plan.free()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_rank_that_fails_alone(
+    comm: MPI.Intracomm, agree: Any, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    """It says so, the others do not wait for it, and no later exchange takes what is left of this one for its own."""
+    if comm.size == 1:
+        return
+    last = comm.size - 1
+    if comm.rank == last:
+        refused = DECODE(lambda *_: -1)
+        monkeypatch.setattr(encoder_module, "decode_function", lambda *_: refused)
+    if not native:
+        monkeypatch.setattr(plan_module, "make_owner_exchange", PortableOwnerExchange)
+    other = comm.Dup()
+    plan = bitring.plan_allreduce(np.ones(5000, np.float32), comm=other, compression="topk", hierarchical=False)
+    said: list[str] = []
+    for _ in range(2):
+        try:
+            plan()
+        except (ValueError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    texts = ("payload that came is not one of", "payload must have been encoded for")
+    wanted = texts if comm.rank == last else (f"PeerError: {plan.what}: rank {last} has failed in it",)
+    agree(comm, len(said) == 2 and any(text in said[0] for text in wanted), f"{said}")
+    agree(comm, "RuntimeError: " in said[1] and "unusable since" in said[1], f"{said}")
+
+
+@pytest.mark.parametrize("broken", ["kernels", "x"])
+def test_one_rank_that_cannot_make_a_plan(
+    comm: MPI.Intracomm, agree: Any, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    class Broken:
+        def __dlpack_device__(self) -> Any:
+            raise BufferError("no room to compile")
+
+    def fail(*_: Any) -> None:
+        raise OSError("no room to compile")
+
+    last = comm.size - 1
+    x: Any = np.ones(100, np.float32)
+    if comm.rank == last and broken == "kernels":
+        monkeypatch.setattr(OneBit, "warm_up", fail)
+    if comm.rank == last and broken == "x":
+        x = Broken()
+    said: Any = None
+    try:
+        bitring.plan_allreduce(x, comm=comm, compression="onebit")
+    except Exception as error:
+        said = error
+    kind = type(said).__name__
+    wanted = {"kernels": "OSError", "x": "BufferError"}[broken] if comm.rank == last else "PeerError"
+    agree(comm, kind == wanted and "no room to compile" in str(said), f"{said!r}")
+
+
+def test_device_memory_wants_kernels_for_it(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(arrays.devices, "fake_device", fake_device.FakeDevice)
+    x = fake_device.array(np.zeros(3, np.float32))
+    with pytest.raises(TypeError, match="Sign: arrays must be in host memory, it has no kernels for a device"):
+        bitring.plan_allreduce(x, comm=comm, compression="sign")
+    arrays._made.pop("fake_device", None)
+
+
 def test_bytes_sent_counts_payloads(comm: MPI.Intracomm, agree: Any) -> None:
     n, size = 64 << 10, comm.size
     plan = bitring.plan_allreduce(np.ones(n, np.float32), comm=comm, compression="onebit", hierarchical=False)
@@ -160,9 +260,8 @@ def test_non_finite_raises_everywhere_and_changes_nothing(comm: MPI.Intracomm, a
         plan()
     except bitring.NonFiniteError as error:
         message = str(error)
-    if comm.size > 1:
-        agree(comm, f"NaN or Inf on rank {culprit}" in message, message)
-        agree(comm, x[0] == 1, "x was changed")
+    agree(comm, f"NaN or Inf on rank {culprit}" in message, message)
+    agree(comm, x[0] == 1, "x was changed")
     same = all((a == before[name]).all() for name, a in plan.state_dict().items())
     agree(comm, same, "residuals were changed")
     x[:] = 1

@@ -99,6 +99,15 @@ def test_a_residual_that_diverges_makes_sums_exact(comm, agree, caplog, name):
     left = (array for key, array in plan.state_dict().items() if "residual" in key)
     agree(comm, not any(array.any() for array in left), "a residual stayed")
     agree(comm, plan.telemetry is None, f"{plan.telemetry}")
+    # Of ranks that load a state, all or none go on compressing.
+    state = {name: np.full_like(a, 0.5) if "residual" in name else a.copy() for name, a in plan.state_dict().items()}
+    for ranks, exact in ((1, True), (comm.size, False)):
+        if comm.rank < ranks:
+            plan.load_state_dict(state)
+        x[:] = comm.rank
+        plan()
+        agree(comm, ("diverged" in bitring.explain(plan)) == exact, bitring.explain(plan))
+        agree(comm, not exact or x[0] == sum(range(comm.size)), f"{ranks}: {x}")
     plan.free()
 
 

@@ -61,9 +61,9 @@ class Machine:
     once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet the ranks of
     the same node. ``step``, ``step_together``: seconds a value of what a step of ``DataParallel`` does beside
     exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``: seconds that each parameter
-    adds, whatever its size. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of payload that each
-    node sends to the next while all do; None where they were not measured. ``emulated``: nodes share this machine's
-    cores, so all ranks compute at once whatever their nodes.
+    adds, whatever its size. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of payload
+    that each node sends to the next while all do; None where they were not measured. ``emulated``: nodes share this
+    machine's cores, so all ranks compute at once whatever their nodes.
     """
 
     title: str

@@ -10,7 +10,7 @@ enum class Status : std::uint8_t {
     moved,     // something was done, and there may be more
     done,
     disagree,  // over, with nothing exchanged: the ranks do not mean the same thing
-    failed     // over: the MPI library reported error()
+    failed     // over: error() says why
 };
 
 inline bool is_over(Status status) { return status >= Status::done; }
@@ -38,7 +38,7 @@ public:
     // A rank, as the operation numbers them, that a waiting operation waits for; -1: none.
     virtual int awaited() const = 0;
 
-    // The MPI library's error code.
+    // The MPI library's error code, or a negative one of the operation's own.
     virtual int error() const { return 0; }
 
     // Grows whenever something was done.

@@ -165,10 +165,9 @@ std::size_t OwnerExchange::encode(std::size_t s, bool sum, std::vector<std::uint
                          : residual_ + std::size_t(piece.start) * wide_;
         const std::int64_t seed = piece_seed(sum ? ~seed_ : seed_, piece.start);
         const std::int64_t used = (sum ? codec_.encode_sum : codec_.encode)(
-            from, left, piece.stop - piece.start, payload.data() + at, std::int64_t(payload.size() - at), seed,
-            codec_.settings);
+            from, left, piece.stop - piece.start, payload.data() + at, piece.nbytes, seed, codec_.settings);
         if (used < 0 || (fixed_ && used != piece.nbytes)) {
-            error_ = kCorrupt;
+            error_ = kOutgrew;
             break;
         }
         if (!fixed_) {

@@ -63,7 +63,9 @@ public:
     int error() const override { return error_; }
     const Record& record() const { return record_; }
 
-    static constexpr int kCorrupt = -1;  // error(): a payload could not be decoded
+    // error(), where it is none of the MPI library's.
+    static constexpr int kCorrupt = -1;  // a payload could not be decoded
+    static constexpr int kOutgrew = -2;  // a payload was longer than it may be
 
     // Messages under way at once, at most.
     static int room(const std::vector<ExchangeSegment>& segments, int rank, int size);

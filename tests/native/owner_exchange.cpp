@@ -147,6 +147,20 @@ void check_corrupt() {
     if (exchange.status() != Status::failed || exchange.error() != OwnerExchange::kCorrupt) fail("corrupt: not seen");
 }
 
+void check_outgrown() {
+    const double settings[] = {1};
+    const Codec codec{encode, encode, decode, decode, settings};
+    Network network(1, 64);
+    float x[3] = {1, 2, 3}, left[3] = {}, owed[3] = {};
+    // The second piece leaves room enough for the first, which must not take it.
+    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, false, {{0, {{0, 2, 1}, {2, 3, 2}}}}, left, owed, 0, 1, 2);
+    exchange.bind(x);
+    exchange.begin();
+    while (!is_over(exchange.advance())) {
+    }
+    if (exchange.status() != Status::failed || exchange.error() != OwnerExchange::kOutgrew) fail("outgrown: not seen");
+}
+
 }  // namespace
 
 int main() {
@@ -156,4 +170,5 @@ int main() {
         }
     }
     check_corrupt();
+    check_outgrown();
 }
