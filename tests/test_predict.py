@@ -17,7 +17,14 @@ pytestmark = pytest.mark.single
 
 GBIT = 1e9 / 8
 FREE = Machine(
-    "all but the wire is free", *[math.inf] * 4, step=0, step_together=0, step_array=0, wire=1.0, local_latency=0.0
+    "all but the wire is free",
+    *[math.inf] * 4,
+    step=0,
+    step_together=0,
+    step_array=0,
+    cores=64,
+    wire=1.0,
+    local_latency=0.0,
 )
 FAST = dataclasses.replace(BUILT_IN, flops=1e13)
 MATRIX = [LayerTable("fc", "dense", (("fc.weight", (4096, 4096)),), 4096 * 4096, factors=1)]
@@ -76,6 +83,16 @@ def test_buckets_are_exchanged_while_others_are_packed_and_updated():
     assert exact.wire == pytest.approx(2 * exchange)
     assert exact.seconds == pytest.approx(before + 2 * exchange + module.UPDATE * bucket)
     assert exact.exposed == pytest.approx(exact.seconds - 2 * bucket)
+
+
+def test_without_a_second_core_a_processor_s_work_adds_up():
+    layers = layer_table("resnet50")
+    machine = dataclasses.replace(BUILT_IN, cores=1)
+    cluster = Cluster(2, 2, 100 * GBIT)
+    two, one = (by_name(layers, cluster, dataclasses.replace(BUILT_IN, cores=n), compute=0.0)["onebit"] for n in (2, 1))
+    work = machine.step * sum(layer.values for layer in layers) + one.encode + one.decode
+    assert two.seconds < one.seconds
+    assert one.seconds == pytest.approx(work, rel=0.1)
 
 
 def test_overlap_hides_communication_behind_back_propagation():

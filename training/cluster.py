@@ -58,7 +58,7 @@ class Machine:
     ``flops``: float32 operations a second of one rank, in a matrix product. ``add``: bytes a second reduced by one rank
     (γ is its inverse). ``copy``: bytes a second read and written by a copy, of one rank alone; ``copy_together``: of
     all ranks at once, together. ``kernels``, ``kernels_together``: by encoder, of a rank alone and of each of all at
-    once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet the ranks of
+    once. ``cores``: of a node. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet the ranks of
     the same node. ``step``, ``step_together``: seconds a value of what a step of ``DataParallel`` does beside
     exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``: seconds that each parameter
     adds, whatever its size. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of payload
@@ -74,6 +74,7 @@ class Machine:
     step: float
     step_together: float
     step_array: float
+    cores: int
     kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     kernels_together: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     wire: float = 0.95
@@ -102,6 +103,7 @@ BUILT_IN = Machine(
     step=2e-9,
     step_together=2.4e-9,
     step_array=5e-5,
+    cores=2,
     kernels={"onebit": Kernel(6.2e-10, 4.2e-10)},
     kernels_together={"onebit": Kernel(8.5e-10, 5.2e-10)},
 )

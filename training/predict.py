@@ -9,8 +9,9 @@ gradients, A to agree on the step, and for bucket k P_k to check and pack, T_k t
     updated_k = max(updated_{k−1}, there_k) + U_k        the first after all are packed; the last ends the step
 
 where ready_k is C + A, or with ``overlap`` when back-propagation has made the bucket's gradients. With less than 8 MiB
-of gradients, a bucket's exchange begins when all are packed and the one before is updated. Not modelled: that encoding
-takes a core from what it overlaps with.
+of gradients, a bucket's exchange begins when all are packed and the one before is updated. Where a rank has no second
+core, its processor's work does not overlap: a step takes at least C + A and all encoding, decoding, packing, updating
+and sums through the node's memory.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ class _Step:
         sharing = cluster.ranks if machine.emulated else cluster.ranks_per_node
         self.bandwidth = min(machine.copy, machine.copy_together / sharing)
         self.step = machine.step if sharing == 1 else machine.step_together
+        self.second_core = machine.cores >= 2 * sharing
 
     def predict(self, name: str) -> Prediction | None:
         """The prediction for one exchange; None where it would not be used at all."""
@@ -144,9 +146,9 @@ class _Step:
             return None
         buckets = bucket_sizes(self.values, ITEMSIZE, way.block, BUCKET_BYTES)
         exchanges = [way.exchange(bucket) for bucket in buckets]
-        alone = self._timeline(buckets, [0.0] * len(buckets), 0.0)
+        alone = self._timeline(buckets, [Times(0.0, 0.0, 0.0, 0.0)] * len(buckets), 0.0)
         agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha
-        seconds = self._timeline(buckets, [each.times.total for each in exchanges], agree)
+        seconds = self._timeline(buckets, [each.times for each in exchanges], agree)
         largest = max(range(len(buckets)), key=lambda k: self._nbytes(buckets[k].names))
         return Prediction(
             name,
@@ -173,7 +175,7 @@ class _Step:
             return _Way(self._sufficient_factors, lossless=True) if used else None
         return self._owners(name)
 
-    def _timeline(self, buckets: Sequence[BucketSizes], totals: Sequence[float], agree: float) -> float:
+    def _timeline(self, buckets: Sequence[BucketSizes], exchanges: Sequence[Times], agree: float) -> float:
         """The module's recursion: from the step's begin to its last update."""
         seconds = [
             self.step * sum(self.values[name] for name in bucket.names) + self.machine.step_array * len(bucket.names)
@@ -188,10 +190,13 @@ class _Step:
             starts.append(packed)
         beside = sum(self.values.values()) * ITEMSIZE >= OVERLAP_BYTES
         there, updated = 0.0, packed
-        for start, total, second in zip(starts, totals, seconds, strict=True):
-            there = max(there, start if beside else updated) + total
+        for start, exchange, second in zip(starts, exchanges, seconds, strict=True):
+            there = max(there, start if beside else updated) + exchange.total
             updated = max(updated, there) + UPDATE * second
-        return updated
+        if self.second_core:
+            return updated
+        work = sum(each.encode + each.decode + (each.wire if self.network.inside else 0.0) for each in exchanges)
+        return max(updated, self.compute + agree + sum(seconds) + work)
 
     def _ready(self, bucket: BucketSizes) -> float:
         """When back-propagation, last layer first, has made the bucket's gradients."""
