@@ -5,6 +5,7 @@ An encoder object is settings, a frozen dataclass; residuals are state, and belo
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -140,7 +141,14 @@ class Encoder(Compressor, ABC):
 
 
 def _kernels(encoder: Encoder) -> str:
-    return f"{type(encoder).__module__}_numba"
+    return _kernels_of(type(encoder))
+
+
+@functools.cache
+def _kernels_of(kind: type[Encoder]) -> str:
+    """The kernel file beside the class that is registered, which ``kind`` may derive from."""
+    registered = next(each for each in kind.__mro__ if Encoder in each.__bases__)
+    return f"{registered.__module__}_numba"
 
 
 def residual_dtype(dtype: Any) -> Any:
