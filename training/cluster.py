@@ -57,13 +57,13 @@ class Machine:
 
     ``flops``: float32 operations a second of one rank, in a matrix product. ``add``: bytes a second reduced by one rank
     (γ is its inverse). ``copy``: bytes a second read and written by a copy, of one rank alone; ``copy_together``: of
-    all ranks at once, together. ``kernels``, ``kernels_together``: by encoder, of a rank alone and of each of all at
-    once. ``cores``: of a node. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet the ranks of
-    the same node. ``step``, ``step_together``: seconds a value of what a step of ``DataParallel`` does beside
-    exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``: seconds that each parameter
-    adds, whatever its size. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of payload
-    that each node sends to the next while all do; None where they were not measured. ``emulated``: nodes share this
-    machine's cores, so all ranks compute at once whatever their nodes.
+    all ranks at once, together. ``step``, ``step_together``: seconds a value of what a step of ``DataParallel`` does
+    beside exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``: seconds that each
+    parameter adds, whatever its size. ``cores``: of a node. ``kernels``, ``kernels_together``: by encoder, of a rank
+    alone and of each of all at once. ``wire``: the part of a network's bandwidth that payloads get.
+    ``local_latency``: seconds to meet the ranks of the same node. ``latency``, ``bandwidth``: seconds a message between
+    nodes, and bytes a second of payload that each node sends to the next while all do; None where they were not
+    measured. ``emulated``: nodes share this machine's cores, so all ranks compute at once whatever their nodes.
     """
 
     title: str
