@@ -173,6 +173,24 @@ def test_payloads_of_pieces_are_pieces_of_the_payload(make: Any) -> None:
         assert [piece.size for piece in pieces] == [encoder.nbytes(cut), encoder.nbytes(n - cut)]
 
 
+@pytest.mark.parametrize(
+    "encoder",
+    [make() for make in ENCODERS]
+    + [Threshold(density=density, block=block) for density, block in ((0.01, 1024), (0.1, 1 << 16), (0.6, 4096))]
+    + [TopK(0.1), TopK(0.01, block=1024), TopK(0.03, sampled=True), TopK(1.0)],
+    ids=str,
+)
+def test_payloads_are_as_long_as_expected(encoder: Encoder) -> None:
+    """On average over the steps, with error feedback; predictions go by it."""
+    rng, n, steps = np.random.default_rng(0), (3 << 16) + 1001, 10
+    residual, used = np.zeros(n, np.float32), 0
+    for _ in range(steps):
+        used += encoded(encoder, rng.normal(size=n).astype(np.float32), residual).size
+    assert abs(used / steps / encoder.expected_nbytes(n) - 1) < (0 if encoder.fixed_size else 0.05) + 1e-9
+    assert encoder.expected_nbytes(n) <= encoder.nbytes(n)
+    assert encoder.expected_nbytes(0) == 0
+
+
 @each_encoder
 def test_settings_are_frozen_and_equal_by_value(make: Any) -> None:
     assert make() == make()
