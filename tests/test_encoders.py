@@ -204,9 +204,28 @@ def test_a_payload_of_the_wrong_length_is_refused(make: Any) -> None:
     encoder: Encoder = small(make)
     n = encoder.block + 1
     payload = encoded(encoder, gradient(n, np.float32), np.zeros(n, np.float32))
-    for wrong in (payload[:-1], payload[:0], np.append(payload, np.uint8(0))):
+    for wrong in (*(payload[:k] for k in range(payload.size)), np.append(payload, np.uint8(0))):
         with pytest.raises(ValueError, match=rf"decode: payload must have .* for {n} values; got {wrong.size}"):
             encoder.decode(wrong, np.zeros(n, np.float32))
+
+
+@each_encoder
+def test_no_flipped_bit_goes_unnoticed(make: Any) -> None:
+    """It is refused, or decodes to other values: no two payloads are the same values'."""
+    encoder: Encoder = small(make)
+    n = encoder.block + 61
+    payload = encoded(encoder, gradient(n, np.float32), np.zeros(n, np.float32))
+    values = decoded(encoder, payload, n, np.float32).tobytes()
+    refused = 0
+    for bit in range(8 * payload.size):
+        payload[bit // 8] ^= np.uint8(1 << bit % 8)
+        try:
+            assert decoded(encoder, payload, n, np.float32).tobytes() != values, bit
+        except ValueError:
+            refused += 1
+        payload[bit // 8] ^= np.uint8(1 << bit % 8)
+    halves = encoder.nbytes(n) == 2 * n
+    assert (refused == 0) == (halves or make is Fixed), refused
 
 
 def read_only(x: Any) -> Any:
