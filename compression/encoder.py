@@ -99,8 +99,9 @@ class Encoder(Compressor, ABC):
 
         ``payload``: exactly the bytes that ``encode`` used; ``out``: as many values as were encoded, of any of the four
         dtypes, whichever was encoded. Sums are made in float32 (float64: in float64) and rounded once.
-        Raises as ``encode`` does, and ValueError for a payload that does not fit ``out``, or could not have been
-        encoded; ``out`` may have changed then.
+        Raises as ``encode`` does, and ValueError for a payload that does not fit ``out``, that names values which are
+        not there, or has ones behind its last value; ``out`` may have changed then. A payload has no checksum: one that
+        is damaged otherwise decodes to other values.
         """
         check_decode(self, payload, out)
         if self.fixed_size:

@@ -108,16 +108,16 @@ def put_group(payload: Any, capacity: int, bit: int, gaps: Any, items: Any, coun
     bit = _put_bits(payload, bit, np.uint64(full) | np.uint64(best_k) << np.uint64(1), 5)
     if not full:
         bit = _put_bits(payload, bit, np.uint64(count), 7)
+    rest = 1 + best_k + item_nbits
     for j in range(count):
         gap = gaps[j]
         zeros = gap >> best_k
-        while zeros > 32:
-            bit = _put_bits(payload, bit, np.uint64(0), 32)
-            zeros -= 32
-        bit = _put_bits(payload, bit, np.uint64(1) << np.uint64(zeros), zeros + 1)
-        if best_k:
-            bit = _put_bits(payload, bit, np.uint64(gap) & _ones(best_k), best_k)
-        bit = _put_bits(payload, bit, np.uint64(items[j]), item_nbits)
+        while zeros + rest > WINDOW:
+            some = min(zeros, 32)
+            bit = _put_bits(payload, bit, np.uint64(0), some)
+            zeros -= some
+        word = (np.uint64(items[j]) << np.uint64(best_k) | np.uint64(gap) & _ones(best_k)) << np.uint64(1)
+        bit = _put_bits(payload, bit, (word | np.uint64(1)) << np.uint64(zeros), zeros + rest)
     return bit
 
 
@@ -127,7 +127,7 @@ def align(bit: int) -> Any:
     return (bit + 7) & ~7
 
 
-@shared
+@inline
 def decode_block(
     payload: Any, nbytes: int, bit: int, out: Any, first: int, stop: int, accumulate: int, item_nbits: int, level: float
 ) -> Any:

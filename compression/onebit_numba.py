@@ -32,6 +32,7 @@ from bitring.compression.vectors_numba import (
     prefetch,
     put,
     read,
+    unused_are_zero,
     write,
 )
 
@@ -234,4 +235,4 @@ def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, setting
             copy(at, last_here, rest * itemsize(out))
         here += count * itemsize(out)
         code = bits + (count + 7) // 8
-    return 0 if code == end else -1
+    return 0 if code == end and unused_are_zero(payload, nbytes, n % block) else -1

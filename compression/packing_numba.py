@@ -27,6 +27,7 @@ from bitring.compression.vectors_numba import (
     put,
     splat,
     stack,
+    unused_are_zero,
 )
 
 STEP_NBYTES = 4
@@ -161,4 +162,4 @@ def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, setting
             store(out, i, stop, x)
             here += nbits
         at = end
-    return 0 if at == nbytes else -1
+    return 0 if at == nbytes and unused_are_zero(payload, nbytes, n % block * nbits) else -1

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bitring.compression.lanes_numba import absolute, bits, lanes, load, mask_of, select, store, total
-from bitring.compression.vectors_numba import PART, address, get, put
+from bitring.compression.vectors_numba import PART, address, get, put, unused_are_zero
 
 SCALE_NBYTES = 4
 
@@ -58,4 +58,4 @@ def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, setting
                 x = load(out, i, stop) + x
             store(out, i, stop, x)
         at = end
-    return 0 if at == nbytes else -1
+    return 0 if at == nbytes and unused_are_zero(payload, nbytes, n % block) else -1

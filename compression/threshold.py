@@ -17,14 +17,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitring.compression.encoder import Encoder, check_block, check_positive
-from bitring.compression.gaps import most_nbytes
+from bitring.compression.gaps import expected_nbytes, most_nbytes, over_blocks
 
 
 @dataclass(frozen=True)
 class Threshold(Encoder):
     """A fixed ``tau`` (above 0), or about a part ``density`` (above 0, up to 1) of every ``block`` values.
 
-    ``tau`` given, ``density`` is not used. ``block`` is a positive multiple of 64.
+    With ``tau`` given, ``density`` is only what ``expected_nbytes`` goes by. ``block`` is a positive multiple of 64.
     """
 
     tau: float | None = None
@@ -39,13 +39,21 @@ class Threshold(Encoder):
         check_positive(self, "density", 1)
         check_block(self)
 
+    @property
+    def _tau_nbytes(self) -> int:
+        return 4 if self.tau is None else 0
+
     def nbytes(self, n: int) -> int:
         """See Encoder; all values may reach τ."""
-        blocks, rest = divmod(n, self.block)
-        tau = 4 if self.tau is None else 0
-        return blocks * (tau + most_nbytes(self.block, self.block, 1)) + (
-            tau + most_nbytes(rest, rest, 1) if rest else 0
-        )
+        return over_blocks(n, self.block, lambda count: self._tau_nbytes + most_nbytes(count, count, 1))
+
+    def expected_nbytes(self, n: int) -> float:
+        """See Encoder; of values that are alike, of which a part ``density`` reaches τ."""
+
+        def expected(count: int) -> float:
+            return self._tau_nbytes + expected_nbytes(count, max(int(self.density * count), 1), 1)
+
+        return over_blocks(n, self.block, expected)
 
     def settings(self) -> tuple[float, ...]:
         """See Encoder."""

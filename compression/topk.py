@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitring.compression.encoder import Encoder, check_block, check_positive
-from bitring.compression.gaps import most_nbytes
+from bitring.compression.gaps import expected_nbytes, most_nbytes, over_blocks
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,21 @@ class TopK(Encoder):
             raise TypeError(f"TopK: sampled must be a bool; got {type(self.sampled).__name__}")
         check_block(self)
 
-    def _most(self, count: int) -> int:
-        k = max(int(self.density * count), 1)
-        return most_nbytes(count, min(2 * k, count) if self.sampled else k, 32)
+    def _sent(self, count: int) -> int:
+        return max(int(self.density * count), 1)
 
     def nbytes(self, n: int) -> int:
         """See Encoder."""
-        blocks, rest = divmod(n, self.block)
-        return blocks * self._most(self.block) + (self._most(rest) if rest else 0)
+
+        def most(count: int) -> int:
+            k = self._sent(count)
+            return most_nbytes(count, min(2 * k, count) if self.sampled else k, 32)
+
+        return over_blocks(n, self.block, most)
+
+    def expected_nbytes(self, n: int) -> float:
+        """See Encoder; of values that are alike."""
+        return over_blocks(n, self.block, lambda count: expected_nbytes(count, self._sent(count), 32))
 
     def settings(self) -> tuple[float, ...]:
         """See Encoder."""

@@ -227,6 +227,22 @@ def stack(typing: Any, nbytes: Any) -> Any:
 
 
 @intrinsic
+def unused_are_zero(typing: Any, payload: Any, nbytes: Any, nbits: Any) -> Any:
+    """Whether the last of ``nbytes`` bytes, of which ``nbits`` % 8 bits are used (0: all), has zeros behind them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        payload, nbytes, nbits = arguments
+        used = builder.and_(builder.trunc(nbits, I8), I8(7))
+        result = cgutils.alloca_once_value(builder, I1(1))
+        with builder.if_then(builder.icmp_unsigned("!=", used, I8(0))):
+            last = read(builder, I8, builder.add(builder.ptrtoint(payload, I64), builder.sub(nbytes, I64(1))))
+            builder.store(builder.icmp_unsigned("==", builder.lshr(last, used), I8(0)), result)
+        return builder.load(result)
+
+    return types.boolean(payload, types.int64, types.int64), generate
+
+
+@intrinsic
 def as_type(typing: Any, address: Any, like: Any) -> Any:
     """The address as a pointer of ``like``'s type."""
 

@@ -173,6 +173,24 @@ def test_payloads_of_pieces_are_pieces_of_the_payload(make: Any) -> None:
         assert [piece.size for piece in pieces] == [encoder.nbytes(cut), encoder.nbytes(n - cut)]
 
 
+@pytest.mark.parametrize(
+    "encoder",
+    [make() for make in ENCODERS]
+    + [Threshold(density=density, block=block) for density, block in ((0.01, 1024), (0.1, 1 << 16), (0.6, 4096))]
+    + [TopK(0.1), TopK(0.01, block=1024), TopK(0.03, sampled=True), TopK(1.0)],
+    ids=str,
+)
+def test_payloads_are_as_long_as_expected(encoder: Encoder) -> None:
+    """On average over the steps, with error feedback; predictions go by it."""
+    rng, n, steps = np.random.default_rng(0), (3 << 16) + 1001, 10
+    residual, used = np.zeros(n, np.float32), 0
+    for _ in range(steps):
+        used += encoded(encoder, rng.normal(size=n).astype(np.float32), residual).size
+    assert abs(used / steps / encoder.expected_nbytes(n) - 1) < (0 if encoder.fixed_size else 0.05) + 1e-9
+    assert encoder.expected_nbytes(n) <= encoder.nbytes(n)
+    assert encoder.expected_nbytes(0) == 0
+
+
 @each_encoder
 def test_settings_are_frozen_and_equal_by_value(make: Any) -> None:
     assert make() == make()
@@ -186,9 +204,28 @@ def test_a_payload_of_the_wrong_length_is_refused(make: Any) -> None:
     encoder: Encoder = small(make)
     n = encoder.block + 1
     payload = encoded(encoder, gradient(n, np.float32), np.zeros(n, np.float32))
-    for wrong in (payload[:-1], payload[:0], np.append(payload, np.uint8(0))):
+    for wrong in (*(payload[:k] for k in range(payload.size)), np.append(payload, np.uint8(0))):
         with pytest.raises(ValueError, match=rf"decode: payload must have .* for {n} values; got {wrong.size}"):
             encoder.decode(wrong, np.zeros(n, np.float32))
+
+
+@each_encoder
+def test_no_flipped_bit_goes_unnoticed(make: Any) -> None:
+    """It is refused, or decodes to other values: no two payloads are the same values'."""
+    encoder: Encoder = small(make)
+    n = encoder.block + 61
+    payload = encoded(encoder, gradient(n, np.float32), np.zeros(n, np.float32))
+    values = decoded(encoder, payload, n, np.float32).tobytes()
+    refused = 0
+    for bit in range(8 * payload.size):
+        payload[bit // 8] ^= np.uint8(1 << bit % 8)
+        try:
+            assert decoded(encoder, payload, n, np.float32).tobytes() != values, bit
+        except ValueError:
+            refused += 1
+        payload[bit // 8] ^= np.uint8(1 << bit % 8)
+    halves = encoder.nbytes(n) == 2 * n
+    assert (refused == 0) == (halves or make is Fixed), refused
 
 
 def read_only(x: Any) -> Any:
