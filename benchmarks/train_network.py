@@ -186,7 +186,8 @@ def draw(kept: dict[str, Any], path: Path) -> None:
     panels[0].set_ylabel("test accuracy")
     panels[1].legend(frameon=False, loc="lower right")
     network = kept["network"]
-    picture.suptitle(f"{kept['model']}; {network['hosts']} emulated hosts, {network['rate'] * 8 / 1e9:.3g} Gbit/s")
+    rate = f"{network['rate'] * 8 / 1e9:.3g} Gbit/s" if network["rate"] else "unshaped"
+    picture.suptitle(f"{kept['model']}; {network['hosts']} emulated hosts, {rate}")
     picture.savefig(path)
 
 
