@@ -187,6 +187,12 @@ def check_block(encoder: Encoder) -> None:
         raise ValueError(f"{name}: block must be a positive multiple of 64; got {block}")
 
 
+def packed_nbytes(n: int, block: int, bits: int) -> int:
+    """Bytes of ``n`` values of so many ``bits``, packed, with a float32 for each block."""
+    blocks, rest = divmod(n, block)
+    return blocks * (4 + block * bits // 8) + (4 + (rest * bits + 7) // 8 if rest else 0)
+
+
 def check_encode(encoder: Encoder, values: Array, residual: Array, payload: Array) -> None:
     """Raise unless the arguments are as ``Encoder.encode`` wants them."""
     function = f"{type(encoder).__name__}.encode"

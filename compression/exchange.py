@@ -12,7 +12,7 @@ from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.plan import ExactPlan, library_reduces, resident
 from bitring.collectives.selection import choose
 from bitring.collectives.state import State
-from bitring.compression.once_a_node import once_a_node
+from bitring.compression.once_a_node import compile_together
 
 
 class ExactSum(ExactPlan):
@@ -58,9 +58,9 @@ class Exchange:
         yield from wait_for(self._state.comm.Iallgatherv(MPI.IN_PLACE, where), progress)
         self._gathered_nbytes += (self.size - 1) * counts[self.rank]
 
-    def once_a_node(self, compile_kernels: Callable[[], None]) -> None:
-        """Compile kernels on one rank of the node; the others load what it cached. Collective."""
-        once_a_node(self._state.node.comm, compile_kernels)
+    def compile_together(self, compile_kernels: Callable[[], None]) -> None:
+        """See ``compile_together``. Collective."""
+        compile_together(self._state, compile_kernels)
 
     @property
     def bytes_sent(self) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder, check_block, check_whole
+from bitring.compression.encoder import Encoder, check_block, check_whole, packed_nbytes
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Fixed(Encoder):
 
     def nbytes(self, n: int) -> int:
         """See Encoder."""
-        blocks, rest = divmod(n, self.block)
-        return blocks * (4 + self.block * self.bits // 8) + (4 + (rest * self.bits + 7) // 8 if rest else 0)
+        return packed_nbytes(n, self.block, self.bits)
 
     def settings(self) -> tuple[float, ...]:
         """See Encoder."""

@@ -18,7 +18,7 @@ from bitring.collectives.state import State, state_of
 from bitring.collectives.transport import channel_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
-from bitring.compression.once_a_node import once_a_node
+from bitring.compression.once_a_node import compile_together
 from bitring.compression.owner_exchange import OwnerExchange, make_owner_exchange
 from bitring.compression.record import Record
 from bitring.compression.reduced_plan import plan_reduced, reducer_of
@@ -123,16 +123,7 @@ class CompressedPlan(WatchedPlan):
         self._encoder = encoder
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
-        request = Request("plan_allreduce", {"compression": encoder})
-
-        def warm_up() -> None:
-            try:
-                _warm_up(encoder, flat)
-            except Exception as error:  # the other ranks wait for their turn, and must not go on without this one
-                request.error = error
-
-        once_a_node(state.node.comm, warm_up)
-        run_agreement(state, request)
+        compile_together(state, lambda: _warm_up(encoder, flat))
         self._way = self._make_way(hierarchical, boundaries)
         self._runs = np.zeros(1, np.int64)
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.

@@ -128,7 +128,7 @@ class _LowRank(Reduction):
             f"{flat.size} values, the others exactly, summed by {exchange.algorithms}"
         )
         if self._matrices and exchange.size > 1:
-            exchange.once_a_node(lambda: _warm_up(wide))
+            exchange.compile_together(lambda: _warm_up(wide))
 
     def steps(self, progress: Progress) -> Steps:
         """See Reduction."""

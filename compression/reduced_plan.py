@@ -74,7 +74,7 @@ def plan_reduced(
             "memory": memory_name(flat),
             "shapes": parts,
         }
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
     run_agreement(state, request)
     return ReducedPlan(state, flat, reducer, parts, algorithm, check_finite)
