@@ -29,7 +29,7 @@ BITRING = Path(sys.executable).with_name("bitring")
 
 
 class Place(NamedTuple):
-    """``rate``: as hosts.py takes it; None for one node without emulation. ``models`` and the exchanges tried there."""
+    """``rate``: as hosts.py takes it; None for one node without emulation. ``models``, ``exchanges``: tried there."""
 
     name: str
     hosts: int

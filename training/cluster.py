@@ -96,18 +96,36 @@ class Machine:
 
 BUILT_IN = Machine(
     title="AMD EPYC, 2 cores, where bitring is developed",
-    flops=6.6e10,
-    add=6.1e9,
-    copy=1.53e10,
-    copy_together=2.51e10,
-    step=2e-9,
-    step_together=2.4e-9,
-    step_array=5e-5,
+    flops=7.3e10,
+    add=1.06e10,
+    copy=1.9e10,
+    copy_together=2.79e10,
+    step=2e-09,
+    step_together=2.46e-09,
+    step_array=2e-05,
     cores=2,
-    kernels={"onebit": Kernel(6.2e-10, 4.2e-10)},
-    kernels_together={"onebit": Kernel(8.5e-10, 5.2e-10)},
+    kernels={
+        "bfloat16": Kernel(5.67e-10, 3.1e-10),
+        "fixed": Kernel(2.02e-09, 5.19e-10),
+        "float16": Kernel(8.89e-10, 3.87e-10),
+        "linear": Kernel(1.14e-09, 5.64e-10),
+        "onebit": Kernel(4.6e-10, 2.66e-10),
+        "sign": Kernel(5.05e-10, 3.02e-10),
+        "threshold": Kernel(1.65e-09, 3.1e-10),
+        "topk": Kernel(2.54e-09, 2.81e-10),
+    },
+    kernels_together={
+        "bfloat16": Kernel(8.03e-10, 4.74e-10),
+        "fixed": Kernel(2.4e-09, 6.89e-10),
+        "float16": Kernel(1.02e-09, 5.02e-10),
+        "linear": Kernel(1.36e-09, 7.48e-10),
+        "onebit": Kernel(6.1e-10, 3.85e-10),
+        "sign": Kernel(7.13e-10, 4.19e-10),
+        "threshold": Kernel(2.14e-09, 4.88e-10),
+        "topk": Kernel(2.96e-09, 4.58e-10),
+    },
 )
-"""The ``constants`` of a run of ``bitring bench compress`` on 2 ranks, while the machine had a little else to do."""
+"""The ``constants`` of ``benchmarks/results/compress.json``, of 2 ranks."""
 
 
 def read_machine(path: Path) -> Machine:
