@@ -98,11 +98,18 @@ class Plan(ABC):
         self._job = self.state.lane.submit(self.checked_steps, self.what)
 
     def wait(self) -> None:
-        """Wait for the run that ``start`` began; raises what went wrong in it. Raises RuntimeError without one."""
-        if self._job is None:
+        """Wait for the run that ``start`` began; raises what went wrong in it. Raises RuntimeError without one.
+
+        A run that goes on after a Ctrl-C can be waited for again.
+        """
+        job = self._job
+        if job is None:
             raise RuntimeError(f"{self.what}: wait: nothing was started")
-        job, self._job = self._job, None
-        job.wait()
+        try:
+            job.wait()
+        finally:
+            if job.done:
+                self._job = None
 
     def test(self) -> bool:
         """Whether the run that ``start`` began is over (then it counts as waited for)."""

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from bitring.collectives.communicator import Communicator
+from bitring.collectives.engine import engine
 from bitring.collectives.plan import plan_exact
 from bitring.collectives.schedule import algorithms
+from bitring.compression.plan import plan_allreduce
 
 ALGORITHMS = [
     "auto",
@@ -256,3 +258,28 @@ print("over", flush=True)
     assert done.returncode == 0
     assert done.stdout == "over\n"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("compression", [None, "onebit"])
+def test_a_wait_that_was_interrupted_is_made_again(world, agree, monkeypatch, compression: str | None):
+    x = np.full(4096, world.rank + 1, np.float32)
+    plan = plan_allreduce(x, comm=world, algorithm="ring", compression=compression)
+
+    def interrupt(job) -> None:
+        raise KeyboardInterrupt
+
+    if world.rank == 0:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "drive", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                plan()
+        if world.size > 1:  # the others have not come yet
+            with pytest.raises(RuntimeError, match="free: the last run must be waited for first"):
+                plan.free()
+    world.Barrier()
+    if world.rank == 0:
+        plan.wait()
+    else:
+        plan()
+    agree(world, bool((x == triangle(world)).all()))
+    plan.free()
