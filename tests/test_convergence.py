@@ -1,4 +1,4 @@
-"""One bit per value trains the CNN on Fashion-MNIST as well as the exact exchange."""
+"""One bit per value trains the CNN on Fashion-MNIST as well as the exact exchange, and so do other compressors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import bitring
 
 pytestmark = pytest.mark.single
 
@@ -29,6 +31,19 @@ def check(results: dict[str, Any]) -> None:
 
 def test_the_kept_results():
     check(json.loads((ROOT / "benchmarks" / "results" / "convergence-fashion-mnist.json").read_text()))
+
+
+def test_the_kept_results_of_every_compressor():
+    """The mean of 3 seeds; the others' gaps are in docs/compression.md."""
+    path = ROOT / "benchmarks" / "results" / "convergence-compressors.json"
+    rows = {(row["mode"], row["compression"]): row for row in json.loads(path.read_text())["rows"]}
+    wanted = {("sync", name) for name in bitring.compressors()}
+    assert set(rows) == wanted | {(mode, name) for mode in bitring.modes() for name in ("none", "onebit")}
+    for row in rows.values():
+        assert len(row["test_accuracy"]) == 3
+        assert not row["failed"]
+    for name in ("onebit", "float16", "bfloat16", "powersgd", "sufficient_factors"):
+        assert abs(rows["sync", name]["mean_gap"]) <= 0.5, name
 
 
 @pytest.mark.slow
