@@ -128,7 +128,7 @@ class _LowRank(Reduction):
             f"{flat.size} values, the others exactly, summed by {exchange.algorithms}"
         )
         if self._matrices and exchange.size > 1:
-            exchange.compile_together(lambda: _warm_up(wide))
+            exchange.compile_together(lambda: warm_up(wide))
 
     def steps(self, progress: Progress) -> Steps:
         """See Reduction."""
@@ -177,7 +177,7 @@ class _LowRank(Reduction):
             values[i : i + rows] = part
 
 
-def _warm_up(dtype: Any) -> None:
+def warm_up(dtype: Any) -> None:
     """Compile the kernels, or load them from the cache."""
     from bitring.compression import powersgd_numba as kernels
 

@@ -31,7 +31,7 @@ def test_two_ranks(on_ranks, tmp_path: Path):
     assert plot.read_bytes()[:4] == b"\x89PNG"
     found = json.loads(kept.read_text())
     wanted = [f"{name} {operation}" for _ in range(2) for name in names for operation in ("encode", "decode-and-add")]
-    steps = ["step without exchange", "step without exchange, many arrays"]
+    steps = ["step without exchange", "step without exchange, many arrays", "powersgd", "powersgd, many arrays"]
     for ranks in (1, 2):
         rows = [row for row in found["results"] if row["ranks"] == ranks]
         assert [row["kernel"] for row in rows] == [

@@ -22,6 +22,9 @@ FREE = Machine(
     step=0,
     step_together=0,
     step_array=0,
+    powersgd=0,
+    powersgd_together=0,
+    powersgd_array=0,
     cores=64,
     wire=1.0,
     local_latency=0.0,
@@ -95,6 +98,29 @@ def test_without_a_second_core_a_processor_s_work_adds_up():
     assert one.seconds == pytest.approx(work, rel=0.1)
 
 
+@pytest.mark.parametrize("ranks_per_node", [1, 4])
+def test_sending_is_a_processor_s_work_too(ranks_per_node: int):
+    machine = dataclasses.replace(FREE, cores=1)
+    slow = dataclasses.replace(machine, wire_work=1e-6)
+    cluster = Cluster(2 * ranks_per_node, 2, 1000 * GBIT, latency=0.0)
+    free, busy = (by_name(MATRIX, cluster, each, compute=0.5) for each in (machine, slow))
+    leaving = 4 * 4096 * 4096 / ranks_per_node
+    assert busy["exact"].seconds == pytest.approx(0.5 + 1e-6 * leaving)
+    for name, each in free.items():
+        assert each.nbytes == busy[name].nbytes
+        inside = 2 * (ranks_per_node - 1) / ranks_per_node * 4 * 4096 * 4096
+        if each.how.endswith("owners"):
+            assert busy[name].seconds == pytest.approx(0.5 + 1e-6 * (each.nbytes - inside))
+
+
+def test_powersgd_takes_what_was_measured():
+    machine = dataclasses.replace(FREE, powersgd=3e-9, powersgd_array=0.25, powersgd_together=1.0)
+    layers = [*MATRIX, LayerTable("bn", "normal", (("bn.weight", (99,)),), 0)]
+    one = by_name(layers, Cluster(2, 2, math.inf, latency=0.0), machine, compute=1.0)["powersgd"]
+    assert one.seconds - 1.0 == pytest.approx(one.encode)
+    assert one.encode == pytest.approx(3e-9 * 4096 * 4096 + 0.25)
+
+
 def test_overlap_hides_communication_behind_back_propagation():
     layers, cluster = layer_table("vgg16"), Cluster(8, 8, 10 * GBIT)
     late, early = (by_name(layers, cluster, FAST, compute=3.0, overlap=overlap) for overlap in (False, True))
@@ -133,14 +159,15 @@ def test_ranks_of_a_node_sum_and_each_encodes_a_lane():
     layers = layer_table("alexnet")
     spread, dense = (by_name(layers, Cluster(4 * q, 4, GBIT), BUILT_IN) for q in (1, 8))
     assert dense["onebit"].how == "node sums, owners"
-    assert dense["onebit"].nbytes == pytest.approx(spread["onebit"].nbytes / 8, rel=0.2)  # biases travel exactly
+    inside = 2 * (8 - 1) / 8 * 4 * sum(layer.values for layer in layers)
+    assert dense["onebit"].nbytes == pytest.approx(inside + spread["onebit"].nbytes / 8, rel=1e-3)
     slower = BUILT_IN.kernels_together["onebit"].encode / BUILT_IN.kernels["onebit"].encode
     assert dense["onebit"].encode == pytest.approx(slower * spread["onebit"].encode / 8)
     assert dense["onebit"].wire > spread["onebit"].wire
 
 
 def test_emulated_nodes_share_the_cores_of_one_machine():
-    machine = dataclasses.replace(BUILT_IN, copy_together=BUILT_IN.copy)
+    machine = dataclasses.replace(BUILT_IN, copy_together=BUILT_IN.copy, step_together=2 * BUILT_IN.step)
     layers, cluster = layer_table("alexnet"), Cluster(4, 4, 10 * GBIT)
     real, emulated = (by_name(layers, cluster, dataclasses.replace(machine, emulated=each)) for each in (False, True))
     assert emulated["onebit"].encode > real["onebit"].encode

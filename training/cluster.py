@@ -59,11 +59,13 @@ class Machine:
     (γ is its inverse). ``copy``: bytes a second read and written by a copy, of one rank alone; ``copy_together``: of
     all ranks at once, together. ``step``, ``step_together``: seconds a value of what a step of ``DataParallel`` does
     beside exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``: seconds that each
-    parameter adds, whatever its size. ``cores``: of a node. ``kernels``, ``kernels_together``: by encoder, of a rank
-    alone and of each of all at once. ``wire``: the part of a network's bandwidth that payloads get.
-    ``local_latency``: seconds to meet the ranks of the same node. ``latency``, ``bandwidth``: seconds a message between
-    nodes, and bytes a second of payload that each node sends to the next while all do; None where they were not
-    measured. ``emulated``: nodes share this machine's cores, so all ranks compute at once whatever their nodes.
+    parameter adds, whatever its size. ``powersgd``, ``powersgd_together``, ``powersgd_array``: of what PowerSGD
+    computes, likewise. ``cores``: of a node. ``kernels``, ``kernels_together``: by encoder, of a rank alone and of each
+    of all at once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet
+    the ranks of the same node. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of
+    payload that each node sends to the next while all do; None where they were not measured. ``wire_work``: seconds of
+    its processor for a byte that a rank sends and one that it receives.
+    ``emulated``: nodes share this machine's cores, so all ranks compute at once whatever their nodes.
     """
 
     title: str
@@ -74,6 +76,9 @@ class Machine:
     step: float
     step_together: float
     step_array: float
+    powersgd: float
+    powersgd_together: float
+    powersgd_array: float
     cores: int
     kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     kernels_together: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
@@ -81,6 +86,7 @@ class Machine:
     local_latency: float = 2e-6
     latency: float | None = None
     bandwidth: float | None = None
+    wire_work: float = 0.0
     emulated: bool = False
 
     def kernel(self, encoder: str, payload: float, together: bool) -> tuple[Kernel, bool]:
@@ -96,33 +102,36 @@ class Machine:
 
 BUILT_IN = Machine(
     title="AMD EPYC, 2 cores, where bitring is developed",
-    flops=7.3e10,
-    add=1.06e10,
-    copy=1.9e10,
-    copy_together=2.79e10,
-    step=2e-09,
-    step_together=2.46e-09,
-    step_array=2e-05,
+    flops=7.22e10,
+    add=9.77e9,
+    copy=1.84e10,
+    copy_together=3.19e10,
+    step=2.35e-09,
+    step_together=2.34e-09,
+    step_array=3.67e-05,
+    powersgd=2.95e-09,
+    powersgd_together=3.13e-09,
+    powersgd_array=2.16e-05,
     cores=2,
     kernels={
-        "bfloat16": Kernel(5.67e-10, 3.1e-10),
-        "fixed": Kernel(2.02e-09, 5.19e-10),
-        "float16": Kernel(8.89e-10, 3.87e-10),
-        "linear": Kernel(1.14e-09, 5.64e-10),
-        "onebit": Kernel(4.6e-10, 2.66e-10),
-        "sign": Kernel(5.05e-10, 3.02e-10),
-        "threshold": Kernel(1.65e-09, 3.1e-10),
-        "topk": Kernel(2.54e-09, 2.81e-10),
+        "bfloat16": Kernel(6.54e-10, 3.51e-10),
+        "fixed": Kernel(2.49e-09, 6.86e-10),
+        "float16": Kernel(9.71e-10, 4.28e-10),
+        "linear": Kernel(1.34e-09, 7.22e-10),
+        "onebit": Kernel(4.74e-10, 2.93e-10),
+        "sign": Kernel(6.13e-10, 3.51e-10),
+        "threshold": Kernel(1.86e-09, 4.63e-10),
+        "topk": Kernel(3.06e-09, 4.55e-10),
     },
     kernels_together={
-        "bfloat16": Kernel(8.03e-10, 4.74e-10),
-        "fixed": Kernel(2.4e-09, 6.89e-10),
-        "float16": Kernel(1.02e-09, 5.02e-10),
-        "linear": Kernel(1.36e-09, 7.48e-10),
-        "onebit": Kernel(6.1e-10, 3.85e-10),
-        "sign": Kernel(7.13e-10, 4.19e-10),
-        "threshold": Kernel(2.14e-09, 4.88e-10),
-        "topk": Kernel(2.96e-09, 4.58e-10),
+        "bfloat16": Kernel(6.87e-10, 4.08e-10),
+        "fixed": Kernel(2.57e-09, 7.18e-10),
+        "float16": Kernel(1.04e-09, 5.02e-10),
+        "linear": Kernel(1.38e-09, 7.42e-10),
+        "onebit": Kernel(6.17e-10, 3.69e-10),
+        "sign": Kernel(6.98e-10, 3.97e-10),
+        "threshold": Kernel(2.08e-09, 4.65e-10),
+        "topk": Kernel(3.14e-09, 4.54e-10),
     },
 )
 """The ``constants`` of ``benchmarks/results/compress.json``, of 2 ranks."""
@@ -138,9 +147,10 @@ def read_machine(path: Path) -> Machine:
         machine = Machine(**fields)
         speeds = [machine.flops, machine.add, machine.copy, machine.copy_together, machine.wire]
         speeds += [machine.step, machine.step_together, machine.step_array]
+        speeds += [machine.powersgd, machine.powersgd_together, machine.powersgd_array]
         speeds += [each for each in (machine.latency, machine.bandwidth) if each is not None]
         speeds += [s for part in (machine.kernels, machine.kernels_together) for k in part.values() for s in k]
-        if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
+        if not all(math.isfinite(speed) and speed > 0 for speed in speeds) or not 0 <= machine.wire_work < math.inf:
             raise ValueError("its speeds must be positive numbers")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: it is not what bitring bench compress --json wrote: {error}") from error

@@ -10,8 +10,8 @@ gradients, A to agree on the step, and for bucket k P_k to check and pack, T_k t
 
 where ready_k is C + A, or with ``overlap`` when back-propagation has made the bucket's gradients. With less than 8 MiB
 of gradients, a bucket's exchange begins when all are packed and the one before is updated. Where a rank has no second
-core, its processor's work does not overlap: a step takes at least C + A and all encoding, decoding, packing, updating
-and sums through the node's memory.
+core, its processor's work does not overlap: a step takes at least C + A and all encoding, decoding, packing, updating,
+and what its processor does to send, receive and sum through the node's memory.
 """
 
 from __future__ import annotations
@@ -40,18 +40,16 @@ bytes that they move."""
 RANK = 4
 """Of PowerSGD's factors; 2 to 4 is what its paper recommends."""
 
-POWERSGD_NBYTES = 24, 16
-"""Bytes a value to make both factors (the residual is added, the matrix read twice), and to multiply them again."""
-
 
 @dataclass(frozen=True)
 class Prediction:
     """A way to exchange, and what a step with it takes, in seconds.
 
     ``exchange``: ``"exact"``, ``"mpi"`` or a compressor's name; ``how``: by which algorithm. ``nbytes``: sent by a rank
-    in a step. ``encode``, ``wire``, ``decode``: of one rank, which overlap. ``exposed``: the part of the step in which
-    only the exchange goes on. ``seconds``: of a step. ``speedup``: over ``exact``. ``lossless``: the sum is exact up to
-    rounding. ``measured``: the kernels' speeds are.
+    in a step, to its own node's ranks as well. ``encode``, ``wire``, ``decode``: of one rank, which overlap; all that
+    powersgd computes is ``encode``. ``exposed``: the part of the step in which only the exchange goes on. ``seconds``:
+    of a step. ``speedup``: over ``exact``. ``lossless``: the sum is exact up to rounding. ``measured``: the kernels'
+    speeds are.
     """
 
     exchange: str
@@ -98,11 +96,14 @@ def predict(
 
 
 class _Exchange(NamedTuple):
-    """Of one bucket: its times, the bytes that a rank sends, and by what."""
+    """Of one bucket: its times, the bytes that a rank sends, and by what. ``moving``: what its processor has to do with
+    these bytes, in seconds.
+    """
 
     times: Times
     nbytes: float
     how: str
+    moving: float
 
 
 class _Way(NamedTuple):
@@ -135,8 +136,9 @@ class _Step:
         operations = 2 * (1 + BACKWARD) * batch * sum(layer.multiply_adds for layer in layers)
         self.compute = operations / machine.flops if compute is None else compute
         sharing = cluster.ranks if machine.emulated else cluster.ranks_per_node
-        self.bandwidth = min(machine.copy, machine.copy_together / sharing)
-        self.step = machine.step if sharing == 1 else machine.step_together
+        self.step, self.powersgd = (
+            (machine.step, machine.powersgd) if sharing == 1 else (machine.step_together, machine.powersgd_together)
+        )
         self.second_core = machine.cores >= 2 * sharing
 
     def predict(self, name: str) -> Prediction | None:
@@ -146,9 +148,9 @@ class _Step:
             return None
         buckets = bucket_sizes(self.values, ITEMSIZE, way.block, BUCKET_BYTES)
         exchanges = [way.exchange(bucket) for bucket in buckets]
-        alone = self._timeline(buckets, [Times(0.0, 0.0, 0.0, 0.0)] * len(buckets), 0.0)
+        alone = self._timeline(buckets, [_Exchange(Times(0.0, 0.0, 0.0, 0.0), 0.0, "", 0.0)] * len(buckets), 0.0)
         agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha
-        seconds = self._timeline(buckets, [each.times for each in exchanges], agree)
+        seconds = self._timeline(buckets, exchanges, agree)
         largest = max(range(len(buckets)), key=lambda k: self._nbytes(buckets[k].names))
         return Prediction(
             name,
@@ -175,7 +177,7 @@ class _Step:
             return _Way(self._sufficient_factors, lossless=True) if used else None
         return self._owners(name)
 
-    def _timeline(self, buckets: Sequence[BucketSizes], exchanges: Sequence[Times], agree: float) -> float:
+    def _timeline(self, buckets: Sequence[BucketSizes], exchanges: Sequence[_Exchange], agree: float) -> float:
         """The module's recursion: from the step's begin to its last update."""
         seconds = [
             self.step * sum(self.values[name] for name in bucket.names) + self.machine.step_array * len(bucket.names)
@@ -191,11 +193,11 @@ class _Step:
         beside = sum(self.values.values()) * ITEMSIZE >= OVERLAP_BYTES
         there, updated = 0.0, packed
         for start, exchange, second in zip(starts, exchanges, seconds, strict=True):
-            there = max(there, start if beside else updated) + exchange.total
+            there = max(there, start if beside else updated) + exchange.times.total
             updated = max(updated, there) + UPDATE * second
         if self.second_core:
             return updated
-        work = sum(each.encode + each.decode + (each.wire if self.network.inside else 0.0) for each in exchanges)
+        work = sum(each.times.encode + each.times.decode + each.moving for each in exchanges)
         return max(updated, self.compute + agree + sum(seconds) + work)
 
     def _ready(self, bucket: BucketSizes) -> float:
@@ -213,18 +215,21 @@ class _Step:
 
     # Exchanges of a bucket
 
-    def _exact(self, names: Iterable[str]) -> _Exchange:
-        nbytes = self._nbytes(names)
-        seconds, how = self.network.exact(nbytes)
-        return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * nbytes, how)
+    def _exact(self, nbytes: int) -> _Exchange:
+        return self._all_reduced(nbytes, *self.network.exact(nbytes))
 
     def _exactly(self, bucket: BucketSizes) -> _Exchange:
-        return self._exact(bucket.names)
+        return self._exact(self._nbytes(bucket.names))
 
     def _library(self, bucket: BucketSizes) -> _Exchange:
         nbytes = self._nbytes(bucket.names)
-        seconds, how = self.network.library(nbytes)
-        return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * nbytes, how)
+        return self._all_reduced(nbytes, *self.network.library(nbytes))
+
+    def _all_reduced(self, nbytes: int, seconds: float, how: str) -> _Exchange:
+        cluster = self.cluster
+        leaves = self._share(cluster.nodes) * nbytes / cluster.ranks_per_node
+        moving = seconds if self.network.inside else self.network.node_seconds(nbytes) + self.machine.wire_work * leaves
+        return _Exchange(Times(0, seconds, 0, seconds), self._share(cluster.ranks) * nbytes, how, moving)
 
     def _owners(self, name: str) -> _Way:
         """An encoder's. On several nodes the ranks of each first sum exactly, and each exchanges a lane of the sum."""
@@ -237,7 +242,7 @@ class _Step:
 
         def exchange(bucket: BucketSizes) -> _Exchange:
             if not bucket.compressed:
-                return self._exact(bucket.names)
+                return self._exactly(bucket)
             n = sum(self.values[each] for each in bucket.names)
             payload = sum(encoder.expected_nbytes(self.values[each]) for each in bucket.names)
             chunk = -(-n // (lanes * among))
@@ -250,11 +255,16 @@ class _Step:
                 beta=network.beta,
                 pieces=-(-chunk // segment_length(chunk, among, encoder.block)),
             )
-            if between:
-                inside = network.node_seconds(ITEMSIZE * n)
-                times = times._replace(wire=times.wire + inside, total=times.total + inside)
-            how = "node sums, owners" if between else "owners"
-            return _Exchange(times, self._share(among) * payload / lanes, how)
+            sent = self._share(among) * payload / lanes
+            if network.inside:
+                return _Exchange(times, sent, "owners", times.wire)
+            moving = machine.wire_work * sent
+            if not between:
+                return _Exchange(times, sent, "owners", moving)
+            inside = network.node_seconds(ITEMSIZE * n)
+            times = times._replace(wire=times.wire + inside, total=times.total + inside)
+            sent += self._share(lanes) * ITEMSIZE * n
+            return _Exchange(times, sent, "node sums, owners", moving + inside)
 
         return _Way(exchange, encoder.block, measured=measured)
 
@@ -263,24 +273,17 @@ class _Step:
         shapes = {name: self.shapes[name] for name in bucket.names}
         sides = {name: (shape[0], self.values[name] // shape[0]) for name, shape in shapes.items() if len(shape) > 1}
         sides = {name: side for name, side in sides.items() if RANK * sum(side) < self.values[name]}
-        sums = [self._sum(RANK * sum(side[i] for side in sides.values())) for i in (0, 1)]
-        sums.append(self._exact(name for name in bucket.names if name not in sides))
-        n = sum(self.values[name] for name in sides)
-        work = 2 * RANK * n / self.machine.flops  # of a product with one factor
-        encode, decode = (
-            max(times * work, nbytes * n / self.bandwidth)
-            for times, nbytes in zip((2, 1), POWERSGD_NBYTES, strict=True)
-        )
+        first, second = (ITEMSIZE * RANK * sum(side[i] for side in sides.values()) for i in (0, 1))
+        first += self._nbytes(name for name in bucket.names if name not in sides)
+        sums = [self._exact(first), self._exact(second)]
+        work = self.powersgd * sum(self.values[name] for name in sides) + self.machine.powersgd_array * len(sides)
         wire = sum(each.times.total for each in sums)
         return _Exchange(
-            Times(encode, wire, decode, encode + wire + decode),
+            Times(work, wire, 0.0, work + wire),
             sum(each.nbytes for each in sums),
             f"rank {RANK}, {sums[0].how}",
+            sum(each.moving for each in sums),
         )
-
-    def _sum(self, values: int) -> _Exchange:
-        seconds, how = self.network.exact(ITEMSIZE * values)
-        return _Exchange(Times(0, seconds, 0, seconds), self._share(self.cluster.ranks) * ITEMSIZE * values, how)
 
     def _factored(self, layer: LayerTable) -> int:
         """Bytes of a rank's u and v, where all ranks' are fewer to send than the gradient; else 0."""
@@ -297,12 +300,15 @@ class _Step:
         mine = {self.layers[self.layer_of[name]].parameters[0][0]: self.layer_of[name] for name in bucket.names}
         factored = {name: self.layers[i] for name, i in mine.items() if name in bucket.names}
         factored = {name: layer for name, layer in factored.items() if self._factored(layer)}
-        rest = self._exact(name for name in bucket.names if name not in factored)
+        rest = self._exact(self._nbytes(name for name in bucket.names if name not in factored))
         nbytes = sum(self._factored(layer) for layer in factored.values())
-        wire = rest.times.total + (self.network.allgather(nbytes) if factored else 0.0)
+        gathering = self.network.allgather(nbytes) if factored else 0.0
+        wire = rest.times.total + gathering
+        leaves = (p - 1) * nbytes / self.cluster.ranks_per_node
+        moving = rest.moving + (gathering if self.network.inside else self.machine.wire_work * leaves)
         # A rank's own product is part of its back-propagation, wherever it is made.
         products = sum(2 * (p - 1) * self.batch * layer.factors * self.values[name] for name, layer in factored.items())
         decode = products / self.machine.flops
         count = sum(1 for layer in self.layers if self._factored(layer))
         how = f"factors of {count} layer{'s' * (count > 1)}"
-        return _Exchange(Times(0, wire, decode, wire + decode), rest.nbytes + (p - 1) * nbytes, how)
+        return _Exchange(Times(0, wire, decode, wire + decode), rest.nbytes + (p - 1) * nbytes, how, moving)

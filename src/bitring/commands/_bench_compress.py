@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import statistics
 import time
@@ -17,15 +18,20 @@ import click
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.executor import Progress
+from bitring.collectives.state import state_of
 from bitring.commands._bench_allreduce import dtype_of
 from bitring.commands._compression import make
 from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
 from bitring.commands._wire import wire
+from bitring.compression import powersgd
 from bitring.compression.encoder import Encoder, residual_dtype
+from bitring.compression.exchange import Exchange
 from bitring.compression.once_a_node import once_a_node
 from bitring.compression.owner_schedule import encoders
+from bitring.compression.reducer import cut
 from bitring.machine import describe
 from bitring.training.cluster import Kernel, Machine, write_constants
 from bitring.training.data_parallel import DataParallel
@@ -33,11 +39,13 @@ from bitring.training.sgd import SGD
 
 ADD, IN_PLACE, COPY, PACKBITS, PRODUCT = "np.add", "np.add in place", "copy", "np.packbits encode", "matrix product"
 STEP, STEP_ARRAYS = "step without exchange", "step without exchange, many arrays"
+POWERSGD, POWERSGD_ARRAYS = "powersgd", "powersgd, many arrays"
 """In place, no line of memory is read only to be overwritten: this comes closest to what the memory can do."""
 
 _YARDSTICKS = {ADD: 12, IN_PLACE: 12, COPY: 8}  # bytes a value
 _PRODUCT_SIDE = 768
 _ARRAYS = 256  # of one value each
+_MATRICES, _MATRIX = 64, (16, 16)
 _PACKBITS_BLOCK = 1024  # values that share two levels, as of onebit by default
 
 
@@ -78,9 +86,11 @@ def run(
         if world.rank == 0:
             found = constants(machine, results, n)
             if network is not None:
-                latency, bandwidth = network
-                found = dataclasses.replace(found, latency=latency, bandwidth=bandwidth)
-                click.echo(f"\nbetween nodes: {latency * 1e6:.3g} µs a message, {bandwidth / 1e9:.3g} GB/s each way")
+                found = dataclasses.replace(found, **network._asdict())
+                click.echo(
+                    f"\nbetween nodes: {network.latency * 1e6:.3g} µs a message, {network.bandwidth / 1e9:.3g} GB/s "
+                    f"each way, which takes {network.wire_work * 1e9:.2g} ns of a processor a byte"
+                )
             kept = {
                 "benchmark": "compress",
                 "machine": machine,
@@ -116,6 +126,7 @@ def _compile(chosen: Iterable[Encoder], dtypes: Iterable[Any]) -> None:
     for dtype in dtypes:
         for encoder in chosen:
             encoder.warm_up(dtype)
+    powersgd.warm_up(np.float32)
 
 
 def _contenders(
@@ -135,6 +146,8 @@ def _contenders(
         _Contender(PRODUCT, "float32", partial(np.matmul, side, side, out=product), 0),
         _Contender(STEP, "float32", _step([x], stack), 0),
         _Contender(STEP_ARRAYS, "float32", _step([x[i : i + 1] for i in range(min(_ARRAYS, n))], stack), 0),
+        _Contender(POWERSGD, "float32", _low_rank(random, [(math.isqrt(n), math.isqrt(n))]), 0),
+        _Contender(POWERSGD_ARRAYS, "float32", _low_rank(random, [_MATRIX] * _MATRICES), 0),
     ]
     for dtype in dtypes:
         values = x.astype(dtype)
@@ -148,6 +161,14 @@ def _step(gradients: list[Any], stack: contextlib.ExitStack) -> Callable[[], Non
     trainer = DataParallel([np.zeros_like(g) for g in gradients], SGD(lr=1e-6, momentum=0.9), comm=MPI.COMM_SELF)
     stack.callback(trainer.free)
     return partial(trainer.step, gradients)
+
+
+def _low_rank(random: np.random.Generator, shapes: Sequence[tuple[int, int]]) -> Callable[[], object]:
+    """What PowerSGD computes in a run, without its exchanges."""
+    flat = random.standard_normal(sum(map(math.prod, shapes)), np.float32)
+    exchange = Exchange(state_of(MPI.COMM_SELF), "auto")
+    reduction = powersgd.PowerSGD().bind(flat, cut(flat, shapes), exchange)
+    return lambda: list(reduction.steps(Progress()))
 
 
 def by_packbits(values: Any, residual: Any) -> tuple[Any, Any]:
@@ -301,6 +322,9 @@ def constants(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]], 
         step_together=of(ranks, kernel=STEP)["seconds"] / values,
         cores=int(machine["cores_of_node"]),
         step_array=of(ranks if emulated else 1, kernel=STEP_ARRAYS)["seconds"] / min(_ARRAYS, values),
+        powersgd=of(1, kernel=POWERSGD)["seconds"] / math.isqrt(values) ** 2,
+        powersgd_together=of(ranks, kernel=POWERSGD)["seconds"] / math.isqrt(values) ** 2,
+        powersgd_array=of(ranks if emulated else 1, kernel=POWERSGD_ARRAYS)["seconds"] / _MATRICES,
         kernels=kernels(1),
         kernels_together=kernels(ranks),
         emulated=emulated,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.communicator import Communicator
 from bitring.commands._ranks import meet
 from bitring.machine import node_map
 
@@ -16,30 +18,59 @@ _REPEATS = 50  # of the short message
 _SHORT, _LONG = 1 << 10, 4 << 20
 
 
-def wire(comm: MPI.Intracomm) -> tuple[float, float] | None:
-    """Seconds a message, and bytes a second out of each node and into it; None on one node. Collective.
-
-    The first rank of each node sends to the next node's, and receives from the one before.
+class Wire(NamedTuple):
+    """``latency``: seconds a message. ``bandwidth``: bytes a second out of each node and into it. ``wire_work``:
+    seconds of a node's processors for a byte that it sends and one that it receives, by a Communicator.
     """
+
+    latency: float
+    bandwidth: float
+    wire_work: float
+
+
+def wire(comm: MPI.Intracomm) -> Wire | None:
+    """As measured by the first rank of each node, which sends to the next node's; None on one node. Collective."""
     leaders = [ranks[0] for ranks in node_map(comm)]
     if len(leaders) == 1:
         return None
-    seconds = np.zeros(2)
-    if comm.rank in leaders:
-        place = leaders.index(comm.rank)
-        to, source = leaders[(place + 1) % len(leaders)], leaders[place - 1]
-        out, into = np.zeros(_LONG, np.uint8), np.empty(_LONG, np.uint8)
-
-        def send(nbytes: int, repeats: int) -> float:
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                comm.Sendrecv(out[:nbytes], to, recvbuf=into[:nbytes], source=source)
-            return (time.perf_counter() - begin) / repeats
-
-        for k, (nbytes, repeats) in enumerate(((_SHORT, _REPEATS), (_LONG, 1))):
-            send(nbytes, repeats)
-            seconds[k] = statistics.median(send(nbytes, repeats) for _ in range(_SAMPLES))
+    among: Any = comm.Split(0 if comm.rank in leaders else MPI.UNDEFINED, comm.rank)
+    found = np.zeros(3)
+    if among != MPI.COMM_NULL:
+        latency, long = _seconds(among)
+        found[:] = latency, _LONG / max(long - latency, 1e-9), _work(among)
+        among.Free()
     meet(comm)
-    comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
-    latency, long = map(float, seconds)
-    return latency, _LONG / max(long - latency, 1e-9)
+    comm.Allreduce(MPI.IN_PLACE, found, MPI.MAX)
+    return Wire(*map(float, found))
+
+
+def _seconds(comm: MPI.Intracomm) -> tuple[float, float]:
+    """Of a short and of a long message, the slowest rank's."""
+    out, into = np.zeros(_LONG, np.uint8), np.empty(_LONG, np.uint8)
+    to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+
+    def send(nbytes: int, repeats: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            comm.Sendrecv(out[:nbytes], to, recvbuf=into[:nbytes], source=source)
+        return (time.perf_counter() - begin) / repeats
+
+    def slowest(nbytes: int, repeats: int) -> float:
+        send(nbytes, repeats)
+        return float(comm.allreduce(statistics.median(send(nbytes, repeats) for _ in range(_SAMPLES)), MPI.MAX))
+
+    return slowest(_SHORT, _REPEATS), slowest(_LONG, 1)
+
+
+def _work(comm: MPI.Intracomm) -> float:
+    """Seconds of this process's threads for each byte that an allgather sends; they sleep while they wait."""
+    native = Communicator(comm)
+    mine, all_ = np.zeros(_LONG // comm.size, np.uint8), np.empty(_LONG // comm.size * comm.size, np.uint8)
+
+    def gather() -> float:
+        begin = time.process_time()
+        native.Allgather(mine, all_)
+        return (time.process_time() - begin) / ((comm.size - 1) * mine.size)
+
+    gather()
+    return statistics.median(gather() for _ in range(_SAMPLES))
