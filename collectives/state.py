@@ -17,7 +17,7 @@ from bitring.collectives.extension import native
 from bitring.collectives.selection import Topology
 from bitring.collectives.shared import Shared, make_shared
 from bitring.collectives.table import BUILT_IN, load_table, path_of_table
-from bitring.machine import mpi_library
+from bitring.machine import mpi_library, thread_share
 
 
 class State:
@@ -89,6 +89,9 @@ class State:
         nodes = int(self.comm.allreduce(node.rank == 0))
         fewest, most = -self.comm.allreduce(-node.size, MPI.MAX), self.comm.allreduce(node.size, MPI.MAX)
         engines = bool(self.comm.allreduce(native() is not None, MPI.LAND))
+        threads = thread_share(node.comm)
+        if engines:
+            native().limit_threads(threads)
         shared = make_shared(node.comm, node.comm.allgather(self.rank)) if engines and most > 1 else None
         everywhere = engines and most > 1 and bool(self.comm.allreduce(shared is not None, MPI.LAND))
         self.topology = Topology(self.size, nodes, fewest, everywhere, engines)

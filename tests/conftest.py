@@ -126,7 +126,7 @@ def on_ranks(clean_environment: Callable[..., dict[str, str]]) -> Callable[..., 
         prefix, extra = runner.launcher(ranks)
         return subprocess.run(
             [*prefix, sys.executable, *map(str, arguments)],
-            env=clean_environment(**extra, **(env or {})),
+            env=clean_environment(**{**extra, **(env or {})}),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -46,10 +46,14 @@ def test_a_speed_of_nothing_is_refused(tmp_path: Path):
 
 
 def test_kernels_alone_together_and_unknown():
-    machine = dataclasses.replace(BUILT_IN, kernels_together={"onebit": Kernel(1.0, 2.0)}, copy=1e10)
-    assert machine.kernel("onebit", 0.1, together=True) == (Kernel(1.0, 2.0), True)
-    assert machine.kernel("onebit", 0.1, together=False) == (BUILT_IN.kernels["onebit"], True)
-    kernel, measured = machine.kernel("unheard_of", 2.0, together=False)
+    machine = dataclasses.replace(
+        BUILT_IN, kernels_together={"onebit": Kernel(1.0, 2.0)}, copy=1e10, cores=1, together=4
+    )
+    assert machine.kernel("onebit", 0.1, ranks=2) == (Kernel(1.0, 2.0), True)
+    assert machine.kernel("onebit", 0.1, ranks=1) == (BUILT_IN.kernels["onebit"], True)
+    kernel, measured = machine.kernel("unheard_of", 2.0, ranks=1)
     assert not measured
     assert kernel == pytest.approx((14e-10, 10e-10))
+    spare = dataclasses.replace(machine, cores=9)  # of which no more than 4 were measured at once
+    assert [spare.kernel("onebit", 0.1, ranks)[0].encode for ranks in (1, 2, 3, 8)] == [0.25, 0.5, 1.0, 1.0]
     assert math.isfinite(BUILT_IN.flops)

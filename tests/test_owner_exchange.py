@@ -216,7 +216,7 @@ def test_one_rank_that_cannot_make_a_plan(
     x: Any = np.ones(100, np.float32)
     if comm.rank == last and broken == "kernels":
         monkeypatch.setattr(OneBit, "warm_up", fail)
-        monkeypatch.setattr(powersgd, "_warm_up", fail)
+        monkeypatch.setattr(powersgd, "warm_up", fail)
     if comm.rank == last and broken == "x":
         x = Broken()
     said: Any = None

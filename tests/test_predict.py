@@ -150,7 +150,7 @@ def test_vgg_at_a_gigabit_is_worth_compressing():
 def test_where_compression_does_not_pay(model: str, cluster: Cluster):
     found = predict(layer_table(model), cluster, BUILT_IN)
     exact = found[0]
-    assert exact.seconds <= min(each.seconds for each in found if not each.lossless)
+    assert exact.seconds <= 1.01 * min(each.seconds for each in found if not each.lossless)
     assert advice(found, cluster).startswith("Compression does not pay ")
     assert ("within one node" in advice(found, cluster)) == (cluster.nodes == 1)
 
@@ -161,8 +161,8 @@ def test_ranks_of_a_node_sum_and_each_encodes_a_lane():
     assert dense["onebit"].how == "node sums, owners"
     inside = 2 * (8 - 1) / 8 * 4 * sum(layer.values for layer in layers)
     assert dense["onebit"].nbytes == pytest.approx(inside + spread["onebit"].nbytes / 8, rel=1e-3)
-    slower = BUILT_IN.kernels_together["onebit"].encode / BUILT_IN.kernels["onebit"].encode
-    assert dense["onebit"].encode == pytest.approx(slower * spread["onebit"].encode / 8)
+    assert BUILT_IN.cores == 2  # with which a rank encodes that has a node to itself
+    assert dense["onebit"].encode == pytest.approx(2 * spread["onebit"].encode / 8)
     assert dense["onebit"].wire > spread["onebit"].wire
 
 

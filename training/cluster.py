@@ -61,10 +61,10 @@ class Machine:
     beside exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``: seconds that each
     parameter adds, whatever its size. ``powersgd``, ``powersgd_together``, ``powersgd_array``: of what PowerSGD
     computes, likewise. ``cores``: of a node. ``kernels``, ``kernels_together``: by encoder, of a rank alone and of each
-    of all at once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds to meet
-    the ranks of the same node. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second of
-    payload that each node sends to the next while all do; None where they were not measured. ``wire_work``: seconds of
-    its processor for a byte that a rank sends and one that it receives.
+    of ``together`` at once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds
+    to meet the ranks of the same node. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second
+    of payload that each node sends to the next while all do; None where they were not measured. ``wire_work``: seconds
+    of its processor for a byte that a rank sends and one that it receives.
     ``emulated``: nodes share this machine's cores, so all ranks compute at once whatever their nodes.
     """
 
@@ -80,6 +80,7 @@ class Machine:
     powersgd_together: float
     powersgd_array: float
     cores: int
+    together: int = 1
     kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     kernels_together: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     wire: float = 0.95
@@ -89,49 +90,52 @@ class Machine:
     wire_work: float = 0.0
     emulated: bool = False
 
-    def kernel(self, encoder: str, payload: float, together: bool) -> tuple[Kernel, bool]:
-        """The speed of an encoder, and whether it was measured.
+    def kernel(self, encoder: str, payload: float, ranks: int) -> tuple[Kernel, bool]:
+        """The speed of an encoder for each of ``ranks`` that share a node, and whether it was measured.
 
-        What was not is taken to be as fast as a copy of its bytes: 12 and 8 a value, and ``payload`` of each.
+        What was not is taken to be as fast as a copy of its bytes: 12 and 8 a value, and ``payload`` of each. Several
+        threads of one rank are as fast as so many ranks: as many as it has cores, and were measured at once.
         """
-        measured = self.kernels_together if together and self.kernels_together else self.kernels
-        if encoder in measured:
-            return measured[encoder], True
-        return Kernel((12 + payload) / self.copy, (8 + payload) / self.copy), False
+        threads = max(1, min(self.cores, self.together) // ranks)
+        alone = ranks == threads == 1 or not self.kernels_together
+        measured = self.kernels if alone else self.kernels_together
+        found = measured.get(encoder, Kernel((12 + payload) / self.copy, (8 + payload) / self.copy))
+        return Kernel(found.encode / threads, found.decode / threads), encoder in measured
 
 
 BUILT_IN = Machine(
     title="AMD EPYC, 2 cores, where bitring is developed",
-    flops=7.22e10,
-    add=9.77e9,
-    copy=1.84e10,
-    copy_together=3.19e10,
-    step=2.35e-09,
-    step_together=2.34e-09,
-    step_array=3.67e-05,
-    powersgd=2.95e-09,
-    powersgd_together=3.13e-09,
-    powersgd_array=2.16e-05,
+    flops=6.98e10,
+    add=1.05e10,
+    copy=1.81e10,
+    copy_together=2.71e10,
+    step=2.23e-09,
+    step_together=2.53e-09,
+    step_array=2.22e-05,
+    powersgd=2.56e-09,
+    powersgd_together=3.15e-09,
+    powersgd_array=1.94e-05,
     cores=2,
+    together=2,
     kernels={
-        "bfloat16": Kernel(6.54e-10, 3.51e-10),
-        "fixed": Kernel(2.49e-09, 6.86e-10),
-        "float16": Kernel(9.71e-10, 4.28e-10),
-        "linear": Kernel(1.34e-09, 7.22e-10),
-        "onebit": Kernel(4.74e-10, 2.93e-10),
-        "sign": Kernel(6.13e-10, 3.51e-10),
-        "threshold": Kernel(1.86e-09, 4.63e-10),
-        "topk": Kernel(3.06e-09, 4.55e-10),
+        "bfloat16": Kernel(5.42e-10, 2.92e-10),
+        "fixed": Kernel(1.94e-09, 4.65e-10),
+        "float16": Kernel(7.56e-10, 3.75e-10),
+        "linear": Kernel(1.01e-09, 5.44e-10),
+        "onebit": Kernel(4.71e-10, 2.91e-10),
+        "sign": Kernel(6.18e-10, 3.08e-10),
+        "threshold": Kernel(1.62e-09, 4.22e-10),
+        "topk": Kernel(2.65e-09, 2.75e-10),
     },
     kernels_together={
-        "bfloat16": Kernel(6.87e-10, 4.08e-10),
-        "fixed": Kernel(2.57e-09, 7.18e-10),
-        "float16": Kernel(1.04e-09, 5.02e-10),
-        "linear": Kernel(1.38e-09, 7.42e-10),
-        "onebit": Kernel(6.17e-10, 3.69e-10),
-        "sign": Kernel(6.98e-10, 3.97e-10),
-        "threshold": Kernel(2.08e-09, 4.65e-10),
-        "topk": Kernel(3.14e-09, 4.54e-10),
+        "bfloat16": Kernel(8.01e-10, 4.62e-10),
+        "fixed": Kernel(2.58e-09, 7.02e-10),
+        "float16": Kernel(1.04e-09, 4.92e-10),
+        "linear": Kernel(1.34e-09, 7.33e-10),
+        "onebit": Kernel(5.3e-10, 3.67e-10),
+        "sign": Kernel(6.4e-10, 4.17e-10),
+        "threshold": Kernel(2.2e-09, 4.68e-10),
+        "topk": Kernel(3.15e-09, 4.89e-10),
     },
 )
 """The ``constants`` of ``benchmarks/results/compress.json``, of 2 ranks."""

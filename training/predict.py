@@ -135,11 +135,12 @@ class _Step:
         self.layer_of = {name: i for i, layer in enumerate(layers) for name, _ in layer.parameters}
         operations = 2 * (1 + BACKWARD) * batch * sum(layer.multiply_adds for layer in layers)
         self.compute = operations / machine.flops if compute is None else compute
-        sharing = cluster.ranks if machine.emulated else cluster.ranks_per_node
+        self.sharing = cluster.ranks if machine.emulated else cluster.ranks_per_node
+        alone = self.sharing == 1
         self.step, self.powersgd = (
-            (machine.step, machine.powersgd) if sharing == 1 else (machine.step_together, machine.powersgd_together)
+            (machine.step, machine.powersgd) if alone else (machine.step_together, machine.powersgd_together)
         )
-        self.second_core = machine.cores >= 2 * sharing
+        self.second_core = machine.cores >= 2 * self.sharing
 
     def predict(self, name: str) -> Prediction | None:
         """The prediction for one exchange; None where it would not be used at all."""
@@ -237,8 +238,7 @@ class _Step:
         between = not network.inside and self.cluster.ranks_per_node > 1
         among, lanes = (self.cluster.nodes, self.cluster.ranks_per_node) if between else (self.cluster.ranks, 1)
         some = 1 << 20
-        together = machine.emulated or self.cluster.ranks_per_node > 1
-        kernel, measured = machine.kernel(name, encoder.expected_nbytes(some) / some, together)
+        kernel, measured = machine.kernel(name, encoder.expected_nbytes(some) / some, self.sharing)
 
         def exchange(bucket: BucketSizes) -> _Exchange:
             if not bucket.compressed:

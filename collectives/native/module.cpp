@@ -11,6 +11,7 @@
 #include <cstring>
 #include <system_error>
 
+#include "crew.h"
 #include "direct.h"
 #include "execution.h"
 #include "kernels.h"
@@ -96,6 +97,7 @@ std::shared_ptr<OwnerExchange> make_owner_exchange(const MpiLibrary& library, in
 // is over (its index is returned), `seconds` have passed without anything moving, or `wake` asks for a return (-1).
 int drive(const std::vector<Operation*>& operations, std::atomic<int>& wake, double seconds, bool gentle) {
     nb::gil_scoped_release released;
+    const Crew::Waiting waiting(!gentle);
     Patience patience(gentle);
     const auto limit = std::uint64_t(seconds * 1e9);
     while (wake.load(std::memory_order_relaxed) == 0) {
@@ -146,6 +148,7 @@ NB_MODULE(_native, m) {
                                          reinterpret_cast<void* const*>(out.data()));
     });
     m.def("with_count", &with_count);
+    m.def("limit_threads", [](int threads) { Crew::of_process().limit(threads); });
     m.def("set_crowded", [](bool value) { crowded() = value; });
 
     nb::class_<Memory>(m, "Memory")

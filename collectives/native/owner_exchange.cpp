@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "crew.h"
 #include "wait.h"
 
 namespace bitring {
@@ -11,6 +12,9 @@ namespace {
 
 // Of so many segments that are encoded, one is looked at for the norms of the record.
 constexpr std::size_t kSample = 16;
+
+// Segments of so many values on the average take longer to encode than a helper takes to wake up.
+constexpr std::int64_t kLarge = 16384;
 
 float widened_half(std::uint16_t half) {
     // Shifted into float32's place; multiplying corrects the exponent, also of subnormal numbers.
@@ -86,7 +90,7 @@ OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Typ
       from_(std::size_t(size)) {
     std::vector<std::vector<std::size_t>> by_owner(static_cast<std::size_t>(size));
     std::size_t longest = 0;
-    std::int64_t most = 0;
+    std::int64_t most = 0, values = 0;
     for (std::size_t s = 0; s < segments_.size(); ++s) {
         auto& owner = by_owner[std::size_t(segments_[s].owner)];
         owner.push_back(s);
@@ -97,6 +101,7 @@ OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Typ
             nbytes += std::size_t(piece.nbytes);
             n += piece.stop - piece.start;
         }
+        values += n;
         encoded_[s].resize(nbytes);
         summed_[s].resize(nbytes);
         if (owns(s)) {
@@ -105,7 +110,8 @@ OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Typ
             most = std::max(most, n);
         }
     }
-    sum_.resize(std::size_t(most) * wide_);
+    sum_nbytes_ = std::size_t(most) * wide_;
+    large_ = values >= kLarge * std::int64_t(segments_.size());
     // All owners get their first segments first: each has something to add, and later to send, as early as can be.
     for (std::size_t k = 0; k < longest; ++k) {
         for (int turn = 1; turn <= size; ++turn) {
@@ -153,21 +159,22 @@ void OwnerExchange::send(std::size_t s, bool summed, int peer, std::vector<std::
     error_ = wire_->start(true, payload.data(), nbytes, peer, tags_[summed], int(messages_.size()) - 1);
 }
 
-// Encode segment s of the buffer, or its sum; returns the bytes used.
-std::size_t OwnerExchange::encode(std::size_t s, bool sum, std::vector<std::uint8_t>& payload) {
+// Encode the task's segment of the buffer, or its sum.
+void OwnerExchange::encode(Task& task, bool sum, std::vector<std::uint8_t>& payload) {
     const auto begin = std::int64_t(now_nanoseconds());
-    const auto& pieces = segments_[s].pieces;
-    std::size_t at = header(s);
+    const auto& pieces = segments_[task.s].pieces;
+    std::size_t at = header(task.s);
     for (std::size_t k = 0; k < pieces.size(); ++k) {
         const EncodedPiece& piece = pieces[k];
-        const void* from = sum ? sum_.data() + std::size_t(piece.start - pieces[0].start) * wide_ : values(piece.start);
+        const void* from = sum ? sums_[task.place].data() + std::size_t(piece.start - pieces[0].start) * wide_
+                               : values(piece.start);
         char* left = sum ? owner_residual_ + std::size_t(piece.start - owned_) * wide_
                          : residual_ + std::size_t(piece.start) * wide_;
         const std::int64_t seed = piece_seed(sum ? ~seed_ : seed_, piece.start);
         const std::int64_t used = (sum ? codec_.encode_sum : codec_.encode)(
             from, left, piece.stop - piece.start, payload.data() + at, piece.nbytes, seed, codec_.settings);
         if (used < 0 || (fixed_ && used != piece.nbytes)) {
-            error_ = kOutgrew;
+            task.error = kOutgrew;
             break;
         }
         if (!fixed_) {
@@ -176,16 +183,16 @@ std::size_t OwnerExchange::encode(std::size_t s, bool sum, std::vector<std::uint
         }
         at += std::size_t(used);
     }
-    record_.encode += std::int64_t(now_nanoseconds()) - begin;
-    return at;
+    task.nbytes = at;
+    task.encode_nanoseconds += std::int64_t(now_nanoseconds()) - begin;
 }
 
-// Decode segment s to the buffer, or to its sum.
-bool OwnerExchange::decode(std::size_t s, bool sum, bool accumulate, const std::vector<std::uint8_t>& payload) {
+// Decode the task's segment to the buffer, or to its sum.
+bool OwnerExchange::decode(Task& task, bool sum, bool accumulate, const std::vector<std::uint8_t>& payload) {
     const auto begin = std::int64_t(now_nanoseconds());
-    const auto& pieces = segments_[s].pieces;
-    std::size_t at = header(s);
-    for (std::size_t k = 0; k < pieces.size() && error_ == 0; ++k) {
+    const auto& pieces = segments_[task.s].pieces;
+    std::size_t at = header(task.s);
+    for (std::size_t k = 0; k < pieces.size() && task.error == 0; ++k) {
         const EncodedPiece& piece = pieces[k];
         std::size_t nbytes = std::size_t(piece.nbytes);
         if (!fixed_) {
@@ -194,60 +201,107 @@ bool OwnerExchange::decode(std::size_t s, bool sum, bool accumulate, const std::
             nbytes = length;
         }
         if (nbytes > payload.size() - at) {
-            error_ = kCorrupt;
+            task.error = kCorrupt;
             break;
         }
-        void* to = sum ? sum_.data() + std::size_t(piece.start - pieces[0].start) * wide_ : values(piece.start);
+        void* to = sum ? sums_[task.place].data() + std::size_t(piece.start - pieces[0].start) * wide_
+                       : values(piece.start);
         const std::int64_t code = (sum ? codec_.decode_sum : codec_.decode)(
             payload.data() + at, std::int64_t(nbytes), to, piece.stop - piece.start, accumulate, codec_.settings);
-        if (code != 0) error_ = kCorrupt;
+        if (code != 0) task.error = kCorrupt;
         at += nbytes;
     }
-    record_.decode += std::int64_t(now_nanoseconds()) - begin;
-    return error_ == 0;
+    task.decode_nanoseconds += std::int64_t(now_nanoseconds()) - begin;
+    return task.error == 0;
 }
 
-void OwnerExchange::encode_next() {
-    const std::size_t s = order_[next_encode_++];
+void OwnerExchange::encode_values(Task& task) {
     const std::size_t every = std::min(kSample, order_.size());
-    const bool sampled = s % every == std::size_t(run_) % every;
-    const auto& pieces = segments_[s].pieces;
+    const bool sampled = task.s % every == std::size_t(run_) % every;
+    const auto& pieces = segments_[task.s].pieces;
     const std::int64_t first = pieces.front().start;
     const auto n = std::size_t(pieces.back().stop - first);
     const char* left = residual_ + std::size_t(first) * wide_;
     if (sampled) {
         const auto add = type_ == Type::f32 ? add_squares<Type::f32> : type_ == Type::f64 ? add_squares<Type::f64>
                        : type_ == Type::f16 ? add_squares<Type::f16> : add_squares<Type::bf16>;
-        add(values(first), left, n, &record_.values, &record_.sums);
+        add(values(first), left, n, &task.values, &task.sums);
     }
-    const bool own = owns(s);
-    const std::size_t k = own ? std::size_t(std::find(mine_.begin(), mine_.end(), s) - mine_.begin()) : 0;
-    auto& payload = own ? incoming_[k][std::size_t(rank_)] : encoded_[s];
-    const std::size_t nbytes = encode(s, false, payload);
+    encode(task, false, owns(task.s) ? incoming_[task.k][std::size_t(rank_)] : encoded_[task.s]);
     if (sampled) {
         double unused = 0;
-        (type_ == Type::f64 ? add_squares<Type::f64> : add_squares<Type::f32>)(left, left, n, &record_.residual, &unused);
-    }
-    if (own) {
-        --missing_[k];
-    } else {
-        send(s, false, segments_[s].owner, payload, nbytes);
+        (type_ == Type::f64 ? add_squares<Type::f64> : add_squares<Type::f32>)(left, left, n, &task.residual, &unused);
     }
 }
 
-void OwnerExchange::sum_next() {
-    const std::size_t k = next_sum_++, s = mine_[k];
-    for (int r = 0; r < size_; ++r) {
-        if (!decode(s, true, r > 0, incoming_[k][std::size_t(r)])) return;
+void OwnerExchange::work(Task& task) {
+    switch (task.kind) {
+    case Task::encode: encode_values(task); return;
+    case Task::receive: decode(task, false, false, summed_[task.s]); return;
+    case Task::sum:
+        for (int r = 0; r < size_; ++r) {
+            if (!decode(task, true, r > 0, incoming_[task.k][std::size_t(r)])) return;
+        }
+        encode(task, true, summed_[task.s]);
     }
-    const std::size_t nbytes = encode(s, true, summed_[s]);
-    for (int turn = 1; turn < size_; ++turn) send(s, true, (rank_ + turn) % size_, summed_[s], nbytes);
-    decode(s, false, false, summed_[s]);
 }
 
-void OwnerExchange::receive_next() {
-    const std::size_t s = arrived_[next_decode_++];
-    decode(s, false, false, summed_[s]);
+// As many tasks as there are threads; what others wait for goes first.
+void OwnerExchange::gather_tasks() {
+    const auto most = large_ ? std::size_t(Crew::of_process().threads()) : 1;
+    tasks_.clear();
+    const auto add = [&](Task::Kind kind, std::size_t s, std::size_t k) {
+        Task task{};
+        task.kind = kind, task.s = s, task.k = k, task.place = tasks_.size();
+        tasks_.push_back(task);
+    };
+    while (tasks_.size() < most && next_sum_ < mine_.size() && missing_[next_sum_] == 0) {
+        add(Task::sum, mine_[next_sum_], next_sum_);
+        ++next_sum_;
+    }
+    while (tasks_.size() < most && next_encode_ < order_.size()) {
+        const std::size_t s = order_[next_encode_++];
+        add(Task::encode, s, owns(s) ? std::size_t(std::find(mine_.begin(), mine_.end(), s) - mine_.begin()) : 0);
+    }
+    while (tasks_.size() < most && next_decode_ < arrived_.size()) add(Task::receive, arrived_[next_decode_++], 0);
+    if (sums_.size() < tasks_.size()) sums_.resize(tasks_.size(), std::vector<char>(sum_nbytes_));
+}
+
+void OwnerExchange::work_on_all() {
+    const auto begin = std::int64_t(now_nanoseconds());
+    Crew::of_process().run(
+        tasks_.size(),
+        [](void* self, std::size_t i) {
+            auto* exchange = static_cast<OwnerExchange*>(self);
+            exchange->work(exchange->tasks_[i]);
+        },
+        this);
+    const double took = double(std::int64_t(now_nanoseconds()) - begin);
+    double encoding = 0, decoding = 0;
+    for (const Task& task : tasks_) {
+        encoding += double(task.encode_nanoseconds);
+        decoding += double(task.decode_nanoseconds);
+    }
+    // What went on at once took no longer than the whole.
+    const double part = std::min(1.0, took / std::max(1.0, encoding + decoding));
+    record_.encode += std::int64_t(part * encoding);
+    record_.decode += std::int64_t(part * decoding);
+    for (const Task& task : tasks_) finish(task);
+}
+
+void OwnerExchange::finish(const Task& task) {
+    record_.values += task.values;
+    record_.sums += task.sums;
+    record_.residual += task.residual;
+    if (error_ == 0) error_ = task.error;
+    if (task.kind == Task::sum) {
+        for (int turn = 1; turn < size_; ++turn) send(task.s, true, (rank_ + turn) % size_, summed_[task.s], task.nbytes);
+        arrived_.push_back(task.s);
+    } else if (task.kind == Task::encode && owns(task.s)) {
+        --missing_[task.k];
+    } else if (task.kind == Task::encode) {
+        send(task.s, false, segments_[task.s].owner, encoded_[task.s], task.nbytes);
+    }
 }
 
 Status OwnerExchange::step() {
@@ -266,16 +320,12 @@ Status OwnerExchange::step() {
             --missing_[std::size_t(message.segment)];
         }
     }
-    // What others wait for goes first.
+    if (error_ == 0) gather_tasks();
     if (error_ != 0) {
         // Over.
-    } else if (next_sum_ < mine_.size() && missing_[next_sum_] == 0) {
-        sum_next();
-    } else if (next_encode_ < order_.size()) {
-        encode_next();
-    } else if (next_decode_ < arrived_.size()) {
-        receive_next();
-    } else if (next_sum_ == mine_.size() && sending_ == 0 && arrived_.size() + mine_.size() == segments_.size()) {
+    } else if (!tasks_.empty()) {
+        work_on_all();
+    } else if (sending_ == 0 && arrived_.size() == segments_.size()) {
         record_.nanoseconds = std::int64_t(now_nanoseconds()) - began_;
         return Status::done;
     } else if (count == 0) {

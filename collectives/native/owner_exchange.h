@@ -1,6 +1,7 @@
 // The owner exchange of compression/owner_exchange.py, which is its reference: sums of what ranks encode, with a second
 // residual at the owner of each chunk (Seide et al., 2014). Chunks are cut into segments, so that encoding, messages and
-// decoding of different segments go on side by side; each sum is made in rank order whatever arrives first.
+// decoding of different segments go on side by side; each sum is made in rank order whatever arrives first. Where cores
+// are free, several segments are encoded, summed and decoded at once (crew.h), which changes no bits.
 #pragma once
 
 #include <cstddef>
@@ -81,14 +82,28 @@ private:
     };
 
     bool owns(std::size_t s) const { return segments_[s].owner == rank_; }
+    // What can be done with one segment, without regard to any other that could be done now.
+    struct Task {
+        enum Kind { sum, encode, receive } kind;
+        std::size_t s;      // the segment
+        std::size_t k;      // its number among those that this rank owns, if it does
+        std::size_t place;  // among the tasks that go on at once
+        std::size_t nbytes = 0;  // encoded
+        int error = 0;
+        std::int64_t encode_nanoseconds = 0, decode_nanoseconds = 0;
+        double values = 0, sums = 0, residual = 0;  // as in Record
+    };
+
     std::size_t header(std::size_t s) const { return fixed_ ? 0 : segments_[s].pieces.size() * sizeof(std::uint32_t); }
     char* values(std::int64_t index) { return buffer_ + std::size_t(index) * itemsize_; }
     void send(std::size_t s, bool summed, int peer, std::vector<std::uint8_t>& payload, std::size_t nbytes);
-    std::size_t encode(std::size_t s, bool sum, std::vector<std::uint8_t>& payload);
-    bool decode(std::size_t s, bool sum, bool accumulate, const std::vector<std::uint8_t>& payload);
-    void encode_next();
-    void sum_next();
-    void receive_next();
+    void encode(Task& task, bool sum, std::vector<std::uint8_t>& payload);
+    bool decode(Task& task, bool sum, bool accumulate, const std::vector<std::uint8_t>& payload);
+    void gather_tasks();
+    void work(Task& task);
+    void encode_values(Task& task);
+    void work_on_all();
+    void finish(const Task& task);
 
     std::unique_ptr<Wire> wire_;
     int rank_, size_;
@@ -107,12 +122,15 @@ private:
     std::vector<std::vector<std::uint8_t>> encoded_;             // by segment
     std::vector<std::vector<std::uint8_t>> summed_;              // by segment
     std::vector<std::vector<std::vector<std::uint8_t>>> incoming_;  // by own segment, by rank
-    std::vector<char> sum_;                                      // of one segment
+    std::vector<std::vector<char>> sums_;                        // of one segment, by place
+    std::size_t sum_nbytes_ = 0;                                 // of the largest
+    bool large_ = false;                                         // segments are, so that helpers are worth waking
+    std::vector<Task> tasks_;
     std::vector<Message> messages_;
     std::vector<int> landed_;
     std::vector<int> missing_;  // by own segment: payloads that have not come
     std::vector<int> from_;     // by rank: messages that have not come
-    std::vector<std::size_t> arrived_;  // sums of others, to be decoded
+    std::vector<std::size_t> arrived_;  // encoded sums, to be decoded
 
     char* buffer_ = nullptr;
     std::int64_t seed_ = 0;

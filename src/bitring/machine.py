@@ -81,3 +81,17 @@ def node_map(comm: MPI.Intracomm) -> list[list[int]]:
     for rank, first in enumerate(comm.allgather(leader)):
         nodes.setdefault(first, []).append(rank)
     return list(nodes.values())
+
+
+def thread_share(comm: MPI.Intracomm) -> int:
+    """How many threads this rank may use: its cores, shared with the node's ranks that may use the same. Collective.
+
+    OMP_NUM_THREADS, where it is set, is the user's own answer.
+    """
+    mine = os.sched_getaffinity(0)
+    cores = comm.allgather(mine)
+    node = next(ranks for ranks in node_map(comm) if comm.rank in ranks)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return max(1, len(mine) // sum(1 for rank in node if cores[rank] & mine))

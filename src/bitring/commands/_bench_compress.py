@@ -296,6 +296,7 @@ def constants(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]], 
     """What ``bitring predict --machine`` needs."""
     ranks = int(machine["ranks"])
     emulated = bool(os.environ.get("BITRING_HOSTS"))
+    sharing = ranks if emulated else ranks // int(machine["nodes"])  # a machine's cores and memory
 
     def of(ranks: int, **wanted: str) -> Any:
         return next(row for row in results if row["ranks"] == ranks and all(row[key] == wanted[key] for key in wanted))
@@ -317,10 +318,11 @@ def constants(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]], 
         flops=of(ranks, kernel=PRODUCT)["flops"],
         add=4 * of(ranks if emulated else 1, kernel=IN_PLACE)["values_a_second"],
         copy=of(1, kernel=COPY)["bandwidth"],
-        copy_together=ranks * of(ranks, kernel=COPY)["bandwidth"],
+        copy_together=sharing * of(ranks, kernel=COPY)["bandwidth"],
         step=of(1, kernel=STEP)["seconds"] / values,
         step_together=of(ranks, kernel=STEP)["seconds"] / values,
         cores=int(machine["cores_of_node"]),
+        together=sharing,
         step_array=of(ranks if emulated else 1, kernel=STEP_ARRAYS)["seconds"] / min(_ARRAYS, values),
         powersgd=of(1, kernel=POWERSGD)["seconds"] / math.isqrt(values) ** 2,
         powersgd_together=of(ranks, kernel=POWERSGD)["seconds"] / math.isqrt(values) ** 2,

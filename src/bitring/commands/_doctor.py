@@ -22,11 +22,11 @@ from bitring.collectives.cuda_aware import cuda_aware
 from bitring.collectives.extension import native
 from bitring.collectives.schedule import algorithms
 from bitring.collectives.state import state_of
-from bitring.commands._ranks import ending_together, thread_share
+from bitring.commands._ranks import ending_together
 from bitring.commands._terminal import terminal_width
 from bitring.compression.plan import plan_allreduce
 from bitring.launcher import launched_rank, launched_size
-from bitring.machine import THREAD_LEVELS, mpi_library, node_map, package_version, processor, versions
+from bitring.machine import THREAD_LEVELS, mpi_library, node_map, package_version, processor, thread_share, versions
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -15,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from bitring.collectives.abort import abort_on_exception
 from bitring.collectives.errors import MismatchError
-from bitring.machine import node_map
+from bitring.machine import thread_share
 
 T = TypeVar("T")
 
@@ -74,20 +73,6 @@ def ending_together(comm: MPI.Intracomm) -> Generator[None]:
             # Here, while the other ranks may still be waiting for this one.
             sys.excepthook(type(error), error, error.__traceback__)
         raise
-
-
-def thread_share(comm: MPI.Intracomm) -> int:
-    """How many threads this rank may use: its cores, shared with the node's ranks that may use the same. Collective.
-
-    OMP_NUM_THREADS, where it is set, is the user's own answer.
-    """
-    mine = os.sched_getaffinity(0)
-    cores = comm.allgather(mine)
-    node = next(ranks for ranks in node_map(comm) if comm.rank in ranks)
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if asked.isdigit() and int(asked):
-        return int(asked)
-    return max(1, len(mine) // sum(1 for rank in node if cores[rank] & mine))
 
 
 def limit_threads(comm: MPI.Intracomm) -> int:

@@ -1,0 +1,97 @@
+#include "crew.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <system_error>
+#include <thread>
+
+#include "wait.h"
+
+namespace bitring {
+
+namespace {
+
+// So long a helper looks for the next job before it sleeps: the batches of an exchange follow each other closely.
+constexpr std::uint64_t kSpinNanoseconds = 50000;
+
+}  // namespace
+
+Crew& Crew::of_process() {
+    static Crew* crew = new Crew;
+    return *crew;
+}
+
+void Crew::limit(int threads) {
+    threads = std::max(1, std::min(threads, kMost));
+    int before = limit_.load();
+    while ((before == 0 || threads < before) && !limit_.compare_exchange_weak(before, threads)) {
+    }
+}
+
+int Crew::threads() const { return waiting() ? std::max(1, limit_.load(std::memory_order_relaxed)) : 1; }
+
+void Crew::start(int helpers) {
+    // Signals are the interpreter's, whose thread has to wake up for them.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+        while (helpers_ < helpers) {
+            std::thread(&Crew::help, this).detach();
+            ++helpers_;
+        }
+    } catch (const std::system_error&) {
+        limit(helpers_ + 1);  // the system has no more
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void Crew::run(std::size_t count, void (*task)(void* context, std::size_t i), void* context) {
+    const int helpers = std::min(threads() - 1, int(std::min<std::size_t>(count, kMost)) - 1);
+    std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
+    if (helpers < 1 || !turn.try_lock()) {
+        for (std::size_t i = 0; i < count; ++i) task(context, i);
+        return;
+    }
+    start(helpers);
+    {
+        const std::lock_guard<std::mutex> locked(lock_);
+        task_ = task, context_ = context, count_ = count;
+        next_.store(0, std::memory_order_relaxed);
+        open_ = true;
+        number_.fetch_add(1, std::memory_order_release);
+    }
+    begun_.notify_all();
+    for (std::size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+    // All are taken. Helpers that come now find nothing, and those that are at it are waited for.
+    std::unique_lock<std::mutex> locked(lock_);
+    open_ = false;
+    left_.wait(locked, [&] { return busy_ == 0; });
+}
+
+void Crew::help() {
+    pthread_setname_np(pthread_self(), "bitring-helper");
+    std::uint64_t seen = 0;
+    while (true) {
+        const std::uint64_t began = now_nanoseconds();
+        while (number_.load(std::memory_order_acquire) == seen && now_nanoseconds() - began < kSpinNanoseconds) {
+            pause_processor();
+        }
+        std::unique_lock<std::mutex> locked(lock_);
+        begun_.wait(locked, [&] { return number_.load(std::memory_order_relaxed) != seen; });
+        seen = number_.load(std::memory_order_relaxed);
+        if (!open_) continue;
+        ++busy_;
+        const auto task = task_;
+        const auto context = context_;
+        const std::size_t count = count_;
+        locked.unlock();
+        for (std::size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+        locked.lock();
+        if (--busy_ == 0) left_.notify_one();
+    }
+}
+
+}  // namespace bitring

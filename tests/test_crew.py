@@ -1,0 +1,62 @@
+"""Helper threads change no bits, and are there where cores are free: for a caller who waits, of ranks with several."""
+
+import json
+
+import pytest
+
+from bitring.collectives.extension import native
+
+pytestmark = [pytest.mark.single, pytest.mark.skipif(native() is None, reason="without the native engine")]
+
+SCRIPT = """
+import json
+from pathlib import Path
+import numpy as np
+from mpi4py import MPI
+import bitring
+from bitring.compression.encoder import Encoder, compressors
+from bitring.compression import owner_exchange, plan as plans
+
+def helpers():
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return names.count("bitring-helper")
+
+comm = MPI.COMM_WORLD
+n = 300_001
+found = {}
+for name in compressors.names():
+    encoder = compressors.get(name)()
+    if not isinstance(encoder, Encoder):
+        continue
+    sums = []
+    for kind in (owner_exchange.NativeOwnerExchange, owner_exchange.PortableOwnerExchange):
+        x = np.zeros(n, np.float32)
+        plans.make_owner_exchange = kind
+        plan = bitring.plan_allreduce(x, comm=comm, compression=encoder, boundaries=(1000, n // 2), hierarchical=False)
+        for step in range(3):
+            x[:] = np.random.default_rng((comm.rank, step)).standard_normal(n)
+            plan()
+        state = plan.state_dict()
+        sums.append([x.tobytes(), state["residual"].tobytes(), state["owner_residual"].tobytes()])
+        plan.free()
+    found[name] = bool(comm.allreduce(sums[0] == sums[1], MPI.LAND))
+found["helpers"] = comm.allgather(helpers())
+if comm.rank == 0:
+    print(json.dumps(found))
+"""
+
+
+def run(on_ranks, ranks: int, threads: int) -> dict:
+    done = on_ranks(ranks, "-c", SCRIPT, env={"OMP_NUM_THREADS": str(threads)}, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.timeout(150)
+def test_the_same_bits_with_helpers(on_ranks, threads: int):
+    found = run(on_ranks, 2, threads)
+    helpers = found.pop("helpers")
+    assert helpers == [threads - 1] * 2
+    assert all(found.values()), found
+    assert {"onebit", "fixed", "topk"} <= set(found)
