@@ -108,7 +108,7 @@ class Plan(ABC):
         try:
             job.wait()
         finally:
-            if job.done:
+            if job.done and self._job is job:
                 self._job = None
 
     def test(self) -> bool:
@@ -177,11 +177,11 @@ class ExactPlan(Plan):
             if direct.run(_ALONE_SECONDS):
                 self.bytes_sent += self._nbytes
                 return
-            job = self.state.lane.submit(self._finish, self.what)
+            self._job = self.state.lane.submit(self._finish, self.what)
         except BaseException as error:  # an interrupt, with the run half done
             self.state.lane.cut_short(self.what, error)
             raise
-        job.wait()
+        self.wait()
 
     @property
     def fusible(self) -> bool:

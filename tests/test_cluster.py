@@ -54,6 +54,9 @@ def test_kernels_alone_together_and_unknown():
     kernel, measured = machine.kernel("unheard_of", 2.0, ranks=1)
     assert not measured
     assert kernel == pytest.approx((14e-10, 10e-10))
+    shared = dataclasses.replace(machine, copy_together=3e10).kernel("unheard_of", 2.0, ranks=6)[0]
+    assert shared == pytest.approx((14 / 5e9, 10 / 5e9))
     spare = dataclasses.replace(machine, cores=9)  # of which no more than 4 were measured at once
     assert [spare.kernel("onebit", 0.1, ranks)[0].encode for ranks in (1, 2, 3, 8)] == [0.25, 0.5, 1.0, 1.0]
+    assert spare.kernel("onebit", 0.1, ranks=1, beside=True) == (BUILT_IN.kernels["onebit"], True)
     assert math.isfinite(BUILT_IN.flops)

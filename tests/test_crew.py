@@ -1,10 +1,14 @@
 """Helper threads change no bits, and are there where cores are free: for a caller who waits, of ranks with several."""
 
 import json
+import os
 
 import pytest
+from mpi4py import MPI
 
 from bitring.collectives.extension import native
+from bitring.launcher import LOCAL_SIZE_VARIABLES
+from bitring.machine import thread_share
 
 pytestmark = [pytest.mark.single, pytest.mark.skipif(native() is None, reason="without the native engine")]
 
@@ -46,17 +50,27 @@ if comm.rank == 0:
 """
 
 
-def run(on_ranks, ranks: int, threads: int) -> dict:
-    done = on_ranks(ranks, "-c", SCRIPT, env={"OMP_NUM_THREADS": str(threads)}, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", ["1", "3", ""])
 @pytest.mark.timeout(150)
-def test_the_same_bits_with_helpers(on_ranks, threads: int):
-    found = run(on_ranks, 2, threads)
+def test_the_same_bits_with_helpers(on_ranks, threads: str):
+    done = on_ranks(2, "-c", SCRIPT, env={"OMP_NUM_THREADS": threads}, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
     helpers = found.pop("helpers")
-    assert helpers == [threads - 1] * 2
+    if threads:
+        assert helpers == [int(threads) - 1] * 2
+    else:  # of both ranks: two may be bound to a core each, or share all
+        assert sum(helpers) + 2 <= max(2, min(32, len(os.sched_getaffinity(0))))
     assert all(found.values()), found
     assert {"onebit", "fixed", "topk"} <= set(found)
+
+
+def test_ranks_outside_the_communicator_have_their_share(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    if cores != os.cpu_count():
+        pytest.skip("bound to some of the node's cores, which are this process's alone")
+    for name in ("OMP_NUM_THREADS", *LOCAL_SIZE_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    assert thread_share(MPI.COMM_SELF) == cores
+    monkeypatch.setenv(LOCAL_SIZE_VARIABLES[0], str(cores))
+    assert thread_share(MPI.COMM_SELF) == 1

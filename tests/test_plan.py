@@ -260,10 +260,10 @@ print("over", flush=True)
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("compression", [None, "onebit"])
-def test_a_wait_that_was_interrupted_is_made_again(world, agree, monkeypatch, compression: str | None):
+@pytest.mark.parametrize(("algorithm", "compression"), [("auto", None), ("ring", None), ("auto", "onebit")])
+def test_a_wait_that_was_interrupted_is_made_again(world, agree, monkeypatch, algorithm: str, compression: str | None):
     x = np.full(4096, world.rank + 1, np.float32)
-    plan = plan_allreduce(x, comm=world, algorithm="ring", compression=compression)
+    plan = plan_allreduce(x, comm=world, algorithm=algorithm, compression=compression)
 
     def interrupt(job) -> None:
         raise KeyboardInterrupt

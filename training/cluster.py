@@ -90,17 +90,20 @@ class Machine:
     wire_work: float = 0.0
     emulated: bool = False
 
-    def kernel(self, encoder: str, payload: float, ranks: int) -> tuple[Kernel, bool]:
+    def kernel(self, encoder: str, payload: float, ranks: int, beside: bool = False) -> tuple[Kernel, bool]:
         """The speed of an encoder for each of ``ranks`` that share a node, and whether it was measured.
 
         What was not is taken to be as fast as a copy of its bytes: 12 and 8 a value, and ``payload`` of each. Several
-        threads of one rank are as fast as so many ranks: as many as it has cores, and were measured at once.
+        threads of one rank are as fast as so many ranks: as many as it has cores, and were measured at once; but one
+        where it encodes ``beside`` a training loop.
         """
-        threads = max(1, min(self.cores, self.together) // ranks)
-        alone = ranks == threads == 1 or not self.kernels_together
-        measured = self.kernels if alone else self.kernels_together
-        found = measured.get(encoder, Kernel((12 + payload) / self.copy, (8 + payload) / self.copy))
-        return Kernel(found.encode / threads, found.decode / threads), encoder in measured
+        threads = 1 if beside else max(1, min(self.cores, self.together) // ranks)
+        busy = ranks * threads
+        measured = self.kernels if busy == 1 or not self.kernels_together else self.kernels_together
+        if encoder in measured:
+            return Kernel(*(seconds / threads for seconds in measured[encoder])), True
+        speed = min(threads * self.copy, self.copy_together / ranks)
+        return Kernel((12 + payload) / speed, (8 + payload) / speed), False
 
 
 BUILT_IN = Machine(

@@ -238,7 +238,7 @@ class _Step:
         between = not network.inside and self.cluster.ranks_per_node > 1
         among, lanes = (self.cluster.nodes, self.cluster.ranks_per_node) if between else (self.cluster.ranks, 1)
         some = 1 << 20
-        kernel, measured = machine.kernel(name, encoder.expected_nbytes(some) / some, self.sharing)
+        kernel, measured = machine.kernel(name, encoder.expected_nbytes(some) / some, self.sharing, self.overlap)
 
         def exchange(bucket: BucketSizes) -> _Exchange:
             if not bucket.compressed:

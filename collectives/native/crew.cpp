@@ -4,7 +4,7 @@
 #include <signal.h>
 
 #include <algorithm>
-#include <system_error>
+#include <exception>
 #include <thread>
 
 #include "wait.h"
@@ -30,19 +30,18 @@ void Crew::limit(int threads) {
     }
 }
 
-int Crew::threads() const { return waiting() ? std::max(1, limit_.load(std::memory_order_relaxed)) : 1; }
+int Crew::threads() const { return waiting() ? limit() : 1; }
 
 void Crew::start(int helpers) {
-    // Signals are the interpreter's, whose thread has to wake up for them.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (helpers_ >= helpers) return;
+    // Signals are the interpreter's, whose thread has to wake up for them; but a fault is its thread's.
+    sigset_t signals, before;
+    sigfillset(&signals);
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&signals, fault);
+    pthread_sigmask(SIG_SETMASK, &signals, &before);
     try {
-        while (helpers_ < helpers) {
-            std::thread(&Crew::help, this).detach();
-            ++helpers_;
-        }
-    } catch (const std::system_error&) {
+        for (; helpers_ < helpers; ++helpers_) std::thread(&Crew::help, this, helpers_).detach();
+    } catch (const std::exception&) {
         limit(helpers_ + 1);  // the system has no more
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -61,7 +60,8 @@ void Crew::run(std::size_t count, void (*task)(void* context, std::size_t i), vo
         task_ = task, context_ = context, count_ = count;
         next_.store(0, std::memory_order_relaxed);
         open_ = true;
-        number_.fetch_add(1, std::memory_order_release);
+        wanted_ = helpers;
+        job_.fetch_add(1, std::memory_order_release);
     }
     begun_.notify_all();
     for (std::size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
@@ -71,17 +71,17 @@ void Crew::run(std::size_t count, void (*task)(void* context, std::size_t i), vo
     left_.wait(locked, [&] { return busy_ == 0; });
 }
 
-void Crew::help() {
+void Crew::help(int number) {
     pthread_setname_np(pthread_self(), "bitring-helper");
     std::uint64_t seen = 0;
     while (true) {
         const std::uint64_t began = now_nanoseconds();
-        while (number_.load(std::memory_order_acquire) == seen && now_nanoseconds() - began < kSpinNanoseconds) {
+        while (job_.load(std::memory_order_acquire) == seen && now_nanoseconds() - began < kSpinNanoseconds) {
             pause_processor();
         }
         std::unique_lock<std::mutex> locked(lock_);
-        begun_.wait(locked, [&] { return number_.load(std::memory_order_relaxed) != seen; });
-        seen = number_.load(std::memory_order_relaxed);
+        begun_.wait(locked, [&] { return job_.load(std::memory_order_relaxed) != seen && number < wanted_; });
+        seen = job_.load(std::memory_order_relaxed);
         if (!open_) continue;
         ++busy_;
         const auto task = task_;

@@ -1,6 +1,7 @@
 // Helper threads of this process, for work that a waiting caller would do alone while cores are free.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
@@ -17,6 +18,8 @@ public:
     // From now on at most so many threads, the caller's included, whatever was said before; the first limit is the only
     // one that can raise the number above one.
     void limit(int threads);
+
+    int limit() const { return std::max(1, limit_.load(std::memory_order_relaxed)); }
 
     // How many may work for the calling thread now: one, unless it is inside a Waiting.
     int threads() const;
@@ -42,7 +45,7 @@ private:
         return value;
     }
 
-    void help();
+    void help(int number);
     void start(int helpers);
 
     static constexpr int kMost = 16;  // by then the memory is as busy as it can be
@@ -51,10 +54,11 @@ private:
     std::mutex turn_;            // held by whoever the crew works for
     int helpers_ = 0;
 
-    // A helper takes part in a job between ++busy_ and --busy_; `job_` opens and closes under the lock.
+    // Helpers below `wanted_` take part in a job, between ++busy_ and --busy_; it opens and closes under the lock.
     std::mutex lock_;
     std::condition_variable begun_, left_;
-    std::atomic<std::uint64_t> number_{0};  // of the last job
+    std::atomic<std::uint64_t> job_{0};  // the number of the last one
+    int wanted_ = 0;
     bool open_ = false;
     int busy_ = 0;
     void (*task_)(void*, std::size_t) = nullptr;

@@ -110,8 +110,9 @@ OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Typ
             most = std::max(most, n);
         }
     }
-    sum_nbytes_ = std::size_t(most) * wide_;
-    large_ = values >= kLarge * std::int64_t(segments_.size());
+    if (values >= kLarge * std::int64_t(segments_.size())) most_ = std::size_t(Crew::of_process().limit());
+    tasks_.reserve(most_);
+    sums_.resize(std::min(most_, mine_.size()), std::vector<char>(std::size_t(most) * wide_));
     // All owners get their first segments first: each has something to add, and later to send, as early as can be.
     for (std::size_t k = 0; k < longest; ++k) {
         for (int turn = 1; turn <= size; ++turn) {
@@ -248,7 +249,7 @@ void OwnerExchange::work(Task& task) {
 
 // As many tasks as there are threads; what others wait for goes first.
 void OwnerExchange::gather_tasks() {
-    const auto most = large_ ? std::size_t(Crew::of_process().threads()) : 1;
+    const std::size_t most = std::min(most_, std::size_t(Crew::of_process().threads()));
     tasks_.clear();
     const auto add = [&](Task::Kind kind, std::size_t s, std::size_t k) {
         Task task{};
@@ -264,7 +265,6 @@ void OwnerExchange::gather_tasks() {
         add(Task::encode, s, owns(s) ? std::size_t(std::find(mine_.begin(), mine_.end(), s) - mine_.begin()) : 0);
     }
     while (tasks_.size() < most && next_decode_ < arrived_.size()) add(Task::receive, arrived_[next_decode_++], 0);
-    if (sums_.size() < tasks_.size()) sums_.resize(tasks_.size(), std::vector<char>(sum_nbytes_));
 }
 
 void OwnerExchange::work_on_all() {

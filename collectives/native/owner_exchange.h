@@ -123,8 +123,7 @@ private:
     std::vector<std::vector<std::uint8_t>> summed_;              // by segment
     std::vector<std::vector<std::vector<std::uint8_t>>> incoming_;  // by own segment, by rank
     std::vector<std::vector<char>> sums_;                        // of one segment, by place
-    std::size_t sum_nbytes_ = 0;                                 // of the largest
-    bool large_ = false;                                         // segments are, so that helpers are worth waking
+    std::size_t most_ = 1;                                       // tasks that go on at once
     std::vector<Task> tasks_;
     std::vector<Message> messages_;
     std::vector<int> landed_;

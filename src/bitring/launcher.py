@@ -6,6 +6,7 @@ import os
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
 def launched_rank() -> int:
@@ -16,6 +17,11 @@ def launched_rank() -> int:
 def launched_size() -> int:
     """How many processes were started together; 1 for one started by itself."""
     return _first(SIZE_VARIABLES, 1)
+
+
+def launched_local_size() -> int:
+    """How many of them were started on this node; 1 where the launcher does not say."""
+    return _first(LOCAL_SIZE_VARIABLES, 1)
 
 
 def _first(variables: tuple[str, ...], otherwise: int) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 from mpi4py import MPI
 
+from bitring.launcher import launched_local_size
+
 THREAD_LEVELS = {
     MPI.THREAD_SINGLE: "single",
     MPI.THREAD_FUNNELED: "funneled",
@@ -86,12 +88,16 @@ def node_map(comm: MPI.Intracomm) -> list[list[int]]:
 def thread_share(comm: MPI.Intracomm) -> int:
     """How many threads this rank may use: its cores, shared with the node's ranks that may use the same. Collective.
 
+    Ranks that are not in ``comm`` count, too, where the launcher says how many there are and binds none to cores.
     OMP_NUM_THREADS, where it is set, is the user's own answer.
     """
     mine = os.sched_getaffinity(0)
     cores = comm.allgather(mine)
     node = next(ranks for ranks in node_map(comm) if comm.rank in ranks)
+    sharing = sum(1 for rank in node if cores[rank] & mine)
+    if len(mine) == os.cpu_count():
+        sharing = max(sharing, launched_local_size())
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if asked.isdigit() and int(asked):
         return int(asked)
-    return max(1, len(mine) // sum(1 for rank in node if cores[rank] & mine))
+    return max(1, len(mine) // sharing)

@@ -24,13 +24,22 @@ struct Job {
     std::thread::id caller = std::this_thread::get_id();
     bool meets = false;  // the first two tasks wait for each other
 
-    explicit Job(std::size_t count) : done(count) {}
+    std::vector<std::thread::id> who;
+
+    explicit Job(std::size_t count) : done(count), who(count) {}
 
     static void task(void* self, std::size_t i) {
         auto* job = static_cast<Job*>(self);
+        job->who[i] = std::this_thread::get_id();
         job->done[i].fetch_add(1);
         if (std::this_thread::get_id() != job->caller) job->elsewhere.fetch_add(1);
         while (job->meets && i < 2 && job->done[1 - i].load() == 0) std::this_thread::yield();
+    }
+
+    int helpers() {
+        std::set<std::thread::id> all(who.begin(), who.end());
+        all.erase(caller);
+        return int(all.size());
     }
 
     void run(const std::string& what) {
@@ -45,7 +54,10 @@ struct Job {
 
 int main() {
     Crew& crew = Crew::of_process();
-    if (crew.threads() != 1) fail("without a limit there are helpers");
+    {
+        const Crew::Waiting waiting(true);
+        if (crew.threads() != 1) fail("without a limit there are helpers");
+    }
     crew.limit(3);
     crew.limit(8);
     if (crew.threads() != 1) fail("there are helpers for one who does not wait");
@@ -73,8 +85,14 @@ int main() {
         });
     }
     for (std::thread& caller : callers) caller.join();
-    crew.limit(1);
     const Crew::Waiting waiting(true);
+    crew.limit(2);
+    for (int i = 0; i < 200; ++i) {
+        Job fewer(50);
+        fewer.run("fewer");
+        if (fewer.helpers() > 1) fail("more than the limit took part");
+    }
+    crew.limit(1);
     Job last(4);
     last.run("after the limit");
     if (last.elsewhere != 0) fail("helped beyond the limit");

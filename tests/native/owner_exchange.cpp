@@ -150,6 +150,27 @@ void check_corrupt() {
     if (exchange.status() != Status::failed || exchange.error() != OwnerExchange::kCorrupt) fail("corrupt: not seen");
 }
 
+// In the middle of a batch of large segments.
+void check_corrupt_with_helpers() {
+    const double settings[] = {0};
+    const Codec codec{encode, encode, decode, decode, settings};
+    Network network(1, 64);
+    constexpr std::int64_t kLength = 20000, kSegments = 6;
+    std::vector<float> x(kLength * kSegments), left(x.size()), owed(x.size());
+    std::vector<ExchangeSegment> segments;
+    for (std::int64_t s = 0; s < kSegments; ++s) {
+        segments.push_back({0, {{s * kLength, (s + 1) * kLength, kLength}}});
+    }
+    x[4 * kLength + 1] = 99;
+    const Crew::Waiting waiting(true);
+    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, true, segments, left.data(), owed.data(), 0, 1, 2);
+    exchange.bind(x.data());
+    exchange.begin();
+    while (!is_over(exchange.advance())) {
+    }
+    if (exchange.status() != Status::failed || exchange.error() != OwnerExchange::kCorrupt) fail("helped: not seen");
+}
+
 void check_outgrown() {
     const double settings[] = {1};
     const Codec codec{encode, encode, decode, decode, settings};
@@ -175,5 +196,6 @@ int main() {
         }
     }
     check_corrupt();
+    check_corrupt_with_helpers();
     check_outgrown();
 }

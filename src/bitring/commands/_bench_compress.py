@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -65,13 +64,13 @@ def run(
 ) -> None:
     """Measure, print, and keep the results. Collective."""
     world = MPI.COMM_WORLD
-    with ending_together(world), contextlib.ExitStack() as stack:
+    with ending_together(world):
         chosen = together(world, lambda: _checked(world, json_path, plot, names, dtypes))
         limit_threads(world)
         machine = describe(world)
         types = [dtype_of(each) for each in dtypes]
         once_a_node(MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED)), lambda: _compile(chosen.values(), types))
-        contenders = together(world, lambda: _contenders(world, chosen, types, n, stack))
+        contenders = together(world, lambda: _contenders(world, chosen, types, n))
         if world.rank == 0:
             click.echo(f"compress, {n:,} values, {world.size} ranks, {machine['processor']}")
         results: list[dict[str, Any]] = []
@@ -129,9 +128,7 @@ def _compile(chosen: Iterable[Encoder], dtypes: Iterable[Any]) -> None:
     powersgd.warm_up(np.float32)
 
 
-def _contenders(
-    comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iterable[Any], n: int, stack: contextlib.ExitStack
-) -> list[_Contender]:
+def _contenders(comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iterable[Any], n: int) -> list[_Contender]:
     """What is timed, each checked; all arrays but the encoders' settings are shared."""
     random = np.random.default_rng(comm.rank)
     x, y, z = (random.standard_normal(n, np.float32) for _ in range(3))
@@ -144,8 +141,8 @@ def _contenders(
         _Contender(COPY, "float32", partial(np.copyto, z, x), _YARDSTICKS[COPY]),
         _Contender(PACKBITS, "float32", partial(by_packbits, x, np.zeros_like(x)), 12 + 1 / 8 + 8 / _PACKBITS_BLOCK),
         _Contender(PRODUCT, "float32", partial(np.matmul, side, side, out=product), 0),
-        _Contender(STEP, "float32", _step([x], stack), 0),
-        _Contender(STEP_ARRAYS, "float32", _step([x[i : i + 1] for i in range(min(_ARRAYS, n))], stack), 0),
+        _Contender(STEP, "float32", _step([x]), 0),
+        _Contender(STEP_ARRAYS, "float32", _step([x[i : i + 1] for i in range(min(_ARRAYS, n))]), 0),
         _Contender(POWERSGD, "float32", _low_rank(random, [(math.isqrt(n), math.isqrt(n))]), 0),
         _Contender(POWERSGD_ARRAYS, "float32", _low_rank(random, [_MATRIX] * _MATRICES), 0),
     ]
@@ -156,10 +153,9 @@ def _contenders(
     return found
 
 
-def _step(gradients: list[Any], stack: contextlib.ExitStack) -> Callable[[], None]:
-    """A step of a trainer that is alone; ``stack`` frees it."""
+def _step(gradients: list[Any]) -> Callable[[], None]:
+    """A step of a trainer that is alone."""
     trainer = DataParallel([np.zeros_like(g) for g in gradients], SGD(lr=1e-6, momentum=0.9), comm=MPI.COMM_SELF)
-    stack.callback(trainer.free)
     return partial(trainer.step, gradients)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import time
@@ -29,7 +28,7 @@ EXACT = {"exact": "auto", "mpi": "mpi"}
 def run(json_path: Path | None, model: str, names: list[str] | None, samples: int) -> None:
     """Measure, print, and keep the results. Collective."""
     world = MPI.COMM_WORLD
-    with ending_together(world), contextlib.ExitStack() as stack:
+    with ending_together(world):
         chosen = together(world, lambda: _checked(world, json_path, names))
         shapes = together(world, lambda: dict(each for layer in layer_table(model) for each in layer.parameters))
         limit_threads(world)
@@ -45,7 +44,6 @@ def run(json_path: Path | None, model: str, names: list[str] | None, samples: in
                 algorithm=EXACT.get(name, "auto"),
                 compression=None if name in EXACT else make(name, compressors),
             )
-            stack.callback(trainers[name].free)
         taken: dict[str, list[float]] = {name: [] for name in chosen}
         sent: dict[str, int] = {}
         for turn in range(-1, samples):  # the first turn warms up
@@ -59,6 +57,8 @@ def run(json_path: Path | None, model: str, names: list[str] | None, samples: in
                 if turn >= 0:
                     taken[name].append(seconds)
         results = [_row(name, trainers[name], taken, sent) for name in chosen]
+        for trainer in trainers.values():
+            trainer.free()
         if world.rank != 0:
             return
         values = sum(gradient.size for gradient in gradients.values())
