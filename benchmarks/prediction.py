@@ -4,16 +4,20 @@
 
 For each place, a node of 2 ranks or emulated hosts (hosts.py; needs root): ``bitring bench compress`` measures the
 machine and its network there, ``bitring bench train`` the steps, and ``bitring predict``'s model says from the former
-and the layers' shapes alone what the latter should be. A set-up is a place, a model and an exchange. What was measured
-stays in the work folder, and is not measured again.
+and the layers' shapes alone what the latter should be. The machine is measured before the steps and after them, since
+a shared one's speed drifts, and predicted is the mean of both. A set-up is a place, a model and an exchange. What was
+measured stays in the work folder, and is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,24 +69,23 @@ def main() -> None:
     advices: list[dict[str, Any]] = []
     machine: dict[str, Any] = {}
     for place in PLACES:
-        measured = measure(asked.work, place, "compress", "--dtype", "float32")
-        machine = json.loads(measured.read_text(encoding="utf-8"))["machine"]
-        speeds = read_machine(measured)
-        bandwidth = (speeds.bandwidth or 1.0) / speeds.wire
-        cluster = Cluster(place.ranks, place.hosts, bandwidth, speeds.latency or 0.0)
         for model in place.models:
+            before = measure(asked.work, place, "compress", f"before-{model}", "--dtype", "float32")
             steps = measure(
-                asked.work, place, "train", "--model", model, "--samples", "5", "--exchanges", ",".join(place.exchanges)
+                asked.work,
+                place,
+                *("train", model, "--model", model, "--samples", "9", "--exchanges", ",".join(place.exchanges)),
             )
+            after = measure(asked.work, place, "compress", f"after-{model}", "--dtype", "float32")
+            machine = json.loads(after.read_text(encoding="utf-8"))["machine"]
             seconds = {
                 each["exchange"]: each["seconds"] for each in json.loads(steps.read_text(encoding="utf-8"))["results"]
             }
-            predictions = predict(layer_table(model), cluster, speeds, compute=0.0)
-            tried = [each for each in predictions if each.exchange in seconds]
+            tried = [each for each in predicted(place, model, (before, after)) if each.exchange in seconds]
             rows += [compared(place, model, each, seconds[each.exchange]) for each in tried]
             exact = min(seconds[name] for name in ("exact", "mpi") if name in seconds)
             lossy = min(s for name, s in seconds.items() if name not in ("exact", "mpi"))
-            said = advice(tried, cluster)
+            said = advice(tried, Cluster(place.ranks, place.hosts))
             advices.append(
                 {
                     "place": place.name,
@@ -117,6 +120,20 @@ def main() -> None:
     print(f"kept in {target}")
 
 
+def predicted(place: Place, model: str, files: Sequence[Path]) -> list[Prediction]:
+    """The mean of what each of the machine's files leads to."""
+    found: list[list[Prediction]] = []
+    for path in files:
+        machine = read_machine(path)
+        bandwidth = (machine.bandwidth or 1.0) / machine.wire  # measured was what payloads get
+        cluster = Cluster(place.ranks, place.hosts, bandwidth, machine.latency or 0.0)
+        found.append(predict(layer_table(model), cluster, machine, compute=0.0))
+    return [
+        dataclasses.replace(same[0], seconds=statistics.mean(each.seconds for each in same))
+        for same in zip(*found, strict=True)
+    ]
+
+
 def compared(place: Place, model: str, predicted: Prediction, measured: float) -> dict[str, Any]:
     return {
         "place": place.name,
@@ -128,9 +145,9 @@ def compared(place: Place, model: str, predicted: Prediction, measured: float) -
     }
 
 
-def measure(work: Path, place: Place, what: str, *options: str) -> Path:
-    """The file of a ``bitring bench`` there; made unless it exists."""
-    label = "-".join((what, place.name, *options)).replace("/", "").replace(", ", "-").replace(" ", "-")
+def measure(work: Path, place: Place, what: str, name: str, *options: str) -> Path:
+    """The file of a ``bitring bench`` there; made unless it exists. ``name`` tells it from others."""
+    label = "-".join((what, place.name, name)).replace("/", "").replace(", ", "-").replace(" ", "-")
     path = work / f"{label}.json"
     if not path.exists():
         bench = [str(BITRING), "bench", what, *options, "--json", str(path)]
