@@ -48,6 +48,7 @@ class GeneralRequest(MPI.Grequest):
     def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Wait for the job; raises its error."""
         self._told.append(True)
+        engine.drive(self._jobs[0])  # the library's wait would spin, and leave its lock to the progress thread rarely
         super().Wait(status)
         self._over(True)
         return True
@@ -114,6 +115,8 @@ class PersistentRequest(MPI.Prequest):
 
     def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Wait for the run; raises what went wrong in it."""
+        if self._job is not None:
+            engine.drive(self._job)  # see GeneralRequest
         super().Wait(status)
         self._raise()
         return True
