@@ -89,9 +89,8 @@ class State:
         nodes = int(self.comm.allreduce(node.rank == 0))
         fewest, most = -self.comm.allreduce(-node.size, MPI.MAX), self.comm.allreduce(node.size, MPI.MAX)
         engines = bool(self.comm.allreduce(native() is not None, MPI.LAND))
-        threads = thread_share(node.comm)
         if engines:
-            native().limit_threads(threads)
+            native().limit_threads(thread_share(node.comm))
         shared = make_shared(node.comm, node.comm.allgather(self.rank)) if engines and most > 1 else None
         everywhere = engines and most > 1 and bool(self.comm.allreduce(shared is not None, MPI.LAND))
         self.topology = Topology(self.size, nodes, fewest, everywhere, engines)
