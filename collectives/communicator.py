@@ -165,7 +165,7 @@ class Communicator(MPI.Intracomm):
     ) -> MPI.Prequest:
         """A persistent Allreduce: ``Start`` begins it; Wait, Test and any mixed Waitall complete it.
 
-        Start each request by itself: ``MPI.Prequest.Startall`` does not reach bitring.
+        Start each request by itself: ``MPI.Prequest.Startall`` refuses it.
         """
         state = self._prepared("Allreduce_init")
         call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)

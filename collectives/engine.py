@@ -50,6 +50,11 @@ _GRACE_SECONDS = 2.0
 _SPINS = 200
 _NAP_SECONDS = 20e-6
 
+_POLL_SECONDS = 2e-4
+"""A caller that waits inside the MPI library polls more often than this, one that tests between its work does not."""
+
+_POLL_REST_SECONDS = 1e-3
+
 
 class Lane:
     """The jobs of one communicator, in order. ``comm`` is bitring's private duplicate of it.
@@ -361,6 +366,8 @@ class Engine:
         self._wake = threading.Condition()
         self._lanes: list[Lane] = []  # those with jobs
         self._drivers = 0
+        self._polled = 0.0  # when a caller waiting in the MPI library last asked
+        self._idle_polls = 0  # how often in a row it did so in vain
         self._thread: threading.Thread | None = None
         self.stopped: str | None = None
         self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
@@ -406,23 +413,31 @@ class Engine:
         Where all that is left to do is native operations', this goes on with them until one is over, or for as long as
         any moves. ``gentle``: without keeping a core busy that a training loop may want.
         """
-        moved = False
         with self._lock:
             if self._wake_driver is not None:
                 self._wake_driver.clear()
-                if gentle and self._drivers:
+                if gentle and (self._drivers or self._polling()):
                     return True  # a caller waits for the lock, and will be quicker
-            for lane in list(self._lanes):
-                if lane.jobs:
-                    moved |= lane.jobs[0].advance()
-                if not lane.jobs:
-                    with self._wake:
-                        if not lane.jobs:
-                            self._lanes.remove(lane)
+            moved = self._advance_all()
             operations = [lane.jobs[0].operation for lane in list(self._lanes) if lane.jobs]
             if operations and self._native is not None and all(each is not None for each in operations):
                 self._native.drive(operations, self._wake_driver, _DRIVE_SECONDS, gentle)
                 moved = True
+        return moved
+
+    def _advance(self, lane: Lane) -> bool:
+        """Advance the lane's first job, with the lock in hand. Whether anything moved."""
+        moved = bool(lane.jobs) and lane.jobs[0].advance()
+        if not lane.jobs:
+            with self._wake:
+                if not lane.jobs and lane in self._lanes:
+                    self._lanes.remove(lane)
+        return moved
+
+    def _advance_all(self) -> bool:
+        moved = False
+        for lane in list(self._lanes):
+            moved |= self._advance(lane)
         return moved
 
     def drive(self, job: Job) -> None:
@@ -444,10 +459,28 @@ class Engine:
         """Advance the lane's first job unless another thread is at it."""
         if self._lock.acquire(blocking=False):
             try:
-                if lane.jobs:
-                    lane.jobs[0].advance()
+                self._advance(lane)
             finally:
                 self._lock.release()
+
+    def poll(self) -> None:
+        """Take the jobs further for a caller that waits for one inside the MPI library, which calls this over and over.
+
+        The progress thread leaves them to the caller meanwhile: it would have to wait for the library's lock.
+        """
+        self._idle_polls = self._idle_polls + 1 if self._polling() else 0
+        self._polled = time.monotonic()
+        self._call_back()
+        if self._lock.acquire(timeout=0 if self._idle_polls < _SPINS else _POLL_REST_SECONDS):
+            try:
+                if self._advance_all():
+                    self._idle_polls = 0
+            finally:
+                self._lock.release()
+        _rest(self._idle_polls)
+
+    def _polling(self) -> bool:
+        return time.monotonic() - self._polled < _POLL_SECONDS
 
     def _serve(self) -> None:
         idle = 0
@@ -458,6 +491,9 @@ class Engine:
                     idle = 0
                 if self.stopped:
                     return
+                if self._polling():
+                    self._wake.wait(_POLL_REST_SECONDS)
+                    continue
             idle = 0 if self._turn(gentle=True) else idle + 1
             _rest(idle)
 

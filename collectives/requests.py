@@ -2,97 +2,117 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
+import contextlib
+import ctypes
 from collections.abc import Callable
 from typing import Literal
 
 from mpi4py import MPI
 from typing_extensions import Self
 
-from bitring.collectives.engine import Job, engine
+from bitring.collectives.engine import engine
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.polled_request import Callbacks, as_mpi, start
 from bitring.collectives.runner import Runner
 from bitring.collectives.state import State
 
 Work = Callable[[Progress], Steps]
 
 
-class GeneralRequest(MPI.Grequest):
-    """A generalized request that stands for a job. Wait and Test raise the job's error, Waitall MPI's version of it.
+class _Run:
+    """A job, and the generalized request that is complete when it is over, or when waiting for it was interrupted.
 
-    Below MPI.THREAD_MULTIPLE the job has run when the request is made.
+    Below MPI.THREAD_MULTIPLE the job has run when this is made.
     """
+
+    def __init__(self, state: State, work: Work, what: str) -> None:
+        self.request = start(
+            Callbacks(
+                query=self._query,
+                poll=lambda: self._guard(engine.poll),
+                wait=lambda: self._guard(lambda: engine.drive(self._job)),
+            )
+        )
+        self._incomplete = [self.request]
+        self._interrupt: BaseException | None = None
+        self._told = False  # somebody has heard, or is about to hear, what went wrong
+        self._job = state.lane.submit(work, what, on_done=self._complete)
+        if not engine.start_thread():
+            engine.drive(self._job)
+
+    @property
+    def _error(self) -> BaseException | None:
+        return self._interrupt or self._job.error
+
+    def _query(self, status: MPI.Status) -> None:
+        if self._error is not None and not self._told:
+            self._told = True
+            raise as_mpi(self._error)
+
+    def _guard(self, drive: Callable[[], None]) -> None:
+        try:
+            drive()
+        except (
+            BaseException
+        ) as interrupt:  # it cannot pass through the library, which waits on until the request is over
+            self._interrupt = interrupt
+            self._complete()
+
+    def _complete(self) -> None:
+        with contextlib.suppress(IndexError):
+            self._incomplete.pop().Complete()
+
+    def wait(self, library: Callable[[], object]) -> None:
+        """Wait for the job, then as the library does; raises the job's error."""
+        engine.drive(self._job)  # the library's own wait may leave its lock to the progress thread too rarely
+        self.test(library)
+
+    def test(self, library: Callable[[], object]) -> bool:
+        """Ask the library whether the job is over; raises the job's error."""
+        told, self._told = self._told, True
+        over = bool(library())
+        if not over:
+            self._told = told
+        elif self._error is not None and not told:
+            raise self._error
+        return over
+
+
+class GeneralRequest(MPI.Grequest):
+    """A generalized request that stands for a job. Wait and Test raise the job's error, Waitall MPI's version of it."""
 
     def __new__(cls, state: State, work: Work, what: str) -> Self:
         """Submit the job."""
-        jobs: list[Job] = []
-        told: list[bool] = []
-
-        def query(status: MPI.Status) -> None:
-            error = jobs[0].error
-            if error is not None and not told:
-                raise _as_mpi(error)
-
-        self = super().__new__(cls, MPI.Grequest.Start(query))
-        jobs.append(state.lane.submit(work, what, on_done=self.Complete))
-        self._jobs, self._told = jobs, told
-        if not engine.start_thread():
-            engine.drive(jobs[0])
+        run = _Run(state, work, what)
+        self = super().__new__(cls, run.request)
+        self._run = run
         return self
 
     def __init__(self, state: State, work: Work, what: str) -> None:
-        self._jobs: list[Job]
-        self._told: list[bool]  # not empty: Wait or Test raises, so MPI need not
+        self._run: _Run
 
     def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Wait for the job; raises its error."""
-        self._told.append(True)
-        engine.drive(self._jobs[0])  # the library's wait would spin, and leave its lock to the progress thread rarely
-        super().Wait(status)
-        self._over(True)
+        self._run.wait(lambda: super(GeneralRequest, self).Wait(status))
         return True
 
     def Test(self, status: MPI.Status | None = None) -> bool:
         """Whether the job is over; raises its error."""
-        self._told.append(True)
-        over = self._over(super().Test(status))
-        self._told.clear()
-        return over
-
-    def _over(self, over: bool) -> bool:
-        error = self._jobs[0].error
-        if over and error is not None:
-            raise error
-        return over
-
-
-def _as_mpi(error: BaseException) -> MPI.Exception:
-    """The error as one that MPI carries to whoever completes the request."""
-    if isinstance(error, MPI.Exception):
-        return error
-    code = MPI.Add_error_code(MPI.ERR_OTHER)
-    MPI.Add_error_string(code, f"{type(error).__name__}: {error}"[: MPI.MAX_ERROR_STRING - 1])
-    return MPI.Exception(code)
-
-
-@functools.cache
-def _self_comm() -> MPI.Intracomm:
-    return MPI.COMM_SELF.Dup()
-
-
-_tags = itertools.count()
+        return self._run.test(lambda: super(GeneralRequest, self).Test(status))
 
 
 class PersistentRequest(MPI.Prequest):
-    """A persistent request that stands for a job: an empty message to itself, received when the job is over."""
+    """A persistent request that stands for a job: while it is active, its handle is that of a generalized request.
+
+    Inactive it is MPI.REQUEST_NULL: Waitall takes it as it takes any inactive request, and Startall refuses it.
+    """
 
     def __new__(cls, state: State, work: Work, what: str, runner: Runner | None) -> Self:
         """``runner`` is closed with the request."""
-        tag = next(_tags) % 32768
-        self = super().__new__(cls, _self_comm().Recv_init([None, 0, MPI.BYTE], 0, tag))
-        self._state, self._work, self._what, self._runner, self._tag = state, work, what, runner, tag
-        self._job = None
+        self = super().__new__(cls)
+        self._state, self._work, self._what, self._runner = state, work, what, runner
+        self._run = None
+        self._freed = False
         return self
 
     def __init__(self, state: State, work: Work, what: str, runner: Runner | None) -> None:
@@ -100,41 +120,37 @@ class PersistentRequest(MPI.Prequest):
         self._work: Work
         self._what: str
         self._runner: Runner | None
-        self._tag: int
-        self._job: Job | None
+        self._run: _Run | None  # the last one
+        self._freed: bool
+
+    def _check_inactive(self, what: str) -> None:
+        if self._freed:
+            raise RuntimeError(f"{what} of a freed request of {self._what}")
+        if self != MPI.REQUEST_NULL:
+            raise RuntimeError(f"{what} of an active request of {self._what}: Wait or Test for its run first")
 
     def Start(self) -> None:
-        """Begin a run. Raises what went wrong in the last run unless Wait or Test did."""
-        self._raise()
-        super().Start()
-        self._job = self._state.lane.submit(
-            self._work, self._what, on_done=lambda: _self_comm().Send([None, 0, MPI.BYTE], 0, self._tag)
-        )
-        if not engine.start_thread():
-            engine.drive(self._job)
+        """Begin a run. Raises RuntimeError while the last one is active."""
+        self._check_inactive("Start")
+        self._run = _Run(self._state, self._work, self._what)
+        ctypes.memmove(MPI._addressof(self), MPI._addressof(self._run.request), MPI._sizeof(MPI.Request))
 
     def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Wait for the run; raises what went wrong in it."""
-        if self._job is not None:
-            engine.drive(self._job)  # see GeneralRequest
-        super().Wait(status)
-        self._raise()
+        if self._run is None:
+            return super().Wait(status)
+        self._run.wait(lambda: super(PersistentRequest, self).Wait(status))
         return True
 
     def Test(self, status: MPI.Status | None = None) -> bool:
         """Whether the run is over; raises what went wrong in it."""
-        over = super().Test(status)
-        if over:
-            self._raise()
-        return over
-
-    def _raise(self) -> None:
-        job, self._job = self._job, None
-        if job is not None and job.error is not None:
-            raise job.error
+        if self._run is None:
+            return super().Test(status)
+        return self._run.test(lambda: super(PersistentRequest, self).Test(status))
 
     def Free(self) -> None:
-        """Free the request and what its runs keep."""
+        """Free what the runs keep. Raises RuntimeError while one is active."""
+        self._check_inactive("Free")
+        self._freed = True
         if self._runner is not None:
             self._runner.close()
-        super().Free()

@@ -1,0 +1,127 @@
+"""Generalized requests that the MPI library polls."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from bitring.collectives import polled_request
+from bitring.collectives.communicator import Communicator
+from bitring.collectives.engine import engine
+from bitring.collectives.requests import GeneralRequest
+from bitring.collectives.state import state_of
+
+
+@pytest.fixture
+def world(comm):
+    world = Communicator(comm.Dup())
+    yield world
+    world.Free()
+
+
+@pytest.fixture
+def polled(comm):
+    if polled_request._extension() is None:
+        pytest.skip("the MPI library has no MPIX_Grequest_start")
+
+
+@pytest.mark.parametrize("how", ["Waitall", "Waitany", "Waitsome", "Testall"])
+def test_whoever_waits_in_the_library_does_the_work(world, polled, agree, monkeypatch, how: str):
+    from mpi4py import MPI
+
+    world.Allreduce(MPI.IN_PLACE, np.zeros(3))
+    monkeypatch.setattr(engine, "start_thread", lambda: True)  # the progress thread is not told of these
+    xs = [np.full(n, world.rank + 1.0) for n in (3, 40_000)]
+    requests = [world.Iallreduce(MPI.IN_PLACE, x) for x in xs]
+    if how == "Waitall":
+        MPI.Request.Waitall(requests)
+    elif how == "Testall":
+        while not MPI.Request.Testall(requests):
+            pass
+    else:
+        while any(requests):
+            getattr(MPI.Request, how)(requests)
+    agree(world, all((x == world.size * (world.size + 1) / 2).all() for x in xs), "wrong sum")
+
+
+def test_it_takes_other_communicators_further_too(world, polled, agree, monkeypatch):
+    """A rank may wait in one while others need its part of what it has begun in another."""
+    from mpi4py import MPI
+
+    other = world.Dup()
+    for each in (world, other):
+        each.Allreduce(MPI.IN_PLACE, np.zeros(3))
+    monkeypatch.setattr(engine, "start_thread", lambda: True)
+    xs = [np.full(5000, world.rank + 1.0) for _ in range(2)]
+    first = other.Iallreduce(MPI.IN_PLACE, xs[0])
+    if world.rank > 0:
+        first.Wait()
+    MPI.Request.Waitany([world.Iallreduce(MPI.IN_PLACE, xs[1])])
+    if world.rank == 0:
+        first.Wait()
+    agree(world, all((x == world.size * (world.size + 1) / 2).all() for x in xs), "wrong sum")
+    other.Free()
+
+
+def wait(request):
+    request.Wait()
+
+
+def until_over(request):
+    while not request.Test():
+        pass
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_error_of_a_job_reaches_whoever_completes_its_request(world, agree, error: type[BaseException]):
+    from mpi4py import MPI
+
+    def fails(progress):
+        yield
+        raise error("no such luck")
+
+    known = len(polled_request._open)
+    told = []
+    for complete in (MPI.Request.Waitall, MPI.Request.Waitany):
+        part = world.Dup()
+        with pytest.raises(MPI.Exception) as raised:
+            complete([GeneralRequest(state_of(part), fails, "this")])
+        told.append(raised.value.Get_error_string())
+        part.Free()
+    for complete in (wait, until_over):
+        part = world.Dup()
+        with pytest.raises(error, match="no such luck"):
+            complete(GeneralRequest(state_of(part), fails, "this"))
+        part.Free()
+    agree(world, told[1] == f"{error.__name__}: no such luck", told[1])  # Waitall refers to statuses
+    agree(world, len(polled_request._open) == known, "requests that are over are still known")
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("how", ["Waitall", "Waitany"])
+def test_an_interrupt_ends_a_wait_in_the_library(world, polled, how: str):
+    from mpi4py import MPI
+
+    over = False
+
+    def until_over(progress):
+        while not over:
+            yield
+
+    request = GeneralRequest(state_of(world), until_over, "this")
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(MPI.Exception):
+        getattr(MPI.Request, how)([request])
+    assert time.monotonic() - started < 5
+    timer.join()
+    over = True
+    x = np.ones(3)
+    world.Allreduce(MPI.IN_PLACE, x)  # what was interrupted is the wait, not the collective
+    assert (x == 1).all()
