@@ -110,11 +110,15 @@ class Lane:
     def close(self) -> None:
         """The communicator is freed."""
         self.drain_notes()
+        # Where ranks tell each other of a failure, words may still be under way; the library may give the communicator's
+        # number to the next one, and them to its ranks.
+        keep = bool(self.broken or self.failed or self._gone)
         self.breaks("it was freed")
         if self._shared is not None:
             self._shared.direct.close()
             self._shared = None
-        self.comm.Free()
+        if not keep:
+            self.comm.Free()
 
     def drain(self, what: str) -> None:
         """Wait until the jobs submitted so far are over, and the communicator is there."""

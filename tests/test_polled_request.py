@@ -98,6 +98,10 @@ def test_the_error_of_a_job_reaches_whoever_completes_its_request(world, agree, 
         with pytest.raises(error, match="no such luck"):
             complete(GeneralRequest(state_of(part), fails, "this"))
         part.Free()
+    part, x = world.Dup(), np.ones(5)
+    part.Allreduce(MPI.IN_PLACE, x)  # the ranks' words about the failures do not reach the next communicator
+    part.Free()
+    agree(world, bool((x == world.size).all()), f"{x[0]} after the failures")
     agree(world, told[1] == f"{error.__name__}: no such luck", told[1])  # Waitall refers to statuses
     agree(world, len(polled_request._open) == known, "requests that are over are still known")
 
