@@ -110,8 +110,8 @@ class Lane:
     def close(self) -> None:
         """The communicator is freed."""
         self.drain_notes()
-        # Where ranks tell each other of a failure, words may still be under way; the library may give the communicator's
-        # number to the next one, and them to its ranks.
+        # Where ranks tell each other of a failure, words may still be under way: the library may give the next
+        # communicator this one's number, and its ranks these words.
         keep = bool(self.broken or self.failed or self._gone)
         self.breaks("it was freed")
         if self._shared is not None:
