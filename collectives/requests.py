@@ -52,9 +52,8 @@ class _Run:
     def _guard(self, drive: Callable[[], None]) -> None:
         try:
             drive()
-        except (
-            BaseException
-        ) as interrupt:  # it cannot pass through the library, which waits on until the request is over
+        except BaseException as interrupt:
+            # It cannot pass through the library, which waits on until the request is over.
             self._interrupt = interrupt
             self._complete()
 
