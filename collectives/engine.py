@@ -51,9 +51,10 @@ _SPINS = 200
 _NAP_SECONDS = 20e-6
 
 _POLL_SECONDS = 2e-4
-"""A caller that waits inside the MPI library polls more often than this, one that tests between its work does not."""
+"""A caller that waits inside the MPI library polls more often than this."""
 
 _POLL_REST_SECONDS = 1e-3
+"""After so long it is no test of many requests between two pieces of work; and the progress thread rests as long."""
 
 
 class Lane:
@@ -109,10 +110,11 @@ class Lane:
 
     def close(self) -> None:
         """The communicator is freed."""
-        self.drain_notes()
+        if self._made is None:
+            self.drain_notes()
         # Where ranks tell each other of a failure, words may still be under way: the library may give the next
         # communicator this one's number, and its ranks these words.
-        keep = bool(self.broken or self.failed or self._gone)
+        keep = bool(self.broken or self.failed or self._gone or self.jobs or self._made is not None)
         self.breaks("it was freed")
         if self._shared is not None:
             self._shared.direct.close()
@@ -370,8 +372,11 @@ class Engine:
         self._wake = threading.Condition()
         self._lanes: list[Lane] = []  # those with jobs
         self._drivers = 0
-        self._polled = 0.0  # when a caller waiting in the MPI library last asked
-        self._idle_polls = 0  # how often in a row it did so in vain
+        self._polled = self._polled_since = (
+            0.0  # when a caller inside the MPI library last asked, and since when it does
+        )
+        self._idle_polls = 0  # how often in a row in vain
+        self._rested = 0.0  # when it last gave way
         self._thread: threading.Thread | None = None
         self.stopped: str | None = None
         self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
@@ -468,23 +473,32 @@ class Engine:
                 self._lock.release()
 
     def poll(self) -> None:
-        """Take the jobs further for a caller that waits for one inside the MPI library, which calls this over and over.
+        """Take the jobs further for a caller inside the MPI library, which calls this over and over while it waits.
 
-        The progress thread leaves them to the caller meanwhile: it would have to wait for the library's lock.
+        Once it has done so for a while, the progress thread leaves them to the caller: it would have to wait for the
+        library's lock.
         """
-        self._idle_polls = self._idle_polls + 1 if self._polling() else 0
-        self._polled = time.monotonic()
-        self._call_back()
-        if self._lock.acquire(timeout=0 if self._idle_polls < _SPINS else _POLL_REST_SECONDS):
+        now = time.monotonic()
+        if now - self._polled > _POLL_SECONDS:
+            self._polled_since, self._idle_polls = now, 0
+        self._polled = now
+        self._idle_polls += 1
+        rest = self._idle_polls > 20 and now - self._rested > _POLL_SECONDS / 4  # there may be many requests to poll
+        if self._polling():
+            self._call_back()
+        if self._lock.acquire(timeout=_POLL_REST_SECONDS if rest and self._polling() else 0):
             try:
                 if self._advance_all():
                     self._idle_polls = 0
             finally:
                 self._lock.release()
-        _rest(self._idle_polls)
+        if rest:
+            self._rested = now
+            _rest(self._idle_polls)
 
     def _polling(self) -> bool:
-        return time.monotonic() - self._polled < _POLL_SECONDS
+        now = time.monotonic()
+        return now - self._polled < _POLL_SECONDS and now - self._polled_since > _POLL_REST_SECONDS
 
     def _serve(self) -> None:
         idle = 0

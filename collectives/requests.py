@@ -26,36 +26,41 @@ class _Run:
     """
 
     def __init__(self, state: State, work: Work, what: str) -> None:
-        self.request = start(
-            Callbacks(
-                query=self._query,
-                poll=lambda: self._guard(engine.poll),
-                wait=lambda: self._guard(lambda: engine.drive(self._job)),
-            )
-        )
+        self.request = start(Callbacks(self._query, engine.poll, self._wait, self._interrupted))
         self._incomplete = [self.request]
         self._interrupt: BaseException | None = None
         self._told = False  # somebody has heard, or is about to hear, what went wrong
-        self._job = state.lane.submit(work, what, on_done=self._complete)
+        try:
+            self._job = state.lane.submit(work, what, on_done=self._complete)
+        except BaseException:
+            self.request.Complete()
+            self.request.Free()
+            raise
         if not engine.start_thread():
             engine.drive(self._job)
+
+    @property
+    def over(self) -> bool:
+        """Whether the job is; one whose wait was interrupted goes on."""
+        return self._job.done
 
     @property
     def _error(self) -> BaseException | None:
         return self._interrupt or self._job.error
 
-    def _query(self, status: MPI.Status) -> None:
+    def _query(self) -> None:
         if self._error is not None and not self._told:
             self._told = True
             raise as_mpi(self._error)
 
-    def _guard(self, drive: Callable[[], None]) -> None:
-        try:
-            drive()
-        except BaseException as interrupt:
-            # It cannot pass through the library, which waits on until the request is over.
-            self._interrupt = interrupt
-            self._complete()
+    def _wait(self) -> None:
+        while not self._job.done:
+            engine.poll()
+            MPI.COMM_SELF.Iprobe()  # the library's own requests in the same Waitall need its progress, too
+
+    def _interrupted(self, interrupt: BaseException) -> None:
+        self._interrupt = interrupt
+        self._complete()
 
     def _complete(self) -> None:
         with contextlib.suppress(IndexError):
@@ -69,10 +74,13 @@ class _Run:
     def test(self, library: Callable[[], object]) -> bool:
         """Ask the library whether the job is over; raises the job's error."""
         told, self._told = self._told, True
-        over = bool(library())
-        if not over:
-            self._told = told
-        elif self._error is not None and not told:
+        over = False
+        try:
+            over = bool(library())
+        finally:
+            if not over:
+                self._told = told
+        if over and self._error is not None and not told:
             raise self._error
         return over
 
@@ -125,7 +133,7 @@ class PersistentRequest(MPI.Prequest):
     def _check_inactive(self, what: str) -> None:
         if self._freed:
             raise RuntimeError(f"{what} of a freed request of {self._what}")
-        if self != MPI.REQUEST_NULL:
+        if self != MPI.REQUEST_NULL or (self._run is not None and not self._run.over):
             raise RuntimeError(f"{what} of an active request of {self._what}: Wait or Test for its run first")
 
     def Start(self) -> None:

@@ -13,7 +13,7 @@ import pytest
 from bitring.collectives import polled_request
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.engine import engine
-from bitring.collectives.requests import GeneralRequest
+from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.state import state_of
 
 
@@ -85,7 +85,7 @@ def test_the_error_of_a_job_reaches_whoever_completes_its_request(world, agree, 
         yield
         raise error("no such luck")
 
-    known = len(polled_request._open)
+    known = len(polled_request._known)
     told = []
     for complete in (MPI.Request.Waitall, MPI.Request.Waitany):
         part = world.Dup()
@@ -103,11 +103,11 @@ def test_the_error_of_a_job_reaches_whoever_completes_its_request(world, agree, 
     part.Free()
     agree(world, bool((x == world.size).all()), f"{x[0]} after the failures")
     agree(world, told[1] == f"{error.__name__}: no such luck", told[1])  # Waitall refers to statuses
-    agree(world, len(polled_request._open) == known, "requests that are over are still known")
+    agree(world, len(polled_request._known) == known, "requests that are over are still known")
 
 
 @pytest.mark.single
-@pytest.mark.parametrize("how", ["Waitall", "Waitany"])
+@pytest.mark.parametrize("how", ["Waitall", "Waitany", "Waitsome"])
 def test_an_interrupt_ends_a_wait_in_the_library(world, polled, how: str):
     from mpi4py import MPI
 
@@ -129,3 +129,60 @@ def test_an_interrupt_ends_a_wait_in_the_library(world, polled, how: str):
     x = np.ones(3)
     world.Allreduce(MPI.IN_PLACE, x)  # what was interrupted is the wait, not the collective
     assert (x == 1).all()
+
+
+def test_what_cannot_begin_leaves_no_request(world, agree):
+    known = len(polled_request._known)
+    part = world.Dup()
+    part.Allreduce(None, np.ones(3))
+    state_of(part).lane.breaks("it was told so")
+    with pytest.raises(RuntimeError, match="unusable since it was told so"):
+        part.Iallreduce(None, np.ones(3))
+    agree(world, len(polled_request._known) == known, "a request that never began is still known")
+    part.Free()
+
+
+def test_a_test_that_fails_leaves_the_error_to_be_told(world, agree):
+    over = False
+
+    def fails_later(progress):
+        while not over:
+            yield
+        raise ValueError("no such luck")
+
+    def library():
+        raise OSError("interrupted")
+
+    part = world.Dup()
+    part.Allreduce(None, np.ones(3))
+    request = GeneralRequest(state_of(part), fails_later, "this")
+    with pytest.raises(OSError, match="interrupted"):
+        request._run.test(library)
+    over = True
+    with pytest.raises(ValueError, match="no such luck"):
+        request.Wait()
+    part.Free()
+    agree(world, True)
+
+
+@pytest.mark.single
+def test_a_persistent_request_whose_wait_was_interrupted_is_not_freed_under_its_run(world, polled):
+    over = False
+
+    def until_over(progress):
+        while not over:
+            yield
+
+    request = PersistentRequest(state_of(world), until_over, "this", None)
+    request.Start()
+    run = request._run
+    assert run is not None
+    run._interrupted(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        request.Test()
+    with pytest.raises(RuntimeError, match="Free of an active request"):
+        request.Free()
+    over = True
+    while not run.over:
+        time.sleep(0.001)
+    request.Free()
