@@ -90,9 +90,9 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
         x = gradient.copy()
         stream = make_stream(comm, lab)
         plans: dict[str, Any] = {"exact": bitring.plan_allreduce(x, comm=comm)}
-        for name in asked.compressors:
-            for label, looks in ((name, True), (unchecked(name), False)):
-                plans[label] = bitring.plan_allreduce(x, comm=comm, compression=name, check_finite=looks)
+        compressor_of = {label: name for name in asked.compressors for label in (name, f"{name}, unchecked")}
+        for label, name in compressor_of.items():
+            plans[label] = bitring.plan_allreduce(x, comm=comm, compression=name, check_finite=label == name)
         check(comm, x, gradient, plans)
         calls: dict[str, Callable[[], None]] = {"library": partial(comm.Allreduce, MPI.IN_PLACE, x), **plans}
         for name in asked.compressors:
@@ -103,7 +103,7 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
             calls[f"{name}: kernels"] = kernels(comm, compressors.get(name)(), gradient)
             calls[f"{name}: wire"] = partial(carry, stream, memoryview(bytearray(sent if stream else 0)))
         taken: dict[str, list[float]] = {name: [] for name in calls}
-        told: dict[str, list[dict[str, Any]]] = {name: [] for name in plans if name != "exact"}
+        told: dict[str, list[dict[str, Any]]] = {label: [] for label in compressor_of}
         for turn in range(asked.samples + 1):
             for name, call in calls.items():
                 x[:] = gradient
@@ -112,8 +112,7 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
                     taken[name].append(seconds)
                     if name in told:
                         told[name].append(vars(plans[name].telemetry))
-        yardsticks = {label: name for name in asked.compressors for label in (name, unchecked(name))}
-        rows = [row(name, yardsticks.get(name), taken, told) for name in ("library", *plans)]
+        rows = [row(name, compressor_of.get(name), taken, told) for name in ("library", *plans)]
         if comm.rank == 0:
             print(f"{'':<21}{'median':>10}{'library':>10}{'exact':>8}{'kernels':>11}{'wire':>11}{'of the limit':>14}")
             for each in rows:
@@ -128,11 +127,6 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
             }
             if asked.json:
                 asked.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-
-
-def unchecked(name: str) -> str:
-    """The contender that does not look for NaN."""
-    return f"{name}, unchecked"
 
 
 def check(comm: Any, x: Any, gradient: Any, plans: dict[str, Any]) -> None:

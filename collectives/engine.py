@@ -372,11 +372,10 @@ class Engine:
         self._wake = threading.Condition()
         self._lanes: list[Lane] = []  # those with jobs
         self._drivers = 0
-        self._polled = self._polled_since = (
-            0.0  # when a caller inside the MPI library last asked, and since when it does
-        )
+        self._polled = 0.0  # when a caller inside the MPI library last asked
+        self._polled_since = 0.0  # since when it asks without a break
         self._idle_polls = 0  # how often in a row in vain
-        self._rested = 0.0  # when it last gave way
+        self._rested = 0.0  # when that caller last gave way
         self._thread: threading.Thread | None = None
         self.stopped: str | None = None
         self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
@@ -484,9 +483,10 @@ class Engine:
         self._polled = now
         self._idle_polls += 1
         rest = self._idle_polls > 20 and now - self._rested > _POLL_SECONDS / 4  # there may be many requests to poll
-        if self._polling():
+        polling = self._polling()
+        if polling:
             self._call_back()
-        if self._lock.acquire(timeout=_POLL_REST_SECONDS if rest and self._polling() else 0):
+        if self._lock.acquire(timeout=_POLL_REST_SECONDS if rest and polling else 0):
             try:
                 if self._advance_all():
                     self._idle_polls = 0
