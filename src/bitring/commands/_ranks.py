@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import click
 from mpi4py import MPI
@@ -15,6 +17,9 @@ from threadpoolctl import threadpool_limits
 from bitring.collectives.abort import abort_on_exception
 from bitring.collectives.errors import MismatchError
 from bitring.machine import thread_share
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 T = TypeVar("T")
 
@@ -58,7 +63,8 @@ def ending_together(comm: MPI.Intracomm) -> Generator[None]:
     """Around a command's body: an exception on one rank, or Ctrl-C, ends all ranks; none waits for one that is gone."""
     abort_on_exception()
     try:
-        yield
+        with _ctrl_c_kept():
+            yield
     except (click.ClickException, click.exceptions.Exit):
         raise
     except KeyboardInterrupt:
@@ -73,6 +79,26 @@ def ending_together(comm: MPI.Intracomm) -> Generator[None]:
             # Here, while the other ranks may still be waiting for this one.
             sys.excepthook(type(error), error, error.__traceback__)
         raise
+
+
+@contextlib.contextmanager
+def _ctrl_c_kept() -> Generator[None]:
+    """Within: a KeyboardInterrupt that Python drops, as it does in a finalizer, is raised again just after it."""
+    before = sys.unraisablehook
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def again(dropped: UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def limit_threads(comm: MPI.Intracomm) -> int:
