@@ -13,6 +13,7 @@ from bitring.compression.packing_numba import STEP_NBYTES, largest_magnitude, nb
 from bitring.compression.packing_numba import decode as decode
 from bitring.compression.vectors_numba import FLOAT, I32, I64, PART, WORDS, address, get, intrinsic, put, splat
 
+LARGEST = float(np.finfo(np.float32).max)
 LARGEST_EXPONENT = 254
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -58,7 +59,6 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
     block: Any = np.int64(settings[0])
     nbits: Any = np.int64(settings[1])
     most = (1 << (nbits - 1)) - 1
-    high, low = lanes(most, values), lanes(-most, values)
     zero, one = lanes(0.0, values), lanes(1.0, values)
     key = np.uint64(seed + 1) * np.uint64(GOLDEN)
     key = (key ^ (key >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -83,6 +83,8 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
         step = get(here, np.float32(0))
         inverse = 1 / np.float64(step) if 0 < exponent < 255 else 0.0
         steps, inverses = lanes(step, values), lanes(inverse, values)
+        limit = min(np.float64(most), np.floor(LARGEST * inverse)) if inverse else np.float64(most)
+        high, low = lanes(limit, values), lanes(-limit, values)
         here += STEP_NBYTES
         for i in range(first, stop, PART):
             v = load(values, i, stop) + load(residual, i, stop)

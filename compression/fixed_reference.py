@@ -42,6 +42,8 @@ def encode(values: Array, residual: Array, payload: Array, block: int, bits: int
         x = v * v.dtype.type(2.0**-exponent)
         q = np.rint(x)
         u = drawn(v, seed)
-        return np.float32(2.0**exponent), q + (u < x - q) - (u < q - x).astype(v.dtype)
+        limit = np.floor(np.finfo(np.float32).max / 2.0**exponent)  # what is sent is finite
+        q = np.clip(q + (u < x - q) - (u < q - x).astype(v.dtype), -limit, limit)
+        return np.float32(2.0**exponent), q.astype(v.dtype)
 
     return encode_by(values, residual, payload, block, bits, quantized)

@@ -58,6 +58,8 @@ __device__ float mean(double sum, long long members) {
     return members ? (float)(sum / (double)members) : 0.0f;
 }
 
+__device__ bool finite(float x) { return x - x == 0; }
+
 struct Warp {
     int lane;
     long long first, step;  // this warp's first quantization block, and the distance to its next one
@@ -68,6 +70,17 @@ struct Warp {
         step = (long long)gridDim.x * (blockDim.x >> 5);
     }
 };
+
+// The mean of the high values or of the others, added in float64: for blocks whose sum is not finite otherwise.
+template <class T, class Wide>
+__device__ float mean_in_doubles(const T* x, const Wide* r, long long count, int lane, bool of_high, long long members) {
+    double sum = 0;
+    for (long long at = lane; at < count; at += 32) {
+        const Wide v = widen(x[at]) + r[at];
+        if ((v >= 0) == of_high) sum += v;
+    }
+    return mean(sum, members);
+}
 
 template <class T, class Wide>
 __device__ void encode(const T* __restrict__ values, Wide* __restrict__ residual, unsigned char* __restrict__ payload,
@@ -100,8 +113,10 @@ __device__ void encode(const T* __restrict__ values, Wide* __restrict__ residual
             }
         }
 
-        const float low_level = mean((double)low_sum, count - highs);
-        const float high_level = mean((double)high_sum, highs);
+        float low_level = mean((double)low_sum, count - highs);
+        float high_level = mean((double)high_sum, highs);
+        if (!finite(low_level)) low_level = mean_in_doubles(x, r, count, warp.lane, false, count - highs);
+        if (!finite(high_level)) high_level = mean_in_doubles(x, r, count, warp.lane, true, highs);
         if (warp.lane == 0) {
             put_word(code, __float_as_uint(low_level), 4);
             put_word(code + 4, __float_as_uint(high_level), 4);

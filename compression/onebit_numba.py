@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from bitring.compression.doubles_numba import NEGATIVE, OTHERS, sum_in_doubles
 from bitring.compression.vectors_numba import (
     DOUBLE,
     FLOAT,
@@ -36,6 +37,7 @@ from bitring.compression.vectors_numba import (
     write,
 )
 
+LARGEST = float(np.finfo(np.float32).max)
 GROUP = 32
 PARTS = GROUP // PART
 LEVELS_NBYTES = 8  # two float32 before a block's bits
@@ -201,6 +203,10 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
 
         low = np.float32(_total(sums, values) / (count - highs)) if highs < count else np.float32(0)
         high = np.float32(_total(sums + GROUP * wide_nbytes, values) / highs) if highs else np.float32(0)
+        if not abs(low) <= LARGEST:
+            low = np.float32(sum_in_doubles(values, residual, first, first + count, GROUP, NEGATIVE) / (count - highs))
+        if not abs(high) <= LARGEST:
+            high = np.float32(sum_in_doubles(values, residual, first, first + count, GROUP, OTHERS) / highs)
         put(code, low)
         put(code + 4, high)
         _leave(here, left, groups, low, high, values)

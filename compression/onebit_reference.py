@@ -3,7 +3,7 @@
 The order of every sum is part of it. Within a block, lane k of 32 adds values k, k + 32, ... in that order, in the
 residual's dtype (negative and other values each have their lanes; a value of the other class counts as zero); then
 float64 adds the lanes pairwise: k and k + 16, then k and k + 8, down to k and k + 1. A level is that sum divided by
-the class's count, rounded to float32.
+the class's count, rounded to float32. Where that is not finite, the lanes add in float64 instead.
 """
 
 from __future__ import annotations
@@ -21,10 +21,19 @@ def _mean(x: Array, members: Array) -> np.float32:
         return np.float32(0)
     padded = np.zeros((-(-x.size // 32) + 1, 32), x.dtype)  # the first row stays zero, so that no sum is -0.0
     padded.reshape(-1)[32 : 32 + x.size] = np.where(members, x, 0)
-    lanes = np.add.accumulate(padded)[-1].astype(np.float64)
-    while lanes.size > 1:
-        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
-    return np.float32(lanes[0] / np.count_nonzero(members))
+    return mean_of_lanes(padded, int(np.count_nonzero(members)))
+
+
+def mean_of_lanes(padded: Array, count: int) -> np.float32:
+    """The sum of the columns of ``padded``, which are lanes, over ``count``."""
+    for dtype in (padded.dtype, np.float64):
+        lanes = np.add.accumulate(padded.astype(dtype))[-1].astype(np.float64)
+        while lanes.size > 1:
+            lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+        mean = np.float32(lanes[0] / count)
+        if np.isfinite(mean):
+            break
+    return mean
 
 
 @np.errstate(all="ignore")

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from bitring.compression.doubles_numba import MAGNITUDES, sum_in_doubles
 from bitring.compression.lanes_numba import absolute, bits, lanes, load, mask_of, select, store, total
 from bitring.compression.vectors_numba import PART, address, get, put, unused_are_zero
 
+LARGEST = float(np.finfo(np.float32).max)
 SCALE_NBYTES = 4
 
 
@@ -31,6 +33,8 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
         if (stop - first) % PART:
             payload[end - 1] &= np.uint8((1 << (stop - first) % PART) - 1)
         scale = np.float32(total(sums) / (stop - first))
+        if not scale <= LARGEST:
+            scale = np.float32(sum_in_doubles(values, residual, first, stop, PART, MAGNITUDES) / (stop - first))
         put(address(payload) + at, scale)
         high, low = lanes(scale, values), lanes(-scale, values)
         for i in range(first, stop, PART):

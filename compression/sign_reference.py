@@ -1,7 +1,7 @@
 """Sign encode and decode in NumPy: what the kernels compute, bit for bit.
 
 Lane k of 8 adds |v| of values k, k + 8, ... in that order, in the residual's dtype; then float64 adds the lanes
-pairwise: k and k + 4, then k and k + 2, then 0 and 1.
+pairwise: k and k + 4, then k and k + 2, then 0 and 1. Where that is not finite, the lanes add in float64 instead.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+from bitring.compression.onebit_reference import mean_of_lanes
 
 Array = Any
 
@@ -21,10 +23,7 @@ def encode(values: Array, residual: Array, payload: Array, block: int) -> int:
         v = values[first : first + block].astype(residual.dtype) + residual[first : first + block]
         padded = np.zeros((-(-v.size // 8) + 1, 8), v.dtype)
         padded.reshape(-1)[8 : 8 + v.size] = np.abs(v)
-        lanes = np.add.accumulate(padded)[-1].astype(np.float64)
-        while lanes.size > 1:
-            lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
-        scale = np.float32(lanes[0] / v.size)
+        scale = mean_of_lanes(padded, v.size)
         residual[first : first + block] = v - np.where(v >= 0, scale, -scale)
         encoded = np.concatenate([scale.reshape(1).view(np.uint8), np.packbits(v >= 0, bitorder="little")])
         payload[used : used + encoded.size] = encoded

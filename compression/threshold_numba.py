@@ -45,8 +45,13 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
         if density > 0:
             if bit // 8 + TAU_NBYTES > capacity:
                 return -1
-            tau = np.float32(_tau_for(values, residual, first, stop, density))
-            put(address(payload) + bit // 8, tau)
+            exact = _tau_for(values, residual, first, stop, density)
+            here = address(payload) + bit // 8
+            tau = np.float32(exact)
+            put(here, tau)
+            if tau > exact:  # which no value may reach
+                put(here, get(here, np.uint32(0)) - np.uint32(1))
+                tau = get(here, np.float32(0))
             bit += 8 * TAU_NBYTES
         level = lanes(tau if tau > 0 else np.float32(np.inf), values)
         before, count = first - 1, 0

@@ -30,7 +30,9 @@ def sampled_kth_largest(v: Array, k: int) -> Any:
 def _tau_for(v: Array, density: float) -> np.float32:
     tau = sampled_kth_largest(v, max(int(density * v.size), 1))
     some = int(np.count_nonzero(v))
-    return np.float32(kth_largest(v, (some + 1) // 2) if tau == 0 and some else tau)
+    exact = kth_largest(v, (some + 1) // 2) if tau == 0 and some else tau
+    level = np.float32(exact)
+    return np.nextafter(level, np.float32(0)) if level > exact else level  # which a value reaches
 
 
 @np.errstate(all="ignore")

@@ -36,6 +36,9 @@ pytestmark = pytest.mark.single
 
 ENCODERS = [cls for name in compressors.names() if issubclass(cls := compressors.get(name), Encoder)]
 
+LARGEST = {dtype: min(float(ml_dtypes.finfo(dtype).max), float(np.finfo(np.float32).max)) for dtype in VALUE_DTYPES}
+"""The largest value of a type that a payload can hold."""
+
 each_encoder = pytest.mark.parametrize("make", ENCODERS, ids=lambda cls: cls.__name__)
 FLOAT16, _, _, FLOAT64 = VALUE_DTYPES
 
@@ -147,6 +150,31 @@ def test_nothing_is_lost_over_many_steps(make: Any, dtype: Any) -> None:
         applied += decoded(encoder, encoded(encoder, values, residual), n, wide)
     size = float(np.abs(residual).max() + np.abs(total).max())
     np.testing.assert_allclose(applied + residual, total, rtol=0, atol=4 * steps * epsilon(wide) * size)
+
+
+@each_encoder_and_dtype
+@pytest.mark.parametrize("share", [1, 0.9, 0.3, 0.05])
+def test_finite_values_stay_finite(make: Any, dtype: Any, share: float) -> None:
+    """However large they are: a sum of a block's values may overflow, what is sent and what is left do not."""
+    encoder: Encoder = small(make)
+    n, wide = 2 * encoder.block + 13, residual_dtype(dtype)
+    for rng_signs in (np.ones(n), np.random.default_rng(0).choice([1, -1], n)):
+        values = (rng_signs * share * LARGEST[dtype]).astype(dtype)
+        residual = np.zeros(n, wide)
+        out = decoded(encoder, encoded(encoder, values, residual), n, wide)
+        assert np.isfinite(out).all()
+        assert np.isfinite(residual).all()
+        np.testing.assert_allclose(out + residual, values.astype(wide), rtol=8 * epsilon(wide))
+
+
+@each_encoder
+def test_something_is_sent_of_equal_values(make: Any) -> None:
+    """Also where float32 cannot hold them exactly."""
+    encoder: Encoder = small(make)
+    for value in (0.1, 0.3, 0.7, 1e-3, 1e30):
+        values = np.full(1000, value)
+        payload = encoded(encoder, values, np.zeros(1000))
+        assert decoded(encoder, payload, 1000, np.float64).any(), value
 
 
 @each_encoder_and_dtype
@@ -385,7 +413,7 @@ def _reference_case(each: Any, dtype: Any) -> Any:
 def test_kernels_equal_the_reference(encoder: Encoder, encode: Any, decode: Any, dtype: Any) -> None:
     wide = residual_dtype(dtype)
     for n in (0, 1, 7, 8, 65, 4161):
-        for kind in ("normal", "wide", "sparse", "ties"):
+        for kind in ("normal", "wide", "sparse", "ties", "huge"):
             rng = np.random.default_rng([n, len(kind)])
             x = rng.normal(size=n)
             if kind == "wide":
@@ -395,6 +423,8 @@ def test_kernels_equal_the_reference(encoder: Encoder, encode: Any, decode: Any,
             if kind == "ties":
                 x = np.round(2 * x) / 2
             values = x.astype(dtype)
+            if kind == "huge":  # what sums to Inf
+                values = (np.sign(x) * LARGEST[dtype] * rng.choice([1, 0.3], size=n)).astype(dtype)
             residual = (rng.normal(size=n) * (kind in ("normal", "wide")) / 10).astype(wide)
             expected_residual = residual.copy()
             payload = np.full(encoder.nbytes(n) + 9, 0xAA, np.uint8)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -39,7 +40,16 @@ Decode = Callable[[Any, Any, int, bool], None]
 
 def check_against_reference(encode: Encode, decode: Decode, dtype: Any, n: int, block: int) -> None:
     """Each function works in place on NumPy arrays."""
+    for huge in (False, True):
+        check_example_against_reference(encode, decode, dtype, n, block, huge)
+
+
+def check_example_against_reference(encode: Encode, decode: Decode, dtype: Any, n: int, block: int, huge: bool) -> None:
+    """``huge``: values whose sums overflow."""
     values, residual = example(n, dtype)
+    if huge:
+        largest = min(float(ml_dtypes.finfo(dtype).max), float(np.finfo(np.float32).max))
+        values = (np.sign(values.astype(np.float64)) * 0.9 * largest).astype(dtype)
     expected_residual = residual.copy()
     nbytes = OneBit(block).nbytes(n)
     payload, expected = np.full(nbytes + 5, 0xAA, np.uint8), np.full(nbytes + 5, 0xAA, np.uint8)
