@@ -33,6 +33,15 @@ def test_the_product(dtype: Any, samples: int) -> None:
     np.testing.assert_allclose(out.astype(float), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_small_scale_loses_no_small_values(dtype: Any, turned: bool) -> None:
+    small, large = np.full((1, 2), 2e-6, dtype), np.full((1, 2), 1000, dtype)
+    factors = (Factors(large, small) if turned else Factors(small, large)).scaled(1e-3)
+    wide = factors.u.astype(float).T @ factors.v.astype(float)
+    np.testing.assert_allclose(wide, 2e-6, rtol=0.05)
+
+
 def test_overflow_is_found() -> None:
     for dtype, large in ((np.float16, 300), (np.float32, 1e20)):
         u = np.full((2, 3), large, dtype)
