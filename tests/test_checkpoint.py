@@ -258,6 +258,30 @@ def test_no_damaged_byte_goes_unnoticed(comm, tmp_path):
     trainer.free()
 
 
+def test_what_a_local_step_found_does_not_keep_a_checkpoint_from_being_loaded(comm, agree, path):
+    trainer = new_trainer(comm, "local")
+    save_checkpoint(path, trainer)
+    before = trainer.digest()
+    trainer.step({name: np.full(shape, np.nan) for name, shape in SHAPES.items()})  # the ranks do not meet here
+    load_checkpoint(path, trainer)
+    agree(comm, trainer.digest() == before)
+    train(trainer, 2)
+    trainer.free()
+
+
+def test_one_bucket_that_has_stopped_compressing_leaves_the_others_their_count(comm, agree, path):
+    trainer = new_trainer(comm, "sync", compression="fixed", bucket_bytes=1)
+    train(trainer, 5)
+    counts = [plan.state_dict()["runs"] for plan in trainer.plans if "runs" in plan.state_dict()]
+    if len(counts) < 2:
+        raise AssertionError(f"{len(counts)} compressed buckets")
+    counts[-1][:] = 2
+    save_checkpoint(path, trainer)
+    load_checkpoint(path, trainer)
+    agree(comm, [int(count[0]) for count in counts] == [5 if comm.size > 1 else 2] * len(counts), f"{counts}")
+    trainer.free()
+
+
 def test_missing_file(comm, agree, path):
     trainer = new_trainer(comm)
     error = raised(load_checkpoint, path, trainer)

@@ -342,6 +342,16 @@ def test_a_rank_with_bad_arguments(comm, agree, gradients, weight, kind, text):
     trainer.free()
 
 
+def test_weights_without_a_finite_sum(comm, agree):
+    """Each is finite, and a step by their mean would do nothing."""
+    trainer = DataParallel({"a": np.zeros(3)}, SGD(lr=1.0), comm=comm)
+    error = raised(trainer.step, {"a": np.ones(3)}, 1.7e308)
+    if comm.size > 1:
+        agree(comm, describes(error, ValueError, "the weights of all ranks have no finite sum"), repr(error))
+    agree(comm, trainer.steps == (comm.size == 1))
+    trainer.free()
+
+
 READ_ONLY = np.ones(3)
 READ_ONLY.flags.writeable = False
 SHARED = np.ones(6)

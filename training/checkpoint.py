@@ -120,7 +120,9 @@ def _kept(trainer: DataParallel) -> dict[tuple[str, ...], Any]:
             state = plan.state_dict()
             if "residual" in state:
                 kept |= {("residual", name): part for name, part in bucket.cut(state["residual"])}
-            kept |= {at: state[key] for at, key in _common(bucket, state).items()}
+            for at, key in _common(bucket, state).items():
+                # One number for all buckets; that of one which has stopped compressing stays behind.
+                kept[at] = np.maximum(kept[at], state[key]) if at in kept else state[key]
     return kept
 
 
@@ -285,7 +287,7 @@ def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel) -> dict
     Raises on all ranks, before anything is changed: FileNotFoundError or another OSError, and CheckpointError, which
     names ``path.previous`` where there is one, for a file that is truncated, damaged, foreign, or of other training.
     """
-    trainer.meet("load_checkpoint", None)
+    trainer.meet("load_checkpoint", None, afresh=True)
     with _private(trainer.comm) as comm:
         reader: _Reader | None = None
         failure: Exception | None = None

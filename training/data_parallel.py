@@ -175,8 +175,8 @@ class DataParallel:
         """What compressed exchanges took on this rank since the last call; empty where there were none.
 
         ``encode_seconds``, ``wire_seconds``, ``decode_seconds``, ``wait_seconds`` (for the slowest rank, before the
-        exchange) and ``bytes_sent``, summed over steps and buckets; ``residual_ratio`` and ``contraction`` as means;
-        ``slowest_rank``, the one that was so most often. See ``Telemetry``.
+        exchange) and ``bytes_sent``, summed over steps and buckets; ``residual_ratio``, ``contraction`` and
+        ``owner_residual_ratio`` as means; ``slowest_rank``, the one that was so most often. See ``Telemetry``.
         """
         return self._totals.taken()
 
@@ -305,7 +305,11 @@ class DataParallel:
         if self._records[:, 3].any():
             problem, self._problem = self._problem, None
             _raise_together(self.comm, self._where(), problem)
-        return float(np.cumsum(self._records[:, 4])[-1])  # one after the other, in rank order
+        with np.errstate(over="ignore"):
+            total = float(np.cumsum(self._records[:, 4])[-1])  # one after the other, in rank order
+        if not math.isfinite(total):
+            raise ValueError(f"{self._where()}: the weights of all ranks have no finite sum")
+        return total
 
     def exchange(
         self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
@@ -355,10 +359,13 @@ class DataParallel:
 
     # What checkpoints call
 
-    def meet(self, operation: str, error: Exception | None) -> None:
-        """Raise on all ranks alike when one has an ``error``, or is not at the same operation and step. Collective."""
+    def meet(self, operation: str, error: Exception | None, afresh: bool = False) -> None:
+        """Raise on all ranks alike when one has an ``error``, or is not at the same operation and step. Collective.
+
+        So does what a step of this rank's found, which waits for the ranks to meet; with ``afresh`` it is forgotten.
+        """
         self._operation = operation
-        self._problem = self._problem or error
+        self._problem = error if afresh else self._problem or error
         self.agree(0.0)
 
     def live(self) -> dict[str, Any]:
