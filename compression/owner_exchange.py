@@ -34,7 +34,7 @@ from bitring.collectives.native_executor import library, run
 from bitring.collectives.transport import message_tag
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.layout import Piece, cut, segments
-from bitring.compression.record import SAMPLE, Record, pieces
+from bitring.compression.record import SAMPLE, Norms, Record, pieces
 
 _TO_OWNER = 1024
 _FROM_OWNER = 1025
@@ -88,14 +88,6 @@ class OwnerExchange(ABC):
         return self.runs * self._size + self._rank
 
 
-def make_owner_exchange(
-    comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
-) -> OwnerExchange:
-    """The exchange for arrays such as ``like``: in the native engine for host memory, where that is to be had."""
-    kind = NativeOwnerExchange if native() is not None and device_of(like) is None else PortableOwnerExchange
-    return kind(comm, like, encoder, boundaries, channel)
-
-
 class NativeOwnerExchange(OwnerExchange):
     """Of host buffers, without Python per message; the encoder's kernels are called as C functions."""
 
@@ -141,9 +133,9 @@ class NativeOwnerExchange(OwnerExchange):
     def note(self) -> None:
         """The operation has been run."""
         of = self.operation.record
-        self.record = Record(
-            of.nanoseconds / 1e9, of.encode / 1e9, of.decode / 1e9, of.bytes_sent, of.values, of.sums, of.residual
-        )
+        norms, owner_norms = (Norms(each.values, each.sums, each.residual) for each in (of.norms, of.owner_norms))
+        seconds, encode, decode = of.nanoseconds / 1e9, of.encode / 1e9, of.decode / 1e9
+        self.record = Record(seconds, encode, decode, of.bytes_sent, norms, owner_norms, of.finite)
 
     def steps(self, progress: Progress) -> Steps:
         """See OwnerExchange."""
@@ -218,7 +210,7 @@ class PortableOwnerExchange(OwnerExchange):
         sends: list[MPI.Request] = []
         for owner in [*others, self._rank]:
             message = self._encoded[owner]
-            self._encode(message, self._x, self.residual, 0, self._seed())
+            self._encode(message, self._x, self.residual, 0, self._seed(), self.record.norms)
             if owner != self._rank:
                 yield from _reached(message.out(), progress)
                 sends += self._send(message, owner, 0)
@@ -231,7 +223,7 @@ class PortableOwnerExchange(OwnerExchange):
                 self._incoming[r].taken_in()
             self._decode(self._incoming[r], self._sum, begin, accumulate=r > 0)
         summed = self._summed[self._rank]
-        self._encode(summed, self._sum, self.owner_residual, begin, ~self._seed())
+        self._encode(summed, self._sum, self.owner_residual, begin, ~self._seed(), self.record.owner_norms)
         yield from _reached(summed.out(), progress)
         for r in others:
             sends += self._send(summed, r, 1)
@@ -249,19 +241,22 @@ class PortableOwnerExchange(OwnerExchange):
         progress.exchanging = False
         self.record.seconds = time.perf_counter() - began
 
-    def _encode(self, message: _Message, values: Array, residual: Array, origin: int, seed: int) -> None:
+    def _encode(self, message: _Message, values: Array, residual: Array, origin: int, seed: int, norms: Norms) -> None:
         """Encode a chunk; ``values[0]`` is value ``origin`` of the buffer, and so is ``residual[0]``."""
         began = time.perf_counter()
+        on_host = device_of(values) is None
         start, lengths = message.header, message.lengths()
         for k, (a, b) in enumerate(message.pieces):
             left = residual[a - origin : b - origin]
             v = values[a - origin : b - origin]
-            sampled = seed >= 0 and self._numbers[a, b] % self._every == self.runs % self._every
-            if sampled and device_of(v) is None:
-                self.record.look_before(pieces(v), pieces(left))
+            sampled = on_host and self._numbers[a, b] % self._every == self.runs % self._every
+            if sampled:
+                norms.look_before(pieces(v), pieces(left))
             used = self._encoder.encode(v, left, message.bytes[start : start + message.most[k]], piece_seed(seed, a))
-            if sampled and device_of(v) is None:
-                self.record.look_after(pieces(left))
+            if sampled:
+                norms.look_after(pieces(left))
+            if on_host:
+                self.record.look_at_all(left)
             lengths[k] = used
             start += used
         message.nbytes = start
@@ -290,6 +285,11 @@ class PortableOwnerExchange(OwnerExchange):
         while not request.Test():
             yield
         progress.moves += 1
+
+
+def exchange_for(like: Array, all_native: bool) -> type[OwnerExchange]:
+    """The kind for arrays such as ``like``: in the native engine for host memory, where all ranks have one."""
+    return NativeOwnerExchange if all_native and device_of(like) is None else PortableOwnerExchange
 
 
 def piece_seed(seed: int, start: int) -> int:

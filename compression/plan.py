@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import operator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from mpi4py import MPI
 
 from bitring.collectives.agreement import Request
 from bitring.collectives.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
-from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.executor import Progress
 from bitring.collectives.operators import op_name
 from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact, run_agreement
 from bitring.collectives.selection import check_name
@@ -19,10 +21,10 @@ from bitring.collectives.transport import channel_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.once_a_node import compile_together
-from bitring.compression.owner_exchange import OwnerExchange, make_owner_exchange
+from bitring.compression.owner_exchange import OwnerExchange, exchange_for
 from bitring.compression.record import Record
 from bitring.compression.reduced_plan import plan_reduced, reducer_of
-from bitring.compression.watched_plan import WatchedPlan
+from bitring.compression.watched_plan import WatchedPlan, add_owed
 from bitring.compression.way import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
 
 
@@ -51,7 +53,7 @@ def plan_allreduce(
 
     A reducer such as ``PowerSGD(matrix_rank=4)`` sums its own small representation exactly instead, with nodes summed
     first in any case. ``shapes``: the parameters' shapes, for reducers that look at matrices; without it x is one
-    parameter of one dimension. ``check_finite=False`` leaves out the look
+    parameter of its own shape. ``check_finite=False`` leaves out the look
     for NaN and Inf, for callers that have looked on all ranks.
 
     Raises on all ranks alike: MismatchError where ranks differ in dtype, count, op, algorithm or compression, and
@@ -68,6 +70,7 @@ def plan_allreduce(
     request = Request("plan_allreduce")
     flat: Array = np.empty(0, np.float32)
     encoder: Encoder | None = None
+    places: tuple[int, ...] = ()
     try:
         flat = checked_flat(x, "plan_allreduce")
         check_name(algorithm)
@@ -82,6 +85,7 @@ def plan_allreduce(
             raise TypeError(f"plan_allreduce: compression is for {', '.join(_COMPRESSED_DTYPES)}; got {flat.dtype}")
         if op_name(op) != "SUM":
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
+        places = _checked_boundaries(boundaries)
         request.terms = {
             "dtype": flat.dtype,
             "count": flat.size,
@@ -89,14 +93,21 @@ def plan_allreduce(
             "algorithm": algorithm,
             "compression": encoder,
             "hierarchical": hierarchical,
-            "boundaries": tuple(boundaries),
+            "boundaries": places,
             "memory": memory_name(flat),
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
     run_agreement(state, request)
     assert encoder is not None
-    return CompressedPlan(state, flat, encoder, hierarchical, tuple(boundaries), check_finite)
+    return CompressedPlan(state, flat, encoder, hierarchical, places, check_finite)
+
+
+def _checked_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, boundaries))
+    except TypeError:
+        raise TypeError(f"plan_allreduce: boundaries must be positions in x, ints; got {boundaries!r}") from None
 
 
 _COMPRESSED_DTYPES = ("float16", BFLOAT16.name, "float32", "float64")
@@ -128,7 +139,6 @@ class CompressedPlan(WatchedPlan):
         self._runs = np.zeros(1, np.int64)
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
         self._to_add: Array | None = None
-        self._owes = False  # whether a single rank was handed residuals
         self._parts += (self._way,)
         self.owned = self._way.owned
         how = f"{state.size} ranks exchange directly"
@@ -143,7 +153,7 @@ class CompressedPlan(WatchedPlan):
 
         def make(comm: MPI.Intracomm, like: Array, first: int) -> OwnerExchange:
             inside = [b - first for b in boundaries if first < b < first + like.size]
-            return make_owner_exchange(comm, like, self._encoder, inside, channel)
+            return exchange_for(like, state.topology.native)(comm, like, self._encoder, inside, channel)
 
         if not hierarchical or state.size == 1:
             return DirectWay(state, flat, make)
@@ -157,42 +167,29 @@ class CompressedPlan(WatchedPlan):
     def _finite(self) -> bool:
         return all_finite(self._flat)
 
-    def _compressed_steps(self, progress: Progress) -> Steps:
-        if self._to_add is not None:
-            self._to_add = self._with(self._to_add)
+    def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
+        if self._to_add is not None and not add_owed(self._flat, self._to_add):
+            self._to_add = None
         exchange = self._way.exchange
         self._runs += 1
         if exchange is not None:
             exchange.runs = int(self._runs[0])
         yield from self._way.steps(progress)
-        self.bytes_sent += self._record.bytes_sent + self._way.nbytes_sent
+        record = Record() if exchange is None else exchange.record
+        nbytes = record.bytes_sent + self._way.nbytes_sent
+        self.bytes_sent += nbytes
+        return None if isinstance(self._way, NodeWay) else dataclasses.replace(record, bytes_sent=nbytes)
 
-    @property
-    def _record(self) -> Record:
-        return Record() if self._way.exchange is None else self._way.exchange.record
-
-    def _with(self, owed: Array) -> Array | None:
-        """Add ``owed``, in the residual's dtype, to x. What x's dtype cannot hold is still owed; None for nothing."""
-        v = self._flat.astype(owed.dtype) + owed
-        self._flat[...] = v.astype(self._flat.dtype)
-        v -= self._flat.astype(v.dtype)
-        return v if bool(v.any()) else None
-
-    def _settle(self) -> None:
-        """One rank encodes nothing: what it was handed as residuals, of more ranks, is added to x."""
+    def _owed(self) -> list[tuple[Array, Array]]:
+        owed = [] if self._to_add is None else [(self._flat, self._to_add)]
         exchange = self._way.exchange
-        if not self._owes or exchange is None:
-            return
-        left = self._with(exchange.residual + exchange.owner_residual)
-        self._owes = left is not None
-        exchange.residual[...] = 0 if left is None else left
-        exchange.owner_residual[...] = 0
-
-    def _forget(self) -> None:
-        self._to_add = None
-        if self._way.exchange is not None:
-            for residual in (self._way.exchange.residual, self._way.exchange.owner_residual):
-                residual[...] = 0
+        if exchange is not None:
+            for (first, last), residual in (
+                (self._way.extent, exchange.residual),
+                (self.owned, exchange.owner_residual),
+            ):
+                owed.append((self._flat[first:last], residual))
+        return owed
 
     def state_dict(self) -> dict[str, Array]:
         """``residual``, one for each value, and ``owner_residual``, one for each value that this rank owns.
@@ -224,7 +221,6 @@ class CompressedPlan(WatchedPlan):
         if exchange is None or exchange.residual is not mine["residual"]:
             mine["residual"][first:last] = 0
             self._to_add = mine["residual"]
-        self._owes = True
 
 
 def _warm_up(encoder: Encoder, flat: Array) -> None:

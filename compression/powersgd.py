@@ -139,14 +139,14 @@ class _LowRank(Reduction):
             yield from self._whole.steps(progress)
             return
         assert self._first is not None and self._second is not None
-        with self.record.during("encode"):
+        with self.record.during("encode"), np.errstate(over="ignore", invalid="ignore"):
             for values, wide in zip(self._exact, self._exact_wide, strict=True):
                 wide[...] = values
             for each in self._matrices:
                 each.residual += each.values.astype(self._wide, copy=False)
                 np.matmul(each.residual, each.start.T, out=each.p)
         yield from self._first.steps(progress)
-        with self.record.during("encode"):
+        with self.record.during("encode"), np.errstate(over="ignore", invalid="ignore"):
             for each in self._matrices:
                 orthogonalise(each.p, self._least)
                 np.matmul(each.p.T, each.residual, out=each.q)

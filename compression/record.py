@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from bitring.collectives.arrays import Array
+from bitring.collectives.arrays import Array, all_finite
 
 SAMPLE = 16
 """Of so many segments one is looked at for the norms of a record; others in the next run."""
@@ -21,27 +21,12 @@ _PIECE_VALUES = 1 << 13
 
 
 @dataclass
-class Record:
-    """What one exchange took on this rank.
+class Norms:
+    """Squared norms: of the ``values``, of the values with their residual (``sums``), of the new ``residual``."""
 
-    ``seconds`` in all, and of them in ``encode`` and ``decode``; ``bytes_sent`` to other ranks. Squared norms over a
-    sample of the values: of the ``values``, of the values with their residual (``sums``), of the new ``residual``.
-    """
-
-    seconds: float = 0.0
-    encode: float = 0.0
-    decode: float = 0.0
-    bytes_sent: int = 0
     values: float = 0.0
     sums: float = 0.0
     residual: float = 0.0
-
-    @contextlib.contextmanager
-    def during(self, part: Literal["encode", "decode"]) -> Generator[None]:
-        """Count the time of the body in."""
-        began = time.perf_counter()
-        yield
-        setattr(self, part, getattr(self, part) + time.perf_counter() - began)
 
     def look_before(self, values: Iterable[Array], residual: Iterable[Array]) -> None:
         """Add the norms of pieces of host arrays that are about to be encoded."""
@@ -56,7 +41,37 @@ class Record:
         """Add the norm of the new residual of what ``look_before`` was given."""
         for left in residual:
             wide = left.astype(np.float64)
-            self.residual += float(np.vdot(wide, wide))
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.residual += float(np.vdot(wide, wide))
+
+
+@dataclass
+class Record:
+    """What one exchange took on this rank.
+
+    ``seconds`` in all, and of them in ``encode`` and ``decode``; ``bytes_sent`` to other ranks. ``norms``, over a
+    sample of the values, of this rank's; ``owner_norms`` of the sums that it encodes as an owner. ``finite``: whether
+    all new residuals are.
+    """
+
+    seconds: float = 0.0
+    encode: float = 0.0
+    decode: float = 0.0
+    bytes_sent: int = 0
+    norms: Norms = field(default_factory=Norms)
+    owner_norms: Norms = field(default_factory=Norms)
+    finite: bool = True
+
+    @contextlib.contextmanager
+    def during(self, part: Literal["encode", "decode"]) -> Generator[None]:
+        """Count the time of the body in."""
+        began = time.perf_counter()
+        yield
+        setattr(self, part, getattr(self, part) + time.perf_counter() - began)
+
+    def look_at_all(self, residual: Array) -> None:
+        """Note whether all of a new residual, a 1-D host array, is finite."""
+        self.finite = self.finite and all_finite(residual)
 
 
 def pieces(x: Array, every: int = 1, first: int = 0) -> list[Array]:

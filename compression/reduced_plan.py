@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from bitring.collectives.agreement import Request
 from bitring.collectives.arrays import Array, device_of
-from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.executor import Progress
 from bitring.collectives.operators import op_name
 from bitring.collectives.plan import checked_flat, memory_name, run_agreement
 from bitring.collectives.selection import check_name
@@ -59,7 +59,7 @@ def plan_reduced(
         if op_name(op) != "SUM":
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
         reducer.check(flat)
-        parts = [(flat.size,)] if shapes is None else _checked_shapes(shapes)
+        parts = [_own_shape(x, flat)] if shapes is None else _checked_shapes(shapes)
         values = sum(map(math.prod, parts))
         if values != flat.size:
             raise ValueError(f"plan_allreduce: shapes must have x's {flat.size} values in all; got {values}")
@@ -80,11 +80,20 @@ def plan_reduced(
     return ReducedPlan(state, flat, reducer, parts, algorithm, check_finite)
 
 
+def _own_shape(x: Any, flat: Array) -> tuple[int, ...]:
+    """The shape of what was handed over, of which ``flat`` are the values."""
+    shape = tuple(map(int, getattr(x, "shape", ())))
+    return shape if len(shape) > 1 and math.prod(shape) == flat.size else (flat.size,)
+
+
 def _checked_shapes(shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     try:
-        return [tuple(map(operator.index, shape)) for shape in shapes]
+        checked = [tuple(map(operator.index, shape)) for shape in shapes]
     except TypeError:
         raise TypeError(f"plan_allreduce: shapes must be one shape for each parameter; got {shapes!r}") from None
+    if any(side < 0 for shape in checked for side in shape):
+        raise ValueError(f"plan_allreduce: no side of a shape can be negative; got {shapes!r}")
+    return checked
 
 
 class ReducedPlan(WatchedPlan):
@@ -116,18 +125,26 @@ class ReducedPlan(WatchedPlan):
 
     def _settle(self) -> None:
         self._reduction.finish()
+        super()._settle()
+
+    def _refuse(self) -> None:
+        self._reduction.drop()
+
+    def _owed(self) -> list[tuple[Array, Array]]:
+        residual = self._reduction.state.get("residual")
+        return [] if residual is None else [(self._flat, residual)]
 
     def _finite(self) -> bool:
         return self._reduction.finite()
 
-    def _compressed_steps(self, progress: Progress) -> Steps:
+    def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
         record = self._reduction.record = Record()
         device, residual = device_of(self._flat), self._reduction.state.get("residual")
         before, began = self._exchange.bytes_sent, time.perf_counter()
         self._runs += 1
         if residual is not None and device is None:
             with record.during("encode"):
-                record.look_before(sample(self._flat, self._runs), sample(residual, self._runs))
+                record.norms.look_before(sample(self._flat, self._runs), sample(residual, self._runs))
         yield from self._reduction.steps(progress)
         if device is not None:
             event = device.record()
@@ -136,17 +153,12 @@ class ReducedPlan(WatchedPlan):
             progress.moves += 1
         elif residual is not None:
             with record.during("encode"):
-                record.look_after(sample(residual, self._runs))
+                record.norms.look_after(sample(residual, self._runs))
+                record.look_at_all(residual)
         record.seconds = time.perf_counter() - began
         record.bytes_sent = self._exchange.bytes_sent - before
         self.bytes_sent += record.bytes_sent
-
-    @property
-    def _record(self) -> Record:
-        return self._reduction.record
-
-    def _forget(self) -> None:
-        self._reduction.state["residual"][...] = 0
+        return record
 
     def state_dict(self) -> dict[str, Array]:
         """What the reducer carries from run to run; the plan's own arrays, not copies.

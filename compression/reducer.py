@@ -46,6 +46,9 @@ class Reduction(ABC):
         """Take the values of a parameter as ``factors``, for the next run."""
         factors.multiply(self.parameters[number])
 
+    def drop(self) -> None:
+        """Forget what was taken: the run is not made."""
+
     def finish(self) -> None:
         """One run where there is one rank: bring the buffer up to date."""
 

@@ -83,6 +83,10 @@ class _Gathered(Reduction):
         else:
             super().take(number, factors)
 
+    def drop(self) -> None:
+        """See Reduction."""
+        self._given = {}
+
     def finish(self) -> None:
         """See Reduction."""
         given, self._given = self._given, {}

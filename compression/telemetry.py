@@ -15,8 +15,13 @@ from bitring.collectives.runner import schedule_runner
 from bitring.collectives.state import State
 from bitring.compression.record import Record
 
-DIVERGED = 1e4
-"""A residual of so many times the values' norm is lost: error feedback keeps it some 1 / (1 - contraction)."""
+OUT_OF_PROPORTION = 10_000
+"""A residual of so many times the values' norm is far behind: error feedback keeps it some 1 / (1 - contraction)."""
+
+EXPANDED = 1.1
+"""An encoding that leaves more than so many times what it was given, in squared norms, makes a residual grow."""
+
+BEHIND, DIVERGED = 1, 2
 
 _RANK_BITS = 20
 _LONGEST = 1 << 40  # microseconds
@@ -32,8 +37,9 @@ class Telemetry:
     to other ranks.
 
     From a sample of the values: ``residual_ratio`` = ‖new residual‖ / ‖values‖, ``contraction`` = ‖new residual‖² /
-    ‖values + old residual‖², below 1 for a compressor that contracts; NaN where nothing was looked at: in device
-    memory, and in a reducer without residual.
+    ‖values + old residual‖², below 1 for a compressor that contracts; ``owner_residual_ratio`` is the former of the
+    sums that this rank encodes as an owner. NaN where nothing was looked at: in device memory, in a reducer without
+    residual, and of owners in any reducer. Inf where a norm is.
     """
 
     seconds: float
@@ -45,6 +51,7 @@ class Telemetry:
     bytes_sent: int
     residual_ratio: float
     contraction: float
+    owner_residual_ratio: float
 
 
 def telemetry_of(record: Record, wait_seconds: float, slowest_rank: int | None) -> Telemetry:
@@ -57,8 +64,9 @@ def telemetry_of(record: Record, wait_seconds: float, slowest_rank: int | None) 
         wait_seconds,
         slowest_rank,
         record.bytes_sent,
-        math.sqrt(_over(record.residual, record.values)),
-        _over(record.residual, record.sums),
+        math.sqrt(_over(record.norms.residual, record.norms.values)),
+        _over(record.norms.residual, record.norms.sums),
+        math.sqrt(_over(record.owner_norms.residual, record.owner_norms.values)),
     )
 
 
@@ -69,21 +77,27 @@ def _over(part: float, whole: float) -> float:
 
 
 class Watch:
-    """Sees a residual that grows out of proportion to the largest values so far, or is not finite."""
+    """Sees residuals that are out of proportion to the largest values so far.
+
+    ``state``: 0; BEHIND when one is; DIVERGED when one is that the last encoding made larger, or is not finite. A
+    residual that encoding makes smaller comes down by itself, and may belong to values that no sample has seen.
+    """
 
     def __init__(self) -> None:
-        self._largest = 0.0
-        self.diverged = False
+        self._largest = [0.0, 0.0]
+        self.state = 0
 
     def look(self, record: Record) -> None:
         """Take a run into account."""
-        self._largest = max(self._largest, record.values)
-        limit = DIVERGED**2 * self._largest
-        self.diverged = not math.isfinite(record.residual) or (0 < limit < record.residual)
+        self.state = 0 if record.finite else DIVERGED
+        for k, norms in enumerate((record.norms, record.owner_norms)):
+            self._largest[k] = max(self._largest[k], norms.values)
+            if 0 < OUT_OF_PROPORTION**2 * self._largest[k] < norms.residual:
+                self.state = max(self.state, DIVERGED if norms.residual > EXPANDED * norms.sums else BEHIND)
 
 
 _SUMMED = ("encode_seconds", "wire_seconds", "decode_seconds", "wait_seconds", "bytes_sent")
-_AVERAGED = ("residual_ratio", "contraction")
+_AVERAGED = ("residual_ratio", "contraction", "owner_residual_ratio")
 
 
 class Totals:
@@ -101,7 +115,7 @@ class Totals:
         """Count a run in."""
         for name in (*_SUMMED, *_AVERAGED):
             x = getattr(run, name)
-            if math.isfinite(x):
+            if not math.isnan(x):
                 self._sums[name] += x
                 self._counts[name] += 1
         if run.slowest_rank is not None:
@@ -125,9 +139,8 @@ class Totals:
 class Verdict:
     """A tiny AllReduce before each run: is a value NaN or Inf, has a residual diverged, who was slowest last time.
 
-    After ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None;
-    ``diverged``; ``slowest_rank``. ``wait_seconds``: from when this rank
-    came to the run.
+    After ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None; ``worst``,
+    the largest state of a Watch; ``slowest_rank``. ``wait_seconds``: from when this rank came to the run.
     """
 
     def __init__(self, state: State, channel: int) -> None:
@@ -141,21 +154,20 @@ class Verdict:
         self._runs = 0
         self.bad_rank: int | None = None
         self.slowest_rank: int | None = None
-        self.diverged = False
+        self.worst = 0
 
     def come(self) -> None:
         """This rank has come to the run: its wait begins."""
         self._came = time.perf_counter()
 
-    def steps(self, bad: bool, diverged: bool, progress: Progress) -> Steps:
-        """Find out; ``bad`` and ``diverged`` are this rank's."""
+    def steps(self, bad: bool, state: int, progress: Progress) -> Steps:
+        """Find out; ``bad`` and the ``state`` of its Watch are this rank's."""
         waited = min(int(self.wait_seconds * 1e6), _LONGEST)
-        self._words[:] = self._size - self._rank if bad else 0, diverged, -(waited << _RANK_BITS | self._rank)
+        self._words[:] = self._size - self._rank if bad else 0, state, -(waited << _RANK_BITS | self._rank)
         yield from self._runner.steps(progress)
         self.wait_seconds = time.perf_counter() - self._came
-        worst, flag, least = (int(word) for word in self._words)
-        self.bad_rank = self._size - worst if worst else None
-        self.diverged = bool(flag)
+        bad_place, self.worst, least = (int(word) for word in self._words)
+        self.bad_rank = self._size - bad_place if bad_place else None
         self.slowest_rank = -least & ((1 << _RANK_BITS) - 1) if self._runs else None
         self._runs += 1
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Generator
 from typing import Protocol
 
+import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import Array, device_of
+from bitring.collectives.arrays import Array, device_of, xp_of
 from bitring.collectives.errors import NonFiniteError
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.plan import Plan
@@ -17,9 +19,33 @@ from bitring.collectives.state import State
 from bitring.collectives.transport import channel_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.record import Record
-from bitring.compression.telemetry import Telemetry, Verdict, Watch, telemetry_of
+from bitring.compression.telemetry import (
+    BEHIND,
+    DIVERGED,
+    OUT_OF_PROPORTION,
+    Telemetry,
+    Verdict,
+    Watch,
+    telemetry_of,
+)
 
 logger = logging.getLogger("bitring")
+
+
+def add_owed(x: Array, owed: Array) -> bool:
+    """Add residuals to ``x``, in place; ``owed`` keeps what x's dtype cannot hold. Returns whether that is anything.
+
+    Where the sum is not finite x stays as it is, and nothing is owed.
+    """
+    xp = xp_of(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        v = x.astype(owed.dtype) + owed
+        rounded = v.astype(x.dtype)
+        v -= rounded.astype(owed.dtype)
+    held = xp.isfinite(v)  # not where v or what it was rounded to is not finite
+    x[...] = xp.where(held, rounded, x)
+    owed[...] = xp.where(held, v, 0)
+    return bool(owed.any())
 
 
 class _Part(Protocol):
@@ -29,7 +55,8 @@ class _Part(Protocol):
 class WatchedPlan(Plan):
     """A compressed sum of ``flat``. ``telemetry`` is about the last run; None before one, and where sums are exact.
 
-    When a rank's residual grows without bound all ranks sum exactly from then on; the log says so.
+    When encoding makes a rank's residual grow without bound, or it is not finite, all ranks sum exactly from then on;
+    the first of these sums has what residuals there were, so that nothing finite is lost. The log says so.
     """
 
     telemetry: Telemetry | None = None
@@ -44,6 +71,8 @@ class WatchedPlan(Plan):
         self._check_finite = check_finite
         self._verdict = Verdict(state, channel_of(self.number))
         self._watch = Watch()
+        self._warned = False
+        self._owes = False  # whether a single rank was handed residuals
         self._parts = (self._verdict,)
 
     @abstractmethod
@@ -51,19 +80,21 @@ class WatchedPlan(Plan):
         """Whether this rank's values hold neither NaN nor Inf."""
 
     @abstractmethod
-    def _compressed_steps(self, progress: Progress) -> Steps:
-        """One compressed run; ``_record`` is about it afterwards. Adds to ``bytes_sent``."""
+    def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
+        """One compressed run; returns its record, None where sums are exact. Adds to ``bytes_sent``."""
 
-    @property
     @abstractmethod
-    def _record(self) -> Record: ...
+    def _owed(self) -> list[tuple[Array, Array]]:
+        """This rank's residuals, each behind the part of x that they are to be added to."""
 
     def _settle(self) -> None:
-        """The run of a single rank, which exchanges nothing."""
+        """The run of a single rank. It leaves nothing out; what it was handed as residuals, of more ranks, is added."""
+        if self._owes:
+            left = [add_owed(x, owed) for x, owed in self._owed()]
+            self._owes = any(left)
 
-    @abstractmethod
-    def _forget(self) -> None:
-        """Make the residuals zero."""
+    def _refuse(self) -> None:
+        """The run that was asked for is not made."""
 
     def checked_steps(self, progress: Progress) -> Steps:
         """See Plan."""
@@ -74,34 +105,47 @@ class WatchedPlan(Plan):
         bad = self._check_finite and not self._finite()
         if self.state.size == 1:
             if bad:
+                self._refuse()
                 raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank 0; nothing was changed")
             self._settle()
             return
         # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
-        yield from self._verdict.steps(bad, self._watch.diverged or self._exact is not None, progress)
+        yield from self._verdict.steps(bad, DIVERGED if self._exact is not None else self._watch.state, progress)
         if self._verdict.bad_rank is not None:
+            self._refuse()
             raise NonFiniteError(
                 f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
             )
-        if self._verdict.diverged and self._exact is None:
+        if self._verdict.worst == DIVERGED and self._exact is None:
             self._give_up()
+        elif self._verdict.worst == BEHIND and not self._warned:
+            self._warned = True
+            if self.state.rank == 0:
+                logger.warning(
+                    "%s: a residual is more than %d times what is summed: most of it has not been sent yet",
+                    self.what,
+                    OUT_OF_PROPORTION,
+                )
         if self._exact is not None:
             yield from self._exact.steps(progress)
             self.bytes_sent += self._exact.nbytes_sent
             return
-        yield from self._compressed_steps(progress)
-        self._watch.look(self._record)
-        self.telemetry = telemetry_of(self._record, self._verdict.wait_seconds, self._verdict.slowest_rank)
+        record = yield from self._compressed_steps(progress)
+        if record is not None:
+            self._watch.look(record)
+            self.telemetry = telemetry_of(record, self._verdict.wait_seconds, self._verdict.slowest_rank)
 
     def _give_up(self) -> None:
-        """Sum exactly from now on, without what the residuals hold: it is out of all proportion."""
+        """Sum exactly from now on; the first time, what the residuals hold too."""
         if self._ring is None:
             self._ring = schedule_runner(
                 self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
             )
             self._parts += (self._ring,)
         self._exact = self._ring
-        self._forget()
+        for x, owed in self._owed():
+            add_owed(x, owed)
+            owed[...] = 0
         self.telemetry = None
         self._chosen = self.algorithm, self.why
         self.algorithm, self.why = "ring", f"the residual of {self._compressor} diverged, so sums are exact now"
@@ -133,7 +177,7 @@ class WatchedPlan(Plan):
                 array[...] = state[name]
         if self._exact is not None:
             self.algorithm, self.why = self._chosen
-        self._exact, self._watch = None, Watch()
+        self._exact, self._watch, self._owes = None, Watch(), True
         return mine
 
     def free(self) -> None:

@@ -109,6 +109,7 @@ def test_nodes_sum_exactly_first(comm: MPI.Intracomm, agree: Any) -> None:
     agree(comm, bool(np.allclose(x, once, rtol=0, atol=1e-12)), f"{x} is not {once}")
     agree(comm, not any(a.any() for a in plan.state_dict().values()), "a residual stayed")
     agree(comm, comm.size == 1 or "on one node, whose sum is exact" in bitring.explain(plan), bitring.explain(plan))
+    agree(comm, plan.telemetry is None, f"{plan.telemetry}")
     plan.free()
 
 
@@ -120,6 +121,7 @@ def test_between_nodes(two_nodes: Any, agree: Any, n: int) -> None:
     plan: Any = bitring.plan_allreduce(x, comm=comm, compression="onebit")
     applied, given = np.zeros(n), np.zeros(n)
     for step in range(6):
+        sent = plan.bytes_sent
         x[:] = rng.standard_normal(n)
         given += comm.allreduce(x.astype(float))
         if step == 3:  # what is elsewhere is added there
@@ -128,6 +130,7 @@ def test_between_nodes(two_nodes: Any, agree: Any, n: int) -> None:
             plan.load_state_dict({"residual": moved, "owner_residual": plan.state_dict()["owner_residual"]})
         plan()
         agree(comm, len(set(comm.allgather(x.tobytes()))) == 1, "replicas differ")
+        agree(comm, plan.telemetry.bytes_sent == plan.bytes_sent - sent, f"{plan.telemetry}, {plan.bytes_sent - sent}")
         applied += x
     state = plan.state_dict()
     owed = state["residual"].astype(float)
@@ -150,12 +153,11 @@ def test_a_rank_alone_adds_what_it_is_handed(comm: MPI.Intracomm, agree: Any, dt
     plan.load_state_dict({name: np.full_like(a, 0.25 + tiny) for name, a in plan.state_dict().items()})
     plan()
     state = plan.state_dict()
-    agree(comm, bool((x + state["residual"] == 1.5 + 2 * tiny).all()), f"{x} {state}")
-    agree(comm, not state["owner_residual"].any() and x[0] >= 1.5, f"{x} {state}")
-    owed = state["residual"].copy()
+    owed = state["residual"] + state["owner_residual"]
+    agree(comm, bool((x + owed == 1.5 + 2 * tiny).all()) and x[0] >= 1.5, f"{x} {state}")
     x[:] = 0
     plan()
-    agree(comm, bool((x == owed).all()) and not state["residual"].any(), f"{x} {state}")
+    agree(comm, bool((x == owed).all()) and not any(a.any() for a in state.values()), f"{x} {state}")
     plan.free()
     alone.Free()
 
@@ -173,6 +175,48 @@ def test_what_16_bits_cannot_hold_stays_owed(two_nodes: Any, agree: Any) -> None
     plan.free()
 
 
+MIXED = """
+import os, sys
+if (os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")) == "1":
+    os.environ["BITRING_NATIVE"] = "0"
+import numpy as np
+from mpi4py import MPI
+import bitring
+comm, n = MPI.COMM_WORLD, 1 << 19
+for name in ("onebit", "topk"):
+    x = np.zeros(n, np.float32)
+    plan = bitring.plan_allreduce(x, comm=comm, compression=name, hierarchical=False)
+    total, exact = np.zeros(n), np.zeros(n)
+    for step in range(3):
+        x[:] = np.random.default_rng((comm.rank, step)).standard_normal(n)
+        exact += comm.allreduce(x.astype(float))
+        plan()
+        total += x
+    state = plan.state_dict()
+    owed = state["residual"].astype(float)
+    owed[slice(*plan.owned)] += state["owner_residual"]
+    assert np.allclose(total + comm.allreduce(owed), exact, atol=1e-4), name
+    plan.free()
+"""
+
+
+@pytest.mark.single
+def test_ranks_with_and_without_the_native_engine(on_ranks: Any) -> None:
+    """Messages of the two exchanges differ for chunks of more than one segment."""
+    done = on_ranks(2, "-c", MIXED)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_boundaries_must_be_ints(comm: MPI.Intracomm, agree: Any) -> None:
+    for boundaries in (["a"], [2.5]):
+        try:
+            bitring.plan_allreduce(np.ones(5, np.float32), comm=comm, compression="onebit", boundaries=boundaries)
+            text = ""
+        except TypeError as error:
+            text = str(error)
+        agree(comm, "boundaries must be positions in x, ints; got" in text, text)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_a_rank_that_fails_alone(
     comm: MPI.Intracomm, agree: Any, monkeypatch: pytest.MonkeyPatch, native: bool
@@ -185,7 +229,7 @@ def test_a_rank_that_fails_alone(
         refused = DECODE(lambda *_: -1)
         monkeypatch.setattr(encoder_module, "decode_function", lambda *_: refused)
     if not native:
-        monkeypatch.setattr(plan_module, "make_owner_exchange", PortableOwnerExchange)
+        monkeypatch.setattr(plan_module, "exchange_for", lambda *_: PortableOwnerExchange)
     other = comm.Dup()
     plan = bitring.plan_allreduce(np.ones(5000, np.float32), comm=other, compression="topk", hierarchical=False)
     said: list[str] = []

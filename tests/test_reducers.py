@@ -170,12 +170,22 @@ def test_the_exact_sums_run_the_algorithm_asked_for(comm: Any, agree: Any, make:
     plan.free()
 
 
+def test_a_matrix_brings_its_own_shape(comm: Any, agree: Any) -> None:
+    x = np.ones((40, 50), np.float32)
+    plan = bitring.plan_allreduce(x, comm=comm, compression="powersgd")
+    agree(comm, "1 of 1 parameters travel as" in bitring.explain(plan), bitring.explain(plan))
+    plan()
+    agree(comm, np.allclose(x, comm.size, rtol=1e-5), f"{x}")
+    plan.free()
+
+
 @each_reducer
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"shapes": [(3,), (4, 5)]}, "shapes must have x's 24 values in all; got 23"),
         ({"shapes": [24]}, r"shapes must be one shape for each parameter; got [24]"),
+        ({"shapes": [(-4, -6)]}, r"no side of a shape can be negative; got [(-4, -6)]"),
         ({"op": "MAX"}, "compression is for sums (op=MPI.SUM); got MAX"),
         ({"algorithm": "rings"}, "unknown algorithm 'rings'; known: binomial_tree"),
         ({"x": np.ones(24, np.int32)}, "compression is for float16, bfloat16, float32, float64; got int32"),

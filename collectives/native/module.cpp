@@ -271,14 +271,19 @@ NB_MODULE(_native, m) {
         })
         .def_static("chunk_start", &LaneAllreduce::chunk_start);
 
+    nb::class_<OwnerExchange::Norms>(m, "Norms")
+        .def_ro("values", &OwnerExchange::Norms::values)
+        .def_ro("sums", &OwnerExchange::Norms::sums)
+        .def_ro("residual", &OwnerExchange::Norms::residual);
+
     nb::class_<OwnerExchange::Record>(m, "Record")
         .def_ro("nanoseconds", &OwnerExchange::Record::nanoseconds)
         .def_ro("encode", &OwnerExchange::Record::encode)
         .def_ro("decode", &OwnerExchange::Record::decode)
         .def_ro("bytes_sent", &OwnerExchange::Record::bytes_sent)
-        .def_ro("values", &OwnerExchange::Record::values)
-        .def_ro("sums", &OwnerExchange::Record::sums)
-        .def_ro("residual", &OwnerExchange::Record::residual);
+        .def_ro("norms", &OwnerExchange::Record::norms)
+        .def_ro("owner_norms", &OwnerExchange::Record::owner_norms)
+        .def_ro("finite", &OwnerExchange::Record::finite);
 
     nb::class_<OwnerExchange, Operation>(m, "OwnerExchange")
         .def(nb::new_(&make_owner_exchange), nb::keep_alive<1, 2>())

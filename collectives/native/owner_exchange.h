@@ -41,11 +41,17 @@ struct ExchangeSegment {
 
 class OwnerExchange final : public Operation {
 public:
-    // What one run took, and squared norms over a sample of the segments: of the values, of the values with their
-    // residual, and of the residual left behind.
+    // Squared norms: of values, of the values with their residual, and of the residual that encoding left behind.
+    struct Norms {
+        double values = 0, sums = 0, residual = 0;
+    };
+
+    // What one run took; the norms over a sample of the segments, for the rank's values and for the sums it owns;
+    // whether all residuals left behind are finite.
     struct Record {
         std::int64_t nanoseconds = 0, encode = 0, decode = 0, bytes_sent = 0;
-        double values = 0, sums = 0, residual = 0;
+        Norms norms, owner_norms;
+        bool finite = true;
     };
 
     // `segments` are the same on all ranks, ordered by owner. `fixed`: a piece's payload has always `nbytes` bytes.
@@ -91,7 +97,8 @@ private:
         std::size_t nbytes = 0;  // encoded
         int error = 0;
         std::int64_t encode_nanoseconds = 0, decode_nanoseconds = 0;
-        double values = 0, sums = 0, residual = 0;  // as in Record
+        Norms norms;         // of what was encoded, where it is in the sample
+        bool finite = true;  // what encoding left
     };
 
     std::size_t header(std::size_t s) const { return fixed_ ? 0 : segments_[s].pieces.size() * sizeof(std::uint32_t); }
@@ -101,7 +108,6 @@ private:
     bool decode(Task& task, bool sum, bool accumulate, const std::vector<std::uint8_t>& payload);
     void gather_tasks();
     void work(Task& task);
-    void encode_values(Task& task);
     void work_on_all();
     void finish(const Task& task);
 

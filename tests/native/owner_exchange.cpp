@@ -127,7 +127,10 @@ void check(int size, std::int64_t n, unsigned longest, bool variable) {
                 }
                 const auto& record = exchange.record();
                 if (n > 0 && size > 1 && record.bytes_sent <= 0) fail(what + ": nothing was counted");
-                if (record.residual > record.sums) fail(what + ": the residual is larger than what was encoded");
+                for (const auto& norms : {record.norms, record.owner_norms}) {
+                    if (norms.residual > norms.sums) fail(what + ": the residual is larger than what was encoded");
+                }
+                if (!record.finite) fail(what + ": finite numbers passed for others");
             }
             const auto& mine = residual[std::size_t(rank)];
             if (!std::equal(mine.begin(), mine.end(), left.begin())) fail(what + ": residual");
@@ -171,6 +174,44 @@ void check_corrupt_with_helpers() {
     if (exchange.status() != Status::failed || exchange.error() != OwnerExchange::kCorrupt) fail("helped: not seen");
 }
 
+// Leaves the largest numbers of what is 1, and Inf of what is more; says on the way that something was invalid.
+std::int64_t encode_largest(const void* values, void* residual, std::int64_t n, std::uint8_t* payload, std::int64_t,
+                            std::int64_t, const double*) {
+    const float* x = static_cast<const float*>(values);
+    float* left = static_cast<float*>(residual);
+    volatile float infinite = INFINITY;
+    infinite = infinite - infinite;
+    for (std::int64_t i = 0; i < n; ++i) {
+        payload[i] = std::uint8_t(std::int8_t(x[i]));
+        left[i] = x[i] * 3e38f;
+    }
+    return n;
+}
+
+// Also in a segment that the sample leaves out.
+void check_not_finite() {
+    const double settings[] = {0};
+    const Codec codec{encode_largest, encode_largest, decode, decode, settings};
+    Network network(1, 64);
+    constexpr std::int64_t kLength = 64, kSegments = 40;
+    std::vector<float> x(kLength * kSegments), left(x.size()), owed(x.size());
+    std::vector<ExchangeSegment> segments;
+    for (std::int64_t s = 0; s < kSegments; ++s) {
+        segments.push_back({0, {{s * kLength, (s + 1) * kLength, kLength}}});
+    }
+    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, true, segments, left.data(), owed.data(), 0, 1, 2);
+    exchange.bind(x.data());
+    for (const std::int64_t at : {std::int64_t(-1), 5 * kLength + 3, std::int64_t(-1), 39 * kLength}) {
+        std::fill(x.begin(), x.end(), 1.0f);
+        if (at >= 0) x[std::size_t(at)] = 2;
+        exchange.prepare(0, 0);
+        exchange.begin();
+        while (!is_over(exchange.advance())) {
+        }
+        if (exchange.record().finite != (at < 0)) fail("not finite: " + std::to_string(at));
+    }
+}
+
 void check_outgrown() {
     const double settings[] = {1};
     const Codec codec{encode, encode, decode, decode, settings};
@@ -197,5 +238,6 @@ int main() {
     }
     check_corrupt();
     check_corrupt_with_helpers();
+    check_not_finite();
     check_outgrown();
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -190,7 +191,9 @@ def _train(
                     "bytes_sent": sent_before + max(sent for _, sent, _ in sums),
                     "bytes_exact": exact * epoch,
                     "digest": digest,
-                    "telemetry": trainer.telemetry(),
+                    "telemetry": {
+                        name: x if x is None or math.isfinite(x) else None for name, x in trainer.telemetry().items()
+                    },
                 }
             )
             if progress is not None:
