@@ -197,7 +197,7 @@ def as_array(x: Any, function: str, argument: str) -> Array:
 
 
 class _Producer:
-    """A DLPack producer that remembers what kind of capsule it gave."""
+    """A DLPack producer that gives no copy, if it knows the word, and remembers what kind of capsule it gave."""
 
     def __init__(self, x: Any) -> None:
         self._x = x
@@ -207,6 +207,8 @@ class _Producer:
         return self._x.__dlpack_device__()
 
     def __dlpack__(self, **options: Any) -> Any:
+        if "copy" in options:  # None would let a producer copy that cannot share
+            options["copy"] = False
         capsule = self._x.__dlpack__(**options)
         self.versioned = "dltensor_versioned" in repr(capsule)
         return capsule

@@ -66,6 +66,17 @@ def test_dlpack_that_says_read_only():
         flat_view(got, "f", "x", writable=True)
 
 
+def test_dlpack_that_would_copy():
+    class Copies(Dlpack):
+        def __dlpack__(self, *, copy=None, **options):
+            if copy is False:
+                raise BufferError("the memory cannot be shared")
+            return self._x.copy().__dlpack__(**options)
+
+    with pytest.raises(TypeError, match="f: x offers DLPack, but the memory cannot be shared"):
+        as_array(Copies(np.zeros(3)), "f", "x")
+
+
 def test_what_is_no_array():
     for given, got in ((5, "int"), ([1.0], "list"), ("abc", "str"), (None, "NoneType")):
         with pytest.raises(TypeError) as caught:

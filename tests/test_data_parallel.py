@@ -58,6 +58,21 @@ def describes(error, kind, *texts):
     return type(error) is kind and all(text in str(error) for text in texts)
 
 
+class Tensor:
+    """Another library's array: nothing but DLPack."""
+
+    def __init__(self, array, shares=True):
+        self._array, self._shares = array, shares
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, *, copy=None, **options):
+        if copy is False and not self._shares:
+            raise BufferError("it would be a copy")
+        return self._array.__dlpack__(copy=copy, **options)
+
+
 def snapshot(trainer):
     """All of a rank's state as bytes."""
 
@@ -96,6 +111,31 @@ def test_equals_one_process_with_the_same_batches(comm, agree, dtype, tolerance,
         agree(comm, error <= tolerance, f"{name}: {error}")
     agree(comm, trainer.steps == 50)
     trainer.free()
+
+
+@pytest.mark.parametrize("compression", [None, "onebit"])
+@pytest.mark.parametrize("mode", ["sync", "local"])
+def test_tensors_of_other_libraries(comm, agree, mode, compression):
+    """They train as arrays do, bit for bit, in their own memory; also where gradients are views, or have no axes."""
+    arrays = {"a": np.ones((40, 60), np.float32), "b": np.ones((), np.float32)}
+    shared = {name: w.copy() for name, w in arrays.items()}
+    tensors = {name: Tensor(w) for name, w in shared.items()}
+    trainers = [
+        DataParallel(parameters, SGD(momentum=0.9), comm=comm, mode=mode, compression=compression)
+        for parameters in (arrays, tensors)
+    ]
+    rng = np.random.default_rng(comm.rank)
+    for _ in range(5):
+        gradients = {"a": rng.standard_normal((60, 40)).astype(np.float32).T, "b": np.ones((), np.float32)}
+        trainers[0].step(gradients)
+        trainers[1].step({name: Tensor(g) for name, g in gradients.items()})
+    for trainer in trainers:
+        trainer.synchronize()
+    same = all(np.array_equal(shared[name], arrays[name]) for name in arrays)
+    agree(comm, same and trainers[0].digest() == trainers[1].digest())
+    agree(comm, (shared["a"] != 1).all() and np.shares_memory(trainers[1].parameters["a"], shared["a"]))
+    for trainer in trainers:
+        trainer.free()
 
 
 @pytest.mark.parametrize("compression", [None, "onebit"])
@@ -315,7 +355,7 @@ def test_large_but_finite_gradients_pass(comm, agree):
             {"a": [1.0, 1.0, 1.0], "b": np.ones(2)},
             1,
             TypeError,
-            "'a' must be an array of numpy, as the parameter is, got",
+            "the gradient of 'a' must be a NumPy or CuPy array, or offer DLPack",
         ),
         ([np.ones(3)], 1, ValueError, "one for each of the 2 parameters, got 1"),
         (np.ones(5), 1, TypeError, "gradients must be a dict or a list of arrays, got ndarray"),
@@ -364,7 +404,13 @@ SHARED = np.ones(6)
         ({"parameters": []}, ValueError, "parameters must hold at least one array"),
         ({"parameters": {"": np.ones(3)}}, TypeError, "named by non-empty strings, got the name ''"),
         ({"parameters": {1: np.ones(3)}}, TypeError, "named by non-empty strings, got the name 1"),
-        ({"parameters": {"w": [1.0]}}, TypeError, "'w' must be a NumPy or CuPy array, got list"),
+        ({"parameters": {"w": [1.0]}}, TypeError, "parameters: 'w' must be a NumPy or CuPy array, or offer DLPack"),
+        (
+            {"parameters": {"w": Tensor(np.ones(3), shares=False)}},
+            TypeError,
+            "'w' offers DLPack, but it would be a copy",
+        ),
+        ({"parameters": {"w": Tensor(READ_ONLY)}}, ValueError, "'w' must be writable, since it is updated in place"),
         (
             {"parameters": {"w": np.ones(3, int)}},
             TypeError,

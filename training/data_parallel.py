@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import BFLOAT16, is_device, xp_of
+from bitring.collectives.arrays import BFLOAT16, as_array, is_device, xp_of
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.registry import Registry
@@ -79,7 +79,8 @@ class DataParallel:
     """Train ``parameters`` on all ranks of ``comm``. Collective, as are ``step``, ``synchronize`` and ``free``.
 
     ``parameters``: dict of name -> array, or a list (named "0", "1", ...); float16, bfloat16, float32 or float64, NumPy
-    or CuPy (all the same), C-contiguous and writable. They take rank 0's values now and are updated in place.
+    or CuPy (all the same) or what shares its memory through DLPack, C-contiguous and writable. They take rank 0's
+    values now and are updated in place.
     ``optimizer``: a name, or an instance such as ``SGD(lr=0.05)``; settings put into ``trainer.optimizer`` later, such
     as another learning rate, hold from then on.
     ``mode``: a name, or an instance such as ``BlockMomentum(tau=50)``.
@@ -163,7 +164,7 @@ class DataParallel:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Name -> the caller's array."""
+        """Name -> the caller's array, or an array over the memory of what was given."""
         return self._parameters
 
     @property
@@ -213,9 +214,9 @@ class DataParallel:
     def step(self, gradients: Mapping[str, Any] | Sequence[Any], weight: float = 1.0) -> None:
         """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.
 
-        ``gradients`` match the parameters in names (or order), shapes, dtypes and device; any strides; they are only
-        read, and not looked at when ``weight`` is 0. One of two dimensions may be given as ``Factors``. All ranks make
-        equally many steps; total weight 0 changes nothing.
+        ``gradients`` match the parameters in names (or order), shapes, dtypes and device; any strides, through DLPack
+        as well; they are only read, and not looked at when ``weight`` is 0. One of two dimensions may be given as
+        ``Factors``. All ranks make equally many steps; total weight 0 changes nothing.
 
         A rank's bad arguments raise TypeError or ValueError there and PeerError on the others, NaN or Inf
         NonFiniteError on all; parameters, optimizer and residuals are as before, and training may go on. In a mode that
@@ -226,7 +227,7 @@ class DataParallel:
         taken: dict[str, Any] = {}
         try:
             taken, weight = self._checked(gradients, weight)
-        except (TypeError, ValueError, NonFiniteError) as problem:
+        except Exception as problem:  # whatever it is, the other ranks must not wait
             self._problem = self._problem or problem
             weight = 0.0
         self.mode.step(self, self._mode_state, taken, weight)
@@ -436,6 +437,8 @@ class DataParallel:
             g = taken[name]
             if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
                 g = taken[name] = np.asarray(g)
+            elif not (is_array(g) or isinstance(g, Factors)):
+                g = taken[name] = as_array(g, where, f"the gradient of {name!r}")
             array = g.u if isinstance(g, Factors) else g
             if type(array) is not type(w) and not (isinstance(array, np.ndarray) and isinstance(w, np.ndarray)):
                 raise TypeError(
@@ -541,14 +544,13 @@ def _checked_parameters(parameters: Any) -> dict[str, Any]:
         raise TypeError(f"{where} must be a dict or a list of arrays, got {type(parameters).__name__}")
     if not named:
         raise ValueError(f"{where} must hold at least one array, got none")
-    first = next(iter(named.values()))
     extents: list[tuple[int, int, str]] = []
-    for name, array in named.items():
+    for name, array in list(named.items()):
         if not isinstance(name, str) or not name:
             raise TypeError(f"{where} must be named by non-empty strings, got the name {name!r}")
         if not is_array(array):
-            raise TypeError(f"{where}: {name!r} must be a NumPy or CuPy array, got {type(array).__name__}")
-        if is_device(array) != is_device(first):
+            array = named[name] = as_array(array, where, repr(name))
+        if is_device(array) != is_device(next(iter(named.values()))):
             raise TypeError(f"{where}: {name!r} must be on the same device as the others")
         if array.dtype not in DTYPES:
             known = ", ".join(dtype.name for dtype in DTYPES)
@@ -557,7 +559,10 @@ def _checked_parameters(parameters: Any) -> dict[str, Any]:
             raise ValueError(f"{where}: {name!r} must be C-contiguous, got strides {array.strides}")
         if isinstance(array, np.ndarray):
             if not array.flags.writeable:
-                raise ValueError(f"{where}: {name!r} must be writable, got a read-only array")
+                raise ValueError(
+                    f"{where}: {name!r} must be writable, since it is updated in place, got a read-only array; "
+                    "give a writable copy, such as numpy.array of it"
+                )
             if array.size:
                 extents.append((array.ctypes.data, array.ctypes.data + array.nbytes, name))
     extents.sort()
