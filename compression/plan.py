@@ -18,7 +18,7 @@ from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
 from bitring.collectives.transport import channel_of
-from bitring.compression.compressor import Compressor
+from bitring.compression.compressor import Compressor, parsed
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.once_a_node import compile_together
 from bitring.compression.owner_exchange import OwnerExchange, exchange_for
@@ -45,7 +45,7 @@ def plan_allreduce(
     ``x``: a contiguous NumPy or CuPy array, or anything that shares its memory through DLPack, of the same size and
     dtype on every rank. ``comm``: MPI.COMM_WORLD by default. ``algorithm``: a registered name, or ``"auto"``.
 
-    ``compression``: None is exact; a registered name or an encoder such as ``OneBit(block=512)`` sends encoded sums
+    ``compression``: None is exact; "onebit", "onebit:block=512" or the encoder ``OneBit(block=512)`` sends encoded sums
     of float16, bfloat16, float32 or float64 values with error feedback (Seide et al., 2014): what an encoding leaves
     out is added to the next run's values. ``boundaries``: the positions in ``x`` where a new parameter begins; no
     block of values that share levels spans two. ``hierarchical``: ranks of a node first sum exactly, and only nodes
@@ -74,7 +74,7 @@ def plan_allreduce(
     try:
         flat = checked_flat(x, "plan_allreduce")
         check_name(algorithm)
-        made = compressors.get(compression)() if isinstance(compression, str) else compression
+        made = parsed(compression)
         if not isinstance(made, Encoder):
             raise TypeError(
                 f"plan_allreduce: compression must be None, a registered name ({', '.join(compressors.names())}), an "

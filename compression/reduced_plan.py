@@ -18,7 +18,7 @@ from bitring.collectives.operators import op_name
 from bitring.collectives.plan import checked_flat, memory_name, run_agreement
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
-from bitring.compression.compressor import compressors
+from bitring.compression.compressor import parsed
 from bitring.compression.encoder import VALUE_DTYPES
 from bitring.compression.exchange import Exchange
 from bitring.compression.factors import Factors
@@ -28,10 +28,12 @@ from bitring.compression.watched_plan import WatchedPlan
 
 
 def reducer_of(compression: object) -> Reducer | None:
-    """The reducer that is asked for, by name or as an instance; None for anything else."""
-    if isinstance(compression, str) and compression in compressors.names():
-        compression = compressors.get(compression)()
-    return compression if isinstance(compression, Reducer) else None
+    """The reducer that is asked for, by name or as an instance; None for anything else, and for a mistake."""
+    try:
+        made = parsed(compression)
+    except Exception:  # plan_allreduce tells of it, on all ranks
+        return None
+    return made if isinstance(made, Reducer) else None
 
 
 def plan_reduced(

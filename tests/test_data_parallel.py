@@ -305,6 +305,12 @@ def test_no_samples_changes_nothing(comm, agree):
     trainer.free()
 
 
+def test_compression_as_on_the_command_line(comm, agree):
+    trainer = DataParallel([np.zeros(100)], SGD(), comm=comm, compression="topk:density=0.001,block=64")
+    agree(comm, trainer.describe()["compression"].startswith("TopK(density=0.001, "), str(trainer.compression))
+    trainer.free()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("compression", [None, "onebit"])
 def test_not_finite_raises_everywhere_and_changes_nothing(comm, agree, compression, value):
@@ -428,6 +434,8 @@ SHARED = np.ones(6)
         ({"mode": "async"}, ValueError, "unknown mode 'async'; known: block_momentum, local, sync"),
         ({"mode": 3}, TypeError, "mode must be a name (block_momentum, local, sync) or an instance of Mode, got 3"),
         ({"compression": "twobit"}, ValueError, "'twobit'; known: "),
+        ({"compression": "none"}, ValueError, "'none' is no compressor: compression=None is exact; known: "),
+        ({"compression": "topk:densty=1"}, ValueError, "unknown setting 'densty' of the compressor topk; known: "),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0, got -1"),
         ({"warmup_steps": 1.5}, TypeError, "warmup_steps must be an int, got float"),
         ({"bucket_bytes": 0}, ValueError, "bucket_bytes must be at least 1, got 0"),

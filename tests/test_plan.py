@@ -13,8 +13,10 @@ import pytest
 
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.engine import engine
+from bitring.collectives.errors import PeerError
 from bitring.collectives.plan import plan_exact
 from bitring.collectives.schedule import algorithms
+from bitring.compression.compressor import parsed
 from bitring.compression.plan import plan_allreduce
 
 ALGORITHMS = [
@@ -187,6 +189,33 @@ def test_bad_arguments_raise_on_all_ranks(world, agree):
         make(np.zeros(3), world, op=own)
     own.Free()
     agree(world, True)
+
+
+@pytest.mark.parametrize("text", ["topk:density=0.5,block=64", "powersgd:matrix_rank=2"])
+def test_compressors_are_asked_for_as_on_the_command_line(world, agree, text):
+    plan = plan_allreduce(np.ones(100, np.float32), comm=world, compression=text)
+    agree(world, str(parsed(text)) in plan.why, plan.why)
+    plan.free()
+
+
+@pytest.mark.parametrize("usual", ["topk", "powersgd"])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ("powersgd:matrix_rank=0", "PowerSGD: matrix_rank must be at least 1; got 0"),
+        ("topk:densty=0.1", "unknown setting 'densty' of the compressor topk; known: density"),
+        ("zip", "unknown compressor 'zip'; known: bfloat16"),
+        ("none", "'none' is no compressor: compression=None is exact; known: bfloat16"),
+    ],
+)
+def test_a_rank_that_asks_for_no_compressor(world, agree, usual, wrong, text):
+    odd = world.rank == world.size - 1
+    error = None
+    try:
+        plan_allreduce(np.ones(4, np.float32), comm=world, compression=wrong if odd else usual)
+    except (ValueError, PeerError) as raised:
+        error = raised
+    agree(world, text in str(error) and isinstance(error, ValueError if odd else PeerError), repr(error))
 
 
 def test_bytes_sent(world, agree):

@@ -21,7 +21,7 @@ from bitring.collectives.arrays import BFLOAT16, as_array, is_device, xp_of
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.registry import Registry
-from bitring.compression.compressor import Compressor, compressors
+from bitring.compression.compressor import Compressor, compressors, parsed
 from bitring.compression.factors import Factors
 from bitring.compression.plan import plan_allreduce
 from bitring.compression.reduced_plan import ReducedPlan
@@ -84,8 +84,9 @@ class DataParallel:
     ``optimizer``: a name, or an instance such as ``SGD(lr=0.05)``; settings put into ``trainer.optimizer`` later, such
     as another learning rate, hold from then on.
     ``mode``: a name, or an instance such as ``BlockMomentum(tau=50)``.
-    ``compression``: None for an exact exchange, a name, or an instance such as ``OneBit(block=1024)``. Parameters with
-    fewer values than one block of an encoder travel exactly. The first ``warmup_steps`` steps are exact.
+    ``compression``: None for an exact exchange, a name such as "topk" or "topk:density=0.001", or an instance such as
+    ``OneBit(block=1024)``. Parameters with fewer values than one block of an encoder travel exactly. The first
+    ``warmup_steps`` steps are exact.
     ``algorithm``: of the exact exchange, and "auto" chooses. ``bucket_bytes``: buckets are closed at this size.
 
     Raises on all ranks alike: a rank's own mistake there as TypeError or ValueError, and on the others as PeerError
@@ -119,7 +120,7 @@ class DataParallel:
             self.optimizer = _chosen("optimizer", optimizer, optimizers, Optimizer)
             self.mode = _chosen("mode", mode, modes, Mode)
             self.compression = (
-                None if compression is None else _chosen("compression", compression, compressors, Compressor)
+                None if compression is None else _chosen("compression", parsed(compression), compressors, Compressor)
             )
             self.algorithm = algorithm
             self.warmup_steps = _count("warmup_steps", warmup_steps, 0)

@@ -20,12 +20,12 @@ from mpi4py import MPI
 from bitring.collectives.executor import Progress
 from bitring.collectives.state import state_of
 from bitring.commands._bench_allreduce import dtype_of
-from bitring.commands._compression import make
 from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
 from bitring.commands._wire import wire
 from bitring.compression import powersgd
+from bitring.compression.compressor import make
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange import Exchange
 from bitring.compression.once_a_node import once_a_node

@@ -12,9 +12,9 @@ import click
 import numpy as np
 from mpi4py import MPI
 
-from bitring.commands._compression import make, name_of
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
+from bitring.compression.compressor import make, name_of
 from bitring.compression.encoder import compressors
 from bitring.machine import describe
 from bitring.models.architecture import layer_table

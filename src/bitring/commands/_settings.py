@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 from bitring.collectives.registry import Registry
 from bitring.collectives.selection import check_name
-from bitring.commands._compression import make, name_of, spelled
-from bitring.compression.compressor import Compressor, compressors
+from bitring.compression.compressor import Compressor, compressors, make, name_of, spelled
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 
