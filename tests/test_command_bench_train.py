@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from bitring import __main__
+from bitring.commands._units import traffic
 
 pytestmark = pytest.mark.single
 
@@ -25,9 +26,16 @@ def test_two_ranks(on_ranks, tmp_path: Path):
         assert row["speedup"] == pytest.approx(rows["exact"]["seconds"] / row["seconds"])
     assert found["values"] == 7850
     assert rows["exact"]["nbytes"] == 4 * 7850
+    assert " 31.4 kB " in done.stdout
     # The 10 biases are fewer than a block, and travel exactly.
     assert rows["onebit"]["nbytes"] == 7840 / 8 + 8 * 8 + 4 * 10
     assert rows["topk:density=0.25,block=64"]["nbytes"] > 4 * 7840 / 4
+
+
+def test_bytes_for_people():
+    numbers = 0, 999, 1000, 31_400, 99_900, 100_000, 36_200_000, 1_089_600_000
+    read = ["0 B", "999 B", "1.0 kB", "31.4 kB", "99.9 kB", "0.1 MB", "36.2 MB", "1,090 MB"]
+    assert [traffic(nbytes) for nbytes in numbers] == read
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,12 @@ def test_the_table_and_the_advice():
     assert lines[0] == "model    vgg16: 138,357,544 parameters, 15.5 G multiply-adds a sample"
     assert lines[1] == "ranks    8 on 8 nodes, 1 Gbit/s, 50 µs a message"
     assert lines[2].endswith("2.97 Tflop at 10 Tflop/s; exchanges begin when all gradients are there")
-    assert lines[3] == f"machine  {BUILT_IN.title} (built-in figures)"
-    exchanges = [line.split()[0] for line in lines[7:] if line][:-1]
+    assert lines[3] == (
+        "alone    606 ms without an exchange: 297 ms for the gradients, 309 ms more to look for NaN, pack and update"
+    )
+    assert lines[4] == f"machine  {BUILT_IN.title} (built-in figures)"
+    assert "leaving a node" in lines[6]
+    exchanges = [line.split()[0] for line in lines[8:] if line][:-1]
     assert exchanges[:2] == ["exact", "mpi"]
     assert {"onebit", "powersgd", "sufficient_factors"} <= set(exchanges)
     assert "is the best: " in lines[-1]
@@ -49,7 +53,21 @@ def test_one_node_is_advised_against():
     result = run("--model", "mlp", "--ranks", 4, "--nodes", 1)
     assert result.exit_code == 0, result.output
     assert "4 on 1 node, through the node's memory" in result.output
+    assert "sent a rank" in result.output
     assert result.output.splitlines()[-1].startswith("Compression does not pay within one node: ")
+
+
+def test_the_advice_names_the_speed_it_rests_on(tmp_path: Path):
+    network = "--bandwidth", "10Gbit"
+    assumed = (
+        " This is at 69.8 Gflop/s a rank, as where bitring is developed; --flops, --compute or --machine tell of yours."
+    )
+    assert run("--model", "mlp", "--ranks", 4, *network).output.splitlines()[-1].endswith(assumed)
+    machine = tmp_path / "m.json"
+    machine.write_text(json.dumps({"constants": write_constants(BUILT_IN)}))
+    for told in (("--flops", "1Tflops"), ("--compute", "1s"), ("--machine", machine)):
+        assert "as where bitring" not in run("--model", "mlp", "--ranks", 4, *network, *told).output
+    assert "as where bitring" not in run("--model", "mlp", "--ranks", 1).output
 
 
 def test_files(tmp_path: Path):
@@ -96,7 +114,8 @@ def test_mistakes_say_what_is_expected(tmp_path: Path):
     assert "expected such as 50us or 0.2s" in refused(*VGG, "--bandwidth", "1Gbit", "--latency", "5 parsecs")
     assert "--bandwidth is needed between 8 nodes" in refused(*VGG)
     assert "give one" in refused(*VGG, "--bandwidth", "1Gbit", "--compute", "1s")
-    assert "as many ranks on each node" in refused(*VGG, "--bandwidth", "1Gbit", "--nodes", 3)
+    message = "Error: --ranks must be a multiple of --nodes, as many on each node; got 8 ranks on 3 nodes\n"
+    assert refused(*VGG, "--bandwidth", "1Gbit", "--nodes", 3) == message
     assert "must end in .png" in refused(*VGG, "--bandwidth", "1Gbit", "--plot", "x.txt")
     assert "one node has no network" in refused(*VGG, "--nodes", 1, "--plot", tmp_path / "x.png")
     assert "there is no folder" in refused(*VGG, "--bandwidth", "1Gbit", "--json", tmp_path / "none" / "x.json")

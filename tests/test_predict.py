@@ -48,6 +48,7 @@ def test_a_step_by_hand_where_all_but_the_wire_is_free(ranks: int):
     payload = bitring.OneBit().nbytes(n)
     assert found["onebit"].seconds == pytest.approx(0.25 + share * payload / GBIT, rel=1e-4)
     assert found["onebit"].nbytes == pytest.approx(share * payload)
+    assert all(each.leaving == each.nbytes for each in found.values())  # one rank a node
     assert found["onebit"].speedup == pytest.approx(found["exact"].seconds / found["onebit"].seconds)
     assert found["powersgd"].nbytes == pytest.approx(share * 4 * module.RANK * (4096 + 4096))
     assert found["sufficient_factors"].nbytes == (ranks - 1) * 4 * (4096 + 4096)
@@ -164,6 +165,24 @@ def test_ranks_of_a_node_sum_and_each_encodes_a_lane():
     assert BUILT_IN.cores == 2  # with which a rank encodes that has a node to itself
     assert dense["onebit"].encode == pytest.approx(2 * spread["onebit"].encode / 8)
     assert dense["onebit"].wire > spread["onebit"].wire
+
+
+def test_bytes_that_leave_a_node():
+    n, nodes, q = 4096 * 4096, 4, 8
+    found = by_name(MATRIX, Cluster(nodes * q, nodes, GBIT), FAST, batch=1)
+    share = 2 * (nodes - 1) / nodes
+    assert found["exact"].leaving == found["mpi"].leaving == share * 4 * n < q * found["exact"].nbytes
+    assert found["onebit"].leaving == pytest.approx(share * bitring.OneBit().nbytes(n))
+    assert found["sufficient_factors"].leaving == (nodes * q - 1) * 4 * (4096 + 4096)
+    assert all(each.leaving == 0 for each in predict(MATRIX, Cluster(q, 1), FAST))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_is_one_without_an_exchange_and_what_is_exposed(overlap: bool):
+    layers = layer_table("resnet50")
+    alone = by_name(layers, Cluster(1, 1), FAST, overlap=overlap)["exact"].seconds
+    for each in predict(layers, Cluster(8, 8, GBIT), FAST, overlap=overlap):
+        assert each.seconds - each.exposed == pytest.approx(alone, rel=0.01)
 
 
 def test_emulated_nodes_share_the_cores_of_one_machine():

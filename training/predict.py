@@ -46,15 +46,16 @@ class Prediction:
     """A way to exchange, and what a step with it takes, in seconds.
 
     ``exchange``: ``"exact"``, ``"mpi"`` or a compressor's name; ``how``: by which algorithm. ``nbytes``: sent by a rank
-    in a step, to its own node's ranks as well. ``encode``, ``wire``, ``decode``: of one rank, which overlap; all that
-    powersgd computes is ``encode``. ``exposed``: the part of the step in which only the exchange goes on. ``seconds``:
-    of a step. ``speedup``: over ``exact``. ``lossless``: the sum is exact up to rounding. ``measured``: the kernels'
-    speeds are.
+    in a step, to its own node's ranks as well; ``leaving``: sent by a node to others. ``encode``, ``wire``, ``decode``:
+    of one rank, which overlap; all that powersgd computes is ``encode``. ``exposed``: what the exchange adds to a step
+    without any. ``seconds``: of a step. ``speedup``: over ``exact``. ``lossless``: the sum is exact up to rounding.
+    ``measured``: the kernels' speeds are.
     """
 
     exchange: str
     how: str
     nbytes: float
+    leaving: float
     encode: float
     wire: float
     decode: float
@@ -96,12 +97,13 @@ def predict(
 
 
 class _Exchange(NamedTuple):
-    """Of one bucket: its times, the bytes that a rank sends, and by what. ``moving``: what its processor has to do with
-    these bytes, in seconds.
+    """Of one bucket: its times, the bytes that a rank sends, those that leave its node, and by what. ``moving``: what a
+    rank's processor has to do with the bytes, in seconds.
     """
 
     times: Times
     nbytes: float
+    leaving: float
     how: str
     moving: float
 
@@ -149,7 +151,7 @@ class _Step:
             return None
         buckets = bucket_sizes(self.values, ITEMSIZE, way.block, BUCKET_BYTES)
         exchanges = [way.exchange(bucket) for bucket in buckets]
-        alone = self._timeline(buckets, [_Exchange(Times(0.0, 0.0, 0.0, 0.0), 0.0, "", 0.0)] * len(buckets), 0.0)
+        alone = self._timeline(buckets, [_Exchange(Times(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, "", 0.0)] * len(buckets), 0.0)
         agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha
         seconds = self._timeline(buckets, exchanges, agree)
         largest = max(range(len(buckets)), key=lambda k: self._nbytes(buckets[k].names))
@@ -157,6 +159,7 @@ class _Step:
             name,
             exchanges[largest].how,
             sum(each.nbytes for each in exchanges),
+            sum(each.leaving for each in exchanges),
             sum(each.times.encode for each in exchanges),
             sum(each.times.wire for each in exchanges),
             sum(each.times.decode for each in exchanges),
@@ -214,6 +217,10 @@ class _Step:
     def _share(self, size: int) -> float:
         return 2 * (size - 1) / size
 
+    def _wire_work(self, leaving: float) -> float:
+        """What a rank's processor has to do with its part of the bytes that leave its node."""
+        return self.machine.wire_work * leaving / self.cluster.ranks_per_node
+
     # Exchanges of a bucket
 
     def _exact(self, nbytes: int) -> _Exchange:
@@ -228,9 +235,10 @@ class _Step:
 
     def _all_reduced(self, nbytes: int, seconds: float, how: str) -> _Exchange:
         cluster = self.cluster
-        leaves = self._share(cluster.nodes) * nbytes / cluster.ranks_per_node
-        moving = seconds if self.network.inside else self.network.node_seconds(nbytes) + self.machine.wire_work * leaves
-        return _Exchange(Times(0, seconds, 0, seconds), self._share(cluster.ranks) * nbytes, how, moving)
+        leaving = self._share(cluster.nodes) * nbytes
+        inside = self.network.inside
+        moving = seconds if inside else self.network.node_seconds(nbytes) + self._wire_work(leaving)
+        return _Exchange(Times(0, seconds, 0, seconds), self._share(cluster.ranks) * nbytes, leaving, how, moving)
 
     def _owners(self, name: str) -> _Way:
         """An encoder's. On several nodes the ranks of each first sum exactly, and each exchanges a lane of the sum."""
@@ -257,14 +265,15 @@ class _Step:
             )
             sent = self._share(among) * payload / lanes
             if network.inside:
-                return _Exchange(times, sent, "owners", times.wire)
-            moving = machine.wire_work * sent
+                return _Exchange(times, sent, 0.0, "owners", times.wire)
+            leaving = sent * lanes
+            moving = self._wire_work(leaving)
             if not between:
-                return _Exchange(times, sent, "owners", moving)
+                return _Exchange(times, sent, leaving, "owners", moving)
             inside = network.node_seconds(ITEMSIZE * n)
             times = times._replace(wire=times.wire + inside, total=times.total + inside)
             sent += self._share(lanes) * ITEMSIZE * n
-            return _Exchange(times, sent, "node sums, owners", moving + inside)
+            return _Exchange(times, sent, leaving, "node sums, owners", moving + inside)
 
         return _Way(exchange, encoder.block, measured=measured)
 
@@ -281,6 +290,7 @@ class _Step:
         return _Exchange(
             Times(work, wire, 0.0, work + wire),
             sum(each.nbytes for each in sums),
+            sum(each.leaving for each in sums),
             f"rank {RANK}, {sums[0].how}",
             sum(each.moving for each in sums),
         )
@@ -304,11 +314,17 @@ class _Step:
         nbytes = sum(self._factored(layer) for layer in factored.values())
         gathering = self.network.allgather(nbytes) if factored else 0.0
         wire = rest.times.total + gathering
-        leaves = (p - 1) * nbytes / self.cluster.ranks_per_node
-        moving = rest.moving + (gathering if self.network.inside else self.machine.wire_work * leaves)
+        leaving = 0.0 if self.network.inside else float((p - 1) * nbytes)
+        moving = rest.moving + (gathering if self.network.inside else self._wire_work(leaving))
         # A rank's own product is part of its back-propagation, wherever it is made.
         products = sum(2 * (p - 1) * self.batch * layer.factors * self.values[name] for name, layer in factored.items())
         decode = products / self.machine.flops
         count = sum(1 for layer in self.layers if self._factored(layer))
         how = f"factors of {count} layer{'s' * (count > 1)}"
-        return _Exchange(Times(0, wire, decode, wire + decode), rest.nbytes + (p - 1) * nbytes, how, moving)
+        return _Exchange(
+            Times(0, wire, decode, wire + decode),
+            rest.nbytes + (p - 1) * nbytes,
+            rest.leaving + leaving,
+            how,
+            moving,
+        )

@@ -14,6 +14,7 @@ from mpi4py import MPI
 
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
+from bitring.commands._units import traffic
 from bitring.compression.compressor import make, name_of
 from bitring.compression.encoder import compressors
 from bitring.machine import describe
@@ -73,7 +74,7 @@ def run(json_path: Path | None, model: str, names: list[str] | None, samples: in
                 (
                     row["exchange"],
                     ", ".join(row["algorithms"]),
-                    f"{row['nbytes'] / 1e6:,.1f} MB",
+                    traffic(row["nbytes"]),
                     f"{row['seconds'] * 1e3:.2f} ms",
                     f"{row['speedup']:.2f}x",
                 )

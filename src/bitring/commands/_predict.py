@@ -15,6 +15,7 @@ import click
 from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._tables import show_table
 from bitring.commands._terminal import terminal_width
+from bitring.commands._units import traffic
 from bitring.models.architecture import LayerTable, layer_table
 from bitring.training.cluster import BUILT_IN, Cluster, Machine, read_machine
 from bitring.training.predict import BACKWARD, Prediction, predict
@@ -74,21 +75,22 @@ def run(asked: Asked, json_path: Path | None, plot: Path | None) -> None:
     predictions = at(cluster.bandwidth)
     curves = [at(bandwidth) for bandwidth in bandwidths]
     progress.end()
-    for line in _head(asked, layers, cluster, machine):
+    for line in _head(asked, layers, cluster, machine, predictions[0]):
         click.echo(line)
     click.echo()
     best = min(range(len(predictions)), key=lambda i: predictions[i].seconds)
     show_table(
-        ("exchange", "by", "sent a rank", "encode", "wire", "decode", "exposed", "a step", "speed-up"),
-        [_row(each) for each in predictions],
+        ("exchange", "by", _sent(cluster), "encode", "wire", "decode", "exposed", "a step", "speed-up"),
+        [_row(each, cluster) for each in predictions],
         emphasis=best,
     )
     if not all(each.measured for each in predictions):
         click.echo("~ not measured on this machine: as fast as a copy of its bytes")
     click.echo()
-    click.echo(advice(predictions, cluster))
+    verdict = advice(predictions, cluster) + _assumed(asked, machine)
+    click.echo(verdict)
     if json_path is not None:
-        kept = _kept(asked, cluster, machine, predictions, bandwidths, curves)
+        kept = _kept(asked, cluster, machine, predictions, verdict, bandwidths, curves)
         json_path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     if plot is not None:
         draw(asked, cluster, bandwidths, curves, plot)
@@ -97,17 +99,22 @@ def run(asked: Asked, json_path: Path | None, plot: Path | None) -> None:
 
 def _cluster(asked: Asked, machine: Machine) -> Cluster:
     """What was asked for; what was not said of the network is as the machine's file has it."""
+    ranks, nodes = asked.ranks, asked.nodes
+    if ranks % nodes:
+        raise ValueError(
+            f"--ranks must be a multiple of --nodes, as many on each node; got {ranks} ranks on {nodes} nodes"
+        )
     bandwidth, latency = asked.bandwidth, asked.latency
     if bandwidth is None and machine.bandwidth is not None:
         bandwidth = machine.bandwidth / machine.wire  # measured was what payloads get
-    if bandwidth is None and asked.nodes > 1:
+    if bandwidth is None and nodes > 1:
         raise ValueError(
-            f"--bandwidth is needed between {asked.nodes} nodes, such as 10Gbit, or a --machine whose bench compress "
+            f"--bandwidth is needed between {nodes} nodes, such as 10Gbit, or a --machine whose bench compress "
             "ran on several nodes"
         )
     if latency is None:
         latency = _LATENCY if machine.latency is None else machine.latency
-    return Cluster(asked.ranks, asked.nodes, bandwidth or math.inf, latency)
+    return Cluster(ranks, nodes, bandwidth or math.inf, latency)
 
 
 def advice(predictions: Sequence[Prediction], cluster: Cluster) -> str:
@@ -139,7 +146,19 @@ def advice(predictions: Sequence[Prediction], cluster: Cluster) -> str:
     )
 
 
-def _head(asked: Asked, layers: Sequence[LayerTable], cluster: Cluster, machine: Machine) -> list[str]:
+def _assumed(asked: Asked, machine: Machine) -> str:
+    """What the advice rests on, where nobody said how fast the ranks are."""
+    if asked.ranks == 1 or any(told is not None for told in (asked.flops, asked.compute, asked.machine)):
+        return ""
+    return (
+        f" This is at {_operations(machine.flops)}flop/s a rank, as where bitring is developed; "
+        "--flops, --compute or --machine tell of yours."
+    )
+
+
+def _head(
+    asked: Asked, layers: Sequence[LayerTable], cluster: Cluster, machine: Machine, exact: Prediction
+) -> list[str]:
     values = sum(layer.values for layer in layers)
     multiply_adds = sum(layer.multiply_adds for layer in layers)
     nodes = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)}"
@@ -148,25 +167,36 @@ def _head(asked: Asked, layers: Sequence[LayerTable], cluster: Cluster, machine:
         if cluster.nodes == 1
         else f"{rate(cluster.bandwidth)}, {_time(cluster.latency)} a message"
     )
+    operations = 2 * (1 + BACKWARD) * multiply_adds * asked.batch
     if asked.compute is None:
-        operations = 2 * (1 + BACKWARD) * multiply_adds * asked.batch
-        compute = f"{_operations(operations)}flop at {_operations(machine.flops)}flop/s"
+        seconds, compute = (
+            operations / machine.flops,
+            f"{_operations(operations)}flop at {_operations(machine.flops)}flop/s",
+        )
     else:
-        compute = f"{_time(asked.compute)} of computing"
+        seconds, compute = asked.compute, f"{_time(asked.compute)} of computing"
+    alone = exact.seconds - exact.exposed
     begin = "as back-propagation makes the gradients" if asked.overlap else "when all gradients are there"
     return [
         f"model    {asked.model}: {values:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds a sample",
         f"ranks    {cluster.ranks} on {nodes}, {network}",
         f"step     {asked.batch} samples a rank, {compute}; exchanges begin {begin}",
+        f"alone    {_time(alone)} without an exchange: {_time(seconds)} for the gradients, "
+        f"{_time(max(alone - seconds, 0.0))} more to look for NaN, pack and update",
         f"machine  {machine.title}{' (built-in figures)' if asked.machine is None else ''}",
     ]
 
 
-def _row(each: Prediction) -> tuple[str, ...]:
+def _sent(cluster: Cluster) -> str:
+    """The column of bytes: what a network carries, where there is one."""
+    return "sent a rank" if cluster.nodes == 1 else "leaving a node"
+
+
+def _row(each: Prediction, cluster: Cluster) -> tuple[str, ...]:
     return (
         f"{each.exchange}{'' if each.measured else ' ~'}",
         each.how,
-        f"{each.nbytes / 1e6:,.1f} MB",
+        traffic(each.nbytes if cluster.nodes == 1 else each.leaving),
         _time(each.encode),
         _time(each.wire),
         _time(each.decode),
@@ -181,6 +211,7 @@ def _kept(
     cluster: Cluster,
     machine: Machine,
     predictions: Sequence[Prediction],
+    verdict: str,
     bandwidths: Sequence[float],
     curves: Sequence[Sequence[Prediction]],
 ) -> dict[str, Any]:
@@ -199,7 +230,7 @@ def _kept(
             "machine": machine.title,
         },
         "exchanges": [dataclasses.asdict(each) for each in predictions],
-        "advice": advice(predictions, cluster),
+        "advice": verdict,
     }
     if curves:
         kept["by_bandwidth"] = [

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from bitring.commands._terminal import terminal_width
+from bitring.commands._units import traffic
 
 
 class Progress:
@@ -41,7 +42,7 @@ class Progress:
         line = (
             f"epoch {record['epoch']:>{len(str(self._epochs))}}/{self._epochs}  loss {record['train_loss']:.4f}  "
             f"test accuracy {record['test_accuracy']:.4f}  {record['samples_per_second']:,.0f} samples/s  "
-            f"{megabytes(record['bytes_sent'])} sent  {record['seconds']:.1f} s{_of_exchanges(record['telemetry'])}"
+            f"{traffic(record['bytes_sent'])} sent  {record['seconds']:.1f} s{_of_exchanges(record['telemetry'])}"
         )
         if self._bar is None:
             click.echo(line)
@@ -80,8 +81,3 @@ def _bar(width: int) -> Any:
         transient=True,
         refresh_per_second=4,
     )
-
-
-def megabytes(nbytes: float) -> str:
-    """In powers of ten, as networks are measured."""
-    return f"{nbytes / 1e6:,.{1 if nbytes < 1e8 else 0}f} MB"

@@ -19,9 +19,10 @@ from mpi4py import MPI
 
 from bitring.collectives.errors import NonFiniteError
 from bitring.commands._pictures import draw_curve
-from bitring.commands._progress import Progress, megabytes
+from bitring.commands._progress import Progress
 from bitring.commands._ranks import ending_together, fail, limit_threads, same_everywhere, together
 from bitring.commands._settings import Settings
+from bitring.commands._units import traffic
 from bitring.compression.compressor import Compressor
 from bitring.compression.factors import Factors
 from bitring.compression.sufficient_factors import SufficientFactors
@@ -262,7 +263,7 @@ def _traffic(comm: MPI.Intracomm, last: Mapping[str, Any]) -> str:
         return "none, there is one rank"
     sent, exact = last["bytes_sent"], last["bytes_exact"]
     ratio = f"1/{exact / sent:.1f} of it" if sent else "nothing"
-    return f"{megabytes(sent)} a rank; an exact exchange in each step sends {megabytes(exact)}: {ratio}"
+    return f"{traffic(sent)} a rank; an exact exchange in each step sends {traffic(exact)}: {ratio}"
 
 
 def _write(path: Path, text: str) -> None:

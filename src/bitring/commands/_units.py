@@ -1,4 +1,4 @@
-"""Quantities with their units, as options."""
+"""Quantities with their units: as options, and as people read them."""
 
 from __future__ import annotations
 
@@ -43,3 +43,12 @@ DURATION = Quantity("duration", {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3
 
 FLOPS = Quantity("speed", {**_prefixed("flops", 1), **_prefixed("flop/s", 1)}, "10Tflops")
 """In operations a second."""
+
+
+def traffic(nbytes: float) -> str:
+    """Bytes sent, in powers of ten, as networks are measured."""
+    if nbytes < 1e3:
+        return f"{nbytes:.0f} B"
+    if nbytes < 1e5:
+        return f"{nbytes / 1e3:.1f} kB"
+    return f"{nbytes / 1e6:,.{1 if nbytes < 1e8 else 0}f} MB"
