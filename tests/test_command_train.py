@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import bitring
 from bitring import __main__
 
 pytestmark = [pytest.mark.single, pytest.mark.timeout(120)]
@@ -138,6 +139,8 @@ def test_a_complete_run_is_not_repeated(tmp_path: Path):
     before = history(tmp_path)
     result = train(*arguments, "--resume")
     assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/checkpoint.npz has 1 epoch: there is nothing left to train\n" in result.output
+    assert " after 1 epoch, " in result.output
     assert history(tmp_path) == before
     assert set(os.listdir(tmp_path)) >= FILES
     # Without --resume it begins anew.
@@ -172,6 +175,27 @@ def test_resume_compares_what_the_compressor_is_not_how_it_is_written(tmp_path: 
     result = train("--epochs", 3, *arguments, "topk")
     assert result.exit_code == 2
     assert "TopK(density=0.01, sampled=False, block=65536)" in result.output
+
+
+@pytest.mark.parametrize("mode", ["local", "block_momentum"])
+def test_resume_compares_values_in_force(tmp_path: Path, mode: str):
+    """Defaults too, in what is compared, in what is said, and in the summary."""
+    arguments = ["--model", "softmax", "--mode", mode, "--output", tmp_path, "--resume"]
+    assert train("--epochs", 1, *arguments).exit_code == 0
+    kept = summary(tmp_path)
+    assert (kept["tau"], kept["lr"], kept["momentum"]) == (50, 0.02, 0.9)
+    result = train("--epochs", 2, *arguments, "--tau", 50, "--lr", 0.02, "--momentum", 0.9)
+    assert result.exit_code == 0, result.output
+    for option, got, was in (("--tau", "20", "50"), ("--lr", "0.1", "0.02"), ("--warmup-steps", "3", "its default")):
+        result = train("--epochs", 3, *arguments, option, got)
+        assert result.exit_code == 2
+        assert f"Error: --resume: the checkpoint was made with {option} {was}; got {got}\n" in result.output
+
+
+def test_help_has_the_defaults_in_force():
+    text = " ".join(train("--help").output.split())
+    assert f"block_momentum. [default: {bitring.Local().tau}]" in text
+    assert bitring.Local().tau == bitring.BlockMomentum().tau
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
@@ -334,6 +358,28 @@ def test_ctrl_c(program: list[str], tmp_path: Path, clean_environment):
     assert process.returncode == 130
     assert "interrupted; --resume goes on after epoch " in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments", "left"),
+    [
+        ("load", [], " before the first checkpoint"),
+        ("_accuracy", [], " before the first checkpoint"),
+        ("load", ["--resume"], "; the checkpoint is as it was"),
+        ("_accuracy", ["--resume"], "; --resume goes on after epoch 1"),
+    ],
+)
+def test_ctrl_c_before_a_checkpoint(tmp_path: Path, monkeypatch, part: str, arguments: list[str], left: str):
+    """What can be gone on from is named, whatever another run has left there."""
+    assert train("--model", "softmax", "--epochs", 1, "--output", tmp_path).exit_code == 0
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"bitring.commands._train.{part}", interrupted)
+    result = train("--model", "softmax", "--epochs", 2, "--output", tmp_path, *arguments)
+    assert result.exit_code == 1
+    assert f"\ninterrupted{left}\n" in result.output
 
 
 @pytest.mark.slow

@@ -74,12 +74,20 @@ class Settings:
         return make(self.compression, compressors)
 
     def of_the_result(self) -> dict[str, Any]:
-        """What must be the same for a run to go on as it began; not how long it is to go on."""
+        """What must be the same for a run to go on as it began; not how long it is to go on.
+
+        The values in force, but for the default of ``warmup_steps``, None, which depends on how long the run is.
+        """
         left_out = ("data_directory", "epochs", "output", "checkpoint_every", "resume")
-        compressor = self.make_compression()
-        compression = "none" if compressor is None else spelled(name_of(self.compression), compressor)
-        given = {**dataclasses.asdict(self), "compression": compression}
-        return {name: value for name, value in given.items() if name not in left_out}
+        mode, optimizer, compressor = self.make_mode(), self.make_optimizer(), self.make_compression()
+        in_force = {
+            **dataclasses.asdict(self),
+            "tau": getattr(mode, "tau", None),
+            "compression": "none" if compressor is None else spelled(name_of(self.compression), compressor),
+            "lr": getattr(optimizer, "lr", None),
+            "momentum": getattr(optimizer, "momentum", None),
+        }
+        return {name: value for name, value in in_force.items() if name not in left_out}
 
 
 def _make(registry: Registry[T], name: str, **options: Any) -> T:

@@ -66,33 +66,51 @@ class _Parts:
 def run(settings: Settings) -> None:
     """Train as ``settings`` say, on MPI.COMM_WORLD. Collective."""
     comm = MPI.COMM_WORLD
+    saved: list[int] = []
     with ending_together(comm):
-        parts = together(comm, lambda: _prepare(settings, comm))
-        limit_threads(comm)
-        trainer = together(
-            comm,
-            lambda: DataParallel(
-                parts.model.parameters,
-                parts.optimizer,
-                comm=comm,
-                mode=parts.mode,
-                compression=parts.compression,
-                algorithm=settings.algorithm,
-                warmup_steps=parts.warmup_steps,
-            ),
-        )
-        history = together(comm, lambda: _begin(settings, comm, trainer))
         try:
-            _train(settings, comm, parts, trainer, history)
+            _run(settings, comm, saved)
         except NonFiniteError as error:  # raised on all ranks alike
             fail(comm, f"{error}; a smaller --lr may help", status=1)
         except KeyboardInterrupt:
             if comm.rank == 0:
-                left = f"; --resume goes on after epoch {len(history)}" if _checkpoint(settings).exists() else ""
-                click.echo(f"\ninterrupted{left}", err=True)
+                click.echo(f"\ninterrupted{_left(settings, saved)}", err=True)
             raise
-        if comm.rank == 0:
-            _conclude(settings, comm, parts, trainer, history)
+
+
+def _left(settings: Settings, saved: list[int]) -> str:
+    """What an interrupted run leaves to go on from."""
+    if saved:
+        return f"; --resume goes on after epoch {saved[-1]}"
+    if settings.resume and _checkpoint(settings).exists():
+        return "; the checkpoint is as it was"
+    return " before the first checkpoint"
+
+
+def _run(settings: Settings, comm: MPI.Intracomm, saved: list[int]) -> None:
+    """See ``run``; the epochs of which there are checkpoints are appended to ``saved``."""
+    parts = together(comm, lambda: _prepare(settings, comm))
+    limit_threads(comm)
+    trainer = together(
+        comm,
+        lambda: DataParallel(
+            parts.model.parameters,
+            parts.optimizer,
+            comm=comm,
+            mode=parts.mode,
+            compression=parts.compression,
+            algorithm=settings.algorithm,
+            warmup_steps=parts.warmup_steps,
+        ),
+    )
+    history = together(comm, lambda: _begin(settings, comm, trainer))
+    if history:
+        saved.append(len(history))
+    if comm.rank == 0 and len(history) >= settings.epochs:
+        click.echo(f"{_checkpoint(settings)} has {_epochs(len(history))}: there is nothing left to train")
+    _train(settings, comm, parts, trainer, history, saved)
+    if comm.rank == 0:
+        _conclude(settings, comm, parts, trainer, history)
 
 
 def _prepare(settings: Settings, comm: MPI.Intracomm) -> _Parts:
@@ -134,8 +152,9 @@ def _begin(settings: Settings, comm: MPI.Intracomm, trainer: DataParallel) -> li
         for name, value in settings.of_the_result().items():
             was = extra["settings"][name]
             if was != value:
+                made, given = ("its default" if x is None else x for x in (was, value))
                 raise ValueError(
-                    f"--resume: the checkpoint was made with --{name.replace('_', '-')} {was}; got {value}"
+                    f"--resume: the checkpoint was made with --{name.replace('_', '-')} {made}; got {given}"
                 )
         history = extra["history"]
     elif settings.resume and comm.rank == 0:
@@ -149,7 +168,12 @@ def _begin(settings: Settings, comm: MPI.Intracomm, trainer: DataParallel) -> li
 
 
 def _train(
-    settings: Settings, comm: MPI.Intracomm, parts: _Parts, trainer: DataParallel, history: list[Record]
+    settings: Settings,
+    comm: MPI.Intracomm,
+    parts: _Parts,
+    trainer: DataParallel,
+    history: list[Record],
+    saved: list[int],
 ) -> None:
     """Make the epochs that are missing in ``history``, and append their records. Collective."""
     data, model, batches = parts.data, parts.model, parts.batches
@@ -203,6 +227,7 @@ def _train(
                     file.write(json.dumps(history[-1]) + "\n")
             if epoch % settings.checkpoint_every == 0 or epoch == settings.epochs:
                 _save(settings, comm, trainer, history)
+                saved.append(epoch)
 
 
 def _accuracy(comm: MPI.Intracomm, model: Model, data: Data) -> float:
@@ -240,7 +265,7 @@ def _conclude(
         "versions": versions(),
     }
     _write(settings.output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    click.echo(f"test accuracy  {last['test_accuracy']:.4f} after {len(history)} epochs, {last['seconds']:.1f} s")
+    click.echo(f"test accuracy  {last['test_accuracy']:.4f} after {_epochs(len(history))}, {last['seconds']:.1f} s")
     click.echo(f"bytes sent     {_traffic(comm, last)}")
     curve = settings.output / "curve.png"
     title = f"{settings.model} on {settings.data}, {comm.size} rank{'s' * (comm.size != 1)}, {settings.mode}"
@@ -251,6 +276,10 @@ def _conclude(
         click.echo(f"curve          not drawn: {error}")
     else:
         click.echo(f"curve          {curve}")
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'s' * (number != 1)}"
 
 
 def _mean_speed(history: list[Record]) -> float:

@@ -32,7 +32,9 @@ def _names(registry: Registry[Any]) -> str:
 )
 @click.option("--data-directory", type=click.Path(path_type=Path), help="Where the data set's files are.")
 @click.option("--mode", default="sync", show_default=True, help=f"One of: {_names(modes)}.")
-@click.option("--tau", type=int, help="Steps between two exchanges, for the modes local and block_momentum.")
+@click.option(
+    "--tau", type=int, help="Steps between two exchanges, for the modes local and block_momentum.  [default: 50]"
+)
 @click.option(
     "--compression",
     default="none",
