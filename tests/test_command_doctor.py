@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from click.testing import CliRunner
@@ -51,6 +54,30 @@ def test_two_ranks(on_ranks):
     assert re.search(r"µs for 8 bytes, [\d.]+ GB/s for 4 MiB", found["rank 0 to 1"])
     assert {"MPI library", "/dev/shm", "open files", "locked memory", "kernel cache", "CUDA-aware MPI"} <= set(found)
     assert "all checks passed" in done.stdout
+
+
+def test_mpich_under_a_launcher_that_it_does_not_know(clean_environment):
+    try:
+        number = version("mpich")
+    except PackageNotFoundError:
+        pytest.skip("the MPI library is not MPICH's wheel")
+    environment = clean_environment(PMIX_NAMESPACE="prterun-1@1", PMIX_RANK="0", OMPI_COMM_WORLD_RANK="0")
+    command = [sys.executable, "-m", "bitring", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == (
+        "bitring: these ranks were started by Open MPI's mpirun, or otherwise through PMIx, and "
+        f"MPICH {number} does not know it: start them by {sys.prefix}/bin/mpirun, or srun --mpi=pmi2"
+    )
+    others = subprocess.run(
+        command,
+        env=environment | {"OMPI_COMM_WORLD_RANK": "1"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert "bitring:" not in others.stderr
 
 
 def test_a_wrong_sum_fails(doctor):

@@ -125,6 +125,15 @@ def test_mistakes_say_what_is_expected(tmp_path: Path):
     assert "is not what bitring bench compress" in refused(*VGG, "--bandwidth", "1Gbit", "--machine", other)
 
 
+def test_a_reader_that_has_seen_enough():
+    command = [sys.executable, "-m", "bitring", "predict", "--model", "mlp", "--ranks", "2", "--nodes", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, errors = process.communicate(timeout=50)
+    assert errors == b""
+
+
 def test_it_needs_no_mpi():
     arguments = "predict", "--model", "cnn", "--ranks", "64", "--bandwidth", "10Gbit"
     done = subprocess.run(

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from bitring import __version__
-from bitring.launcher import launched_rank
+from bitring.launcher import launched_rank, unknown_to_mpich
 
 _FOLDER = Path(__file__).resolve().parent / "commands"
 
@@ -61,6 +61,9 @@ def _bitring() -> None:
 
 def main() -> None:
     """Run the command line and exit. Of ranks that all refuse their arguments, the first says why."""
+    advice = unknown_to_mpich()
+    if advice is not None and launched_rank() == 0:
+        click.echo(advice, err=True)  # what MPICH says of it helps nobody
     try:
         status = _bitring(prog_name="bitring", standalone_mode=False)
     except click.ClickException as error:

@@ -63,5 +63,7 @@ def command(
     asked = Asked(model, ranks, nodes or ranks, bandwidth, latency, batch, flops, compute, overlap, machine)
     try:
         run(asked, json_path, plot)
+    except BrokenPipeError:  # whoever reads the table has seen enough
+        raise
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
