@@ -10,7 +10,7 @@ from bitring.collectives.arrays import Array, as_array, device_of, flat_view, xp
 from bitring.collectives.buffers import is_numeric
 from bitring.collectives.calls import Call, set_operation
 from bitring.collectives.operators import op_name
-from bitring.collectives.state import state_of
+from bitring.collectives.state import given_comm, state_of
 
 
 def allreduce(
@@ -26,7 +26,7 @@ def allreduce(
     Raises on all ranks alike: MismatchError where ranks differ in dtype, count, op or algorithm, and what is wrong
     with one rank's arguments (TypeError, ValueError; PeerError on the others).
     """
-    state = state_of(MPI.COMM_WORLD if comm is None else comm)
+    state = state_of(given_comm(comm, "allreduce"))
     state.prepare("allreduce")
     results: list[tuple[Array, Array]] = []
 

@@ -44,7 +44,12 @@ _BY_KIND = {
 
 
 def op_name(op: MPI.Op) -> str:
-    """The operation's name in messages between ranks and in errors; "user" for one made by ``MPI.Op.Create``."""
+    """The operation's name in messages between ranks and in errors; "user" for one made by ``MPI.Op.Create``.
+
+    Raises TypeError for what is no operation.
+    """
+    if not isinstance(op, MPI.Op):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"op must be an MPI.Op such as MPI.SUM; got {type(op).__name__}")
     return _PREDEFINED.get(op.handle, "user")
 
 

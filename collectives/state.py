@@ -118,6 +118,15 @@ def _keyval() -> int:
     return MPI.Comm.Create_keyval(delete_fn=delete)
 
 
+def given_comm(comm: MPI.Intracomm | None, function: str) -> MPI.Intracomm:
+    """``comm``, MPI.COMM_WORLD for None. Raises TypeError, naming ``function``, for anything else."""
+    if comm is None:
+        return MPI.COMM_WORLD
+    if not isinstance(comm, MPI.Intracomm):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{function}: comm must be an MPI.Intracomm such as MPI.COMM_WORLD; got {type(comm).__name__}")
+    return comm
+
+
 def state_of(comm: MPI.Intracomm) -> State:
     """The communicator's state, made on first use; collective then."""
     state = comm.Get_attr(_keyval())

@@ -16,7 +16,7 @@ from bitring.collectives.executor import Progress
 from bitring.collectives.operators import op_name
 from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact, run_agreement
 from bitring.collectives.selection import check_name
-from bitring.collectives.state import State, state_of
+from bitring.collectives.state import State, given_comm, state_of
 from bitring.collectives.transport import channel_of
 from bitring.compression.compressor import Compressor, parsed
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
@@ -60,7 +60,7 @@ def plan_allreduce(
     what is wrong with one rank's arguments (PeerError on the others). A compressed run raises NonFiniteError on all
     ranks when a value is NaN or Inf on any; nothing has changed then.
     """
-    comm = MPI.COMM_WORLD if comm is None else comm
+    comm = given_comm(comm, "plan_allreduce")
     if compression is None:
         return plan_exact(x, comm, op, algorithm)
     reducer = reducer_of(compression)

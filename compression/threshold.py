@@ -24,7 +24,8 @@ from bitring.compression.gaps import expected_nbytes, most_nbytes, over_blocks
 class Threshold(Encoder):
     """A fixed ``tau`` (above 0), or about a part ``density`` (above 0, up to 1) of every ``block`` values.
 
-    With ``tau`` given, ``density`` is only what ``expected_nbytes`` goes by. ``block`` is a positive multiple of 64.
+    Not both: ``expected_nbytes`` takes a fixed ``tau`` to be reached by one value in a hundred. ``block`` is a positive
+    multiple of 64.
     """
 
     tau: float | None = None
@@ -37,6 +38,8 @@ class Threshold(Encoder):
         if self.tau is not None:
             check_positive(self, "tau", 3e38)
         check_positive(self, "density", 1)
+        if self.tau is not None and self.density != Threshold.density:
+            raise ValueError(f"Threshold: expected tau or density; got both, {self.tau} and {self.density}")
         check_block(self)
 
     @property

@@ -461,7 +461,9 @@ def test_unknown_algorithm(comm, agree):
 
 @pytest.mark.parametrize("comm_given", ["world", 3])
 def test_wrong_comm(comm_given):
-    with pytest.raises(TypeError, match=r"DataParallel: comm must be an mpi4py Intracomm, got (str|int)"):
+    with pytest.raises(
+        TypeError, match=r"DataParallel: comm must be an MPI.Intracomm such as MPI.COMM_WORLD; got (str|int)"
+    ):
         DataParallel([np.ones(3)], "sgd", comm=comm_given)
 
 

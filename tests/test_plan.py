@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bitring.collectives.allreduce import allreduce
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.engine import engine
 from bitring.collectives.errors import PeerError
@@ -188,6 +190,35 @@ def test_bad_arguments_raise_on_all_ranks(world, agree):
     with pytest.raises(ValueError, match=r"op must be a predefined operation; got one made by MPI\.Op\.Create"):
         make(np.zeros(3), world, op=own)
     own.Free()
+    agree(world, True)
+
+
+@pytest.mark.parametrize("compression", [None, "onebit", "powersgd"])
+def test_what_is_no_operation(world, agree, compression):
+    from mpi4py import MPI
+
+    odd = world.rank == world.size - 1
+    op: Any = "sum" if odd else MPI.SUM
+    calls = [lambda: plan_allreduce(np.ones(4), comm=world, op=op, compression=compression)]
+    if compression is None:
+        calls += [lambda: allreduce(np.ones(4), comm=world, op=op)]
+        calls += [lambda: world.Allreduce(np.ones(4), np.ones(4), op)]
+    for call in calls:
+        error = None
+        try:
+            call()
+        except (TypeError, PeerError) as raised:
+            error = raised
+        agree(world, "op must be an MPI.Op such as MPI.SUM; got str" in str(error), repr(error))
+        agree(world, isinstance(error, TypeError if odd else PeerError), repr(error))
+
+
+@pytest.mark.parametrize("function", [allreduce, plan_allreduce])
+@pytest.mark.parametrize("wrong", [3, "world"])
+def test_what_is_no_communicator(world, agree, function, wrong):
+    text = f"{function.__name__}: comm must be an MPI.Intracomm such as MPI.COMM_WORLD; got {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=text):
+        function(np.ones(4), comm=wrong)
     agree(world, True)
 
 

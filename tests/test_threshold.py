@@ -61,7 +61,7 @@ def test_bits_of_a_sent_index_are_near_the_entropy_of_the_gaps(density: float, f
     values = np.random.default_rng(2).normal(size=n).astype(np.float32)
     tau = float(np.quantile(np.abs(values), 1 - density)) if fixed else None
     residual = np.zeros(n, np.float32)
-    nbits = 8 * encode(Threshold(tau, density), values, residual).size
+    nbits = 8 * encode(Threshold(tau) if fixed else Threshold(density=density), values, residual).size
     sent = np.flatnonzero(residual != values)
     # The gaps of values sent independently: their entropy can be told exactly; a histogram of so few underestimates it.
     p = sent.size / n
@@ -90,3 +90,5 @@ def test_settings_are_checked() -> None:
         Threshold(density="0.1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"Threshold: density must be above 0 and at most 1; got 1\.5"):
         Threshold(density=1.5)
+    with pytest.raises(ValueError, match=r"Threshold: expected tau or density; got both, 1 and 0\.1"):
+        Threshold(tau=1, density=0.1)

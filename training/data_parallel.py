@@ -21,6 +21,7 @@ from bitring.collectives.arrays import BFLOAT16, as_array, is_device, xp_of
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.registry import Registry
+from bitring.collectives.state import given_comm
 from bitring.compression.compressor import Compressor, compressors, parsed
 from bitring.compression.factors import Factors
 from bitring.compression.plan import plan_allreduce
@@ -104,10 +105,7 @@ class DataParallel:
         warmup_steps: int = 0,
         bucket_bytes: int = 25 << 20,
     ) -> None:
-        given: Any = comm
-        if not (given is None or isinstance(given, MPI.Intracomm)):
-            raise TypeError(f"DataParallel: comm must be an mpi4py Intracomm, got {type(given).__name__}")
-        self.comm = MPI.COMM_WORLD if comm is None else comm
+        self.comm = given_comm(comm, "DataParallel")
         self.rank = self.comm.Get_rank()
         self.steps = 0
         """Steps made, those without samples included."""
