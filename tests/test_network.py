@@ -59,3 +59,18 @@ def test_lanes_share_a_node_s_network():
     assert name == "multilane"
     assert seconds == pytest.approx(one._seconds("ring", 4, N) + eight.node_seconds(N))
     assert eight.library(N)[0] == pytest.approx(one.library(N)[0] + eight.node_seconds(N))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_bytes_are_those_of_the_schedule(ranks: int):
+    network = Network(Cluster(ranks, ranks), PLAIN)
+    ring = 2 * (ranks - 1) / ranks
+    folded = ranks & (ranks - 1) != 0  # the ranks beyond a power of two hand theirs over, and get the sum back
+    halving = math.floor(math.log2(ranks)) + folded
+    assert network.sent("ring", ranks) == network.sent("ring, textbook", ranks) == pytest.approx(ring)
+    assert network.sent("recursive_doubling", ranks) == network.sent("recursive_doubling, textbook", ranks) == halving
+    assert network.sent("rabenseifner", ranks) == pytest.approx(ring) or folded
+    for how in (network.exact(N)[1], network.exact(4)[1], network.library(N)[1]):
+        assert network.sent(how, ranks) >= 1
+        assert network.sent(how, 1) == 0
+    assert network.sent(network.exact(0)[1], ranks) == 0

@@ -102,7 +102,7 @@ def test_nodes_sum_exactly_first(comm: MPI.Intracomm, agree: Any) -> None:
     """All ranks here are one node: nothing is left to compress, so the sum is exact, and no rank has residuals."""
     gradients = [gradient(r, 0, 5000, np.float64).round(8) for r in range(comm.size)]
     x = gradients[comm.rank].copy()
-    plan = bitring.plan_allreduce(x, comm=comm, compression="onebit", hierarchical=True)
+    plan: Any = bitring.plan_allreduce(x, comm=comm, compression="onebit", hierarchical=True)
     plan.load_state_dict({name: np.full_like(a, 0.5) for name, a in plan.state_dict().items()})
     once = sum(gradients) + 0.5 * comm.size * sum(a.size > 0 for a in plan.state_dict().values())
     plan()
@@ -208,7 +208,8 @@ def test_ranks_with_and_without_the_native_engine(on_ranks: Any) -> None:
 
 
 def test_boundaries_must_be_ints(comm: MPI.Intracomm, agree: Any) -> None:
-    for boundaries in (["a"], [2.5]):
+    wrong: list[Any] = [["a"], [2.5]]
+    for boundaries in wrong:
         try:
             bitring.plan_allreduce(np.ones(5, np.float32), comm=comm, compression="onebit", boundaries=boundaries)
             text = ""

@@ -13,6 +13,8 @@ from bitring.training.cluster import Cluster, Machine
 
 ITEMSIZE = 4  # float32
 
+NOTHING, TEXTBOOK = "no exchange", ", textbook"
+
 MOST_MESSAGES = 1 << 13
 """A schedule whose ranks differ is clocked message by message: its segments are no finer than about so many."""
 
@@ -34,7 +36,7 @@ class Network:
         """The best of our algorithms for an AllReduce of ``nbytes``, and its name."""
         p, nodes = self.cluster.ranks, self.cluster.nodes
         if p == 1 or not nbytes:
-            return 0.0, "no exchange"
+            return 0.0, NOTHING
         if self.inside:
             return self.node_seconds(nbytes), "shared_memory"
         if p == nodes:
@@ -47,7 +49,7 @@ class Network:
         p, nodes = self.cluster.ranks, self.cluster.nodes
         among = p if self.inside else nodes
         if p == 1 or not nbytes:
-            return 0.0, "no exchange"
+            return 0.0, NOTHING
         alpha, beta, gamma, turns = self.alpha, self.beta, self.gamma, math.ceil(math.log2(among))
         share = (among - 1) / among * nbytes
         ways = {
@@ -57,7 +59,14 @@ class Network:
         }
         name = min(ways, key=ways.__getitem__)
         inside = 0.0 if self.inside or p == nodes else self.node_seconds(nbytes)
-        return ways[name] + inside, f"{name}, textbook"
+        return ways[name] + inside, f"{name}{TEXTBOOK}"
+
+    def sent(self, how: str, size: int) -> float:
+        """How many times the buffer the busiest of ``size`` ranks sends, by what ``exact`` or ``library`` named."""
+        name = how.removesuffix(TEXTBOOK)
+        if size == 1 or name in ("ring", "shared_memory", "multilane"):
+            return 2 * (size - 1) / size
+        return 0.0 if name == NOTHING else _least(name, size)[1]
 
     def node_seconds(self, nbytes: int) -> float:
         """A sum of a node's ranks through the memory they share: each one's values are read once and written once."""

@@ -234,11 +234,12 @@ class _Step:
         return self._all_reduced(nbytes, *self.network.library(nbytes))
 
     def _all_reduced(self, nbytes: int, seconds: float, how: str) -> _Exchange:
-        cluster = self.cluster
-        leaving = self._share(cluster.nodes) * nbytes
-        inside = self.network.inside
-        moving = seconds if inside else self.network.node_seconds(nbytes) + self._wire_work(leaving)
-        return _Exchange(Times(0, seconds, 0, seconds), self._share(cluster.ranks) * nbytes, leaving, how, moving)
+        cluster, network = self.cluster, self.network
+        leaving = network.sent(how, cluster.nodes) * nbytes
+        # Ranks that share a node send each other as much as lanes do, whatever goes on between nodes.
+        sent = leaving if cluster.ranks == cluster.nodes else self._share(cluster.ranks) * nbytes
+        moving = seconds if network.inside else network.node_seconds(nbytes) + self._wire_work(leaving)
+        return _Exchange(Times(0, seconds, 0, seconds), sent, leaving, how, moving)
 
     def _owners(self, name: str) -> _Way:
         """An encoder's. On several nodes the ranks of each first sum exactly, and each exchanges a lane of the sum."""
