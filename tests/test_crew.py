@@ -50,7 +50,7 @@ if comm.rank == 0:
 """
 
 
-@pytest.mark.parametrize("threads", ["1", "3", ""])
+@pytest.mark.parametrize("threads", [pytest.param("1", marks=pytest.mark.slow), "3", ""])
 @pytest.mark.timeout(150)
 def test_the_same_bits_with_helpers(on_ranks, threads: str):
     done = on_ranks(2, "-c", SCRIPT, env={"OMP_NUM_THREADS": threads}, timeout=120)

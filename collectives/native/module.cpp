@@ -181,9 +181,12 @@ NB_MODULE(_native, m) {
         .def_ro("same_place", &Verdict::same_place)
         .def_ro("flags", &Verdict::flags);
 
+    // Whoever calls the MPI library waits for its lock, and must not hold Python's: a thread that waits in the library
+    // polls bitring's requests with the one, and wants the other.
+    using Released = nb::call_guard<nb::gil_scoped_release>;
     nb::class_<Operation>(m, "Operation")
-        .def("begin", &Operation::begin)
-        .def("advance", [](Operation& operation) { operation.advance(); })
+        .def("begin", &Operation::begin, Released())
+        .def("advance", [](Operation& operation) { operation.advance(); }, Released())
         .def("run", [](Operation& operation, double seconds) {
             operation.begin();
             return run_for(operation, seconds) == Status::done;
