@@ -1,5 +1,7 @@
 """The owner exchange against a few lines of NumPy that play all ranks."""
 
+import threading
+import time
 from typing import Any
 
 import fake_device
@@ -9,14 +11,16 @@ from mpi4py import MPI
 
 import bitring
 from bitring.collectives import arrays
+from bitring.collectives.extension import native
 from bitring.compression import encoder as encoder_module
 from bitring.compression import plan as plan_module
 from bitring.compression import powersgd
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
+from bitring.compression.fixed import Fixed
 from bitring.compression.functions import DECODE
 from bitring.compression.layout import cut, segments
 from bitring.compression.onebit import OneBit
-from bitring.compression.owner_exchange import PortableOwnerExchange, piece_seed
+from bitring.compression.owner_exchange import NativeOwnerExchange, PortableOwnerExchange, piece_seed
 
 LENGTHS = [0, 1, 63, 1024, 1025, 5003]
 
@@ -205,6 +209,40 @@ def test_ranks_with_and_without_the_native_engine(on_ranks: Any) -> None:
     """Messages of the two exchanges differ for chunks of more than one segment."""
     done = on_ranks(2, "-c", MIXED)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.single
+@pytest.mark.skipif(native() is None, reason="there is no native engine here")
+def test_native_operations_leave_python_to_other_threads() -> None:
+    """A thread that waits for MPI's lock with Python's in hand hangs with one that polls the other way round."""
+    n = 1 << 24
+    exchange = NativeOwnerExchange(MPI.COMM_SELF, np.ones(n, np.float32), Fixed(block=n), (), 0)
+    exchange.bind(np.ones(n, np.float32))
+    ticks: list[float] = []
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.is_set():
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        for _ in range(10):  # the other thread may have no core for a while
+            exchange.prepare()
+            exchange.operation.begin()
+            began = time.perf_counter()
+            exchange.operation.advance()  # encodes all of it
+            took = time.perf_counter() - began
+            while not exchange.operation.over:
+                exchange.operation.advance()
+            if any(began + took / 4 < at < began + 3 * took / 4 for at in ticks):
+                return
+            ticks.clear()
+    finally:
+        over.set()
+        thread.join()
+    pytest.fail("no other thread ran in the middle of native code")
 
 
 def test_boundaries_must_be_ints(comm: MPI.Intracomm, agree: Any) -> None:
