@@ -11,9 +11,8 @@ from numba import types
 from bitring.compression.lanes_numba import lanes, load, nearest, select, store
 from bitring.compression.packing_numba import STEP_NBYTES, largest_magnitude, nbytes_of, pack
 from bitring.compression.packing_numba import decode as decode
-from bitring.compression.vectors_numba import FLOAT, I32, I64, PART, WORDS, address, get, intrinsic, put, splat
+from bitring.compression.vectors_numba import FLOAT, I32, I64, LARGEST, PART, WORDS, address, get, intrinsic, put, splat
 
-LARGEST = float(np.finfo(np.float32).max)
 LARGEST_EXPONENT = 254
 GOLDEN = 0x9E3779B97F4A7C15
 

@@ -21,6 +21,7 @@ from bitring.compression.vectors_numba import (
     I8,
     I32,
     I64,
+    LARGEST,
     PART,
     Kind,
     address,
@@ -37,7 +38,6 @@ from bitring.compression.vectors_numba import (
     write,
 )
 
-LARGEST = float(np.finfo(np.float32).max)
 GROUP = 32
 PARTS = GROUP // PART
 LEVELS_NBYTES = 8  # two float32 before a block's bits

@@ -8,9 +8,8 @@ import numpy as np
 
 from bitring.compression.doubles_numba import MAGNITUDES, sum_in_doubles
 from bitring.compression.lanes_numba import absolute, bits, lanes, load, mask_of, select, store, total
-from bitring.compression.vectors_numba import PART, address, get, put, unused_are_zero
+from bitring.compression.vectors_numba import LARGEST, PART, address, get, put, unused_are_zero
 
-LARGEST = float(np.finfo(np.float32).max)
 SCALE_NBYTES = 4
 
 

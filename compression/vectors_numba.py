@@ -18,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
 PART = 8  # lanes of a vector
+LARGEST = float.fromhex("0x1.fffffep127")  # of float32
 LINE_NBYTES = 64  # of a cache; only speed depends on it
 
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()

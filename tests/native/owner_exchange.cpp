@@ -153,6 +153,13 @@ void check_corrupt() {
     if (exchange.status() != Status::failed || exchange.error() != OwnerExchange::kCorrupt) fail("corrupt: not seen");
 }
 
+// All of rank 0's.
+std::vector<ExchangeSegment> of_one_piece(std::int64_t length, std::int64_t count) {
+    std::vector<ExchangeSegment> segments;
+    for (std::int64_t s = 0; s < count; ++s) segments.push_back({0, {{s * length, (s + 1) * length, length}}});
+    return segments;
+}
+
 // In the middle of a batch of large segments.
 void check_corrupt_with_helpers() {
     const double settings[] = {0};
@@ -160,10 +167,7 @@ void check_corrupt_with_helpers() {
     Network network(1, 64);
     constexpr std::int64_t kLength = 20000, kSegments = 6;
     std::vector<float> x(kLength * kSegments), left(x.size()), owed(x.size());
-    std::vector<ExchangeSegment> segments;
-    for (std::int64_t s = 0; s < kSegments; ++s) {
-        segments.push_back({0, {{s * kLength, (s + 1) * kLength, kLength}}});
-    }
+    const auto segments = of_one_piece(kLength, kSegments);
     x[4 * kLength + 1] = 99;
     const Crew::Waiting waiting(true);
     OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, true, segments, left.data(), owed.data(), 0, 1, 2);
@@ -195,10 +199,7 @@ void check_not_finite() {
     Network network(1, 64);
     constexpr std::int64_t kLength = 64, kSegments = 40;
     std::vector<float> x(kLength * kSegments), left(x.size()), owed(x.size());
-    std::vector<ExchangeSegment> segments;
-    for (std::int64_t s = 0; s < kSegments; ++s) {
-        segments.push_back({0, {{s * kLength, (s + 1) * kLength, kLength}}});
-    }
+    const auto segments = of_one_piece(kLength, kSegments);
     OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, true, segments, left.data(), owed.data(), 0, 1, 2);
     exchange.bind(x.data());
     for (const std::int64_t at : {std::int64_t(-1), 5 * kLength + 3, std::int64_t(-1), 39 * kLength}) {
