@@ -69,6 +69,18 @@ def test_parts_make_up_the_same_batches_for_every_world_size(count: int, batch: 
     np.testing.assert_array_equal(np.sort(np.concatenate([part for _, part in alone])) if alone else y, y)
 
 
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 7])
+def test_an_epoch_goes_on_from_its_middle(start: int) -> None:
+    permuted = Batches(*samples(10), size=3)
+    for batches in (permuted, list(permuted)):
+        for rank in ranks(2):
+            left = list(shard(batches, rank, seed=1, epoch=2, start=start))
+            expected = list(shard(batches, rank, seed=1, epoch=2))[start:]
+            assert len(left) == len(expected)
+            for some, others in zip(left, expected, strict=True):
+                np.testing.assert_array_equal(some[1], others[1])
+
+
 def test_seed_and_epoch_make_the_order() -> None:
     batches = Batches(*samples(100), size=100)
 
@@ -125,13 +137,14 @@ def test_parts_of_other_iterables_are_views() -> None:
         (
             lambda: shard([], Rank(0, 1), seed=-1),
             ValueError,
-            "shard: seed and epoch must not be negative, got -1 and",
+            "shard: seed must not be negative, got -1",
         ),
         (
             lambda: shard([], Rank(0, 1), epoch=-2),
             ValueError,
-            "shard: seed and epoch must not be negative, got 0 and",
+            "shard: epoch must not be negative, got -2",
         ),
+        (lambda: shard([], Rank(0, 1), start=-3), ValueError, "shard: start must not be negative, got -3"),
         (
             lambda: shard(NOT_BATCHES, Rank(0, 1)),
             TypeError,

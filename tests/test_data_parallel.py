@@ -11,6 +11,7 @@ from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.schedule import algorithms
 from bitring.training.adagrad import AdaGrad
 from bitring.training.data_parallel import DataParallel
+from bitring.training.local import Local
 from bitring.training.sgd import SGD
 
 # A multilayer perceptron: 20 -> 30 -> 5, softmax and cross-entropy.
@@ -302,6 +303,24 @@ def test_no_samples_changes_nothing(comm, agree):
     before = snapshot(trainer)
     trainer.step([np.full_like(w, np.nan)], weight=0)
     agree(comm, snapshot(trainer) == before and trainer.steps == 2)
+    trainer.free()
+
+
+@pytest.mark.parametrize("mode", ["sync", Local(tau=3)], ids=str)
+def test_notices_reach_all_ranks_with_the_record_of_a_step(comm, agree, mode):
+    """In a mode with blocks, at the block's end: no rank acts on one before all know of it."""
+    last, block = comm.size - 1, 1 if mode == "sync" else 3
+    trainer = DataParallel([np.zeros(5)], SGD(), comm=comm, mode=mode)
+    found: list[tuple[int, bool]] = []
+    for step in range(9):
+        if step == 4:
+            trainer.notice |= 1 if comm.rank == 0 else 0
+            trainer.notice |= 4 if comm.rank == last else 0
+        trainer.step([np.ones(5)])
+        found.append((trainer.notices, trainer.in_a_block))
+    told = 4 if block == 1 else 5
+    expected = [(5 if step == told else 0, (step + 1) % block > 0) for step in range(9)]
+    agree(comm, found == expected, str(found))
     trainer.free()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,42 +52,44 @@ class Batches:
 
 
 def shard(
-    batches: Batches | Iterable[tuple[Array, ...]], comm: HasRank, seed: int = 0, epoch: int = 0
+    batches: Batches | Iterable[tuple[Array, ...]], comm: HasRank, seed: int = 0, epoch: int = 0, start: int = 0
 ) -> Iterator[tuple[Array, ...]]:
     """This rank's part of every batch, so that all ranks make equally many steps; no communication.
 
     The part of rank r in a batch of b samples is b·r // p to b·(r + 1) // p, and may be empty. The samples of a
     ``Batches`` are first permuted by (seed, epoch), equally on every rank and for every world size, so the same global
     batches come on any number of ranks. Any other iterable of tuples of equally long arrays is cut in the order in
-    which it comes, which must be the same on every rank; its parts are views. Raises TypeError or ValueError when a
-    batch is something else, or the seed or epoch is negative.
+    which it comes, which must be the same on every rank; its parts are views. The first ``start`` batches are left out,
+    so that a run can go on in the middle of an epoch. Raises TypeError or ValueError when a batch is something else, or
+    the seed, epoch or start is negative.
     """
-    if seed < 0 or epoch < 0:
-        raise ValueError(f"shard: seed and epoch must not be negative, got {seed} and {epoch}")
+    for name, number in (("seed", seed), ("epoch", epoch), ("start", start)):
+        if number < 0:
+            raise ValueError(f"shard: {name} must not be negative, got {number}")
     if not hasattr(batches, "__iter__"):
         raise TypeError(
             f"shard: batches must be Batches or an iterable of tuples of arrays, got {type(batches).__name__}"
         )
     rank, size = comm.rank, comm.size
     if isinstance(batches, Batches):
-        return _permuted(batches, rank, size, seed, epoch)
-    return _cut(batches, rank, size)
+        return _permuted(batches, rank, size, seed, epoch, start)
+    return _cut(batches, rank, size, start)
 
 
 def _part(samples: int, rank: int, size: int) -> slice:
     return slice(samples * rank // size, samples * (rank + 1) // size)
 
 
-def _permuted(batches: Batches, rank: int, size: int, seed: int, epoch: int) -> Iterator[tuple[Array, ...]]:
+def _permuted(batches: Batches, rank: int, size: int, seed: int, epoch: int, start: int) -> Iterator[tuple[Array, ...]]:
     order = np.random.default_rng([seed, epoch]).permutation(len(batches.x))
-    for first in range(0, len(order), batches.size):
+    for first in range(start * batches.size, len(order), batches.size):
         chosen = order[first : first + batches.size]
         mine = chosen[_part(len(chosen), rank, size)]
         yield batches.x[mine], batches.y[mine]
 
 
-def _cut(batches: Iterable[tuple[Array, ...]], rank: int, size: int) -> Iterator[tuple[Array, ...]]:
-    for number, batch in enumerate(batches):
+def _cut(batches: Iterable[tuple[Array, ...]], rank: int, size: int, start: int) -> Iterator[tuple[Array, ...]]:
+    for number, batch in enumerate(itertools.islice(batches, start, None), start):
         part = _part(_samples(f"shard: batch {number}", batch), rank, size)
         yield tuple(array[part] for array in batch)
 

@@ -7,8 +7,10 @@ reverse order, since back-propagation finishes the last layer first. What is exc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -109,6 +111,10 @@ class DataParallel:
         self.rank = self.comm.Get_rank()
         self.steps = 0
         """Steps made, those without samples included."""
+        self.notice = 0
+        """Bits that this rank tells the others when they meet next, in the record that they exchange anyway."""
+        self.notices = 0
+        """Bits that any rank told in the last step; equal on all ranks, 0 where the step did not make them meet."""
         self._problem: Exception | None = None
         self._totals = Totals()
         self._operation = "step"
@@ -143,8 +149,8 @@ class DataParallel:
             if self.rank != 0:
                 fill(array, host)
 
-        self._record = np.zeros(5)  # trainer's id, operation, steps, whether something is wrong, weight
-        self._records = np.zeros((self.size, 5))
+        self._record = np.zeros(6)  # trainer's id, operation, steps, whether something is wrong, weight, notice
+        self._records = np.zeros((self.size, 6))
         self.buckets = self._make_buckets()
         self._overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= OVERLAP_BYTES
         self.plans: list[Any] = []
@@ -179,6 +185,11 @@ class DataParallel:
         ``owner_residual_ratio`` as means; ``slowest_rank``, the one that was so most often. See ``Telemetry``.
         """
         return self._totals.taken()
+
+    @property
+    def in_a_block(self) -> bool:
+        """Whether this rank has made steps alone since ranks met last, in a mode that exchanges less often."""
+        return bool(self._mode_state.get("steps"))
 
     @property
     def algorithms(self) -> list[str]:
@@ -223,6 +234,7 @@ class DataParallel:
         anything is averaged; the exchange is then made at the step after it.
         """
         self._operation = "step"
+        self.notices = 0
         taken: dict[str, Any] = {}
         try:
             taken, weight = self._checked(gradients, weight)
@@ -297,11 +309,14 @@ class DataParallel:
                 self._problem = NonFiniteError(
                     f"{self._where()}: the parameter {bad} on rank {self.rank}; training diverged"
                 )
-        self._record[:] = self._id, OPERATIONS.index(self._operation), self.steps, self._problem is not None, weight
+        told, self.notice = self.notice, 0
+        wrong = self._problem is not None
+        self._record[:] = self._id, OPERATIONS.index(self._operation), self.steps, wrong, weight, told
         self.comm.Allgather(self._record, self._records)
         asked = [tuple(record) for record in self._records[:, :3].tolist()]
         if len(set(asked)) > 1:
             raise MismatchError(_odd_one_out(asked))
+        self.notices = functools.reduce(operator.or_, self._records[:, 5].astype(int).tolist())
         if self._records[:, 3].any():
             problem, self._problem = self._problem, None
             _raise_together(self.comm, self._where(), problem)
