@@ -28,7 +28,9 @@ import ml_dtypes
 import numpy as np
 from mpi4py import MPI
 
-from bitring.training.data_parallel import Bucket, DataParallel, difference, resumable
+from bitring.training.bucket import Bucket
+from bitring.training.checks import difference, resumable
+from bitring.training.data_parallel import DataParallel
 from bitring.training.tree import host_copy, is_array, leaves
 
 FORMAT = "bitring checkpoint 1"

@@ -6,36 +6,42 @@ reverse order, since back-propagation finishes the last layer first. What is exc
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import BFLOAT16, as_array, is_device, xp_of
+from bitring.collectives.arrays import is_device, xp_of
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
-from bitring.collectives.registry import Registry
 from bitring.collectives.state import given_comm
 from bitring.compression.compressor import Compressor, compressors, parsed
 from bitring.compression.factors import Factors
-from bitring.compression.plan import plan_allreduce
 from bitring.compression.reduced_plan import ReducedPlan
 from bitring.compression.sufficient_factors import SufficientFactors
 from bitring.compression.telemetry import Totals
 from bitring.compression.watched_plan import WatchedPlan
+from bitring.training.bucket import Bucket
+from bitring.training.checks import (
+    checked_gradients,
+    checked_parameters,
+    checked_weight,
+    chosen,
+    count_of,
+    difference,
+    not_finite,
+    resumable,
+    text_of,
+)
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
-from bitring.training.tree import copied, fill, host_copy, is_array, leaves, set_leaf
-
-DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, BFLOAT16, np.float32, np.float64))
+from bitring.training.tree import copied, fill, host_copy, leaves, set_leaf
 
 # Below this size the exchange is over before waking the progress thread has paid.
 OVERLAP_BYTES = 8 << 20
@@ -44,38 +50,6 @@ OVERLAP_BYTES = 8 << 20
 OPERATIONS = ("step", "synchronize", "save_checkpoint", "load_checkpoint")
 
 _trainers_made = 0
-
-
-class Bucket:
-    """Gradients of some parameters of one dtype, packed into ``flat``; ``views`` are its parts, by name."""
-
-    def __init__(self, parameters: Mapping[str, Any], compressed: bool, empty: Callable[[int, Any], Any]) -> None:
-        first = next(iter(parameters.values()))
-        ends = list(accumulate(array.size for array in parameters.values()))
-        self.compressed = compressed
-        self.starts = [0, *ends[:-1]]
-        self.flat = empty(ends[-1], first.dtype)
-        self.shapes = {name: array.shape for name, array in parameters.items()}
-        self.views = dict(self.cut(self.flat))
-
-    def cut(self, flat: Any) -> list[tuple[str, Any]]:
-        """Name and part of an array as large as the bucket, each part of the parameter's shape."""
-        return [
-            (name, flat[start : start + math.prod(shape)].reshape(shape))
-            for (name, shape), start in zip(self.shapes.items(), self.starts, strict=True)
-        ]
-
-    def plan(self, comm: MPI.Intracomm, algorithm: str, compression: Compressor | None) -> Any:
-        """A plan on this bucket. Collective."""
-        return plan_allreduce(
-            self.flat,
-            comm=comm,
-            algorithm=algorithm,
-            compression=compression,
-            boundaries=self.starts,
-            shapes=list(self.shapes.values()),
-            check_finite=False,  # the trainer has looked at every gradient
-        )
 
 
 class DataParallel:
@@ -121,15 +95,15 @@ class DataParallel:
 
         error: Exception | None = None
         try:
-            self.optimizer = _chosen("optimizer", optimizer, optimizers, Optimizer)
-            self.mode = _chosen("mode", mode, modes, Mode)
+            self.optimizer = chosen("optimizer", optimizer, optimizers, Optimizer)
+            self.mode = chosen("mode", mode, modes, Mode)
             self.compression = (
-                None if compression is None else _chosen("compression", parsed(compression), compressors, Compressor)
+                None if compression is None else chosen("compression", parsed(compression), compressors, Compressor)
             )
             self.algorithm = algorithm
-            self.warmup_steps = _count("warmup_steps", warmup_steps, 0)
-            self._parameters = _checked_parameters(parameters)
-            self._bucket_bytes = _count("bucket_bytes", bucket_bytes, 1)
+            self.warmup_steps = count_of("warmup_steps", warmup_steps, 0)
+            self._parameters = checked_parameters(parameters)
+            self._bucket_bytes = count_of("bucket_bytes", bucket_bytes, 1)
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
         _raise_together(self.comm, "DataParallel", error)
@@ -304,7 +278,7 @@ class DataParallel:
     def agree(self, weight: float, check: Mapping[str, Any] | None = None) -> float:
         """See :class:`bitring.training.mode.Trainer`."""
         if check is not None and self._problem is None:
-            bad = self._not_finite(check)
+            bad = not_finite(check)
             if bad is not None:
                 self._problem = NonFiniteError(
                     f"{self._where()}: the parameter {bad} on rank {self.rank}; training diverged"
@@ -406,9 +380,9 @@ class DataParallel:
         """The settings, as plain data; all ranks give the same."""
         return {
             "parameters": {name: [w.dtype.name, list(w.shape)] for name, w in self._parameters.items()},
-            "optimizer": _text(self.optimizer),
-            "mode": _text(self.mode),
-            "compression": _text(self.compression),
+            "optimizer": text_of(self.optimizer),
+            "mode": text_of(self.mode),
+            "compression": text_of(self.compression),
             "algorithm": self.algorithm,
             "warmup_steps": self.warmup_steps,
             "bucket_bytes": self._bucket_bytes,
@@ -425,165 +399,15 @@ class DataParallel:
 
     def _checked(self, gradients: Any, weight: Any) -> tuple[dict[str, Any], float]:
         where = self._where()
-        if isinstance(weight, (str, bytes)) or not hasattr(weight, "__float__"):
-            raise TypeError(f"{where}: weight must be a number, the samples in this rank's part, got {weight!r}")
-        number = float(weight)
-        if not math.isfinite(number) or number < 0:
-            raise ValueError(f"{where}: weight must be finite and >= 0, got {number}")
-        if isinstance(gradients, Mapping):
-            taken = dict(gradients)
-            if taken.keys() != self._parameters.keys():
-                missing = [name for name in self._parameters if name not in taken]
-                extra = [name for name in taken if name not in self._parameters]
-                raise ValueError(
-                    f"{where}: gradients must have the parameters' names; missing: {missing}, unknown: {extra}"
-                )
-        elif isinstance(gradients, (list, tuple)):
-            if len(gradients) != len(self._parameters):
-                raise ValueError(
-                    f"{where}: gradients must be one for each of the {len(self._parameters)} parameters, "
-                    f"got {len(gradients)}"
-                )
-            taken = dict(zip(self._parameters, gradients, strict=True))
-        else:
-            raise TypeError(f"{where}: gradients must be a dict or a list of arrays, got {type(gradients).__name__}")
-        for name, w in self._parameters.items():
-            g = taken[name]
-            if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
-                g = taken[name] = np.asarray(g)
-            elif not (is_array(g) or isinstance(g, Factors)):
-                g = taken[name] = as_array(g, where, f"the gradient of {name!r}")
-            array = g.u if isinstance(g, Factors) else g
-            if type(array) is not type(w) and not (isinstance(array, np.ndarray) and isinstance(w, np.ndarray)):
-                raise TypeError(
-                    f"{where}: the gradient of {name!r} must be an array of {self._xp.__name__}, as the parameter is, "
-                    f"got {type(array).__module__}.{type(array).__name__}"
-                )
-            if g.shape != w.shape or g.dtype != w.dtype:
-                raise ValueError(
-                    f"{where}: the gradient of {name!r} must be {w.dtype.name} of shape {w.shape}, "
-                    f"got {g.dtype.name} of shape {g.shape}"
-                )
+        number = checked_weight(weight, where)
+        taken = checked_gradients(gradients, self._parameters, where)
         if number:
-            bad = self._not_finite(taken)
+            bad = not_finite(taken)
             if bad is not None:
                 raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self.rank}")
             if not isinstance(self.compression, SufficientFactors):
                 taken = {name: g.product() if isinstance(g, Factors) else g for name, g in taken.items()}
         return taken, number
-
-    def _not_finite(self, arrays: Mapping[str, Any]) -> str | None:
-        """Name the first array that holds NaN or Inf, and say which.
-
-        A sum is finite only if all its terms are, and is the quickest pass over an array; when it is not, it may have
-        overflowed, and the values themselves are looked at.
-        """
-        xp = self._xp
-        parts: list[tuple[str, Any]] = []
-        for name, array in arrays.items():
-            parts += [(name, array.u), (name, array.v)] if isinstance(array, Factors) else [(name, array)]
-        sums = xp.empty(len(parts), np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            for i, (_, array) in enumerate(parts):
-                wide = np.float64 if array.dtype == np.float64 else np.float32
-                sums[i] = array.sum(dtype=wide)
-            finite = np.isfinite(host_copy(sums))
-        for (name, array), good in zip(parts, finite, strict=True):
-            if not good and not bool(xp.isfinite(array).all()):
-                return f"{name!r} holds {'NaN' if bool(xp.isnan(array).any()) else 'Inf'}"
-        for name, array in arrays.items():
-            if isinstance(array, Factors) and array.overflows():
-                return f"{name!r} holds Inf"
-        return None
-
-
-def resumable(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a description that a state must share with the trainer that goes on from it."""
-    return {
-        "parameters": description["parameters"],
-        "optimizer": description["optimizer"].partition("(")[0],
-        "mode": description["mode"].partition("(")[0],
-        "compression": description["compression"],
-    }
-
-
-def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
-    """What differs first between two descriptions, in words; None when nothing does."""
-    for key, value in here.items():
-        other = there[key]
-        if value == other and (key != "parameters" or list(value) == list(other)):
-            continue
-        if key != "parameters":
-            return f"{key} is {value}, not {other}"
-        if list(value) != list(other):
-            return f"the parameters are {list(value)}, not {list(other)}"
-        name = next(name for name in value if value[name] != other[name])
-        kinds = [f"{dtype} of shape {tuple(shape)}" for dtype, shape in (value[name], other[name])]
-        return f"parameter {name!r} is {kinds[0]}, not {kinds[1]}"
-    return None
-
-
-def _text(settings: object) -> str:
-    """Settings in words that are the same on every rank and in every run."""
-    return repr(settings) if settings is None or dataclasses.is_dataclass(settings) else type(settings).__name__
-
-
-def _count(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"DataParallel: {name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"DataParallel: {name} must be at least {least}, got {value}")
-    return int(value)
-
-
-def _chosen(argument: str, given: Any, registry: Registry[Any], base: type[Any]) -> Any:
-    if isinstance(given, str):
-        return registry.get(given)()
-    if isinstance(given, base):
-        return given
-    shown = f"the class {given.__name__} itself" if isinstance(given, type) else repr(given)
-    raise TypeError(
-        f"DataParallel: {argument} must be a name ({', '.join(registry.names())}) or an instance of {base.__name__}, "
-        f"got {shown}"
-    )
-
-
-def _checked_parameters(parameters: Any) -> dict[str, Any]:
-    where = "DataParallel: parameters"
-    if isinstance(parameters, Mapping):
-        named = dict(parameters)
-    elif isinstance(parameters, (list, tuple)):
-        named = {str(i): array for i, array in enumerate(parameters)}
-    else:
-        raise TypeError(f"{where} must be a dict or a list of arrays, got {type(parameters).__name__}")
-    if not named:
-        raise ValueError(f"{where} must hold at least one array, got none")
-    extents: list[tuple[int, int, str]] = []
-    for name, array in list(named.items()):
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"{where} must be named by non-empty strings, got the name {name!r}")
-        if not is_array(array):
-            array = named[name] = as_array(array, where, repr(name))
-        if is_device(array) != is_device(next(iter(named.values()))):
-            raise TypeError(f"{where}: {name!r} must be on the same device as the others")
-        if array.dtype not in DTYPES:
-            known = ", ".join(dtype.name for dtype in DTYPES)
-            raise TypeError(f"{where}: {name!r} must be one of {known}, got {array.dtype.name}")
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{where}: {name!r} must be C-contiguous, got strides {array.strides}")
-        if isinstance(array, np.ndarray):
-            if not array.flags.writeable:
-                raise ValueError(
-                    f"{where}: {name!r} must be writable, since it is updated in place, got a read-only array; "
-                    "give a writable copy, such as numpy.array of it"
-                )
-            if array.size:
-                extents.append((array.ctypes.data, array.ctypes.data + array.nbytes, name))
-    extents.sort()
-    for (_, end, name), (start, _, other) in pairwise(extents):
-        if start < end:
-            raise ValueError(f"{where}: {name!r} and {other!r} share memory; give a shared array once")
-    return named
 
 
 def _raise_together(comm: MPI.Intracomm, where: str, error: Exception | None) -> None:
