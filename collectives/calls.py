@@ -274,27 +274,27 @@ def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.
     return Call(function, "reduce_scatter", algorithm).read(read)
 
 
-def allgather_call(state: State, sendbuf: Any, recvbuf: Any, algorithm: str) -> Call:
+def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algorithm: str) -> Call:
     """Allgather(sendbuf, recvbuf): in place on ``recvbuf``, as bytes."""
 
     def read(call: Call) -> None:
-        receive = parse(recvbuf, "Allgather", "recvbuf", writable=True, blocks=state.size)
-        send = receive if is_in_place(sendbuf) else parse(sendbuf, "Allgather", "sendbuf", writable=False)
+        receive = parse(recvbuf, function, "recvbuf", writable=True, blocks=state.size)
+        send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
             return
         received, sent = bytes_of(receive), bytes_of(send)
         if received.size % state.size:
             raise ValueError(
-                f"Allgather: recvbuf must hold {state.size} equal blocks; got {receive.size} values of {receive.dtype}"
+                f"{function}: recvbuf must hold {state.size} equal blocks; got {receive.size} values of {receive.dtype}"
             )
         block = received.size // state.size
         if send is not receive:
-            _same("Allgather", sent, received, blocks_received=state.size)
+            _same(function, sent, received, blocks_received=state.size)
             call.before = _copy_to(received[state.rank * block : (state.rank + 1) * block], sent)
         call.library = device_of(receive) is None
         call.terms(received, nbytes=block)
 
-    return Call("Allgather", "allgather", algorithm).read(read)
+    return Call(function, "allgather", algorithm).read(read)
 
 
 def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:

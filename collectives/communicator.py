@@ -39,8 +39,8 @@ class Communicator(MPI.Intracomm):
 
     ``Communicator(comm)`` wraps ``comm`` without duplicating it; ``Dup``, ``Split`` and ``Create`` return
     Communicators with the same ``algorithm``. Allreduce, Iallreduce, Allreduce_init, Reduce, Reduce_scatter_block,
-    Allgather and Bcast are bitring's; all else is mpi4py's own. What bitring does not serve (operations made by
-    ``MPI.Op.Create``, derived datatypes) goes to the MPI library, on all ranks alike.
+    Allgather, Iallgather and Bcast are bitring's; all else is mpi4py's own. What bitring does not serve (operations
+    made by ``MPI.Op.Create``, derived datatypes) goes to the MPI library, on all ranks alike.
 
     All ranks must make these calls alike: where they differ in dtype, count, operation, root or algorithm, or where
     one rank's arguments are bad, every rank raises (MismatchError, PeerError) and none hangs.
@@ -198,8 +198,20 @@ class Communicator(MPI.Intracomm):
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
         """Gather every rank's ``sendbuf`` in ``recvbuf`` of every rank, in rank order."""
         state = self._prepared("Allgather")
-        call = allgather_call(state, sendbuf, recvbuf, self._algorithm)
+        call = allgather_call(state, "Allgather", sendbuf, recvbuf, self._algorithm)
         call.run_now(state, lambda comm: comm.Iallgather(sendbuf, recvbuf))
+
+    def Iallgather(self, sendbuf: Any, recvbuf: Any) -> MPI.Request:
+        """Begin an Allgather; see ``Iallreduce``."""
+        state = state_of(self)
+        call = allgather_call(state, "Iallgather", sendbuf, recvbuf, self._algorithm)
+
+        def steps(progress: Progress) -> Steps:
+            yield from call.whole(state, progress)
+            if call.choice == "mpi":
+                yield from wait_for(state.comm.Iallgather(sendbuf, recvbuf), progress)
+
+        return GeneralRequest(state, steps, "Iallgather")
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         """Copy rank ``root``'s ``buf`` to every rank's."""

@@ -7,6 +7,7 @@ bitring on the communicator, freed with it. Nothing is keyed by address or handl
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from mpi4py import MPI
@@ -17,7 +18,10 @@ from bitring.collectives.extension import native
 from bitring.collectives.selection import Topology
 from bitring.collectives.shared import Shared, make_shared
 from bitring.collectives.table import BUILT_IN, load_table, path_of_table
+from bitring.launcher import alone_by_mistake, launched_rank
 from bitring.machine import mpi_library, thread_share
+
+logger = logging.getLogger("bitring")
 
 
 class State:
@@ -118,6 +122,14 @@ def _keyval() -> int:
     return MPI.Comm.Create_keyval(delete_fn=delete)
 
 
+@functools.cache
+def _warn_if_alone() -> None:
+    """Once, by the first of processes that were started together and do not know each other."""
+    mistake = alone_by_mistake(MPI.COMM_WORLD.Get_size(), mpi_library())
+    if mistake is not None and launched_rank() == 0:
+        logger.warning(mistake)
+
+
 def given_comm(comm: MPI.Intracomm | None, function: str) -> MPI.Intracomm:
     """``comm``, MPI.COMM_WORLD for None. Raises TypeError, naming ``function``, for anything else."""
     if comm is None:
@@ -133,6 +145,7 @@ def state_of(comm: MPI.Intracomm) -> State:
     if state is None:
         engine.check("the first collective of a communicator")
         abort_on_exception()
+        _warn_if_alone()
         # Nonblocking, since a nonblocking collective may be the first, and ranks may come to it in different orders.
         private, made = MPI.Intracomm(comm).Idup()
         if comm.Get_size() == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -14,8 +13,9 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 from numba import types
-from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+
+from bitring.kernel_cache import with_cache
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -71,20 +71,8 @@ def jit(function: Function) -> Function:
 
     Without the interpreter lock, and cached as ``compiled`` does, but for functions that use no others.
     """
-    options: dict[str, Any] = {"nogil": True, **_OPTIONS}
-    try:
-        made = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # Numba found no writable folder
-        return cast(Function, numba.njit(**options)(function))
-
-    @functools.wraps(function)
-    def call(*arguments: object) -> object:
-        try:
-            return made(*arguments)
-        except OSError:  # a full disk, say: the function was compiled, but has neither been saved nor run
-            return made(*arguments)
-
-    return cast(Function, call)
+    dispatcher: Any = numba.njit(nogil=True, **_OPTIONS)(function)
+    return cast(Function, with_cache(dispatcher, function))
 
 
 def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
@@ -95,26 +83,10 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
     writing fails, each process compiles for itself.
     """
     result: Any = CFunc(function, (arguments, INT), locals={}, options={"nopython": True, **_OPTIONS})
-    with contextlib.suppress(RuntimeError):  # Numba found no writable folder
-        result._cache = _Cache(function)
-    result.compile()
+    with_cache(result, function, parts=_digest(function.__module__)).compile()
     _kept.append(result)
     address: int = result.address
     return address
-
-
-class _Cache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache, which knows a function by its own file, and by the files of the kernels' parts that it uses too.
-
-    A disk that is full, or was taken away, loses what would have been saved, and no more.
-    """
-
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (*super()._index_key(sig, codegen), _digest(self._py_func.__module__))
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        with contextlib.suppress(OSError):
-            super().save_overload(sig, data)
 
 
 @functools.cache

@@ -11,12 +11,11 @@ from typing import Any
 
 import numba
 
+from bitring.kernel_cache import with_cache
+
 
 def _compiled(function: Callable[..., None]) -> Any:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no writable folder to keep compiled code in
-        return numba.njit(nogil=True)(function)
+    return with_cache(numba.njit(nogil=True)(function), function)
 
 
 @_compiled

@@ -24,6 +24,7 @@ import functools
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -154,6 +155,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # So a shell starts what runs in its background, and cron everything; tests interrupt themselves and others.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--all"):
         hypothesis.settings.load_profile("ranks-alike, all")
     logs = os.environ.get("BITRING_TEST_LOGS")

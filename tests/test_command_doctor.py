@@ -147,6 +147,16 @@ def test_a_cache_that_cannot_be_written(doctor, tmp_path):
     assert "NUMBA_CACHE_DIR" in found["kernel cache"]
 
 
+def test_a_cache_that_others_can_write_to(doctor, tmp_path, monkeypatch):
+    _, run, _ = doctor
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    status, found, _ = run()
+    assert status == 0
+    assert "open to every user, who can write to" in found["kernel cache"]
+    assert "mkdir -m 700" in found["kernel cache"]
+
+
 @pytest.mark.parametrize(
     ("asked", "works", "status", "text"),
     [

@@ -98,6 +98,9 @@ def test_every_call_with_every_algorithm(comm, agree, name: str):
         gathered[rank] = ones
         world.Allgather(MPI.IN_PLACE, gathered)
         check("Allgather in place", gathered, np.repeat(np.arange(1.0, size + 1), n).reshape(size, n))
+        gathered[:] = 0
+        world.Iallgather(ones, gathered).Wait()
+        check("Iallgather", gathered, np.repeat(np.arange(1.0, size + 1), n).reshape(size, n))
     agree(world, not wrong, "; ".join(wrong[:3]))
     world.Free()
 

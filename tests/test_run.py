@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,28 @@ def run_tests(tmp_path: Path, clean_environment: Callable[..., dict[str, str]]):
         return done.returncode, done.stdout + done.stderr, (tmp_path / "logs" / "result").read_text(encoding="utf-8")
 
     return run_tests
+
+
+def test_in_a_shell_s_background_tests_can_be_interrupted(run_tests):
+    """A shell has its background jobs ignore Ctrl-C, and those hand that on to whatever they start."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status, output, _ = run_tests(
+            """
+import os, signal, subprocess, sys, pytest
+def test_here():
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+def test_in_a_process_that_a_test_starts():
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    assert subprocess.run([sys.executable, "-c", program], stderr=subprocess.DEVNULL).returncode == -signal.SIGINT
+""",
+            1,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status == 0, output
 
 
 def test_a_hang_costs_its_limit_and_shows_the_stacks_of_all_ranks(run_tests):

@@ -2,6 +2,7 @@
 
 import math
 
+from bitring.collectives.communicator import Communicator
 from bitring.commands import _wire
 from bitring.machine import node_map
 
@@ -15,6 +16,24 @@ def test_each_node_s_first_rank_sends_to_the_next(comm, agree, monkeypatch):
         return
     assert found is not None
     agree(comm, all(math.isfinite(each) and each > 0 for each in found) and comm.bcast(found) == found)
+
+
+def test_what_is_timed_is_a_communicator_s_own_call(comm, agree, monkeypatch):
+    """Once to get going, then once a sample; mpi4py's call of that name would be the library's."""
+    began: list[int] = []
+    right = Communicator.__dict__["Iallgather"]
+
+    def counted(self, sendbuf, recvbuf):
+        request = right(self, sendbuf, recvbuf)
+        began.append(sendbuf.size)
+        return request
+
+    monkeypatch.setattr(Communicator, "Iallgather", counted)
+    monkeypatch.setattr(_wire, "_LONG", 64 << 10)
+    if comm.size == 1:
+        return
+    work = _wire._work(comm)
+    agree(comm, began == [(64 << 10) // comm.size] * (1 + _wire._SAMPLES) and work >= 0, f"{began} {work}")
 
 
 def test_one_node_has_no_network(comm, agree):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -18,12 +19,38 @@ def launched_rank() -> int:
 
 def launched_size() -> int:
     """How many processes were started together; 1 for one started by itself."""
-    return _first(SIZE_VARIABLES, 1)
+    mpirun = _first(SIZE_VARIABLES[:2], 0)
+    # Slurm's number alone may be of a job's script; a process that srun has started has its own number too.
+    return mpirun or (_first(SIZE_VARIABLES[2:], 1) if "SLURM_PROCID" in os.environ else 1)
 
 
 def launched_local_size() -> int:
     """How many of them were started on this node; 1 where the launcher does not say."""
     return _first(LOCAL_SIZE_VARIABLES, 1)
+
+
+def alone_by_mistake(world_size: int, library: str) -> str | None:
+    """What is wrong, and what to type, where several processes were started and each is a world of its own.
+
+    ``library`` names the MPI library. None where all is well, and where BITRING_ALONE=1 says that it is meant.
+    """
+    launched = launched_size()
+    if world_size > 1 or launched == 1 or os.environ.get("BITRING_ALONE") == "1":
+        return None
+    if any(os.environ.get(name, "").isdigit() for name in SIZE_VARIABLES[:2]):
+        advice = f"the launcher belongs to another MPI library than {library}: {_own_mpirun()}"
+    else:
+        way = "pmix" if "Open MPI" in library else "pmi2"
+        advice = f"srun offered nothing that {library} knows: type srun --mpi={way}, or {_own_mpirun()}"
+    return (
+        f"{launched} processes were started, and each takes itself for the only one; {advice}. "
+        "Where each is meant to be alone, set BITRING_ALONE=1"
+    )
+
+
+def _own_mpirun() -> str:
+    beside = Path(sys.prefix) / "bin" / "mpirun"
+    return f"start them by {beside}" if beside.exists() else "start them by that library's mpirun"
 
 
 def unknown_to_mpich() -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import os
 import resource
 import subprocess
@@ -25,7 +24,7 @@ from bitring.collectives.state import state_of
 from bitring.commands._ranks import ending_together
 from bitring.commands._terminal import terminal_width
 from bitring.compression.plan import plan_allreduce
-from bitring.launcher import launched_rank, launched_size
+from bitring.launcher import alone_by_mistake, launched_rank
 from bitring.machine import THREAD_LEVELS, mpi_library, node_map, package_version, processor, thread_share, versions
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -94,15 +93,11 @@ def _library() -> Finding:
 
 
 def _world_is_whole() -> Finding:
-    size, launched = MPI.COMM_WORLD.Get_size(), launched_size()
-    if size == 1 and launched > 1:
-        return Finding(
-            "ranks",
-            FAIL,
-            f"{launched} processes were started, and each takes itself for the only one",
-            f"the launcher belongs to another MPI library than {mpi_library()}, which mpi4py has loaded: use that "
-            "library's own mpirun; with srun, choose --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI",
-        )
+    size = MPI.COMM_WORLD.Get_size()
+    mistake = alone_by_mistake(size, mpi_library())
+    if mistake is not None:
+        text, _, advice = mistake.partition("; ")
+        return Finding("ranks", FAIL, text, advice)
     return Finding("ranks", OK, f"{size}" + " (run under mpirun or srun to check more)" * (size == 1))
 
 
@@ -216,21 +211,27 @@ def _locked_memory() -> Finding:
 
 
 def _kernel_cache() -> Finding:
-    import numba
-
     from bitring.compression import onebit_numba
+    from bitring.kernel_cache import KernelCache, open_to
 
     what = "kernel cache"
     advice = "every process compiles for itself, some seconds: point NUMBA_CACHE_DIR to a folder that can be written"
     try:
-        compiled: Any = numba.njit(cache=True)(inspect.unwrap(onebit_numba.encode))
-        folder = Path(compiled.stats.cache_path)
+        folder = Path(KernelCache(onebit_numba.encode).cache_path)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"doctor.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except (RuntimeError, OSError) as error:
         return Finding(what, NOTE, f"cannot be written: {error}", advice)
+    others = open_to(folder)
+    if others is not None:
+        return Finding(
+            what,
+            NOTE,
+            f"{folder}: open to {others}",
+            "its files are executed: point NUMBA_CACHE_DIR to a folder of your own, made by mkdir -m 700",
+        )
     return Finding(what, OK, f"{folder}")
 
 

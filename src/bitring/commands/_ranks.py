@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -16,7 +17,8 @@ from threadpoolctl import threadpool_limits
 
 from bitring.collectives.abort import abort_on_exception
 from bitring.collectives.errors import MismatchError
-from bitring.machine import thread_share
+from bitring.launcher import alone_by_mistake
+from bitring.machine import mpi_library, thread_share
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -34,6 +36,13 @@ def fail(comm: MPI.Intracomm, message: str, status: int = 2) -> NoReturn:
     if comm.rank == 0:
         click.echo(f"Error: {message}", err=True)
     raise click.exceptions.Exit(status)
+
+
+def refuse_if_alone() -> None:
+    """End the command where several ranks were started that do not know each other: they would do the same work."""
+    mistake = alone_by_mistake(MPI.COMM_WORLD.Get_size(), mpi_library())
+    if mistake is not None:
+        raise click.ClickException(mistake)  # which the first of them shows
 
 
 def meet(comm: MPI.Intracomm) -> None:
@@ -62,6 +71,7 @@ def together(comm: MPI.Intracomm, prepare: Callable[[], T]) -> T:
 def ending_together(comm: MPI.Intracomm) -> Generator[None]:
     """Around a command's body: an exception on one rank, or Ctrl-C, ends all ranks; none waits for one that is gone."""
     abort_on_exception()
+    _say_when_kernels_compile(comm)
     try:
         with _ctrl_c_kept():
             yield
@@ -79,6 +89,21 @@ def ending_together(comm: MPI.Intracomm) -> Generator[None]:
             # Here, while the other ranks may still be waiting for this one.
             sys.excepthook(type(error), error, error.__traceback__)
         raise
+
+
+class _Shown(logging.Handler):
+    """Prints what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+def _say_when_kernels_compile(comm: MPI.Intracomm) -> None:
+    """Rank 0 shows what is logged of them, for good: nothing else would be seen for up to a minute."""
+    logger = logging.getLogger("bitring.kernels")
+    if comm.rank == 0 and not logger.handlers:
+        logger.addHandler(_Shown())
+        logger.setLevel(logging.INFO)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from mpi4py import MPI
 from bitring.collectives.errors import NonFiniteError
 from bitring.commands._pictures import draw_curve
 from bitring.commands._progress import Progress
-from bitring.commands._ranks import ending_together, fail, limit_threads, same_everywhere, together
+from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, same_everywhere, together
 from bitring.commands._settings import Settings
 from bitring.commands._units import traffic
 from bitring.compression.compressor import Compressor
@@ -65,6 +65,7 @@ class _Parts:
 
 def run(settings: Settings) -> None:
     """Train as ``settings`` say, on MPI.COMM_WORLD. Collective."""
+    refuse_if_alone()
     comm = MPI.COMM_WORLD
     saved: list[int] = []
     with ending_together(comm):

@@ -64,7 +64,7 @@ def _seconds(comm: MPI.Intracomm) -> tuple[float, float]:
 
 
 def _work(comm: MPI.Intracomm) -> float:
-    """Seconds of this process's threads for each byte that an allgather sends, begun in the background.
+    """Seconds of this process's threads for each byte that a Communicator's allgather sends, begun in the background.
 
     There waiting costs next to nothing, where a caller that waits is always at work. 0 where there is no background.
     """
