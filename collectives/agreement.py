@@ -26,6 +26,7 @@ _BAD = 2
 _ONLY_ARRIVES = 4
 """A rank that agrees first and exchanges afterwards says so: one whose arrival brought its values must not take others'
 for there, and comes along."""
+_FLAG = 8
 
 
 def _number(text: str, nbytes: int = 7) -> int:
@@ -37,6 +38,7 @@ class Request:
 
     ``function`` is the call's name; ``terms`` what all ranks must give alike, as ordered (name, value) pairs;
     ``library`` whether this rank needs the MPI library's own call; ``error`` what is wrong with its arguments.
+    ``flag`` is one bit for the others to learn: after ``agree`` it says whether any rank had it set.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Request:
         terms: dict[str, object] | None = None,
         library: bool = False,
         error: Exception | None = None,
+        flag: bool = False,
     ) -> None:
         self.function = function
         self.terms: dict[str, object] = terms or {}
         self.library = library
         self.error = error
+        self.flag = flag
 
     def words(self) -> str:
         """The request as the error message shows it."""
@@ -70,22 +74,30 @@ class Request:
 
 
 class Verdict(NamedTuple):
-    """What the ranks' requests have in common, and whether any rank needs the library or has bad arguments."""
+    """What the ranks' requests have in common, and whether any rank needs the library, has bad arguments or a flag."""
 
     same: bool
     same_function: bool
     library: bool
     bad: bool
+    flag: bool
 
 
 def verdict_of(native_verdict: Any) -> Verdict:
     """The native engine's verdict."""
     flags = native_verdict.flags
-    return Verdict(native_verdict.same, native_verdict.same_function, bool(flags & _LIBRARY), bool(flags & _BAD))
+    return Verdict(
+        native_verdict.same,
+        native_verdict.same_function,
+        bool(flags & _LIBRARY),
+        bool(flags & _BAD),
+        bool(flags & _FLAG),
+    )
 
 
 def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress: Progress) -> Steps:
-    """Raise on all ranks alike unless all ask for the same; sets ``request.library`` if any rank needs it.
+    """Raise on all ranks alike unless all ask for the same; sets ``request.library`` if any rank needs it, and
+    ``request.flag`` if any rank has it set.
 
     ``shared``: what all ranks of ``comm`` share; None where some do not. A rank's own argument error is raised on that
     rank as it is, and as PeerError on the others. Ranks that name different functions, or different terms while none
@@ -98,6 +110,7 @@ def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress
     else:
         module = native()
         flags = _ONLY_ARRIVES | (_LIBRARY if request.library else 0) | (_BAD if request.error else 0)
+        flags |= _FLAG if request.flag else 0
         operation = module.Agreement(shared.node, request.signature, 0, flags)
         yield from run(operation, progress)
         verdict = verdict_of(operation.verdict)
@@ -110,7 +123,7 @@ class Check:
     def __init__(self, comm: MPI.Intracomm, request: Request) -> None:
         function, terms = _number(request.function), _number(request.words())
         bad = request.error is not None
-        self._most = np.array([function, ~function, terms, ~terms, request.library, bad], np.int64)
+        self._most = np.array([function, ~function, terms, ~terms, request.library, bad, request.flag], np.int64)
         # In place: mpi4py's request (4.1.2) keeps a receive buffer alive, but not a send buffer.
         self.request = comm.Iallreduce(MPI.IN_PLACE, self._most, MPI.MAX)
 
@@ -118,12 +131,13 @@ class Check:
     def verdict(self) -> Verdict:
         """What all ranks' hashes say."""
         most = self._most
-        return Verdict(bool(most[2] == ~most[3]), bool(most[0] == ~most[1]), bool(most[4]), bool(most[5]))
+        same, same_function = bool(most[2] == ~most[3]), bool(most[0] == ~most[1])
+        return Verdict(same, same_function, bool(most[4]), bool(most[5]), bool(most[6]))
 
 
 def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: Progress) -> None:
     """What ``agree`` does when the verdict is there, which is the same on all ranks."""
-    request.library = verdict.library
+    request.library, request.flag = verdict.library, verdict.flag
     if verdict.same_function and not verdict.bad and (verdict.same or verdict.library):
         return
     progress.moves += 1

@@ -41,6 +41,7 @@ from bitring.training.checks import (
 )
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
+from bitring.training.preemption import NOTICE, watching
 from bitring.training.tree import copied, fill, host_copy, leaves, set_leaf
 
 # Below this size the exchange is over before waking the progress thread has paid.
@@ -209,6 +210,8 @@ class DataParallel:
         """
         self._operation = "step"
         self.notices = 0
+        for preemption in watching(self.comm):
+            preemption.answer_is_new = True
         taken: dict[str, Any] = {}
         try:
             taken, weight = self._checked(gradients, weight)
@@ -284,13 +287,18 @@ class DataParallel:
                     f"{self._where()}: the parameter {bad} on rank {self.rank}; training diverged"
                 )
         told, self.notice = self.notice, 0
+        preemptions = watching(self.comm)
+        if any(preemption.noted for preemption in preemptions):
+            told |= NOTICE
         wrong = self._problem is not None
         self._record[:] = self._id, OPERATIONS.index(self._operation), self.steps, wrong, weight, told
         self.comm.Allgather(self._record, self._records)
+        self.notices = functools.reduce(operator.or_, self._records[:, 5].astype(int).tolist())
+        for preemption in preemptions:
+            preemption.learn(bool(self.notices & NOTICE))
         asked = [tuple(record) for record in self._records[:, :3].tolist()]
         if len(set(asked)) > 1:
             raise MismatchError(_odd_one_out(asked))
-        self.notices = functools.reduce(operator.or_, self._records[:, 5].astype(int).tolist())
         if self._records[:, 3].any():
             problem, self._problem = self._problem, None
             _raise_together(self.comm, self._where(), problem)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from bitring.training.local import Local as Local
     from bitring.training.mode import Mode as Mode
     from bitring.training.optimizer import Optimizer as Optimizer
+    from bitring.training.preemption import Preemption as Preemption
     from bitring.training.sgd import SGD as SGD
     from bitring.training.sync import Sync as Sync
 
@@ -65,6 +66,7 @@ _WHERE = {
     "Optimizer": "training.optimizer",
     "PeerError": "collectives.errors",
     "Plan": "collectives.plan",
+    "Preemption": "training.preemption",
     "Reducer": "compression.reducer",
     "allreduce": "collectives.allreduce",
     "explain": "collectives.plan",
