@@ -71,7 +71,7 @@ def machine() -> dict[str, Any]:
     """What the summaries do not say of this machine."""
     from mpi4py import MPI
 
-    from bitring.machine import describe
+    from bitring.nodes import describe
 
     found = describe(MPI.COMM_SELF)
     return {key: found[key] for key in ("processor", "cores_of_node", "system")}

@@ -439,7 +439,7 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def describe() -> dict[str, Any]:
     """This machine, as a job of two ranks sees it."""
-    text = "import json; from mpi4py import MPI; from bitring.machine import describe as d; m = d(MPI.COMM_WORLD); "
+    text = "import json; from mpi4py import MPI; from bitring.nodes import describe as d; m = d(MPI.COMM_WORLD); "
     text += "print(json.dumps(m)) if MPI.COMM_WORLD.rank == 0 else None"
     done = subprocess.run(
         [mpirun(), "-n", "2", sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True

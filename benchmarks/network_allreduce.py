@@ -93,7 +93,7 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
     from mpi4py import MPI
 
     from bitring.commands._ranks import ending_together, limit_threads
-    from bitring.machine import describe
+    from bitring.nodes import describe
 
     comm = MPI.COMM_WORLD
     with ending_together(comm):

@@ -80,7 +80,7 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
     import bitring
     from bitring.commands._ranks import ending_together, limit_threads
     from bitring.compression.encoder import compressors
-    from bitring.machine import describe
+    from bitring.nodes import describe
 
     comm = MPI.COMM_WORLD
     with ending_together(comm):

@@ -251,7 +251,7 @@ def table(phase: dict[str, Any]) -> str:
 
 def work(asked: argparse.Namespace) -> int:
     """One rank."""
-    from bitring.machine import describe
+    from bitring.nodes import describe
 
     soak = Soak(asked.seed)
     machine = describe(soak.comm)

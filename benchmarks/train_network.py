@@ -128,7 +128,7 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
 
     import bitring
     from bitring.commands._ranks import ending_together, limit_threads
-    from bitring.machine import describe
+    from bitring.nodes import describe
 
     comm = MPI.COMM_WORLD
     with ending_together(comm):

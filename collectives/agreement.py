@@ -18,6 +18,7 @@ from mpi4py import MPI
 from bitring.collectives.errors import MismatchError, PeerError
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.extension import native
+from bitring.collectives.library_steps import allgather_steps, wait_for
 from bitring.collectives.native_executor import run
 from bitring.collectives.shared import Shared
 
@@ -114,7 +115,7 @@ def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress
         operation = module.Agreement(shared.node, request.signature, 0, flags)
         yield from run(operation, progress)
         verdict = verdict_of(operation.verdict)
-    conclude(comm, request, verdict, progress)
+    yield from conclude(comm, request, verdict, progress)
 
 
 class Check:
@@ -135,16 +136,14 @@ class Check:
         return Verdict(same, same_function, bool(most[4]), bool(most[5]), bool(most[6]))
 
 
-def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: Progress) -> None:
+def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: Progress) -> Steps:
     """What ``agree`` does when the verdict is there, which is the same on all ranks."""
     request.library, request.flag = verdict.library, verdict.flag
     if verdict.same_function and not verdict.bad and (verdict.same or verdict.library):
         return
-    progress.moves += 1
     error = "" if request.error is None else f"{type(request.error).__name__}: {request.error}"
-    everyone: list[tuple[str, dict[str, str], str]] = comm.allgather(
-        (request.function, {k: str(v) for k, v in request.terms.items()}, error)
-    )
+    terms = {name: str(value) for name, value in request.terms.items()}
+    everyone = yield from allgather_steps(comm, (request.function, terms, error), progress)
     if request.error is not None:
         raise request.error
     bad = [(r, text) for r, (_, _, text) in enumerate(everyone) if text]
@@ -171,10 +170,3 @@ def _difference(everyone: list[tuple[str, dict[str, str], str]]) -> str:
                 f"{usual}: ranks disagree on {term}: {ranks} gave {values[differing[0]]}, rank {agreeing} gave {most}"
             )
     return f"{usual}: ranks disagree: {everyone}"
-
-
-def wait_for(request: MPI.Request, progress: Progress) -> Steps:
-    """Yield until one of the library's requests is complete."""
-    while not request.Test():
-        yield
-    progress.moves += 1

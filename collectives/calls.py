@@ -12,11 +12,12 @@ from typing import Any
 
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, agree, conclude, verdict_of, wait_for
+from bitring.collectives.agreement import Request, agree, conclude, verdict_of
 from bitring.collectives.arrays import Array, bytes_of, device_of, xp_of
 from bitring.collectives.buffers import is_in_place, parse
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.extension import known_dtypes, operation_number, type_number
+from bitring.collectives.library_steps import wait_for
 from bitring.collectives.native_executor import finish
 from bitring.collectives.operators import REDUCTIONS, op_name, ufunc_name
 from bitring.collectives.plan import HOST, library_reduces, memory_name
@@ -82,7 +83,7 @@ class Call:
         if not operation.disagrees:
             self.choice = ""
             return
-        conclude(state.comm, self.request, verdict_of(operation.verdict), progress)
+        yield from conclude(state.comm, self.request, verdict_of(operation.verdict), progress)
         self._choose(state, blocking=True)
 
     def _choose(self, state: State, blocking: bool) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from mpi4py import MPI
 from typing_extensions import Self
 
-from bitring.collectives.agreement import Request, wait_for
+from bitring.collectives.agreement import Request
 from bitring.collectives.calls import (
     allgather_call,
     allreduce_call,
@@ -19,6 +19,8 @@ from bitring.collectives.calls import (
     reduce_scatter_block_call,
 )
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.library_steps import wait_for
+from bitring.collectives.objects import jointly
 from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.runner import make_runner
@@ -124,7 +126,8 @@ class Communicator(MPI.Intracomm):
             request.error = error
         run_agreement(state, request)
         if state.shared is not None:
-            part = state.shared.new_part(state.node.comm, nbytes)
+            shared, node = state.shared, state.node.comm
+            part = jointly(state, lambda progress: shared.new_part(node, nbytes, progress), "empty")
             if part is not None:
                 return np.asarray(part)[:nbytes].view(dtype).reshape(shape)
         return np.empty(shape, dtype)
@@ -169,7 +172,7 @@ class Communicator(MPI.Intracomm):
         """
         state = self._prepared("Allreduce_init")
         call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
-        state.lane.submit(lambda progress: call.settle(state, progress), "Allreduce_init").wait()
+        state.lane.call(lambda progress: call.settle(state, progress), "Allreduce_init")
         runner = None
         if call.choice != "mpi" and call.work is not None:
             runner = make_runner(state, "allreduce", call.choice, call.work, op, number=state.new_plan())

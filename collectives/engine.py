@@ -19,20 +19,22 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.arrays import surroundings
 from bitring.collectives.errors import PeerError
-from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.executor import Progress, Steps, StepsTo
 from bitring.collectives.extension import native
 from bitring.collectives.presence import leave
 from bitring.collectives.shared import Shared
 from bitring.collectives.transport import NOTE_TAG
 
 logger = logging.getLogger("bitring")
+
+T = TypeVar("T")
 
 SILENCE_SECONDS = 60.0
 """A wait without any progress for so long is worth one warning."""
@@ -43,10 +45,13 @@ _LOOK_SECONDS = 0.25
 _DRIVE_SECONDS = 0.05
 """A native operation that has not moved for so long gives the engine a chance to look around."""
 
+ADVICE = "all ranks can go on with a new one (comm.Dup()), or begin again from the last checkpoint"
+
 _FAILED = -(1 << 40)
 """What a rank says that has broken off a job; other notes are jobs' numbers, and ranks that are gone."""
 
 _GRACE_SECONDS = 2.0
+_GENTLE_SECONDS = 1e-3
 _SPINS = 200
 _NAP_SECONDS = 20e-6
 
@@ -70,7 +75,7 @@ class Lane:
         self.jobs: deque[Job] = deque()
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
-        self.wreck: Job | None = None  # cut short: the library may still write to its memory
+        self.wrecks: list[Job] = []  # cut short: the library may still write to their memory
         self._waiting: dict[int, int] = {}  # the last job that another rank said it waits in
         self._gone: set[int] = set()  # ranks that another rank, or they themselves, said are gone
         self.failed: set[int] = set()  # ranks that said that they have given up in the middle of a job
@@ -97,16 +102,30 @@ class Lane:
 
     def breaks(self, why: str, wreck: Job | None = None) -> None:
         """Refuse every further job."""
-        self.broken, self.wreck = why, wreck
+        self.broken = self.broken or why
+        if wreck is not None:
+            self.wrecks.append(wreck)
         self.rest()
 
     def cut_short(self, what: str, error: BaseException | None, wreck: Job | None = None) -> None:
         """Refuse every further job, since others may still exchange what this rank has given up; and tell them."""
         if not self.broken:
             self.breaks(f"{what} was cut short by {type(error).__name__}", wreck)
+            self.failed.add(self.rank)  # for the jobs that are left
             if self._made is None:
-                with contextlib.suppress(MPI.Exception):  # the library may be what has failed
-                    self._tell(set(range(self.comm.Get_size())) - {self.rank}, _FAILED)
+                self._tell_failure()
+            else:
+
+                def tell(progress: Progress) -> Steps:
+                    yield from ()
+                    self._tell_failure()
+
+                engine.enqueue(Job(self, tell, what, self.count, None))
+                engine.start_thread()
+
+    def _tell_failure(self) -> None:
+        with contextlib.suppress(MPI.Exception):  # the library may be what has failed
+            self._tell(set(range(self.comm.Get_size())) - {self.rank}, _FAILED)
 
     def close(self) -> None:
         """The communicator is freed."""
@@ -122,13 +141,27 @@ class Lane:
         if not keep:
             self.comm.Free()
 
-    def drain(self, what: str) -> None:
-        """Wait until the jobs submitted so far are over, and the communicator is there."""
+    def call(self, steps: Callable[[Progress], StepsTo[T]], what: str, gentle: bool = False) -> T:
+        """What ``steps`` return, run as a job in the calling thread; ``gentle``: it sleeps where it has to wait.
 
-        def nothing(progress: Progress) -> Steps:
-            yield from ()
+        A caller that is interrupted never comes back to the job, so all ranks hear that it was given up.
+        """
+        results: list[T] = []
 
-        self.submit(nothing, what).wait()
+        def whole(progress: Progress) -> Steps:
+            results.append((yield from steps(progress)))
+
+        before, job = self.count, None
+        try:
+            job = self.submit(whole, what)
+            while gentle and not job.test():
+                time.sleep(_GENTLE_SECONDS)
+            job.wait()
+        except BaseException as error:
+            if not isinstance(error, Exception) and self.count > before and not (job is not None and job.done):
+                engine.give_up(self, before, what, error)
+            raise
+        return results[0]
 
     def submit(self, steps: Callable[[Progress], Steps], what: str, on_done: Callable[[], None] | None = None) -> Job:
         """Queue a job; it begins when the progress thread or a waiting caller comes to it.
@@ -136,7 +169,7 @@ class Lane:
         ``on_done`` is called at its end, in the thread that drove it there.
         """
         if self.broken:
-            raise RuntimeError(f"{what}: this communicator is unusable since {self.broken}")
+            raise RuntimeError(f"{what}: this communicator is unusable since {self.broken}; {ADVICE}")
         _timeout()  # a bad setting is the caller's error, not the progress thread's
         self.count += 1
         job = Job(self, steps, what, self.count, on_done)
@@ -232,6 +265,7 @@ class Job:
         self._surroundings = surroundings()
         self._seen = (-1, 0.0)  # moves, and when they were first counted
         self._warned = False
+        self._left = False  # by its caller, who was interrupted: nobody may hear of its error
         self._look_at = 0.0
         self._awaited: frozenset[int] = frozenset()  # by the operation
         self.operation: Any = None  # a native operation that it waits for
@@ -247,7 +281,7 @@ class Job:
                 with self._surroundings():
                     self.operation = next(self._steps)
         except StopIteration:
-            self._end(None)
+            self.end(None)
             return True
         except MPI.Exception as error:
             # The library may see that a process died before its lock is given back.
@@ -255,10 +289,12 @@ class Job:
             while not self._bereaved(float("inf")) and time.monotonic() < until:
                 time.sleep(0.01)
             if not self.done:
-                self._end(error)
+                self.end(error)
             return True
         except BaseException as error:
-            self._end(error)
+            self.end(error)
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # the caller may wait for another job
             return True
         moves = self._progress.moves
         if self.operation is not None:
@@ -298,7 +334,7 @@ class Job:
         if seconds >= _timeout():
             engine.bereaved = True
             self.lane.breaks(f"{self.what} timed out", self)
-            self._end(TimeoutError(f"{self._complaint} (BITRING_TIMEOUT={_timeout():g})"))
+            self.end(TimeoutError(f"{self._complaint} (BITRING_TIMEOUT={_timeout():g})"))
 
     def _bereaved(self, seconds: float) -> bool:
         """End with an error when the wait, of ``seconds`` by now, is for ranks that are gone or have failed.
@@ -311,34 +347,41 @@ class Job:
         if not gone:
             failed = f"rank {min(self.lane.failed)} has failed in it, or in what came before"
             self.lane.breaks(failed, self)
-            self._end(PeerError(f"{self.what}: {failed}"))
+            self.end(PeerError(f"{self.what}: {failed}; {ADVICE}"))
             return True
         who = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {gone} are"
         engine.bereaved = True
         self.lane.tell_gone(gone)
         self.lane.breaks(f"{who} gone", self)
-        self._end(PeerError(f"{self.what}: {who} gone: the process has ended or left the job"))
+        self.end(PeerError(f"{self.what}: {who} gone: the process has ended or left the job"))
         return True
 
-    def _end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None) -> None:
+        """It is over, by ``error`` or well; with the engine's lock in hand."""
         self.error = error
         cut_short = error is not None and (
             self._progress.exchanging
+            or self._left
             or isinstance(error, (MPI.Exception, MemoryError))
             or not isinstance(error, Exception)
         )
         if cut_short:
             self.lane.cut_short(self.what, error, self)
-        self.lane.jobs.popleft()
+        self.lane.jobs.remove(self)
         self.lane.rest()
         self.done = True
         if self._on_done is not None:
             self._on_done()
 
     def wait(self) -> None:
-        """Drive the communicator's jobs until this one is over; raises its error."""
+        """Drive the communicator's jobs until this one is over; raises its error. It goes on after an interrupt."""
         if not self.done:
-            engine.drive(self)
+            self._left = False
+            try:
+                engine.drive(self)
+            except BaseException:
+                self._left = True
+                raise
         if self.error is not None:
             raise self.error
 
@@ -403,6 +446,13 @@ class Engine:
         if self._wake_driver is not None:
             self._wake_driver.set()
 
+    def give_up(self, lane: Lane, number: int, what: str, error: BaseException) -> None:
+        """End the lane's jobs after ``number``, of a caller who was interrupted."""
+        with self._lock:
+            for job in [each for each in lane.jobs if each.number > number]:
+                job.end(error)
+            lane.cut_short(what, error)
+
     def start_thread(self) -> bool:
         """See that started jobs run without anybody waiting. Whether they do: it needs MPI.THREAD_MULTIPLE."""
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
@@ -458,6 +508,9 @@ class Engine:
             while not job.done:
                 idle = 0 if self._turn(gentle=False) else idle + 1
                 _rest(idle)
+        except KeyboardInterrupt as error:
+            if job.error is not error:
+                raise
         finally:
             with self._wake:
                 self._drivers -= 1

@@ -7,7 +7,7 @@ operands of each reduction are ordered by rank, so that two ranks that reduce th
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpi4py import MPI
 
@@ -17,7 +17,12 @@ from bitring.collectives.program import WINDOW
 if TYPE_CHECKING:
     from bitring.collectives.transport import Transport
 
-Steps = Generator[Any, None, None]
+T = TypeVar("T")
+
+StepsTo = Generator[Any, None, T]
+"""Steps that return something."""
+
+Steps = StepsTo[None]
 """A job's work: does what it can, and yields when it has to wait: a native operation that has begun, which the engine
 takes to its end without Python, or None. It is resumed when the operation is over, and now and then before."""
 

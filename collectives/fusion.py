@@ -107,7 +107,7 @@ class SharedFusion(_Fusion):
         self._operation.begin()
         yield from finish(self._operation, progress)
         if self._operation.disagrees:
-            conclude(self.state.comm, self._request, verdict_of(self._operation.verdict), progress)
+            yield from conclude(self.state.comm, self._request, verdict_of(self._operation.verdict), progress)
         self.count()
 
 

@@ -13,22 +13,25 @@ from typing import Any
 
 from mpi4py import MPI
 
+from bitring.collectives.executor import Progress, StepsTo
 from bitring.collectives.extension import native
+from bitring.collectives.library_steps import allgather_steps, wait_for
 
 logger = logging.getLogger("bitring")
 
 _TOKEN_NBYTES = 16
 
 
-def share(comm: MPI.Intracomm, nbytes: int, number: int) -> Any:
+def share(comm: MPI.Intracomm, nbytes: int, number: int, progress: Progress) -> StepsTo[Any]:
     """A native Region: ``nbytes`` of memory of each rank of ``comm``, zeroed, that all of them have mapped.
 
-    Collective over ``comm``, the ranks of a node. ``number`` tells the node's regions apart. Returns None on all ranks
+    A job's steps on ``comm``, the ranks of a node. ``number`` tells the node's regions apart. Returns None on all ranks
     when it cannot be had on any; the first of them that has a reason logs it.
     """
     for named in (False, True):
-        region, why = _attempt(comm, nbytes, number, named)
-        reasons: list[str] = [reason for reason in comm.allgather(why) if reason]
+        region, why = yield from _attempt(comm, nbytes, number, named, progress)
+        everyone = yield from allgather_steps(comm, why, progress)
+        reasons: list[str] = [reason for reason in everyone if reason]
         if not reasons:
             return region
     if comm.Get_rank() == 0:
@@ -36,7 +39,9 @@ def share(comm: MPI.Intracomm, nbytes: int, number: int) -> Any:
     return None
 
 
-def _attempt(comm: MPI.Intracomm, nbytes: int, number: int, named: bool) -> tuple[Any, str]:
+def _attempt(
+    comm: MPI.Intracomm, nbytes: int, number: int, named: bool, progress: Progress
+) -> StepsTo[tuple[Any, str]]:
     """The region or None, and on this rank why not. Anonymous memory, or named while it is opened."""
     module = native()
     token = secrets.token_bytes(_TOKEN_NBYTES)
@@ -48,9 +53,8 @@ def _attempt(comm: MPI.Intracomm, nbytes: int, number: int, named: bool) -> tupl
         mine.write(token)
     except OSError as error:
         why = str(error)
-    everyone: list[tuple[int, int, str, bytes]] = comm.allgather(
-        (os.getpid(), -1 if mine is None else mine.descriptor, name, token)
-    )
+    descriptor = -1 if mine is None else mine.descriptor
+    everyone = yield from allgather_steps(comm, (os.getpid(), descriptor, name, token), progress)
     parts: list[Any] = []
     for rank, (pid, descriptor, path, expected) in enumerate(everyone):
         if rank == comm.Get_rank() or descriptor < 0 or mine is None:
@@ -64,11 +68,11 @@ def _attempt(comm: MPI.Intracomm, nbytes: int, number: int, named: bool) -> tupl
             parts.append(part)
         except OSError as error:
             why = why or str(error)
-    comm.Barrier()  # everybody has opened, and read, what it could
+    yield from wait_for(comm.Ibarrier(), progress)  # everybody has opened, and read, what it could
     if mine is not None:
         mine.write(bytes(_TOKEN_NBYTES))
         mine.unlink()
         mine.close_descriptor()
-    comm.Barrier()
+    yield from wait_for(comm.Ibarrier(), progress)
     incomplete = why or any(descriptor < 0 for _, descriptor, _, _ in everyone)
     return (None if incomplete else module.Region(comm.Get_rank(), number, parts)), why

@@ -1,4 +1,4 @@
-"""Python objects and bytes between all ranks, where bitring itself has something to say to them.
+"""Python objects between all ranks, where bitring itself has something to say to them.
 
 The MPI library's blocking calls would wait for ever for a rank that is gone, and keep Ctrl-C waiting. These are jobs of
 the communicator's lane: watched, interruptible, under ``BITRING_TIMEOUT``; and the ranks first agree that they make the
@@ -7,35 +7,17 @@ same call. So every communicator is protected alike, MPI.COMM_WORLD as well as a
 
 from __future__ import annotations
 
-import itertools
-import pickle
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, agree, wait_for
-from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.state import state_of
+from bitring.collectives.agreement import Request, agree
+from bitring.collectives.executor import Progress, StepsTo
+from bitring.collectives.library_steps import allgather_steps
+from bitring.collectives.state import State, state_of
 
-Exchange = Generator[Any, None, list[Any]]
-"""Steps that return every rank's object, in rank order."""
-
-
-def allgather_steps(comm: MPI.Intracomm, value: object, progress: Progress) -> Exchange:
-    """Every rank's ``value``, in rank order, as a part of a job on ``comm``, which is private to bitring."""
-    mine = np.frombuffer(pickle.dumps(value), np.uint8)
-    lengths = np.zeros(comm.Get_size(), np.int64)
-    lengths[comm.Get_rank()] = mine.size
-    progress.exchanging = True
-    yield from wait_for(comm.Iallgather(MPI.IN_PLACE, lengths), progress)
-    starts = np.concatenate(([0], np.cumsum(lengths)))
-    everyone = np.empty(int(starts[-1]), np.uint8)
-    everyone[starts[comm.Get_rank()] : starts[comm.Get_rank() + 1]] = mine
-    yield from wait_for(comm.Iallgatherv(MPI.IN_PLACE, [everyone, lengths, starts[:-1], MPI.BYTE]), progress)
-    progress.exchanging = False
-    return [pickle.loads(everyone[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
+T = TypeVar("T")
 
 
 def allgather(comm: MPI.Intracomm, value: object, function: str) -> list[Any]:
@@ -43,20 +25,27 @@ def allgather(comm: MPI.Intracomm, value: object, function: str) -> list[Any]:
 
     Raises on all ranks: MismatchError when another rank is in another call; PeerError when one has died.
     """
-    state = state_of(comm)
-    if state.size == 1:
-        return [value]
-    state.prepare(function)
-    everyone: list[Any] = []
-
-    def steps(progress: Progress) -> Steps:
-        yield from agree(state.comm, state.common, Request(function), progress)
-        everyone.extend((yield from allgather_steps(state.comm, value, progress)))
-
-    state.lane.submit(steps, function).wait()
-    return everyone
+    return gather(state_of(comm), value, function)
 
 
 def broadcast(comm: MPI.Intracomm, value: object, function: str, root: int = 0) -> Any:
     """Rank ``root``'s ``value`` on every rank; see ``allgather``."""
     return allgather(comm, value if comm.Get_rank() == root else None, function)[root]
+
+
+def gather(state: State, value: object, function: str) -> list[Any]:
+    """``allgather`` on the communicator of ``state``."""
+    if state.size == 1:
+        return [value]
+    return jointly(state, lambda progress: allgather_steps(state.comm, value, progress), function)
+
+
+def jointly(state: State, steps: Callable[[Progress], StepsTo[T]], function: str) -> T:
+    """What ``steps`` return, run as a job when all ranks have agreed that they are at it. Collective and blocking."""
+    state.prepare(function)
+
+    def agreed(progress: Progress) -> StepsTo[T]:
+        yield from agree(state.comm, state.common, Request(function), progress)
+        return (yield from steps(progress))
+
+    return state.lane.call(agreed, function)

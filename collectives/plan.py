@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Check, Request, agree, conclude, verdict_of, wait_for
+from bitring.collectives.agreement import Check, Request, agree, conclude, verdict_of
 from bitring.collectives.arrays import Array, as_array, device_of, flat_view
 from bitring.collectives.buffers import is_numeric
 from bitring.collectives.engine import Job, engine
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.library_steps import wait_for
 from bitring.collectives.native_executor import finish
+from bitring.collectives.objects import gather
 from bitring.collectives.operators import op_name, ufunc_name
 from bitring.collectives.runner import Runner, SharedRunner, make_runner
 from bitring.collectives.selection import Choice, check_name, choose
@@ -68,7 +70,7 @@ class Plan(ABC):
                 if not checked and check.request.Test():
                     checked = True
                     progress.moves += 1
-                    conclude(self.state.comm, self._run, check.verdict, progress)
+                    yield from conclude(self.state.comm, self._run, check.verdict, progress)
                 waiting = next(steps, _OVER) if not over else None
                 over = over or waiting is _OVER
                 if not (checked and over):
@@ -201,7 +203,7 @@ class ExactPlan(Plan):
         """The rest of a native run."""
         yield from finish(self._direct, progress)
         if self._direct.disagrees:
-            conclude(self.state.comm, self._run, verdict_of(self._direct.verdict), progress)
+            yield from conclude(self.state.comm, self._run, verdict_of(self._direct.verdict), progress)
         self.bytes_sent += self._nbytes
 
     def checked_steps(self, progress: Progress) -> Steps:
@@ -235,14 +237,14 @@ def checked_flat(x: Any, function: str) -> Array:
     return flat
 
 
-def run_agreement(state: State, request: Request) -> None:
-    """Agree with all ranks, in the calling thread and in order with the communicator's jobs."""
+def run_agreement(state: State, request: Request, gentle: bool = False) -> None:
+    """Agree with all ranks, in the calling thread and in order with the communicator's jobs; ``gentle``: asleep."""
     if state.size == 1:
         if request.error is not None:
             raise request.error
         return
     state.prepare(request.function)
-    state.lane.submit(lambda progress: agree(state.comm, state.common, request, progress), request.function).wait()
+    state.lane.call(lambda progress: agree(state.comm, state.common, request, progress), request.function, gentle)
 
 
 def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function: str = "plan_allreduce") -> ExactPlan:
@@ -291,7 +293,7 @@ def resident(state: State, flat: Array) -> bool:
     """Whether all ranks' buffers are in memory that their nodes share. Collective where there is such memory."""
     if state.shared is None or device_of(flat) is not None:
         return False
-    return bool(state.comm.allreduce(state.shared.region_of(flat) is not None, MPI.LAND))
+    return all(gather(state, state.shared.region_of(flat) is not None, "plan_allreduce"))
 
 
 def memory_name(flat: Array) -> str:

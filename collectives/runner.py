@@ -8,9 +8,11 @@ from typing import Any, Protocol
 from mpi4py import MPI
 
 from bitring.collectives.arrays import Array, device_of
-from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.executor import Progress, Steps, StepsTo
 from bitring.collectives.extension import address_of, kernel, native
+from bitring.collectives.library_steps import allgather_steps
 from bitring.collectives.native_executor import NativeTransport, run, served
+from bitring.collectives.objects import jointly
 from bitring.collectives.operators import ufunc_name
 from bitring.collectives.program import compile_program
 from bitring.collectives.schedule import algorithms, rounds
@@ -203,12 +205,20 @@ def lane_runner(
     """
     module, shared, node = native(), state.shared, state.node
     assert module is not None and shared is not None
-    region = shared.region_of(flat) if persistent else None
-    places = node.comm.allgather(0 if region is None else region.where(address_of(flat)))
-    staged = region is None or places.count(places[0]) < len(places)
-    if staged:
-        region = shared.new_region(node.comm, flat.nbytes)
-    if not state.comm.allreduce(region is not None, MPI.LAND):
+
+    def common(progress: Progress) -> StepsTo[tuple[Any, bool]]:
+        """A region of all ranks of the node, and whether it is there to stage the values in."""
+        region = shared.region_of(flat) if persistent else None
+        place = 0 if region is None else region.where(address_of(flat))
+        places = yield from allgather_steps(node.comm, place, progress)
+        staged = region is None or places.count(places[0]) < len(places)
+        if staged:
+            region = yield from shared.new_region(node.comm, flat.nbytes, progress)
+        everywhere = yield from allgather_steps(state.comm, region is not None, progress)
+        return region if all(everywhere) else None, staged
+
+    region, staged = jointly(state, common, "multilane")
+    if region is None:
         return None
     lane = None
     if state.lane_comm != MPI.COMM_NULL:

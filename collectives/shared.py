@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.executor import Progress, StepsTo
 from bitring.collectives.extension import address_of, native
+from bitring.collectives.library_steps import allgather_steps
 from bitring.collectives.node_memory import share
 from bitring.collectives.presence import own_descriptor, presence_of
 
@@ -60,19 +62,19 @@ class Shared:
                 gone.append(rank)
         return gone
 
-    def new_region(self, comm: MPI.Intracomm, nbytes: int) -> Any:
-        """Memory of ``nbytes`` a rank that all ranks of the node map; None where there is none. Collective."""
+    def new_region(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[Any]:
+        """Memory of ``nbytes`` a rank that all ranks of ``comm``, the node's, map; None where there is none."""
         self._count += 1
-        region = share(comm, nbytes, self._count)
+        region = yield from share(comm, nbytes, self._count, progress)
         if region is not None:
             self._regions[self._count] = region
             self.direct.add(region)
             weakref.finalize(region, self.direct.remove, region.number)
         return region
 
-    def new_part(self, comm: MPI.Intracomm, nbytes: int) -> _Part | None:
-        """This rank's part of a new region, for ``numpy.asarray``. Collective."""
-        region = self.new_region(comm, nbytes)
+    def new_part(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[_Part | None]:
+        """This rank's part of a new region, for ``numpy.asarray``."""
+        region = yield from self.new_region(comm, nbytes, progress)
         return None if region is None else _Part(region)
 
     def region_of(self, flat: Any) -> Any:
@@ -81,17 +83,17 @@ class Shared:
         return next((region for region in self._regions.values() if region.holds(address, flat.nbytes)), None)
 
 
-def make_shared(comm: MPI.Intracomm, ranks: list[int]) -> Shared | None:
-    """What the ranks of ``comm``, a node, share; None on all of them where that cannot be. Collective.
+def make_shared(comm: MPI.Intracomm, ranks: list[int], progress: Progress) -> StepsTo[Shared | None]:
+    """What the ranks of ``comm``, a node, share; None on all of them where that cannot be.
 
     ``ranks``: their numbers in the communicator that it is for.
     """
     module = native()
-    region = share(comm, module.Node.nbytes(comm.Get_size()), 0)
+    region = yield from share(comm, module.Node.nbytes(comm.Get_size()), 0, progress)
     if region is None:
         return None
     if comm.Get_size() > len(os.sched_getaffinity(0)):
         module.set_crowded(True)
-    everyone = comm.allgather(own_descriptor())
+    everyone = yield from allgather_steps(comm, own_descriptor(), progress)
     presences = [None if r == comm.Get_rank() else presence_of(each) for r, each in enumerate(everyone)]
     return Shared(module.Node(region, ranks), ranks, presences)

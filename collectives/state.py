@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Any
 
 from mpi4py import MPI
 
 from bitring.collectives.abort import abort_on_exception
+from bitring.collectives.agreement import Request, agree
 from bitring.collectives.engine import Lane, engine
+from bitring.collectives.executor import Progress, Steps, StepsTo
 from bitring.collectives.extension import native
+from bitring.collectives.library_steps import allgather_steps, beside
 from bitring.collectives.selection import Topology
 from bitring.collectives.shared import Shared, make_shared
 from bitring.collectives.table import BUILT_IN, load_table, path_of_table
@@ -29,6 +33,7 @@ class State:
 
     The choice of an algorithm depends on ``topology`` and on ``table``, rank 0's measured one; ``shared`` is what this
     node's ranks share. Before ``prepare`` they say that nothing is known and nothing shared, on all ranks alike.
+    ``node`` is the state of the ranks of this node, those that share memory; ``nodes`` the ranks of each node.
     """
 
     def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, size: int) -> None:
@@ -41,6 +46,9 @@ class State:
         self.topology = Topology(size)
         self.table = BUILT_IN
         self.shared: Shared | None = None
+        self.node = self
+        self.nodes = [list(range(size))]
+        self._parts: dict[str, MPI.Intracomm] = {}
         self._prepared = size == 1
 
     @property
@@ -58,60 +66,77 @@ class State:
         """What all ranks share; None when they are not all on one node."""
         return self.shared if self.topology.nodes == 1 else None
 
-    @functools.cached_property
-    def node(self) -> State:
-        """The state of the ranks of this node, those that share memory. Collective when first asked for."""
-        comm = MPI.Intracomm(self.comm.Split_type(MPI.COMM_TYPE_SHARED))
-        return State(comm, None, comm.Get_rank(), comm.Get_size())
-
-    @functools.cached_property
+    @property
     def leaders(self) -> MPI.Intracomm:
         """The first ranks of all nodes; COMM_NULL on the other ranks. Collective when first asked for."""
-        return MPI.Intracomm(self.comm.Split(0 if self.node.rank == 0 else MPI.UNDEFINED))
+        return self._part("the first ranks of all nodes", 0 if self.node.rank == 0 else MPI.UNDEFINED)
 
-    @functools.cached_property
+    @property
     def lane_comm(self) -> MPI.Intracomm:
         """The ranks of all nodes with this rank's number in its node; COMM_NULL where a node has none so numbered.
 
         Collective when first asked for.
         """
         number = self.node.rank
-        return MPI.Intracomm(self.comm.Split(number if number < self.topology.lanes else MPI.UNDEFINED))
+        return self._part("the lanes between nodes", number if number < self.topology.lanes else MPI.UNDEFINED)
+
+    def _part(self, what: str, color: int) -> MPI.Intracomm:
+        if what not in self._parts:
+            request = Request(f"a communicator of {what}")
+
+            def split(progress: Progress) -> StepsTo[MPI.Intracomm]:
+                yield from agree(self.comm, self.common, request, progress)
+                return (yield from beside(lambda: MPI.Intracomm(self.comm.Split(color)), progress))
+
+            self._parts[what] = self.lane.call(split, request.function)
+        return self._parts[what]
 
     def prepare(self, function: str) -> None:
         """Find out where the ranks are, and make what those of a node share. Collective and blocking; once.
 
         ``function`` is what a complaint names.
         """
-        if self._prepared:
-            return
-        self.lane.drain(function)
-        self._prepared = True
+        if not self._prepared:
+            self.lane.call(self._preparation, function)
+
+    def _preparation(self, progress: Progress) -> Steps:
+        progress.exchanging = True  # nothing comes of it unless all ranks come to its end
         table = load_table(path_of_table()).of(mpi_library()) if self.rank == 0 else BUILT_IN
-        self.table = self.comm.bcast(table)
-        node = self.node
-        nodes = int(self.comm.allreduce(node.rank == 0))
-        fewest, most = -self.comm.allreduce(-node.size, MPI.MAX), self.comm.allreduce(node.size, MPI.MAX)
-        engines = bool(self.comm.allreduce(native() is not None, MPI.LAND))
+        mine = table, native() is not None, os.sched_getaffinity(0)
+        everyone = yield from allgather_steps(self.comm, mine, progress)
+        self.table, engines = everyone[0][0], all(native for _, native, _ in everyone)
+        part = yield from beside(lambda: node_of(self.comm), progress)
+        node = State(part, None, part.Get_rank(), part.Get_size())
+        mates = yield from allgather_steps(part, self.rank, progress)
+        found: list[list[int]] = yield from allgather_steps(self.comm, mates, progress)
+        nodes = [ranks for rank, ranks in enumerate(found) if ranks[0] == rank]
+        fewest, most = min(map(len, nodes)), max(map(len, nodes))
         if engines:
-            native().limit_threads(thread_share(node.comm))
-        shared = make_shared(node.comm, node.comm.allgather(self.rank)) if engines and most > 1 else None
-        everywhere = engines and most > 1 and bool(self.comm.allreduce(shared is not None, MPI.LAND))
-        self.topology = Topology(self.size, nodes, fewest, everywhere, engines)
+            native().limit_threads(thread_share([everyone[rank][2] for rank in mates], node.rank))
+        shared = (yield from make_shared(part, mates, progress)) if engines and most > 1 else None
+        everywhere = all((yield from allgather_steps(self.comm, shared is not None, progress)))
+        self.node, self.nodes = node, nodes
+        self.topology = Topology(self.size, len(nodes), fewest, everywhere, engines)
         if shared is not None and everywhere:
             self.shared = self.lane.shared = shared
+        self._prepared = True
+        progress.exchanging = False
 
     def close(self) -> None:
         """Free everything. Collective, as freeing a communicator is."""
         self.cache.clear()
-        for derived in ("leaders", "lane_comm"):
-            comm = self.__dict__.get(derived, MPI.COMM_NULL)
-            if comm != MPI.COMM_NULL:
-                comm.Free()
-        if "node" in self.__dict__:
+        for part in self._parts.values():
+            if part != MPI.COMM_NULL:
+                part.Free()
+        if self.node is not self:
             self.node.close()
         self.lane.close()
         self.shared = None
+
+
+def node_of(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """The ranks of ``comm`` that share memory with this one. Collective, by a call of the library's that blocks."""
+    return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED))
 
 
 @functools.cache

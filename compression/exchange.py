@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 
-from bitring.collectives.agreement import wait_for
 from bitring.collectives.arrays import Array, device_of
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.library_steps import wait_for
 from bitring.collectives.plan import ExactPlan, library_reduces, resident
 from bitring.collectives.selection import choose
 from bitring.collectives.state import State
-from bitring.compression.once_a_node import compile_together
+from bitring.compression.once_a_node import once_a_node
 
 
 class ExactSum(ExactPlan):
@@ -58,9 +58,9 @@ class Exchange:
         yield from wait_for(self._state.comm.Iallgatherv(MPI.IN_PLACE, where), progress)
         self._gathered_nbytes += (self.size - 1) * counts[self.rank]
 
-    def compile_together(self, compile_kernels: Callable[[], None]) -> None:
-        """See ``compile_together``. Collective."""
-        compile_together(self._state, compile_kernels)
+    def once_a_node(self, compile_kernels: Callable[[], None]) -> None:
+        """See ``once_a_node``. Collective."""
+        once_a_node(self._state, compile_kernels, "plan_allreduce")
 
     @property
     def bytes_sent(self) -> int:

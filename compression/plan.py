@@ -20,7 +20,7 @@ from bitring.collectives.state import State, given_comm, state_of
 from bitring.collectives.transport import channel_of
 from bitring.compression.compressor import Compressor, parsed
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
-from bitring.compression.once_a_node import compile_together
+from bitring.compression.once_a_node import once_a_node
 from bitring.compression.owner_exchange import OwnerExchange, exchange_for
 from bitring.compression.record import Record
 from bitring.compression.reduced_plan import plan_reduced, reducer_of
@@ -134,7 +134,7 @@ class CompressedPlan(WatchedPlan):
         self._encoder = encoder
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
-        compile_together(state, lambda: _warm_up(encoder, flat))
+        once_a_node(state, lambda: _warm_up(encoder, flat), "plan_allreduce")
         self._way = self._make_way(hierarchical, boundaries)
         self._runs = np.zeros(1, np.int64)
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.

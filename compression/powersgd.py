@@ -128,7 +128,7 @@ class _LowRank(Reduction):
             f"{flat.size} values, the others exactly, summed by {exchange.algorithms}"
         )
         if self._matrices and exchange.size > 1:
-            exchange.compile_together(lambda: warm_up(wide))
+            exchange.once_a_node(lambda: warm_up(wide))
 
     def steps(self, progress: Progress) -> Steps:
         """See Reduction."""

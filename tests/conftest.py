@@ -20,7 +20,6 @@ its progress there, and its stacks at a test's time limit, which the runner enfo
 from __future__ import annotations
 
 import faulthandler
-import functools
 import importlib.util
 import json
 import os
@@ -79,20 +78,17 @@ def two_nodes(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """A duplicate of ``comm`` whose ranks are told to be on two nodes: 1 + 2 ranks, 2 + 2, or 2 + 3."""
     from mpi4py import MPI
 
+    from bitring.collectives import state
     from bitring.collectives.communicator import Communicator
     from bitring.collectives.extension import native
-    from bitring.collectives.state import State
 
     if native() is None or comm.size < 3:
         pytest.skip("needs the native engine, and ranks for two nodes of which one has two")
 
-    def node(self: State) -> State:
-        part = MPI.Intracomm(self.comm.Split(int(self.rank >= self.size // 2), self.rank))
-        return State(part, None, part.rank, part.size)
+    def node_of(whole: MPI.Intracomm) -> MPI.Intracomm:
+        return MPI.Intracomm(whole.Split(int(whole.rank >= whole.size // 2), whole.rank))
 
-    emulated = functools.cached_property(node)
-    emulated.__set_name__(State, "node")
-    monkeypatch.setattr(State, "node", emulated)
+    monkeypatch.setattr(state, "node_of", node_of)
     duplicate = Communicator(comm.Dup(), algorithm="multilane")
     yield duplicate
     duplicate.Free()

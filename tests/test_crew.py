@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from bitring.collectives.extension import native
 from bitring.launcher import LOCAL_SIZE_VARIABLES
-from bitring.machine import thread_share
+from bitring.nodes import thread_share
 
 pytestmark = [pytest.mark.single, pytest.mark.skipif(native() is None, reason="without the native engine")]
 

@@ -15,7 +15,7 @@ from run import launcher
 
 from bitring.collectives import engine as engine_module
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.engine import engine
+from bitring.collectives.engine import ADVICE, engine
 from bitring.collectives.plan import plan_exact
 from bitring.collectives.state import state_of
 
@@ -86,12 +86,12 @@ def test_several_threads_may_wait(world, agree):
 
 
 def test_silence_is_warned_of_once_and_harms_nothing(world, agree, caplog, monkeypatch):
-    monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.3)
-    monkeypatch.setattr(engine_module, "_GRACE_SECONDS", 0.3)
-    monkeypatch.setattr(logging.getLogger("bitring"), "propagate", True)
     late = world.size - 1
     x = np.full(100, 1.0)
     world.Allreduce(None, np.zeros(1))
+    monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(engine_module, "_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(logging.getLogger("bitring"), "propagate", True)
     world.Barrier()
     with caplog.at_level(logging.WARNING, logger="bitring"):
         if world.rank == late:
@@ -225,7 +225,8 @@ os._exit(0)
     for rank in (0, 2):
         text = f"rank {rank} has waited 1 s in {function}; ranks that have not come to it: [1] (BITRING_TIMEOUT=1)"
         assert text in told, done.stdout + done.stderr
-    assert told.count(f"{function}: this communicator is unusable since {function} timed out") == 2, done.stdout
+    unusable = f"{function}: this communicator is unusable since {function} timed out; {ADVICE}"
+    assert told.count(unusable) == 2, done.stdout
     assert seconds < 30
 
 

@@ -4,7 +4,7 @@ import math
 
 from bitring.collectives.communicator import Communicator
 from bitring.commands import _wire
-from bitring.machine import node_map
+from bitring.nodes import node_map
 
 
 def test_each_node_s_first_rank_sends_to_the_next(comm, agree, monkeypatch):

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from mpi4py import MPI
 
@@ -59,42 +59,14 @@ def processor() -> str:
     return platform.machine()
 
 
-def describe(comm: MPI.Intracomm) -> dict[str, Any]:
-    """This machine and this run of ``comm``, as plain data. Collective."""
-    return {
-        "processor": processor(),
-        "cores_of_node": os.cpu_count(),
-        "cores_of_rank": [len(cpus) for cpus in comm.allgather(sorted(os.sched_getaffinity(0)))],
-        "load_average": round(os.getloadavg()[0], 1),  # above 1 or so, others were at work, too
-        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
-        "ranks": comm.size,
-        "nodes": len(node_map(comm)),
-        "thread_level": THREAD_LEVELS[MPI.Query_thread()],
-        "versions": versions(),
-    }
+def thread_share(cores: Sequence[set[int]], number: int) -> int:
+    """How many threads rank ``number`` of a node may use: its cores, shared with those that may use the same.
 
-
-def node_map(comm: MPI.Intracomm) -> list[list[int]]:
-    """The ranks of each node, by what MPI says of shared memory. Collective."""
-    node = MPI.Intracomm(comm).Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    leader = node.bcast(comm.rank)
-    node.Free()
-    nodes: dict[int, list[int]] = {}
-    for rank, first in enumerate(comm.allgather(leader)):
-        nodes.setdefault(first, []).append(rank)
-    return list(nodes.values())
-
-
-def thread_share(comm: MPI.Intracomm) -> int:
-    """How many threads this rank may use: its cores, shared with the node's ranks that may use the same. Collective.
-
-    Ranks that are not in ``comm`` count, too, where the launcher says how many there are and binds none to cores.
-    OMP_NUM_THREADS, where it is set, is the user's own answer.
+    ``cores``: of each of the node's ranks that take part. Others count, too, where the launcher says how many there are
+    and binds none to cores. OMP_NUM_THREADS, where it is set, is the user's own answer.
     """
-    mine = os.sched_getaffinity(0)
-    cores = comm.allgather(mine)
-    node = next(ranks for ranks in node_map(comm) if comm.rank in ranks)
-    sharing = sum(1 for rank in node if cores[rank] & mine)
+    mine = cores[number]
+    sharing = sum(1 for theirs in cores if theirs & mine)
     if len(mine) == os.cpu_count():
         sharing = max(sharing, launched_local_size())
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]

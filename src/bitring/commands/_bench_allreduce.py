@@ -29,7 +29,8 @@ from bitring.commands._pictures import COLORS, figure, plain, size_text
 from bitring.commands._ranks import ending_together, limit_threads, together
 from bitring.commands._timing import Contender, check_sums, sample
 from bitring.compression.plan import plan_allreduce
-from bitring.machine import THREAD_LEVELS, describe
+from bitring.machine import THREAD_LEVELS
+from bitring.nodes import describe
 
 RESIDENT, PRIVATE, CALL = "auto, resident", "auto", "plain call"
 """A plan on memory of ``Communicator.empty``, a plan on ordinary arrays, and ``Communicator.Allreduce`` on such."""

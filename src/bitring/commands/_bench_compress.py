@@ -31,7 +31,7 @@ from bitring.compression.exchange import Exchange
 from bitring.compression.once_a_node import once_a_node
 from bitring.compression.owner_schedule import encoders
 from bitring.compression.reducer import cut
-from bitring.machine import describe
+from bitring.nodes import describe
 from bitring.training.cluster import Kernel, Machine, write_constants
 from bitring.training.data_parallel import DataParallel
 from bitring.training.sgd import SGD
@@ -69,7 +69,7 @@ def run(
         limit_threads(world)
         machine = describe(world)
         types = [dtype_of(each) for each in dtypes]
-        once_a_node(MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED)), lambda: _compile(chosen.values(), types))
+        once_a_node(state_of(world), lambda: _compile(chosen.values(), types), "bench compress")
         contenders = together(world, lambda: _contenders(world, chosen, types, n))
         if world.rank == 0:
             click.echo(f"compress, {n:,} values, {world.size} ranks, {machine['processor']}")

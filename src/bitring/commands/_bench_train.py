@@ -17,8 +17,8 @@ from bitring.commands._tables import show_table
 from bitring.commands._units import traffic
 from bitring.compression.compressor import make, name_of
 from bitring.compression.encoder import compressors
-from bitring.machine import describe
 from bitring.models.architecture import layer_table
+from bitring.nodes import describe
 from bitring.training.data_parallel import DataParallel
 from bitring.training.sgd import SGD
 

@@ -25,7 +25,8 @@ from bitring.commands._ranks import ending_together
 from bitring.commands._terminal import terminal_width
 from bitring.compression.plan import plan_allreduce
 from bitring.launcher import alone_by_mistake, launched_rank
-from bitring.machine import THREAD_LEVELS, mpi_library, node_map, package_version, processor, thread_share, versions
+from bitring.machine import THREAD_LEVELS, mpi_library, package_version, processor, versions
+from bitring.nodes import node_map, thread_share
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 

@@ -18,7 +18,8 @@ from threadpoolctl import threadpool_limits
 from bitring.collectives.abort import abort_on_exception
 from bitring.collectives.errors import MismatchError
 from bitring.launcher import alone_by_mistake
-from bitring.machine import mpi_library, thread_share
+from bitring.machine import mpi_library
+from bitring.nodes import thread_share
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs

@@ -22,7 +22,8 @@ from bitring.commands._ranks import ending_together, fail, limit_threads, togeth
 from bitring.commands._terminal import terminal_width
 from bitring.commands._timing import Contender, check_sums, sample
 from bitring.compression.plan import plan_allreduce
-from bitring.machine import mpi_library, node_map
+from bitring.machine import mpi_library
+from bitring.nodes import node_map
 
 _SAMPLES = 15
 

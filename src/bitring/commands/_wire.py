@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from bitring.collectives.communicator import Communicator
 from bitring.commands._ranks import meet
-from bitring.machine import node_map
+from bitring.nodes import node_map
 
 _SAMPLES = 9
 _REPEATS = 50  # of the short message

@@ -1,0 +1,42 @@
+"""Where the ranks of a communicator are, and what they may use there; as all of them find out together."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+from mpi4py import MPI
+
+from bitring import machine
+from bitring.collectives.objects import allgather
+from bitring.collectives.state import state_of
+
+
+def describe(comm: MPI.Intracomm) -> dict[str, Any]:
+    """This machine and this run of ``comm``, as plain data. Collective."""
+    return {
+        "processor": machine.processor(),
+        "cores_of_node": os.cpu_count(),
+        "cores_of_rank": [len(cpus) for cpus in allgather(comm, os.sched_getaffinity(0), "describe")],
+        "load_average": round(os.getloadavg()[0], 1),  # above 1 or so, others were at work, too
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
+        "ranks": comm.Get_size(),
+        "nodes": len(node_map(comm)),
+        "thread_level": machine.THREAD_LEVELS[MPI.Query_thread()],
+        "versions": machine.versions(),
+    }
+
+
+def node_map(comm: MPI.Intracomm) -> list[list[int]]:
+    """The ranks of each node, by what MPI says of shared memory. Collective."""
+    state = state_of(comm)
+    state.prepare("node_map")
+    return state.nodes
+
+
+def thread_share(comm: MPI.Intracomm) -> int:
+    """How many threads this rank may use, as ``machine.thread_share`` counts them. Collective."""
+    cores = allgather(comm, os.sched_getaffinity(0), "thread_share")
+    node = next(ranks for ranks in node_map(comm) if comm.Get_rank() in ranks)
+    return machine.thread_share([cores[rank] for rank in node], node.index(comm.Get_rank()))
