@@ -22,7 +22,8 @@ CHANNELS = 16
 _TAGS = 32768 // CHANNELS
 
 NOTE_TAG = 32767
-"""The one tag that no message of a program has."""
+PIECE_TAG = _TAGS - 1
+"""The last tag of a channel is one that no message of a program has."""
 
 
 def channel_of(number: int) -> int:

@@ -14,7 +14,8 @@ import pytest
 
 from bitring.collectives.errors import PeerError
 from bitring.training.block_momentum import BlockMomentum
-from bitring.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from bitring.training.checkpoint import load_checkpoint, save_checkpoint
+from bitring.training.checkpoint_header import CheckpointError
 from bitring.training.data_parallel import DataParallel
 from bitring.training.local import Local
 from bitring.training.sgd import SGD

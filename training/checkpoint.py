@@ -1,12 +1,9 @@
 """Checkpoints: one file, written by rank 0, that resumes a run bit for bit, or on another number of ranks.
 
-The file is an uncompressed ``.npz`` (``numpy.load`` opens it) of arrays and one ``header.json``, no pickles. The header
-maps what each rank keeps to arrays; equal arrays of several ranks are stored once. Every array has a checksum. Rank 0
-holds one rank's array at a time.
-
-On q ranks instead of p, old rank r's residual is added to new rank r mod q's, so that their sum, what all ranks still
-owe, stays. The owners' residuals are put together and cut again where the new owners' parts are. What else a compressed
-plan keeps is alike on all ranks, and stays so.
+The header maps what each rank keeps to arrays of the file; equal arrays of several ranks are stored once. Whatever a
+rank does between two exchanges it does ``jointly`` with the others: what goes wrong on one, all raise. Arrays travel in
+pieces, and rank 0 reads and writes in pieces, so that a wait for it is no longer than one of them takes: under
+``BITRING_TIMEOUT`` a slow disk does not look like a rank that is gone.
 """
 
 from __future__ import annotations
@@ -14,55 +11,38 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
-import zipfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import ml_dtypes
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.errors import MismatchError
+from bitring.collectives.jointly import jointly
+from bitring.collectives.objects import allgather, broadcast
+from bitring.collectives.pieces import Segment, cut, nbytes_of, transfer
+from bitring.collectives.selection import check_name
 from bitring.training.bucket import Bucket
+from bitring.training.checkpoint_file import CheckpointFile, CheckpointWriter, member_name
+from bitring.training.checkpoint_header import FORMAT, CheckpointError, Header, is_number
+from bitring.training.checkpoint_state import alike_in, bytes_of, kept_by, numbers_of, on_host, with_owners
 from bitring.training.checks import difference, resumable
 from bitring.training.data_parallel import DataParallel
-from bitring.training.tree import host_copy, is_array, leaves
+from bitring.training.resharding import Owned, Share, shares
+from bitring.training.tree import Path as At
+from bitring.training.tree import is_array, leaves
 
-FORMAT = "bitring checkpoint 1"
-HEADER = "header.json"
+SAVE = "save_checkpoint"
+LOAD = "load_checkpoint"
 
-
-class CheckpointError(ValueError):
-    """A file is no checkpoint, is damaged, or belongs to other training. Raised on all ranks."""
-
-
-@contextlib.contextmanager
-def _private(comm: MPI.Intracomm) -> Generator[MPI.Intracomm]:
-    """A duplicate for one checkpoint, so that no message meets one of the user's."""
-    private = MPI.Intracomm.Dup(MPI.Intracomm(comm))
-    try:
-        yield private
-    finally:
-        private.Free()
-
-
-def _previous(path: Path) -> Path:
-    return path.with_name(f"{path.name}.previous")
-
-
-def _member(rank: int, path: Sequence[str]) -> str:
-    """A readable name for an array in the file."""
-    return "/".join(([] if rank == 0 else [f"rank{rank}"]) + [quote(part, safe="") for part in path])
-
-
-def _raw(array: Any) -> Any:
-    """The array's bytes as MPI sends them."""
-    return array.reshape(-1).view(np.uint8)
+_KEPT_FILES = 2
+_DIGEST_NBYTES = 32
 
 
 # Writing
@@ -75,35 +55,79 @@ def save_checkpoint(path: str | os.PathLike[str], trainer: DataParallel, **extra
     The file is complete on the disk before it takes the old one's place, which becomes ``path.previous``. Raises on all
     ranks, leaving the old file as it was: OSError when it cannot be written, TypeError when ``extra`` is not JSON.
     """
-    error: Exception | None = None
-    text = ""
-    try:
-        text = json.dumps(extra)
-    except (TypeError, ValueError) as problem:
-        error = TypeError(f"save_checkpoint: extra must be what JSON holds: {problem}")
-    trainer.meet("save_checkpoint", error)
+    trainer.meet(SAVE, _not_json(extra))
     trainer.synchronize()
-    with _private(trainer.comm) as comm:
-        writer = _Writer(Path(path)) if comm.rank == 0 else None
-        tables = _write_kept(comm, writer, _kept(trainer))
-        owed = _write_owner_residuals(comm, writer, trainer)
-        failure: OSError | None = None
+    write_checkpoint(path, trainer, extra)
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], trainer: DataParallel, extra: Mapping[str, Any], keep: int = _KEPT_FILES
+) -> None:
+    """As ``save_checkpoint``, with the trainer left as it is: whether a run is saved makes no difference to it.
+
+    To be called between two blocks of steps (``trainer.in_a_block`` is false); raises ValueError elsewhere. ``keep``:
+    so many files are kept, this one and those before it, which are named ``path.previous``, ``path.previous2``, ...
+    """
+    problem = _not_json(extra)
+    if trainer.in_a_block:
+        problem = ValueError(f"{SAVE}: this rank is inside a block of steps; call trainer.synchronize() before")
+    trainer.meet(SAVE, problem)
+    with contextlib.ExitStack() as stack:
+        _write(trainer, path, extra, keep, stack)
+
+
+def _not_json(extra: Mapping[str, Any]) -> Exception | None:
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError, RecursionError) as problem:
+        return TypeError(f"{SAVE}: extra must be what JSON holds: {problem}")
+    return None
+
+
+def _write(
+    trainer: DataParallel,
+    path: str | os.PathLike[str],
+    extra: Mapping[str, Any],
+    keep: int,
+    stack: contextlib.ExitStack,
+) -> None:
+    comm, root = trainer.comm, trainer.rank == 0
+
+    def opened() -> CheckpointWriter | None:
+        return stack.enter_context(CheckpointWriter(Path(path), keep)) if root else None
+
+    writer = jointly(comm, SAVE, opened, alike=(OSError,))
+    kept, numbers, digests = jointly(comm, SAVE, lambda: _described(trainer))
+    shapes = [(at, x.dtype, x.shape) for at, x in kept.items()]
+    tables, wanted = _members(allgather(comm, (str(shapes), digests), SAVE), shapes)
+    arrays = list(kept.values())
+    for rank, chosen in enumerate(wanted):
+        entries = [(member_name(rank, shapes[i][0]), *shapes[i][1:]) for i in chosen]
+        _append(comm, writer, rank, entries, [arrays[i] for i in chosen])
+    owed: list[Any] = []
+    for bucket, plan in with_owners(trainer).values():
+        dtype, whole = _gathered(comm, bucket, plan)
+        paths = [("owner_residual", name) for name in bucket.shapes]
+        entries = [(member_name(0, at), dtype, bucket.shapes[at[1]]) for at in paths]
+        _append(comm, writer, 0, entries, [part for _, part in bucket.cut(whole)] if root else [])
+        owed += [[at, member_name(0, at)] for at in paths]
+
+    def finished() -> None:
         if writer is not None:
             header = {
                 "format": FORMAT,
                 "settings": trainer.describe(),
                 "algorithms": trainer.algorithms,
                 "steps": trainer.steps,
-                "numbers": [[at, x] for at, x in leaves(trainer.live()) if not is_array(x)],
+                "numbers": [[at, x] for at, x in numbers.items()],
                 "ranks": tables,
                 "owner_residuals": owed,
-                "extra": json.loads(text),
+                "extra": extra,
                 "versions": _versions(),
             }
-            failure = writer.finish(json.dumps(header))
-        failure = comm.bcast(failure)
-    if failure is not None:
-        raise failure
+            writer.finish(header)
+
+    jointly(comm, SAVE, finished, alike=(OSError,))
 
 
 def _versions() -> dict[str, str]:
@@ -114,166 +138,104 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _kept(trainer: DataParallel) -> dict[tuple[str, ...], Any]:
-    """This rank's arrays by path: parameters, optimizer, mode, and what the compressed plans keep, by parameter."""
-    kept = {at: x for at, x in leaves(trainer.live()) if is_array(x)}
-    for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
-        if bucket.compressed:
-            state = plan.state_dict()
-            if "residual" in state:
-                kept |= {("residual", name): part for name, part in bucket.cut(state["residual"])}
-            for at, key in _common(bucket, state).items():
-                # One number for all buckets; that of one which has stopped compressing stays behind.
-                kept[at] = np.maximum(kept[at], state[key]) if at in kept else state[key]
-    return kept
+def _described(trainer: DataParallel) -> tuple[dict[At, Any], dict[At, Any], bytes]:
+    """What this rank keeps, arrays and numbers, and the arrays' digests."""
+    kept, numbers = kept_by(trainer), numbers_of(trainer)
+    for at, x in numbers.items():
+        if not is_number(x):
+            raise ValueError(f"{SAVE}: {'/'.join(at)} must be a number that is finite and >= 0; got {x!r}")
+    digests = (hashlib.blake2b(bytes_of(on_host(x)), digest_size=_DIGEST_NBYTES).digest() for x in kept.values())
+    return kept, numbers, b"".join(digests)
 
 
-def _common(bucket: Bucket, state: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
-    """What of a compressed plan's state is alike on all ranks: path -> key. Keys may end in a parameter's number."""
-    names = list(bucket.shapes)
-    common: dict[tuple[str, ...], str] = {}
-    for key in state:
-        if key not in ("residual", "owner_residual"):
-            kind, _, number = key.partition("/")
-            common[("compression", kind, names[int(number)]) if number else ("compression", kind)] = key
-    return common
+def _members(
+    everyone: Sequence[tuple[str, bytes]], shapes: Sequence[tuple[At, Any, tuple[int, ...]]]
+) -> tuple[list[list[Any]], list[list[int]]]:
+    """From what every rank keeps, in words, and its digests: a table for each, and the arrays that are written from it.
 
-
-def _write_kept(comm: MPI.Intracomm, writer: _Writer | None, kept: Mapping[tuple[str, ...], Any]) -> list[Any]:
-    """Rank 0 writes its own arrays, then the other ranks', those not written yet. Returns each rank's table on rank 0.
-
-    A table's entries are [path, member].
+    A table's entries are [path, name of the array in the file]. Equal arrays are written once, from the first rank
+    that has them.
     """
-    described: list[tuple[tuple[str, ...], str, tuple[int, ...], bytes]] = []
-    for at, x in kept.items():
-        host = host_copy(x)
-        described.append((at, host.dtype.name, host.shape, hashlib.blake2b(_raw(host), digest_size=32).digest()))
-    everyone: list[Any] = comm.gather(described) or []
-    tables: list[Any] = []
+    tables: list[list[Any]] = []
     wanted: list[list[int]] = []
     members: dict[Any, str] = {}
-    for rank, entries in enumerate(everyone):
+    for rank, (words, digests) in enumerate(everyone):
+        if words != everyone[0][0]:
+            raise MismatchError(f"{SAVE}: rank {rank} keeps other arrays than rank 0")
         tables.append([])
         wanted.append([])
-        for i, (at, *content) in enumerate(entries):
-            key = tuple(content)
+        for i, (at, dtype, shape) in enumerate(shapes):
+            key = dtype, shape, digests[i * _DIGEST_NBYTES : (i + 1) * _DIGEST_NBYTES]
             if key not in members:
-                members[key] = _member(rank, at)
+                members[key] = member_name(rank, at)
                 wanted[rank].append(i)
             tables[rank].append([at, members[key]])
-    mine = comm.scatter(wanted if writer is not None else None)
-    arrays = list(kept.values())
-    if writer is None:
-        for i in mine:
-            comm.Send(_raw(host_copy(arrays[i])), dest=0)
-        return tables
-    for i in mine:
-        writer.write(_member(0, described[i][0]), host_copy(arrays[i]))
-    for rank in range(1, comm.size):
-        for i in wanted[rank]:
-            at, dtype, shape, _ = everyone[rank][i]
-            host = np.empty(shape, _dtype(dtype))
-            comm.Recv(_raw(host), source=rank)
-            writer.write(_member(rank, at), host)
-    return tables
+    return tables, wanted
 
 
-def _write_owner_residuals(comm: MPI.Intracomm, writer: _Writer | None, trainer: DataParallel) -> list[Any]:
-    """Rank 0 puts each compressed bucket's owner residuals together and writes them by parameter. Returns a table."""
-    table: list[Any] = []
-    for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
-        if not bucket.compressed or "owner_residual" not in plan.state_dict():
-            continue
-        owed = host_copy(plan.state_dict()["owner_residual"])
-        owned: list[Any] | None = comm.gather(plan.owned)
-        if writer is None or owned is None:
-            comm.Send(_raw(owed), dest=0)
-            continue
-        whole = np.zeros(bucket.flat.size, owed.dtype)
-        whole[slice(*owned[0])] = owed
-        for rank in range(1, comm.size):
-            comm.Recv(_raw(whole[slice(*owned[rank])]), source=rank)
-        for name, part in bucket.cut(whole):
-            at = ("owner_residual", name)
-            writer.write(_member(0, at), part)
-            table.append([at, _member(0, at)])
-    return table
+class _Bytes:
+    """The bytes of arrays, one of which at a time is kept on the host."""
+
+    def __init__(self, arrays: Sequence[Any]) -> None:
+        self._arrays = arrays
+        self._number = -1
+        self._host: Any = None
+
+    def of(self, piece: Sequence[Segment]) -> Any:
+        """A piece of them, not to be changed."""
+        parts: list[Any] = []
+        for number, begin, end in piece:
+            if number != self._number:
+                self._number, self._host = number, bytes_of(on_host(self._arrays[number]))
+            parts.append(self._host[begin:end])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-class _Writer:
-    """The new file, under a temporary name. The first failure is kept: other ranks' messages must still be received."""
+def _append(
+    comm: MPI.Intracomm,
+    writer: CheckpointWriter | None,
+    source: int,
+    entries: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]],
+    arrays: Sequence[Any],
+) -> None:
+    """Rank 0 writes arrays that rank ``source`` has: ``entries`` are their names in the file, dtypes and shapes."""
+    at_source = comm.Get_rank() == source
+    values = _Bytes(arrays)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(f"{path.name}.partial")
-        self._failure: OSError | None = None
-        self._dtypes: dict[str, str] = {}  # member -> dtype, which .npy cannot say of bfloat16
-        self._file: Any = None
-        self._zip: Any = None
-        with self._failing():
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a directory")
-            self._file = self._partial.open("wb")
-            self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+    def taken(piece: Sequence[Segment]) -> Any:
+        if at_source:
+            return values.of(piece)
+        return None if writer is None else np.empty(nbytes_of(piece), np.uint8)
 
-    @contextlib.contextmanager
-    def _failing(self) -> Generator[None]:
-        """Skip the body after a failure; keep the body's own."""
-        try:
-            yield
-        except (OSError, MemoryError, zipfile.LargeZipFile) as problem:
-            if self._failure is None:
-                kind = type(problem) if isinstance(problem, OSError) else OSError
-                self._failure = kind(f"save_checkpoint: {self._path} cannot be written: {problem}")
-
-    def write(self, member: str, array: Any) -> None:
-        """Append a NumPy array."""
-        if self._failure is not None:
+    def written(piece: Sequence[Segment], data: Any) -> None:
+        if writer is None:
             return
-        self._dtypes[member] = array.dtype.name
-        if array.dtype.kind == "V":
-            array = array.view(np.uint16)
-        with self._failing(), self._zip.open(zipfile.ZipInfo(f"{member}.npy"), "w", force_zip64=True) as out:
-            np.lib.format.write_array(out, array, allow_pickle=False)
+        at = 0
+        for number, begin, end in piece:
+            if begin == 0:
+                writer.begin(*entries[number])
+            writer.write(data[at : at + end - begin])
+            at += end - begin
 
-    def finish(self, header: str) -> OSError | None:
-        """Append the header, bring everything to the disk, and put the file in its place. Returns the failure."""
-        if self._failure is None:
-            with self._failing():
-                self._zip.writestr(HEADER, json.dumps({**json.loads(header), "dtypes": self._dtypes}))
-                self._zip.close()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                _put_in_place(self._partial, self._path)
-        if self._failure is not None:
-            # What the file object still buffers cannot be written either.
-            for opened in (self._zip, self._file):
-                if opened is not None:
-                    with contextlib.suppress(OSError, ValueError):
-                        opened.close()
-            if self._file is not None:
-                with contextlib.suppress(OSError):
-                    self._partial.unlink()
-        return self._failure
+    for piece in cut([math.prod(shape) * dtype.itemsize for _, dtype, shape in entries]):
+        data = jointly(comm, SAVE, partial(taken, piece))
+        transfer(comm, data, SAVE, source, 0)
+        jointly(comm, SAVE, partial(written, piece, data), alike=(OSError,))
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
-    """``path`` becomes the previous file, ``partial`` becomes ``path``; at no moment is there no ``path``."""
-    if path.exists():
-        spare = path.with_name(f"{path.name}.spare")
-        try:
-            spare.unlink(missing_ok=True)
-            os.link(path, spare)
-            spare.replace(_previous(path))
-        except OSError:  # a file system without hard links
-            path.replace(_previous(path))
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _gathered(comm: MPI.Intracomm, bucket: Bucket, plan: Any) -> tuple[np.dtype[Any], Any]:
+    """The owners' residuals of a bucket: their dtype, and on rank 0 all of them, put together."""
+    mine = jointly(comm, SAVE, lambda: on_host(plan.state_dict()["owner_residual"]))
+    root = comm.Get_rank() == 0
+    whole = jointly(comm, SAVE, lambda: np.zeros(bucket.flat.size if root else 0, mine.dtype))
+    for rank, (first, last) in enumerate(allgather(comm, plan.owned, SAVE)):
+        if root and rank == 0:
+            whole[first:last] = mine
+        data = bytes_of(whole[first:last] if root else mine)
+        for piece in cut([(last - first) * mine.itemsize]):
+            for _, begin, end in piece:
+                transfer(comm, data[begin:end], SAVE, rank, 0)
+    return mine.dtype, whole
 
 
 # Reading
@@ -283,188 +245,157 @@ def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel) -> dict
     """Make ``trainer`` go on from the checkpoint ``path``, which rank 0 reads. Collective; returns ``extra``.
 
     The trainer must have the same parameters (names, shapes, dtypes), compression, and kinds of optimizer and mode;
-    other settings may differ. It may have another number of ranks, see the module. With ``algorithm="auto"`` and the
-    same ranks and buckets, the algorithms chosen then are used again, since bits depend on them.
+    other settings may differ. It may have another number of ranks, see ``resharding``. With ``algorithm="auto"`` and
+    the same ranks and buckets, the algorithms chosen then are used again, since bits depend on them.
 
     Raises on all ranks, before anything is changed: FileNotFoundError or another OSError, and CheckpointError, which
     names ``path.previous`` where there is one, for a file that is truncated, damaged, foreign, or of other training.
+    What is loaded is in memory twice, until all ranks have all of it.
     """
-    trainer.meet("load_checkpoint", None, afresh=True)
-    with _private(trainer.comm) as comm:
-        reader: _Reader | None = None
-        failure: Exception | None = None
-        header: Any = None
-        if comm.rank == 0:
-            try:
-                reader = _Reader(Path(path))
-                header = reader.header
-                _check(reader.path, header, trainer)
-            except Exception as problem:  # whatever it is, the other ranks must not wait
-                failure = problem
-        failure, header = comm.bcast((failure, header))
-        if failure is not None:
-            raise failure
-        same_ranks = header["settings"]["ranks"] == trainer.size
-        if trainer.algorithm == "auto" and same_ranks and len(header["algorithms"]) == len(trainer.buckets):
-            trainer.use_algorithms(header["algorithms"])
-        _read_kept(comm, reader, header, trainer)
-        _read_residuals(comm, reader, header, trainer)
-        if reader is not None:
-            reader.close()
-            failure = reader.failure
-        failure = comm.bcast(failure)
-    if failure is not None:
-        raise failure
-    extra: dict[str, Any] = header["extra"]
-    return extra
+    trainer.meet(LOAD, None, afresh=True)
+    with contextlib.ExitStack() as stack:
+        return _load(trainer, path, stack)
 
 
-def _check(path: Path, header: Mapping[str, Any], trainer: DataParallel) -> None:
-    text = difference(resumable(trainer.describe()), resumable(header["settings"]))
+def _load(trainer: DataParallel, path: str | os.PathLike[str], stack: contextlib.ExitStack) -> dict[str, Any]:
+    comm, rank, size = trainer.comm, trainer.rank, trainer.size
+    alike = (OSError, CheckpointError)
+    owners = with_owners(trainer)
+    kept = jointly(comm, LOAD, lambda: {at: (x.dtype, x.shape) for at, x in kept_by(trainer).items()})
+
+    def opened() -> CheckpointFile | None:
+        if rank != 0:
+            return None
+        file = stack.enter_context(CheckpointFile(Path(path)))
+        _check(file, trainer, kept)
+        return file
+
+    file = jointly(comm, LOAD, opened, alike)
+    sizes, header = broadcast(comm, None if file is None else (file.sizes, file.header), LOAD)
+    for piece in cut(sizes):
+        jointly(comm, LOAD, partial(_checked, file, piece), alike)
+
+    names = {number: (tuple(b.shapes), tuple(map(math.prod, b.shapes.values()))) for number, (b, _) in owners.items()}
+    owned = allgather(comm, {number: plan.owned for number, (_, plan) in owners.items()}, LOAD)
+    shapes = {at: shape for at, (_, shape) in kept.items()}
+    everyone = [
+        shares(
+            header.tables,
+            header.owner_residuals,
+            shapes,
+            {number: Owned(*names[number], *extent) for number, extent in owned[r].items()},
+            r,
+            size,
+        )
+        for r in range(size)
+    ]
+    kinds = dict(kept)
+    for number, (_, plan) in owners.items():
+        kinds["owner_residual", number] = plan.state_dict()["owner_residual"].dtype, (-1,)
+    arrived = _arrived(comm, file, everyone, kinds)
+    if algorithms := _algorithms(header, trainer):
+        trainer.use_algorithms(algorithms)
+    jointly(comm, LOAD, lambda: _restore(trainer, header, arrived))
+    return dict(header.extra)
+
+
+def _checked(file: CheckpointFile | None, piece: Sequence[Segment]) -> None:
+    if file is not None:
+        file.check(piece)
+
+
+def _check(file: CheckpointFile, trainer: DataParallel, kept: Mapping[At, tuple[Any, tuple[int, ...]]]) -> None:
+    """Raise CheckpointError unless the file has what the trainer needs, of the same kinds."""
+    header = file.header
+    numbers, owners = numbers_of(trainer), with_owners(trainer)
+    text = difference(resumable(trainer.describe()), resumable(header.settings))
     if text is None:
-        there = {tuple(at) for at, _ in header["ranks"][0] if at[0] not in ("residual", "compression")}
-        there |= {tuple(at) for at, _ in header["numbers"]}
-        here = {at for at, _ in leaves(trainer.live())}
-        if odd := there ^ here:
-            at = min(odd)
-            text = f"{'/'.join(at)} is kept on one side only"
+        owned = {("owner_residual", name) for bucket, _ in owners.values() for name in bucket.shapes}
+        here = {*kept, *numbers, *owned}
+        there = {*header.tables[0], *header.numbers, *(("owner_residual", name) for name in header.owner_residuals)}
+        if odd := here ^ there:
+            text = f"{'/'.join(min(odd))} is kept on one side only"
     if text is not None:
-        raise CheckpointError(f"load_checkpoint: {path} belongs to other training: here, {text}")
+        raise file.error(f"belongs to other training: here, {text}")
+    for at, x in header.numbers.items():
+        if isinstance(numbers[at], int) and not isinstance(x, int):
+            raise file.error(f"is damaged: {'/'.join(at)} must be an integer; got {x!r}")
+    wanted = [(at, member, *kept[at]) for table in header.tables for at, member in table.items()]
+    for bucket, plan in owners.values():
+        dtype = plan.state_dict()["owner_residual"].dtype
+        for name, shape in bucket.shapes.items():
+            wanted.append((("owner_residual", name), header.owner_residuals[name], dtype, shape))
+    for at, member, dtype, shape in wanted:
+        if file.kind(member) != (dtype.name, shape):
+            found = "{} of shape {}".format(*file.kind(member))
+            raise file.error(f"is damaged: {'/'.join(at)} is {found}, not {dtype.name} of shape {shape}")
+    for bucket, algorithm in zip(trainer.buckets, _algorithms(header, trainer), strict=False):
+        if not bucket.compressed:
+            try:
+                check_name(algorithm)
+            except ValueError as problem:
+                raise file.error(f"is damaged: {problem}") from None
 
 
-def _read_kept(comm: MPI.Intracomm, reader: _Reader | None, header: Mapping[str, Any], trainer: DataParallel) -> None:
-    """Fill parameters, optimizer and mode. Rank r takes what old rank r mod p kept."""
-    tables = [{tuple(at): member for at, member in table} for table in header["ranks"]]
-    values: dict[tuple[str, ...], Any] = {tuple(at): x for at, x in header["numbers"]}
-    trainer.restore(values, header["steps"])
-    for at, x in leaves(trainer.live()):
-        if not is_array(x):
-            continue
-        members = [tables[rank % len(tables)][at] for rank in range(comm.size)]
-        host = np.empty(x.shape, x.dtype)
-        if len(set(members)) == 1:
-            if reader is not None:
-                reader.read(members[0], host)
-            comm.Bcast(_raw(host))
-        else:
-
-            def read(rank: int, out: Any, members: Sequence[str] = members) -> None:
-                _read_into(reader, [members[rank]], out)
-
-            _hand_out(comm, host, read)
-        trainer.restore({at: host}, header["steps"])
+def _algorithms(header: Header, trainer: DataParallel) -> list[str]:
+    """Those that the trainer takes over; none where they were chosen for other buckets or ranks."""
+    same = header.settings["ranks"] == trainer.size and len(header.algorithms) == len(trainer.buckets)
+    return header.algorithms if trainer.algorithm == "auto" and same else []
 
 
-def _read_residuals(
-    comm: MPI.Intracomm, reader: _Reader | None, header: Mapping[str, Any], trainer: DataParallel
-) -> None:
-    """Fill what the compressed plans keep."""
-    tables = [{tuple(at): member for at, member in table} for table in header["ranks"]]
-    owed = {tuple(at): member for at, member in header["owner_residuals"]}
-    for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
+def _arrived(
+    comm: MPI.Intracomm,
+    file: CheckpointFile | None,
+    everyone: Sequence[Mapping[At, Share]],
+    kinds: Mapping[At, tuple[np.dtype[Any], tuple[int, ...]]],
+) -> dict[At, Any]:
+    """This rank's new arrays, C-contiguous NumPy arrays; ``everyone``: all ranks' shares; ``kinds``: dtypes, shapes."""
+    rank, size = comm.Get_rank(), len(everyone)
+
+    def values(at: At, r: int) -> int:
+        return sum(end - begin for _, begin, end in everyone[r][at])
+
+    def emptied() -> dict[At, Any]:
+        return {at: np.empty(values(at, rank), dtype).reshape(shape) for at, (dtype, shape) in kinds.items()}
+
+    arrays = jointly(comm, LOAD, emptied)
+    common = {at for at in kinds if all(each[at] == everyone[0][at] for each in everyone)}
+    for target in (None, *range(size)):
+        chosen = [at for at in kinds if (at in common) == (target is None)]
+        owner = target or 0
+        mine = target in (None, rank)
+
+        def read(piece: Sequence[Segment], chosen: Sequence[At] = chosen, owner: int = owner, mine: bool = mine) -> Any:
+            if file is None:
+                return np.empty(nbytes_of(piece), np.uint8) if mine else None
+            data = bytearray()
+            for number, begin, end in piece:
+                at = chosen[number]
+                data += file.read(everyone[owner][at], kinds[at][0], begin, end)
+            return np.frombuffer(data, np.uint8)
+
+        for piece in cut([values(at, owner) * kinds[at][0].itemsize for at in chosen]):
+            data = jointly(comm, LOAD, partial(read, piece), (OSError, CheckpointError))
+            transfer(comm, data, LOAD, 0, target)
+            start = 0
+            for number, begin, end in piece if mine else ():
+                bytes_of(arrays[chosen[number]])[begin:end] = data[start : start + end - begin]
+                start += end - begin
+    return arrays
+
+
+def _restore(trainer: DataParallel, header: Header, arrived: Mapping[At, Any]) -> None:
+    """Fill the trainer. Nothing is exchanged."""
+    live = dict(leaves(trainer.live()))
+    values = {at: arrived[at] if is_array(x) else type(x)(header.numbers[at]) for at, x in live.items()}
+    trainer.restore(values, header.steps)
+    for number, (bucket, plan) in enumerate(zip(trainer.buckets, trainer.plans, strict=True)):
         if not bucket.compressed:
             continue
-        state = {key: host_copy(x) for key, x in plan.state_dict().items()}
-        if "residual" in state:
-            for name, part in bucket.cut(state["residual"]):
-                at = ("residual", name)
-
-                def read(rank: int, out: Any, at: tuple[str, ...] = at) -> None:
-                    _read_into(reader, [table[at] for table in tables[rank :: comm.size]], out)
-
-                _hand_out(comm, part, read)
-        if "owner_residual" in state:
-            whole = np.zeros(bucket.flat.size, state["owner_residual"].dtype)
-            for name, part in bucket.cut(whole):
-                if reader is not None:
-                    reader.read(owed["owner_residual", name], part)
-                comm.Bcast(_raw(part))
-            state["owner_residual"] = whole[slice(*plan.owned)]
-        for path, key in _common(bucket, state).items():
-            if reader is not None:
-                reader.read(tables[0][path], state[key])
-            comm.Bcast(_raw(state[key]))
+        mine = plan.state_dict()
+        state: dict[str, Any] = {key: arrived[at] for at, key in alike_in(bucket, mine).items()}
+        if "residual" in mine:
+            state["residual"] = np.concatenate([arrived["residual", name].reshape(-1) for name in bucket.shapes])
+        if "owner_residual" in mine:
+            state["owner_residual"] = arrived["owner_residual", str(number)]
         plan.load_state_dict(state)
-
-
-def _read_into(reader: _Reader | None, members: Sequence[str], out: Any) -> None:
-    """``out`` becomes the sum of the members."""
-    assert reader is not None
-    if len(members) == 1:
-        reader.read(members[0], out)
-        return
-    out[...] = 0
-    part = np.empty_like(out)
-    for member in members:
-        reader.read(member, part)
-        out += part
-
-
-def _hand_out(comm: MPI.Intracomm, mine: Any, read: Callable[[int, Any], None]) -> None:
-    """Rank 0 reads each rank's array and sends it; each ends with its own in the C-contiguous NumPy array ``mine``."""
-    if comm.rank != 0:
-        comm.Recv(_raw(mine), source=0)
-        return
-    out = np.empty_like(mine)
-    for rank in range(1, comm.size):
-        read(rank, out)
-        comm.Send(_raw(out), dest=rank)
-    read(0, mine)
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
-class _Reader:
-    """A checkpoint file whose checksums are right. A failure after that is kept, as other ranks wait for messages."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.failure: Exception | None = None
-        hint = f"; the checkpoint before it is {_previous(path)}" if _previous(path).exists() else ""
-        try:
-            self._zip = zipfile.ZipFile(path)
-        except OSError as problem:
-            raise type(problem)(f"load_checkpoint: {path} cannot be read: {problem}{hint}") from None
-        except Exception as problem:  # zipfile raises many kinds for a damaged file
-            raise CheckpointError(
-                f"load_checkpoint: {path} is no checkpoint, or is truncated or damaged: {problem}{hint}"
-            ) from None
-        try:
-            damaged = self._zip.testzip()
-            if damaged is not None:
-                raise CheckpointError(f"load_checkpoint: {path} is damaged at {damaged}{hint}")
-            self.header: dict[str, Any] = json.loads(self._zip.read(HEADER))
-            if self.header["format"] != FORMAT:
-                raise CheckpointError(
-                    f"load_checkpoint: {path} is of the format {self.header['format']!r}, not {FORMAT!r}{hint}"
-                )
-            present = set(self._zip.namelist())
-            for _, member in chain(*self.header["ranks"], self.header["owner_residuals"]):
-                if f"{member}.npy" not in present or member not in self.header["dtypes"]:
-                    raise CheckpointError(f"load_checkpoint: {path} is damaged: {member} is missing{hint}")
-        except CheckpointError:
-            self._zip.close()
-            raise
-        except Exception as problem:
-            self._zip.close()
-            raise CheckpointError(
-                f"load_checkpoint: {path} is no checkpoint, or is truncated or damaged: {problem!r}{hint}"
-            ) from None
-
-    def read(self, member: str, out: Any) -> None:
-        """Fill the NumPy array ``out``."""
-        try:
-            with self._zip.open(f"{member}.npy") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-            out[...] = array.view(_dtype(self.header["dtypes"][member]))
-        except Exception as problem:
-            out[...] = 0
-            self.failure = self.failure or CheckpointError(
-                f"load_checkpoint: {self.path} changed while it was read; the trainer is only partly loaded: {problem}"
-            )
-
-    def close(self) -> None:
-        """Close the file."""
-        self._zip.close()

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from bitring.training.batches import Batches as Batches
     from bitring.training.batches import shard as shard
     from bitring.training.block_momentum import BlockMomentum as BlockMomentum
-    from bitring.training.checkpoint import CheckpointError as CheckpointError
     from bitring.training.checkpoint import load_checkpoint as load_checkpoint
     from bitring.training.checkpoint import save_checkpoint as save_checkpoint
+    from bitring.training.checkpoint_header import CheckpointError as CheckpointError
     from bitring.training.data_parallel import DataParallel as DataParallel
     from bitring.training.local import Local as Local
     from bitring.training.mode import Mode as Mode
@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Algorithm": "collectives.schedule",
     "Batches": "training.batches",
-    "CheckpointError": "training.checkpoint",
+    "CheckpointError": "training.checkpoint_header",
     "Communicator": "collectives.communicator",
     "Compressor": "compression.compressor",
     "DataParallel": "training.data_parallel",
