@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, agree, wait_for
+from bitring.collectives.agreement import Request, agree
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.library_steps import wait_for
 from bitring.collectives.state import state_of
 from bitring.collectives.transport import PIECE_TAG
 
