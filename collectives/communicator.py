@@ -18,6 +18,7 @@ from bitring.collectives.calls import (
     reduce_call,
     reduce_scatter_block_call,
 )
+from bitring.collectives.errors import uncopyable
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.library_steps import wait_for
 from bitring.collectives.objects import jointly
@@ -62,6 +63,9 @@ class Communicator(MPI.Intracomm):
 
     def __init__(self, comm: MPI.Comm | None = None, algorithm: str = "auto") -> None:
         pass
+
+    def __reduce__(self) -> Any:
+        raise uncopyable(self, "Dup() makes another one; make it anew in another process")
 
     @property
     def algorithm(self) -> str:

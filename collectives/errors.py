@@ -13,3 +13,11 @@ class PeerError(RuntimeError):
 
 class NonFiniteError(FloatingPointError):
     """A gradient holds NaN or Inf on some rank. Raised on all ranks, before anything is changed."""
+
+
+def uncopyable(thing: object, instead: str) -> TypeError:
+    """The error of ``copy`` and ``pickle`` for a thing that stands for this process's place among the ranks."""
+    return TypeError(
+        f"{type(thing).__name__}: cannot be copied or pickled, as it is tied to this process and its MPI communicator; "
+        f"{instead}"
+    )

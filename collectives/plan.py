@@ -12,6 +12,7 @@ from bitring.collectives.agreement import Check, Request, agree, conclude, verdi
 from bitring.collectives.arrays import Array, as_array, device_of, flat_view
 from bitring.collectives.buffers import is_numeric
 from bitring.collectives.engine import Job, engine
+from bitring.collectives.errors import uncopyable
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.library_steps import wait_for
 from bitring.collectives.native_executor import finish
@@ -113,6 +114,11 @@ class Plan(ABC):
             if job.done and self._job is job:
                 self._job = None
 
+    @property
+    def started(self) -> bool:
+        """Whether a run was begun that has not been waited for to its end."""
+        return self._job is not None
+
     def test(self) -> bool:
         """Whether the run that ``start`` began is over (then it counts as waited for)."""
         if self._job is None:
@@ -126,6 +132,12 @@ class Plan(ABC):
         """Run the collective in the calling thread, in place on the buffer."""
         self._submit()
         self.wait()
+
+    def mark(self) -> None:
+        """From here on ``undo`` takes back what runs change in what the plan carries from run to run."""
+
+    def undo(self) -> None:
+        """Give what the plan carries from run to run the values of the last ``mark``; not during a run."""
 
     def state_dict(self) -> dict[str, Array]:
         """What the plan carries from run to run; nothing for an exact one."""
@@ -141,6 +153,9 @@ class Plan(ABC):
         if self._job is not None and not self._job.done:
             raise RuntimeError(f"{self.what}: free: the last run must be waited for first")
         self._freed = True
+
+    def __reduce__(self) -> Any:
+        raise uncopyable(self, "make a plan in each process; state_dict() has what it carries from run to run")
 
     def __del__(self) -> None:
         self._job = None  # a run holds its plan, so none is under way; but the last one may not have been waited for

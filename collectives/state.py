@@ -43,6 +43,8 @@ class State:
         self.size = size
         self.plans = 0
         self.cache: dict[Any, Any] = {}
+        self.kept: dict[str, Any] = {}
+        """What stays with the communicator for those who use bitring's plans on it."""
         self.topology = Topology(size)
         self.table = BUILT_IN
         self.shared: Shared | None = None
@@ -125,6 +127,7 @@ class State:
     def close(self) -> None:
         """Free everything. Collective, as freeing a communicator is."""
         self.cache.clear()
+        self.kept.clear()
         for part in self._parts.values():
             if part != MPI.COMM_NULL:
                 part.Free()

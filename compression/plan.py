@@ -180,6 +180,11 @@ class CompressedPlan(WatchedPlan):
         self.bytes_sent += nbytes
         return None if isinstance(self._way, NodeWay) else dataclasses.replace(record, bytes_sent=nbytes)
 
+    def _carried(self) -> list[Array]:
+        exchange = self._way.exchange
+        arrays = [self._runs] if exchange is None else [self._runs, exchange.residual, exchange.owner_residual]
+        return arrays if self._to_add is None else [*arrays, self._to_add]
+
     def _owed(self) -> list[tuple[Array, Array]]:
         owed = [] if self._to_add is None else [(self._flat, self._to_add)]
         exchange = self._way.exchange

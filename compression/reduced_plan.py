@@ -132,6 +132,9 @@ class ReducedPlan(WatchedPlan):
     def _refuse(self) -> None:
         self._reduction.drop()
 
+    def _carried(self) -> list[Array]:
+        return list(self._reduction.state.values())
+
     def _owed(self) -> list[tuple[Array, Array]]:
         residual = self._reduction.state.get("residual")
         return [] if residual is None else [(self._flat, residual)]

@@ -87,6 +87,12 @@ class Watch:
         self._largest = [0.0, 0.0]
         self.state = 0
 
+    def copy(self) -> Watch:
+        """Another that has seen as much."""
+        other = Watch()
+        other._largest, other.state = list(self._largest), self.state
+        return other
+
     def look(self, record: Record) -> None:
         """Take a run into account."""
         self.state = 0 if record.finite else DIVERGED

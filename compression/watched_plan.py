@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Generator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from mpi4py import MPI
@@ -48,6 +48,43 @@ def add_owed(x: Array, owed: Array) -> bool:
     return bool(owed.any())
 
 
+class Before:
+    """What a plan carries from run to run, as it was before a run. The arrays' copies stay, for the next time."""
+
+    _OTHER = ("_watch", "_warned", "_exact", "_owes", "_to_add", "_runs", "telemetry", "algorithm", "why")
+
+    def __init__(self) -> None:
+        self._copies: list[Array] = []
+        self._arrays: list[Array] | None = None
+        self._other: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        """There is nothing to bring back."""
+        self._arrays = None
+
+    def keep(self, plan: WatchedPlan, arrays: list[Array]) -> None:
+        """Copy ``arrays``, unless that was done already and not forgotten."""
+        if self._arrays is not None:
+            return
+        if [(copy.shape, copy.dtype) for copy in self._copies] != [(array.shape, array.dtype) for array in arrays]:
+            self._copies = [xp_of(array).empty_like(array) for array in arrays]
+        for kept, array in zip(self._copies, arrays, strict=True):
+            kept[...] = array
+        self._arrays = arrays
+        self._other = {name: getattr(plan, name) for name in self._OTHER if hasattr(plan, name)}
+        self._other["_watch"] = self._other["_watch"].copy()
+
+    def bring_back(self, plan: WatchedPlan) -> None:
+        """Give ``plan`` what was kept, if anything was."""
+        if self._arrays is None:
+            return
+        for kept, array in zip(self._copies, self._arrays, strict=True):
+            array[...] = kept
+        for name, value in self._other.items():
+            setattr(plan, name, value)
+        self._arrays = None
+
+
 class _Part(Protocol):
     def close(self) -> None: ...
 
@@ -73,6 +110,8 @@ class WatchedPlan(Plan):
         self._watch = Watch()
         self._warned = False
         self._owes = False  # whether a single rank was handed residuals
+        self._before = Before()
+        self._marked = False  # whether ``undo`` goes back further than the last run
         self._parts = (self._verdict,)
 
     @abstractmethod
@@ -82,6 +121,10 @@ class WatchedPlan(Plan):
     @abstractmethod
     def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
         """One compressed run; returns its record, None where sums are exact. Adds to ``bytes_sent``."""
+
+    @abstractmethod
+    def _carried(self) -> list[Array]:
+        """The arrays that runs change in place, but for x and scratch."""
 
     @abstractmethod
     def _owed(self) -> list[tuple[Array, Array]]:
@@ -101,12 +144,33 @@ class WatchedPlan(Plan):
         self._verdict.come()
         yield from super().checked_steps(progress)
 
+    def mark(self) -> None:
+        """See Plan. Without it, a run that fails takes back its own changes."""
+        self._marked = True
+        self._before.forget()
+
+    def undo(self) -> None:
+        """See Plan."""
+        self._before.bring_back(self)
+
+    def wait(self) -> None:
+        """See Plan."""
+        try:
+            super().wait()
+        except BaseException:
+            if not (self._marked or self.started):
+                self.undo()
+            raise
+
     def _steps(self, progress: Progress) -> Steps:
+        if not self._marked:
+            self._before.forget()
         bad = self._check_finite and not self._finite()
         if self.state.size == 1:
             if bad:
                 self._refuse()
                 raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank 0; nothing was changed")
+            self._before.keep(self, self._carried())
             self._settle()
             return
         # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
@@ -116,6 +180,7 @@ class WatchedPlan(Plan):
             raise NonFiniteError(
                 f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
             )
+        self._before.keep(self, self._carried())
         if self._verdict.worst == DIVERGED and self._exact is None:
             self._give_up()
         elif self._verdict.worst == BEHIND and not self._warned:
@@ -178,6 +243,7 @@ class WatchedPlan(Plan):
         if self._exact is not None:
             self.algorithm, self.why = self._chosen
         self._exact, self._watch, self._owes = None, Watch(), True
+        self._before.forget()
         return mine
 
     def free(self) -> None:

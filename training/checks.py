@@ -119,7 +119,16 @@ def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
 
 def text_of(settings: object) -> str:
     """Settings in words that are the same on every rank and in every run."""
-    return repr(settings) if settings is None or dataclasses.is_dataclass(settings) else type(settings).__name__
+    if settings is None or dataclasses.is_dataclass(settings):
+        return repr(settings)
+    plain = {k: v for k, v in vars(settings).items() if v is None or isinstance(v, (bool, int, float, str))}
+    return f"{type(settings).__name__}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"
+
+
+def is_frozen(settings: object) -> bool:
+    """Whether settings cannot be changed in place."""
+    parameters = getattr(settings, "__dataclass_params__", None)
+    return parameters is not None and bool(parameters.frozen)
 
 
 def count_of(name: str, value: object, least: int) -> int:

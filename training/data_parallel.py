@@ -6,28 +6,21 @@ reverse order, since back-propagation finishes the last layer first. What is exc
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-import operator
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import is_device, xp_of
-from bitring.collectives.communicator import Communicator
-from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
+from bitring.collectives.arrays import is_device
+from bitring.collectives.errors import MismatchError, NonFiniteError, uncopyable
+from bitring.collectives.objects import allgather, broadcast
 from bitring.collectives.state import given_comm
 from bitring.compression.compressor import Compressor, compressors, parsed
 from bitring.compression.factors import Factors
-from bitring.compression.reduced_plan import ReducedPlan
 from bitring.compression.sufficient_factors import SufficientFactors
-from bitring.compression.telemetry import Totals
-from bitring.compression.watched_plan import WatchedPlan
-from bitring.training.bucket import Bucket
 from bitring.training.checks import (
     checked_gradients,
     checked_parameters,
@@ -35,20 +28,26 @@ from bitring.training.checks import (
     chosen,
     count_of,
     difference,
+    is_frozen,
     not_finite,
     resumable,
     text_of,
 )
+from bitring.training.gradient_exchange import GradientExchange
+from bitring.training.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, hash_of, raise_everywhere
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 from bitring.training.preemption import NOTICE, watching
-from bitring.training.tree import copied, fill, host_copy, leaves, set_leaf
+from bitring.training.replicas import broadcast_tree, compare
+from bitring.training.transaction import Transaction
+from bitring.training.tree import copied, host_copy, leaves, set_leaf
+from bitring.training.undo import Numbers, arrays_in
+from bitring.training.waits import Waits
 
 # Below this size the exchange is over before waking the progress thread has paid.
 OVERLAP_BYTES = 8 << 20
 
-# What ranks can be doing when they meet; the control record holds the index.
-OPERATIONS = ("step", "synchronize", "save_checkpoint", "load_checkpoint")
+_FIXED = {"comm", "compression", "algorithm", "warmup_steps", "check_every"}
 
 _trainers_made = 0
 
@@ -81,6 +80,7 @@ class DataParallel:
         algorithm: str = "auto",
         warmup_steps: int = 0,
         bucket_bytes: int = 25 << 20,
+        check_every: int = 0,
     ) -> None:
         self.comm = given_comm(comm, "DataParallel")
         self.rank = self.comm.Get_rank()
@@ -91,51 +91,97 @@ class DataParallel:
         self.notices = 0
         """Bits that any rank told in the last step; equal on all ranks, 0 where the step did not make them meet."""
         self._problem: Exception | None = None
-        self._totals = Totals()
         self._operation = "step"
+        self._waits = Waits()
 
         error: Exception | None = None
         try:
-            self.optimizer = chosen("optimizer", optimizer, optimizers, Optimizer)
-            self.mode = chosen("mode", mode, modes, Mode)
+            self._optimizer = chosen("optimizer", optimizer, optimizers, Optimizer)
+            self._mode = chosen("mode", mode, modes, Mode)
             self.compression = (
                 None if compression is None else chosen("compression", parsed(compression), compressors, Compressor)
             )
             self.algorithm = algorithm
             self.warmup_steps = count_of("warmup_steps", warmup_steps, 0)
+            self.check_every = self._check_at = count_of("check_every", check_every, 0)
             self._parameters = checked_parameters(parameters)
             self._bucket_bytes = count_of("bucket_bytes", bucket_bytes, 1)
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
-        _raise_together(self.comm, "DataParallel", error)
+        raise_everywhere(self.comm, "DataParallel", error)
 
         global _trainers_made
         _trainers_made += 1
         mine = self.describe()
-        theirs, self._id = self.comm.bcast((mine, _trainers_made))
-        differences: list[str | None] = self.comm.allgather(difference(mine, theirs))
-        for rank, text in enumerate(differences):
+        theirs, self._id = broadcast(self.comm, (mine, _trainers_made), "DataParallel")
+        for rank, text in enumerate(allgather(self.comm, difference(mine, theirs), "DataParallel")):
             if text is not None:
                 raise MismatchError(f"DataParallel: rank {rank} differs from rank 0: {text}")
-        self._xp = xp_of(next(iter(self._parameters.values())))
-        for array in self._parameters.values():
-            host = host_copy(array)
-            self.comm.Bcast(host.reshape(-1).view(np.uint8), root=0)
-            if self.rank != 0:
-                fill(array, host)
+        self._set_words()
+        self._meeting = Meeting(self.comm, self._words)
+        self._exchange = GradientExchange(
+            self.comm,
+            self._parameters,
+            self.compression,
+            algorithm,
+            self._bucket_bytes,
+            self.warmup_steps > 0,
+            OVERLAP_BYTES,
+        )
+        self._exchange.broadcast(self._parameters, root=0)
+        self.buckets, self.plans = self._exchange.buckets, self._exchange.plans
+        self._transaction = Transaction(self.comm, self._meeting, self._exchange, self._waits)
+        self._optimizer_state = self._optimizer.init(self._parameters)
+        self._mode_state = self._mode.init(self)
+        self._numbers = Numbers(self._mode_state)
+        self._changes = self._arrays_that_change()
 
-        self._record = np.zeros(6)  # trainer's id, operation, steps, whether something is wrong, weight, notice
-        self._records = np.zeros((self.size, 6))
-        self.buckets = self._make_buckets()
-        self._overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= OVERLAP_BYTES
-        self.plans: list[Any] = []
-        self._exact_plans: dict[int, Any] = {}  # of compressed buckets, for the warm-up
-        for i, bucket in enumerate(self.buckets):
-            self.plans.append(bucket.plan(self.comm, algorithm, self.compression if bucket.compressed else None))
-            if bucket.compressed and self.warmup_steps:
-                self._exact_plans[i] = bucket.plan(self.comm, algorithm, None)
-        self._optimizer_state = self.optimizer.init(self._parameters)
-        self._mode_state = self.mode.init(self)
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"DataParallel: {name} holds for the trainer's life; make another trainer for {value!r}"
+            )
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> Any:
+        raise uncopyable(self, "state_dict() has what it knows, as plain arrays and numbers, for load_state_dict")
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer's settings. Others can be put here, the same on all ranks, which the next step checks.
+
+        Raises ValueError for an optimizer that keeps other slots: the state is not made anew.
+        """
+        optimizer: Optimizer = self._optimizer
+        return optimizer
+
+    @optimizer.setter
+    def optimizer(self, given: Optimizer | str) -> None:
+        new: Optimizer = chosen("optimizer", given, optimizers, Optimizer)
+        if set(new.slots) != set(self._optimizer_state):
+            raise ValueError(
+                f"DataParallel: optimizer must keep the slots {list(self._optimizer_state)} of the trainer's state, "
+                f"got {text_of(new)}, which keeps {list(new.slots)}; make another trainer for it"
+            )
+        self._optimizer = new
+        self._set_words()
+
+    @property
+    def mode(self) -> Mode:
+        """The mode's settings. Others of the same mode can be put here, as with ``optimizer``."""
+        mode: Mode = self._mode
+        return mode
+
+    @mode.setter
+    def mode(self, given: Mode | str) -> None:
+        new: Mode = chosen("mode", given, modes, Mode)
+        if type(new) is not type(self._mode):
+            raise ValueError(
+                f"DataParallel: mode must stay {type(self._mode).__name__}, whose state the trainer keeps, "
+                f"got {text_of(new)}; make another trainer for it"
+            )
+        self._mode = new
+        self._set_words()
 
     @property
     def size(self) -> int:
@@ -150,16 +196,17 @@ class DataParallel:
     @property
     def bytes_sent(self) -> int:
         """Payload bytes that this rank has sent to others in exchanges so far."""
-        return sum(plan.bytes_sent for plan in (*self.plans, *self._exact_plans.values()))
+        return self._exchange.bytes_sent
 
     def telemetry(self) -> dict[str, float | int | None]:
-        """What compressed exchanges took on this rank since the last call; empty where there were none.
+        """What exchanges took on this rank since the last call; empty where there were none.
 
-        ``encode_seconds``, ``wire_seconds``, ``decode_seconds``, ``wait_seconds`` (for the slowest rank, before the
-        exchange) and ``bytes_sent``, summed over steps and buckets; ``residual_ratio``, ``contraction`` and
-        ``owner_residual_ratio`` as means; ``slowest_rank``, the one that was so most often. See ``Telemetry``.
+        ``wait_seconds`` for the slowest rank, before exchanges, and ``slowest_rank``, the one that was so most often.
+        Where there were compressed exchanges also ``encode_seconds``, ``wire_seconds``, ``decode_seconds`` and
+        ``bytes_sent``, summed over steps and buckets; ``residual_ratio``, ``contraction`` and ``owner_residual_ratio``
+        as means. See ``Telemetry``.
         """
-        return self._totals.taken()
+        return {**self._exchange.totals.taken(), **self._waits.taken()}
 
     @property
     def in_a_block(self) -> bool:
@@ -170,29 +217,6 @@ class DataParallel:
     def algorithms(self) -> list[str]:
         """The algorithm chosen for each bucket."""
         return [plan.algorithm for plan in self.plans]
-
-    def _make_buckets(self) -> list[Bucket]:
-        block = getattr(self.compression, "block", 1)
-        filling: dict[Any, dict[str, Any]] = {}
-        buckets: list[Bucket] = []
-
-        # In memory that the node's ranks share they reduce each other's gradients where they are.
-        empty = Communicator(self.comm).empty if self._xp is np else self._xp.empty
-
-        def close(kind: Any) -> None:
-            buckets.append(Bucket(filling.pop(kind), kind[1], empty))
-
-        for name, array in reversed(self._parameters.items()):
-            if not array.size:
-                continue
-            kind = array.dtype, self.compression is not None and array.size >= block
-            held = sum(other.nbytes for other in filling.get(kind, {}).values())
-            if held and held + array.nbytes > self._bucket_bytes:
-                close(kind)
-            filling.setdefault(kind, {})[name] = array
-        for kind in list(filling):
-            close(kind)
-        return buckets
 
     # What users call
 
@@ -212,19 +236,41 @@ class DataParallel:
         self.notices = 0
         for preemption in watching(self.comm):
             preemption.answer_is_new = True
+        problem = self._problem
         taken: dict[str, Any] = {}
         try:
             taken, weight = self._checked(gradients, weight)
-        except Exception as problem:  # whatever it is, the other ranks must not wait
-            self._problem = self._problem or problem
+        except Exception as error:  # whatever it is, the other ranks must not wait
+            self._problem = self._problem or error
             weight = 0.0
-        self.mode.step(self, self._mode_state, taken, weight)
+        try:
+            self._transact(lambda: self._mode.step(self, self._mode_state, taken, weight))
+        except Exception as error:
+            if self._transaction.came:
+                self._problem = self._problem and problem  # what was found in this step is over, but not what waits
+                raise
+            self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
+            self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0))
         self.steps += 1
+        if self.check_every and self._transaction.met and self.steps >= self._check_at:
+            where, self._check_at = self._where(), self.steps + self.check_every
+            compare(self.comm, self._parameters, where)
 
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks, as the mode does it. Collective, but for ``sync``."""
         self._operation = "synchronize"
-        self.mode.synchronize(self, self._mode_state)
+        self._transact(lambda: self._mode.synchronize(self, self._mode_state))
+
+    def broadcast(self, root: int = 0) -> None:
+        """Give all ranks the parameters, and the optimizer's and mode's state, of rank ``root``. Collective.
+
+        Residuals stay: they are each rank's own. Raises as ``step`` does.
+        """
+        error: Exception | None = None
+        if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
+            error = ValueError(f"DataParallel.broadcast: root must be a rank from 0 to {self.size - 1}, got {root!r}")
+        self.meet("broadcast", error)
+        broadcast_tree(self.comm, self._exchange, self.live(), root)
 
     def digest(self) -> str:
         """A hash of this rank's parameters, bit for bit; equal on all ranks when the replicas are."""
@@ -273,86 +319,65 @@ class DataParallel:
 
     def free(self) -> None:
         """Free the plans. Collective; the parameters stay as they are."""
-        for plan in (*self.plans, *self._exact_plans.values()):
-            plan.free()
+        self._exchange.free()
 
     # What modes call; see bitring.training.mode.Trainer
 
     def agree(self, weight: float, check: Mapping[str, Any] | None = None) -> float:
         """See :class:`bitring.training.mode.Trainer`."""
+        where = self._where()
         if check is not None and self._problem is None:
-            bad = not_finite(check)
+            bad = self._not_finite(check)
             if bad is not None:
-                self._problem = NonFiniteError(
-                    f"{self._where()}: the parameter {bad} on rank {self.rank}; training diverged"
-                )
-        told, self.notice = self.notice, 0
+                self._problem = NonFiniteError(f"{where}: the parameter {bad} on rank {self.rank}; training diverged")
+        told = self.notice
         preemptions = watching(self.comm)
         if any(preemption.noted for preemption in preemptions):
             told |= NOTICE
-        wrong = self._problem is not None
-        self._record[:] = self._id, OPERATIONS.index(self._operation), self.steps, wrong, weight, told
-        self.comm.Allgather(self._record, self._records)
-        self.notices = functools.reduce(operator.or_, self._records[:, 5].astype(int).tolist())
-        for preemption in preemptions:
-            preemption.learn(bool(self.notices & NOTICE))
-        asked = [tuple(record) for record in self._records[:, :3].tolist()]
-        if len(set(asked)) > 1:
-            raise MismatchError(_odd_one_out(asked))
-        if self._records[:, 3].any():
+
+        def heard(records: Any) -> None:
+            self.notice &= ~told
+            self.notices = int(np.bitwise_or.reduce(records[:, TOLD].astype(np.int64)))
+            for preemption in preemptions:
+                preemption.learn(bool(self.notices & NOTICE))
+
+        self._transaction.came = True
+        records = self._meeting.exchange(self._record(self._problem is not None, weight, told), where, heard)
+        if records[:, WRONG].any():
             problem, self._problem = self._problem, None
-            _raise_together(self.comm, self._where(), problem)
+            raise_everywhere(self.comm, where, problem)
         with np.errstate(over="ignore"):
-            total = float(np.cumsum(self._records[:, 4])[-1])  # one after the other, in rank order
+            total = float(np.cumsum(records[:, WEIGHT])[-1])  # one after the other, in rank order
         if not math.isfinite(total):
-            raise ValueError(f"{self._where()}: the weights of all ranks have no finite sum")
+            raise ValueError(f"{where}: the weights of all ranks have no finite sum")
+        self._transaction.met = True
+        if self._mode_state:
+            self._save()
         return total
+
+    def _record(self, wrong: bool, weight: float = 0.0, told: int = 0, ends: bool = False) -> tuple[float, ...]:
+        if self._settings_may_change:
+            self._set_words()
+        operation = OPERATIONS.index(self._operation)
+        return self._id, operation, ends, self.steps, self._settings_hash, wrong, weight, told, self._meeting.waited
 
     def exchange(
         self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
     ) -> Iterator[dict[str, Any]]:
         """See :class:`bitring.training.mode.Trainer`."""
-        warm = self.steps < self.warmup_steps
-        plans = [self._exact_plans.get(i, plan) if warm else plan for i, plan in enumerate(self.plans)]
-        for bucket, plan in zip(self.buckets, plans, strict=True):
-            # 16-bit values are scaled in float32 and rounded once.
-            factor = np.float32(scale) if bucket.flat.dtype.itemsize == 2 else scale
-            takes_factors = isinstance(self.compression, SufficientFactors) and isinstance(plan, ReducedPlan)
-            for number, (name, view) in enumerate(bucket.views.items()):
-                if scale == 0:
-                    view[...] = 0
-                    if takes_factors and view.ndim == 2:  # no samples: nothing speaks against the others' factors
-                        plan.take(number, Factors(self._xp.empty((0, view.shape[0]), view.dtype), view[:0]))
-                elif isinstance(arrays[name], Factors):
-                    factors = arrays[name].scaled(scale)
-                    if takes_factors:
-                        plan.take(number, factors)
-                    else:
-                        factors.multiply(view)
-                elif minus is None:
-                    self._xp.multiply(arrays[name], factor, out=view, casting="same_kind")
-                else:
-                    self._xp.subtract(arrays[name], minus[name], out=view)
-                    self._xp.multiply(view, factor, out=view, casting="same_kind")
-            if self._overlaps:
-                plan.start()
-        for bucket, plan in zip(self.buckets, plans, strict=True):
-            if self._overlaps:
-                plan.wait()
-            else:
-                plan()
-            if isinstance(plan, WatchedPlan) and plan.telemetry is not None:
-                self._totals.add(plan.telemetry)
-            yield bucket.views
+        return self._exchange.run(arrays, scale, minus, self.steps < self.warmup_steps, self._save)
 
     def update(self, gradients: Mapping[str, Any]) -> None:
         """See :class:`bitring.training.mode.Trainer`."""
-        dense = {name: g.product() if isinstance(g, Factors) else g for name, g in gradients.items()}
-        self.optimizer.update({name: self._parameters[name] for name in dense}, dense, self._optimizer_state)
+        self._save()
+        dense = gradients
+        if self._has_factors(gradients):
+            dense = {name: g.product() if isinstance(g, Factors) else g for name, g in gradients.items()}
+        self._optimizer.update({name: self._parameters[name] for name in dense}, dense, self._optimizer_state)
 
     def restart_optimizer(self) -> None:
         """See :class:`bitring.training.mode.Trainer`."""
-        self.optimizer.restart(self._optimizer_state)
+        self._optimizer.restart(self._optimizer_state)
 
     # What checkpoints call
 
@@ -379,17 +404,14 @@ class DataParallel:
 
     def use_algorithms(self, algorithms: Sequence[str]) -> None:
         """Make the exact plans anew that run another algorithm. Collective."""
-        for i, (bucket, algorithm) in enumerate(zip(self.buckets, algorithms, strict=True)):
-            if not bucket.compressed and self.plans[i].algorithm != algorithm:
-                self.plans[i].free()
-                self.plans[i] = bucket.plan(self.comm, algorithm, None)
+        self._exchange.use_algorithms(algorithms)
 
     def describe(self) -> dict[str, Any]:
         """The settings, as plain data; all ranks give the same."""
         return {
             "parameters": {name: [w.dtype.name, list(w.shape)] for name, w in self._parameters.items()},
-            "optimizer": text_of(self.optimizer),
-            "mode": text_of(self.mode),
+            "optimizer": text_of(self._optimizer),
+            "mode": text_of(self._mode),
             "compression": text_of(self.compression),
             "algorithm": self.algorithm,
             "warmup_steps": self.warmup_steps,
@@ -398,45 +420,57 @@ class DataParallel:
             "ranks": self.size,
         }
 
-    # Checks
+    # Inside
+
+    def _transact(self, body: Callable[[], None]) -> None:
+        self._transaction.run(body, self._numbers, lambda failed: self._record(failed, ends=True), self._where())
+
+    def _arrays_that_change(self) -> list[tuple[Any, list[Any]]]:
+        """The arrays of a step's undo, those of one bucket and slot together, each with a key."""
+        kinds: dict[tuple[str, ...], dict[str, Any]] = {("parameters",): self._parameters}
+        kinds |= {("optimizer", slot): arrays for slot, arrays in self._optimizer_state.items()}
+        changes: list[tuple[Any, list[Any]]] = [
+            ((kind, i), [arrays[name] for name in bucket.shapes])
+            for kind, arrays in kinds.items()
+            for i, bucket in enumerate(self.buckets)
+        ]
+        return changes + [(path, [array]) for path, array in arrays_in({"mode": self._mode_state})]
+
+    def _save(self) -> None:
+        """What this step may change from here on can be brought back."""
+        for key, arrays in self._changes:
+            self._transaction.undo.save(key, arrays)
+
+    def _words(self) -> list[str]:
+        """What ranks compare in each step."""
+        return [f"the optimizer {text_of(self._optimizer)}", f"the mode {text_of(self._mode)}"]
+
+    def _set_words(self) -> None:
+        self._settings_hash = hash_of(" ".join(self._words()))
+        self._settings_may_change = not (is_frozen(self._optimizer) and is_frozen(self._mode))
 
     def _where(self) -> str:
         if self._operation.endswith("checkpoint"):
             return self._operation
         return f"DataParallel.{self._operation} (step {self.steps})"
 
+    def _not_finite(self, arrays: Mapping[str, Any]) -> str | None:
+        """The first of the arrays that holds NaN or Inf, and which; see ``not_finite``."""
+        if not self._has_factors(arrays) and self._exchange.sums_are_finite(arrays):
+            return None
+        return not_finite(arrays)
+
+    def _has_factors(self, arrays: Mapping[str, Any]) -> bool:
+        return any(type(array) is Factors for array in arrays.values())
+
     def _checked(self, gradients: Any, weight: Any) -> tuple[dict[str, Any], float]:
         where = self._where()
         number = checked_weight(weight, where)
         taken = checked_gradients(gradients, self._parameters, where)
         if number:
-            bad = not_finite(taken)
+            bad = self._not_finite(taken)
             if bad is not None:
                 raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self.rank}")
-            if not isinstance(self.compression, SufficientFactors):
+            if self._has_factors(taken) and not isinstance(self.compression, SufficientFactors):
                 taken = {name: g.product() if isinstance(g, Factors) else g for name, g in taken.items()}
         return taken, number
-
-
-def _raise_together(comm: MPI.Intracomm, where: str, error: Exception | None) -> None:
-    """Raise on all ranks when any has an ``error``: the rank itself its own, the others one naming it. Collective."""
-    mine = None if error is None else (isinstance(error, NonFiniteError), type(error).__name__, str(error))
-    for rank, theirs in enumerate(comm.allgather(mine)):
-        if error is not None:
-            raise error
-        if theirs is not None:
-            not_finite, kind, text = theirs
-            raise NonFiniteError(text) if not_finite else PeerError(f"{where}: rank {rank} raised {kind}: {text}")
-
-
-def _odd_one_out(asked: Sequence[tuple[float, ...]]) -> str:
-    """Say which rank is doing something else than most."""
-    usual = Counter(asked).most_common(1)[0][0]
-    odd = next(rank for rank, one in enumerate(asked) if one != usual)
-    other = next(rank for rank, one in enumerate(asked) if one == usual)
-
-    def words(rank: int) -> str:
-        trainer, operation, steps = map(int, asked[rank])
-        return f"rank {rank} is at {OPERATIONS[operation]}, after {steps} steps of its trainer number {trainer}"
-
-    return f"DataParallel: ranks do not do the same: {words(odd)}; {words(other)}"

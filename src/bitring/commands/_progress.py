@@ -51,13 +51,13 @@ class Progress:
 
 
 def _of_exchanges(telemetry: Mapping[str, Any]) -> str:
-    """Where the epoch's encoded exchanges spent their time, and what they left out."""
+    """Where the epoch's exchanges spent their time, whom they waited for, and what encoding left out."""
     if not telemetry:
         return ""
-    names = ("encode", "wire", "decode", "wait")
+    names = [name for name in ("encode", "wire", "decode", "wait") if f"{name}_seconds" in telemetry]
     parts = ", ".join(f"{name} {telemetry[f'{name}_seconds']:.2g} s" for name in names)
     slowest = "" if telemetry["slowest_rank"] is None else f" for rank {telemetry['slowest_rank']}"
-    ratio = telemetry["residual_ratio"]
+    ratio = telemetry.get("residual_ratio")
     left = "" if ratio is None else f"; residual {ratio:.2g} of the gradient"
     return f"  ({parts}{slowest}{left})"
 
