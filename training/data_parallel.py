@@ -267,7 +267,7 @@ class DataParallel:
         Residuals stay: they are each rank's own. Raises as ``step`` does.
         """
         error: Exception | None = None
-        if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
+        if root not in range(self.size):
             error = ValueError(f"DataParallel.broadcast: root must be a rank from 0 to {self.size - 1}, got {root!r}")
         self.meet("broadcast", error)
         broadcast_tree(self.comm, self._exchange, self.live(), root)
