@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,89 @@ def test_two_ranks(on_ranks, tmp_path: Path):
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+MIDDLES = """
+import json, os, shutil, sys
+from mpi4py import MPI
+from bitring.__main__ import main
+from bitring.commands import _train
+
+output = sys.argv[1]
+comm = MPI.COMM_WORLD
+
+def run(*arguments):
+    sys.argv = ["bitring", "train", "--model", "mlp", "--batch", "120", "--epochs", "2", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+
+for mode, compression in (("sync", "none"), ("sync", "onebit"), ("local", "onebit"), ("block_momentum", "none")):
+    shared = ["--mode", mode, "--compression", compression] + ["--tau", "5"] * (mode != "sync")
+    folder = f"{output}/{mode}-{compression}"
+    run(*shared, "--output", f"{folder}/whole")
+    run(*shared, "--output", f"{folder}/saved", "--checkpoint-every", "4steps", "--keep", "9")
+    # Go on from one in the first epoch, and from one in the second.
+    for number in ("5", "2"):
+        parts = f"{folder}/parts{number}"
+        if comm.rank == 0:
+            os.mkdir(parts)
+            shutil.copy(f"{folder}/saved/checkpoint.npz.previous{number}", f"{parts}/checkpoint.npz")
+        comm.Barrier()
+        run(*shared, "--output", parts, "--resume")
+"""
+
+
+def test_going_on_in_the_middle_of_an_epoch_gives_the_same_bits(on_ranks, tmp_path: Path):
+    """And saving there, every 4 of 12 steps, makes no difference. In modes with blocks, it is done at a block's end."""
+    done = on_ranks(2, "-c", MIDDLES, tmp_path, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": going on after step ") == 8
+    for folder in tmp_path.iterdir():
+        whole = history(folder / "whole")
+        for run in ("saved", "parts5", "parts2"):
+            for one, other in zip(whole, history(folder / run), strict=True):
+                for name in ("epoch", "train_loss", "test_accuracy", "bytes_sent", "bytes_exact", "digest"):
+                    assert one[name] == other[name], (folder, run, name)
+            assert history(folder / run)[1]["seconds"] > history(folder / run)[0]["seconds"]
+            with np.load(folder / "whole/checkpoint.npz") as one, np.load(folder / run / "checkpoint.npz") as other:
+                for name in one.files:
+                    if name != "header.json":
+                        np.testing.assert_array_equal(one[name], other[name], err_msg=f"{folder}: {name}")
+
+
+def test_a_checkpoint_of_the_middle_of_an_epoch_on_another_number_of_ranks(on_ranks, tmp_path: Path):
+    arguments = ["train", "--model", "softmax", "--output", tmp_path, "--checkpoint-every", "5steps", "--keep", "9"]
+    assert on_ranks(2, "-m", "bitring", *arguments, "--epochs", "1", "--batch", "120").returncode == 0
+    whole = history(tmp_path)
+    middle = tmp_path / "checkpoint.npz.previous"
+    middle.rename(tmp_path / "checkpoint.npz")
+    result = train(*arguments[1:], "--epochs", 1, "--batch", 120, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "going on after step 10 of epoch 1\n" in result.output
+    assert history(tmp_path)[0]["train_loss"] == pytest.approx(whole[0]["train_loss"], rel=1e-4)
+    assert history(tmp_path)[0]["bytes_sent"] > 0  # those of the run on two ranks
+
+
+def test_a_checkpoint_every_so_often(tmp_path: Path, monkeypatch):
+    """Rank 0's clock decides; the last --keep are kept, and an earlier run's that are more are not."""
+    ticks = itertools.count()
+    monkeypatch.setattr("bitring.commands._due.time.monotonic", lambda: next(ticks) / 2)
+    arguments = ["--model", "softmax", "--batch", 120, "--output", tmp_path]
+    result = train(*arguments, "--epochs", 2, "--checkpoint-every", "3s", "--keep", 3)
+    assert result.exit_code == 0, result.output
+    names = {"checkpoint.npz", "checkpoint.npz.previous", "checkpoint.npz.previous2"}
+    assert {file.name for file in tmp_path.glob("checkpoint*")} == names
+    steps = [steps_of(tmp_path / name) for name in sorted(names)]
+    assert steps == [24, 18, 12]
+    assert train(*arguments, "--epochs", 3, "--resume", "--keep", 1).exit_code == 0
+    assert {file.name for file in tmp_path.glob("checkpoint*")} == {"checkpoint.npz"}
+
+
+def steps_of(checkpoint: Path) -> int:
+    with zipfile.ZipFile(checkpoint) as file:
+        return int(json.loads(file.read("header.json"))["steps"])
+
+
 RUNS = """
 import shutil, sys
 from mpi4py import MPI
@@ -143,10 +228,30 @@ def test_a_complete_run_is_not_repeated(tmp_path: Path):
     assert " after 1 epoch, " in result.output
     assert history(tmp_path) == before
     assert set(os.listdir(tmp_path)) >= FILES
-    # Without --resume it begins anew.
-    train(*arguments)
+    # With --fresh it begins anew.
+    train(*arguments, "--fresh")
     assert history(tmp_path)[0]["seconds"] != before[0]["seconds"]
     assert len(history(tmp_path)) == 1
+
+
+def test_a_checkpoint_is_not_deleted_by_mistake(tmp_path: Path):
+    """A batch system that starts the same command again must not undo the first run."""
+    arguments = ["--model", "softmax", "--epochs", 1, "--output", tmp_path]
+    assert train(*arguments).exit_code == 0
+    checkpoint = tmp_path / "checkpoint.npz"
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    result = train(*arguments)
+    assert result.exit_code == 2
+    message = f"Error: {checkpoint} is there, of another run: --resume goes on from it, --fresh deletes it\n"
+    assert result.output == message
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    # A run that ended while it put a checkpoint in its place, where there are no hard links, leaves the one before.
+    checkpoint.rename(f"{checkpoint}.previous")
+    assert f"{checkpoint}.previous is there" in train(*arguments).output
+    result = train("--model", "softmax", "--epochs", 2, "--output", tmp_path, "--resume")
+    assert result.exit_code == 0, result.output
+    assert f"{checkpoint}.previous: going on after epoch 1\n" in result.output
+    assert len(history(tmp_path)) == 2
 
 
 def test_resume_without_a_checkpoint_begins(tmp_path: Path):
@@ -225,7 +330,14 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
         (["--compression", "topk:k=9"], "Error: unknown setting 'k' of the compressor topk; known: density, sampled,"),
         (["--compression", "onebit:block=10"], "OneBit: block must be a positive multiple of 64; got 10"),
         (["--batch", "0"], "Error: --batch must be at least 1; got 0"),
-        (["--checkpoint-every", "0"], "Error: --checkpoint-every must be at least 1; got 0"),
+        (
+            ["--checkpoint-every", "0"],
+            "expected such as 10min, 2epochs or 500steps; units are epochs, steps, s, min, h; got '0'",
+        ),
+        (["--checkpoint-every", "1.5steps"], "expected such as 10min, 2epochs or 500steps"),
+        (["--checkpoint-every", "3days"], "expected such as 10min, 2epochs or 500steps"),
+        (["--keep", "0"], "Error: --keep must be at least 1; got 0"),
+        (["--resume", "--fresh"], "Error: --resume and --fresh exclude each other"),
         (["--lr", "-1"], "SGD: lr must be finite and > 0, got -1.0"),
         (["--data", "nowhere.npz"], "nowhere.npz"),
         (["--output", "/proc/no"], "Error: --output /proc/no cannot be written: "),
@@ -363,8 +475,8 @@ def test_ctrl_c(program: list[str], tmp_path: Path, clean_environment):
 @pytest.mark.parametrize(
     ("part", "arguments", "left"),
     [
-        ("load", [], " before the first checkpoint"),
-        ("_accuracy", [], " before the first checkpoint"),
+        ("load", ["--fresh"], " before the first checkpoint"),
+        ("_accuracy", ["--fresh"], " before the first checkpoint"),
         ("load", ["--resume"], "; the checkpoint is as it was"),
         ("_accuracy", ["--resume"], "; --resume goes on after epoch 1"),
     ],

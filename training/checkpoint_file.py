@@ -42,6 +42,19 @@ def previous(path: Path, number: int = 1) -> Path:
     return path.with_name(f"{path.name}.previous{number if number > 1 else ''}")
 
 
+def remove_checkpoints(path: Path) -> None:
+    """Remove ``path`` and those before it."""
+    path.unlink(missing_ok=True)
+    _remove_previous(path, 1)
+
+
+def _remove_previous(path: Path, number: int) -> None:
+    """Those before ``path``, from number ``number`` on."""
+    while previous(path, number).exists():
+        previous(path, number).unlink()
+        number += 1
+
+
 def member_name(rank: int, path: Sequence[str]) -> str:
     """A readable name for an array in the file; the header says which is which."""
     name = "/".join(quote(part, safe="", errors="surrogatepass") for part in path)
@@ -143,10 +156,7 @@ def _put_in_place(partial: Path, path: Path, keep: int) -> None:
 
     At no moment is there no ``path``, but on a file system without hard links.
     """
-    number = max(keep, 1)
-    while previous(path, number).exists():  # more were kept before
-        previous(path, number).unlink()
-        number += 1
+    _remove_previous(path, max(keep, 1))  # more were kept before
     if path.exists() and keep > 1:
         for number in range(keep - 1, 1, -1):
             if previous(path, number - 1).exists():

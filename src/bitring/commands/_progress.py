@@ -12,16 +12,21 @@ from bitring.commands._units import traffic
 
 
 class Progress:
-    """A context manager around the epochs ``done`` to ``epochs``, of ``steps`` steps each; for rank 0 alone."""
+    """A context manager around the epochs ``done`` to ``epochs``, of ``steps`` steps each; for rank 0 alone.
 
-    def __init__(self, done: int, epochs: int, steps: int) -> None:
+    The first of them goes on after ``begun`` steps.
+    """
+
+    def __init__(self, done: int, epochs: int, steps: int, begun: int) -> None:
         self._epochs = epochs
         self._bar: Any = None
         width = terminal_width()
         if width is not None:
             self._bar = _bar(width)
         if self._bar is not None:
-            self._task = self._bar.add_task("", total=epochs * steps, completed=done * steps, epoch=done + 1, loss="")
+            self._task = self._bar.add_task(
+                "", total=epochs * steps, completed=done * steps + begun, epoch=done + 1, loss=""
+            )
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

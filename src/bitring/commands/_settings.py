@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from bitring.collectives.registry import Registry
 from bitring.collectives.selection import check_name
+from bitring.commands._units import Interval
 from bitring.compression.compressor import Compressor, compressors, make, name_of, spelled
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
@@ -38,14 +39,18 @@ class Settings:
     epochs: int
     seed: int
     output: Path
-    checkpoint_every: int
+    checkpoint_every: Interval
+    keep: int
     resume: bool
+    fresh: bool
 
     def check(self) -> None:
-        """Raise ValueError, naming the option, for numbers that are out of range and for unknown algorithms."""
-        for name, least in (("batch", 1), ("epochs", 1), ("checkpoint_every", 1), ("warmup_steps", 0), ("seed", 0)):
+        """Raise ValueError, naming the option, for what is out of range, excludes another, or is no algorithm."""
+        for name, least in (("batch", 1), ("epochs", 1), ("keep", 1), ("warmup_steps", 0), ("seed", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+        if self.resume and self.fresh:
+            raise ValueError("--resume and --fresh exclude each other: the one goes on, the other begins anew")
         check_name(self.algorithm)
 
     def make_mode(self) -> Mode:
@@ -78,7 +83,7 @@ class Settings:
 
         The values in force, but for the default of ``warmup_steps``, None, which depends on how long the run is.
         """
-        left_out = ("data_directory", "epochs", "output", "checkpoint_every", "resume")
+        left_out = ("data_directory", "epochs", "output", "checkpoint_every", "keep", "resume", "fresh")
         mode, optimizer, compressor = self.make_mode(), self.make_optimizer(), self.make_compression()
         in_force = {
             **dataclasses.asdict(self),

@@ -18,6 +18,8 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.errors import NonFiniteError
+from bitring.collectives.objects import allgather, broadcast
+from bitring.commands._due import Due
 from bitring.commands._pictures import draw_curve
 from bitring.commands._progress import Progress
 from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, same_everywhere, together
@@ -30,7 +32,8 @@ from bitring.machine import versions
 from bitring.models.dataset import Data, load
 from bitring.models.model import Model, models
 from bitring.training.batches import Batches, shard
-from bitring.training.checkpoint import load_checkpoint, save_checkpoint
+from bitring.training.checkpoint import load_checkpoint, write_checkpoint
+from bitring.training.checkpoint_file import previous, remove_checkpoints
 from bitring.training.data_parallel import DataParallel
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer
@@ -41,7 +44,7 @@ Record = dict[str, Any]
 epoch: from 1 on. train_loss: the mean over the epoch's samples, each as its step found it. test_accuracy.
 seconds: of training so far, evaluation left out. samples_per_second: in this epoch, of all ranks.
 bytes_sent: so far, the largest over ranks. bytes_exact: what the ring would have sent, exchanging exactly in each step.
-digest: of the parameters.
+digest: of the parameters. telemetry: of the epoch's exchanges, since the run was resumed where that was in its middle.
 """
 
 
@@ -63,33 +66,95 @@ class _Parts:
     warmup_steps: int
 
 
+@dataclass
+class _Epoch:
+    """How far an epoch has come that is not over."""
+
+    steps: int = 0
+    seconds: float = 0.0  # rank 0's clock
+    loss: float = 0.0  # this rank's, summed over its samples
+
+
+@dataclass
+class _Course:
+    """A run under way, alike on all ranks but for what is this rank's own.
+
+    ``history``: the records of the epochs that are over; ``epoch``: the one after them; ``sent_before``: payload bytes
+    of this rank before its trainer was made; ``saved``: where the last checkpoint was made, in words, None before it.
+    """
+
+    settings: Settings
+    comm: MPI.Intracomm
+    parts: _Parts
+    trainer: DataParallel
+    history: list[Record]
+    epoch: _Epoch
+    sent_before: int
+    saved: str | None = None
+
+    def __post_init__(self) -> None:
+        self.due = Due(self.settings.checkpoint_every, self.trainer)
+
+    @property
+    def place(self) -> str:
+        """Where training is, in words."""
+        if self.epoch.steps:
+            return f"step {self.epoch.steps} of epoch {len(self.history) + 1}"
+        return f"epoch {len(self.history)}"
+
+    @property
+    def sent(self) -> int:
+        """Payload bytes of this rank so far."""
+        return self.sent_before + self.trainer.bytes_sent
+
+    def save(self) -> None:
+        """Make a checkpoint of now, between two steps, but not inside a block. Collective.
+
+        The run is not changed by it, and going on from it gives the same bits. Ends the command when that fails.
+        """
+        epoch = self.epoch
+        own = allgather(self.comm, (epoch.loss, self.sent), "bitring train")
+        extra = {
+            "history": self.history,
+            "settings": self.settings.of_the_result(),
+            "epoch": {"seconds": epoch.seconds, "loss": [loss for loss, _ in own]},
+            "bytes_sent": [sent for _, sent in own],
+        }
+        try:
+            write_checkpoint(_checkpoint(self.settings), self.trainer, extra, keep=self.settings.keep)
+        except OSError as error:  # raised on all ranks alike
+            fail(self.comm, str(error), status=1)
+        self.due.saved()
+        self.saved = self.place
+
+
 def run(settings: Settings) -> None:
     """Train as ``settings`` say, on MPI.COMM_WORLD. Collective."""
     refuse_if_alone()
     comm = MPI.COMM_WORLD
-    saved: list[int] = []
+    courses: list[_Course] = []
     with ending_together(comm):
         try:
-            _run(settings, comm, saved)
+            _run(settings, comm, courses)
         except NonFiniteError as error:  # raised on all ranks alike
             fail(comm, f"{error}; a smaller --lr may help", status=1)
         except KeyboardInterrupt:
             if comm.rank == 0:
-                click.echo(f"\ninterrupted{_left(settings, saved)}", err=True)
+                click.echo(f"\ninterrupted{_left(settings, courses)}", err=True)
             raise
 
 
-def _left(settings: Settings, saved: list[int]) -> str:
+def _left(settings: Settings, courses: list[_Course]) -> str:
     """What an interrupted run leaves to go on from."""
-    if saved:
-        return f"; --resume goes on after epoch {saved[-1]}"
-    if settings.resume and _checkpoint(settings).exists():
+    if courses and courses[0].saved is not None:
+        return f"; --resume goes on after {courses[0].saved}"
+    if settings.resume and _found(settings) is not None:
         return "; the checkpoint is as it was"
     return " before the first checkpoint"
 
 
-def _run(settings: Settings, comm: MPI.Intracomm, saved: list[int]) -> None:
-    """See ``run``; the epochs of which there are checkpoints are appended to ``saved``."""
+def _run(settings: Settings, comm: MPI.Intracomm, courses: list[_Course]) -> None:
+    """See ``run``; the course is put into ``courses`` when there is one."""
     parts = together(comm, lambda: _prepare(settings, comm))
     limit_threads(comm)
     trainer = together(
@@ -104,14 +169,13 @@ def _run(settings: Settings, comm: MPI.Intracomm, saved: list[int]) -> None:
             warmup_steps=parts.warmup_steps,
         ),
     )
-    history = together(comm, lambda: _begin(settings, comm, trainer))
-    if history:
-        saved.append(len(history))
-    if comm.rank == 0 and len(history) >= settings.epochs:
-        click.echo(f"{_checkpoint(settings)} has {_epochs(len(history))}: there is nothing left to train")
-    _train(settings, comm, parts, trainer, history, saved)
+    course = together(comm, lambda: _begin(settings, comm, parts, trainer))
+    courses.append(course)
+    if comm.rank == 0 and len(course.history) >= settings.epochs:
+        click.echo(f"{_checkpoint(settings)} has {_epochs(len(course.history))}: there is nothing left to train")
+    _train(course)
     if comm.rank == 0:
-        _conclude(settings, comm, parts, trainer, history)
+        _conclude(course)
 
 
 def _prepare(settings: Settings, comm: MPI.Intracomm) -> _Parts:
@@ -120,6 +184,8 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> _Parts:
     model = models.get(settings.model)
     if comm.rank == 0:
         _make_writable(settings.output)
+        if not (settings.resume or settings.fresh) and (path := _found(settings)) is not None:
+            raise ValueError(f"{path} is there, of another run: --resume goes on from it, --fresh deletes it")
     data = load(settings.data, settings.data_directory)
     made = model(data.input_shape, data.classes, seed=settings.seed)
     batches = Batches(data.x_train, data.y_train, settings.batch)
@@ -145,90 +211,130 @@ def _checkpoint(settings: Settings) -> Path:
     return settings.output / "checkpoint.npz"
 
 
-def _begin(settings: Settings, comm: MPI.Intracomm, trainer: DataParallel) -> list[Record]:
-    """The records so far: none, or those of the checkpoint that the trainer goes on from. Collective."""
-    history: list[Record] = []
-    if settings.resume and comm.bcast(_checkpoint(settings).exists() if comm.rank == 0 else None):
-        extra = load_checkpoint(_checkpoint(settings), trainer)
-        for name, value in settings.of_the_result().items():
-            was = extra["settings"][name]
-            if was != value:
-                made, given = ("its default" if x is None else x for x in (was, value))
-                raise ValueError(
-                    f"--resume: the checkpoint was made with --{name.replace('_', '-')} {made}; got {given}"
-                )
-        history = extra["history"]
+def _found(settings: Settings) -> Path | None:
+    """The last checkpoint that is there; the one before it where a run has ended while it put the last in its place."""
+    path = _checkpoint(settings)
+    return next((each for each in (path, previous(path)) if each.exists()), None)
+
+
+def _begin(settings: Settings, comm: MPI.Intracomm, parts: _Parts, trainer: DataParallel) -> _Course:
+    """The run from its beginning, or from the checkpoint, which the trainer then goes on from. Collective."""
+    course = _Course(settings, comm, parts, trainer, [], _Epoch(), -trainer.bytes_sent)
+    path = broadcast(comm, _found(settings) if settings.resume and comm.rank == 0 else None, "bitring train")
+    if path is not None:
+        _go_on(course, path)
     elif settings.resume and comm.rank == 0:
         click.echo(f"{_checkpoint(settings)} is not there: starting from the beginning")
     if comm.rank == 0:
-        for name in ("summary.json", "curve.png", *(() if history else ("checkpoint.npz", "checkpoint.npz.previous"))):
+        for name in ("summary.json", "curve.png"):
             (settings.output / name).unlink(missing_ok=True)
-        lines = "".join(json.dumps(record) + "\n" for record in history)
-        _write(settings.output / "metrics.jsonl", lines)
-    return history
+        if path is None:
+            remove_checkpoints(_checkpoint(settings))
+        _write(settings.output / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in course.history))
+    return course
 
 
-def _train(
-    settings: Settings,
-    comm: MPI.Intracomm,
-    parts: _Parts,
-    trainer: DataParallel,
-    history: list[Record],
-    saved: list[int],
-) -> None:
-    """Make the epochs that are missing in ``history``, and append their records. Collective."""
-    data, model, batches = parts.data, parts.model, parts.batches
-    optimizer: Any = parts.optimizer
-    nbytes = sum(array.nbytes for array in model.parameters.values())
-    exact = 2 * (comm.size - 1) * nbytes * len(batches) // comm.size  # an epoch
-    sent_before = history[-1]["bytes_sent"] if history else 0
-    sent_at_start = trainer.bytes_sent
-    seconds = history[-1]["seconds"] if history else 0.0
-    product = Factors if isinstance(parts.compression, SufficientFactors) else None
-    progress = Progress(len(history), settings.epochs, len(batches)) if comm.rank == 0 else None
+def _go_on(course: _Course, path: Path) -> None:
+    """Load the checkpoint. Collective. Raises ValueError when it is of another run."""
+    trainer, size = course.trainer, course.comm.size
+    extra = load_checkpoint(path, trainer)
+    history, settings = extra.get("history"), extra.get("settings")
+    if not isinstance(history, list) or not isinstance(settings, dict):
+        raise ValueError(f"--resume: {path} was not made by bitring train")
+    for name, value in course.settings.of_the_result().items():
+        was = settings.get(name)
+        if was != value:
+            made, given = ("its default" if x is None else x for x in (was, value))
+            raise ValueError(f"--resume: the checkpoint was made with --{name.replace('_', '-')} {made}; got {given}")
+    each = len(course.parts.batches)
+    done = trainer.steps - each * len(history)
+    if not 0 <= done <= each:
+        raise ValueError(
+            f"--resume: the checkpoint is of {_epochs(len(history))} and {trainer.steps} steps; "
+            f"the data given now make {each} steps an epoch"
+        )
+    # What each rank had of its own is the sum, or the most, of all on another number of ranks.
+    epoch = extra.get("epoch", {"seconds": 0.0, "loss": [0.0]})
+    sent = extra.get("bytes_sent", [record["bytes_sent"] for record in history[-1:]] or [0])
+    losses = epoch["loss"] if len(epoch["loss"]) == size else [math.fsum(epoch["loss"])] + [0.0] * (size - 1)
+    course.history = history
+    course.epoch = _Epoch(done, epoch["seconds"], losses[course.comm.rank])
+    course.sent_before += sent[course.comm.rank] if len(sent) == size else max(sent)
+    course.saved = course.place
+    course.due.saved()
+    if course.comm.rank == 0 and (done or path != _checkpoint(course.settings)):
+        click.echo(f"{path}: going on after {course.place}")
+
+
+def _train(course: _Course) -> None:
+    """Make the steps that are missing. Collective."""
+    settings, comm, trainer = course.settings, course.comm, course.trainer
+    done, batches = len(course.history), course.parts.batches
+    progress = Progress(done, settings.epochs, len(batches), course.epoch.steps) if comm.rank == 0 else None
     # Training that diverges is the trainer's to report, once.
     with progress or contextlib.nullcontext(), np.errstate(over="ignore", invalid="ignore"):
-        for epoch in range(len(history) + 1, settings.epochs + 1):
-            total = 0.0
-            comm.Barrier()
-            begin = time.perf_counter()
-            for x, y in shard(batches, comm, seed=settings.seed, epoch=epoch):
-                loss, gradients = model.loss_and_gradients(x, y, product=product)
-                # Falls to 0 along a straight line, and the noise of batches and of one bit with it.
-                trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / parts.steps))
-                trainer.step(gradients, weight=len(x))
-                total += loss * len(x)
-                if progress is not None:
-                    progress.step(epoch, loss)
+        for epoch in range(done + 1, settings.epochs + 1):
+            _steps(course, progress)
             trainer.synchronize()
-            took = time.perf_counter() - begin
-            digest = trainer.digest()
-            same_everywhere(comm, f"after epoch {epoch} the parameters", digest)
-            # Rank 0's clock counts: a run that is resumed must have one history.
-            sums = comm.allgather((total, trainer.bytes_sent - sent_at_start, took))
-            seconds += sums[0][2]
-            history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": sum(loss for loss, _, _ in sums) / len(data.y_train),
-                    "test_accuracy": _accuracy(comm, model, data),
-                    "seconds": seconds,
-                    "samples_per_second": len(data.y_train) / sums[0][2],
-                    "bytes_sent": sent_before + max(sent for _, sent, _ in sums),
-                    "bytes_exact": exact * epoch,
-                    "digest": digest,
-                    "telemetry": {
-                        name: x if x is None or math.isfinite(x) else None for name, x in trainer.telemetry().items()
-                    },
-                }
-            )
-            if progress is not None:
-                progress.epoch(history[-1])
-                with (settings.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(history[-1]) + "\n")
-            if epoch % settings.checkpoint_every == 0 or epoch == settings.epochs:
-                _save(settings, comm, trainer, history)
-                saved.append(epoch)
+            due = course.due.after_epoch(epoch) or epoch == settings.epochs
+            _end_epoch(course, progress)
+            if due:
+                course.save()
+
+
+def _steps(course: _Course, progress: Progress | None) -> None:
+    """Make those that are missing in the epoch. Collective."""
+    parts, trainer, epoch = course.parts, course.trainer, course.epoch
+    number = len(course.history) + 1
+    optimizer: Any = parts.optimizer
+    product = Factors if isinstance(parts.compression, SufficientFactors) else None
+    allgather(course.comm, None, "bitring train")  # the clock begins when all are there
+    begin = time.perf_counter() - epoch.seconds
+    for x, y in shard(parts.batches, course.comm, seed=course.settings.seed, epoch=number, start=epoch.steps):
+        loss, gradients = parts.model.loss_and_gradients(x, y, product=product)
+        # Falls to 0 along a straight line, and the noise of batches and of one bit with it.
+        trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / parts.steps))
+        course.due.before_step()
+        trainer.step(gradients, weight=len(x))
+        epoch.steps += 1
+        epoch.loss += loss * len(x)
+        if progress is not None:
+            progress.step(number, loss)
+        if course.due.after_step() and epoch.steps < len(parts.batches):
+            epoch.seconds = time.perf_counter() - begin
+            course.save()
+            begin = time.perf_counter() - epoch.seconds
+    epoch.seconds = time.perf_counter() - begin
+
+
+def _end_epoch(course: _Course, progress: Progress | None) -> None:
+    """Append the epoch's record, and begin another. Collective; the replicas are equal."""
+    comm, trainer, data = course.comm, course.trainer, course.parts.data
+    number = len(course.history) + 1
+    digest = trainer.digest()
+    same_everywhere(comm, f"after epoch {number} the parameters", digest)
+    # Rank 0's clock counts: a run that is resumed must have one history.
+    sums = allgather(comm, (course.epoch.loss, course.sent, course.epoch.seconds), "bitring train")
+    took = sums[0][2]
+    nbytes = sum(array.nbytes for array in course.parts.model.parameters.values())
+    exact = 2 * (comm.size - 1) * nbytes * len(course.parts.batches) // comm.size  # an epoch
+    record = {
+        "epoch": number,
+        "train_loss": sum(loss for loss, _, _ in sums) / len(data.y_train),
+        "test_accuracy": _accuracy(comm, course.parts.model, data),
+        "seconds": took + (course.history[-1]["seconds"] if course.history else 0.0),
+        "samples_per_second": len(data.y_train) / took,
+        "bytes_sent": max(sent for _, sent, _ in sums),
+        "bytes_exact": exact * number,
+        "digest": digest,
+        "telemetry": {name: x if x is None or math.isfinite(x) else None for name, x in trainer.telemetry().items()},
+    }
+    course.history.append(record)
+    course.epoch = _Epoch()
+    if progress is not None:
+        progress.epoch(record)
+        with (course.settings.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def _accuracy(comm: MPI.Intracomm, model: Model, data: Data) -> float:
@@ -236,20 +342,12 @@ def _accuracy(comm: MPI.Intracomm, model: Model, data: Data) -> float:
     n = len(data.y_test)
     part = slice(n * comm.rank // comm.size, n * (comm.rank + 1) // comm.size)
     right = round(model.accuracy(data.x_test[part], data.y_test[part]) * (part.stop - part.start))
-    return int(comm.allreduce(right)) / n
+    return float(sum(allgather(comm, right, "bitring train")) / n)
 
 
-def _save(settings: Settings, comm: MPI.Intracomm, trainer: DataParallel, history: list[Record]) -> None:
-    try:
-        save_checkpoint(_checkpoint(settings), trainer, history=history, settings=settings.of_the_result())
-    except OSError as error:  # raised on all ranks alike
-        fail(comm, str(error), status=1)
-
-
-def _conclude(
-    settings: Settings, comm: MPI.Intracomm, parts: _Parts, trainer: DataParallel, history: list[Record]
-) -> None:
+def _conclude(course: _Course) -> None:
     """Write the summary, draw the curve, and say how it went. Rank 0 alone."""
+    settings, comm, parts, history = course.settings, course.comm, course.parts, course.history
     last = history[-1]
     optimizer: Any = parts.optimizer
     summary = {
@@ -262,7 +360,7 @@ def _conclude(
         **settings.of_the_result(),
         **dataclasses.asdict(optimizer),
         "warmup_steps": parts.warmup_steps,
-        "algorithms": sorted(set(trainer.algorithms)),
+        "algorithms": sorted(set(course.trainer.algorithms)),
         "versions": versions(),
     }
     _write(settings.output / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import click
 
@@ -43,6 +44,37 @@ DURATION = Quantity("duration", {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3
 
 FLOPS = Quantity("speed", {**_prefixed("flops", 1), **_prefixed("flop/s", 1)}, "10Tflops")
 """In operations a second."""
+
+
+class Interval(NamedTuple):
+    """Between two checkpoints: so many ``epochs`` or ``steps``, or ``seconds``."""
+
+    number: float
+    unit: str
+
+
+class IntervalType(click.ParamType[Interval]):
+    """An option such as 10min, 2epochs or 500steps; a number alone counts epochs."""
+
+    name = "interval"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Interval:
+        """See click."""
+        if isinstance(value, Interval):
+            return value
+        found = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*([a-z]*)\s*", str(value))
+        number, unit = (float(found[1]), found[2] or "epochs") if found else (0.0, "")
+        if unit in _SECONDS and number > 0:
+            return Interval(number * _SECONDS[unit], "seconds")
+        if unit in ("epoch", "epochs", "step", "steps") and number >= 1 and number.is_integer():
+            return Interval(int(number), unit.rstrip("s") + "s")
+        known = ", ".join(("epochs", "steps", *_SECONDS))
+        return self.fail(f"expected such as 10min, 2epochs or 500steps; units are {known}; got {value!r}", param, ctx)
+
+
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+INTERVAL = IntervalType()
 
 
 def traffic(nbytes: float) -> str:

@@ -11,6 +11,7 @@ from bitring.collectives.registry import Registry
 from bitring.collectives.schedule import algorithms
 from bitring.commands._compression import HOW
 from bitring.commands._settings import Settings
+from bitring.commands._units import INTERVAL
 from bitring.compression.compressor import compressors
 from bitring.models.dataset import datasets
 from bitring.models.model import models
@@ -59,16 +60,26 @@ def _names(registry: Registry[Any]) -> str:
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder for metrics.jsonl, summary.json, curve.png and checkpoint.npz; an earlier run's are replaced.",
+    help="Folder for metrics.jsonl, summary.json, curve.png and checkpoint.npz. With another run's checkpoint in it, "
+    "--resume or --fresh must say what is meant.",
 )
 @click.option(
     "--checkpoint-every",
-    type=int,
-    default=1,
+    type=INTERVAL,
+    default="1epoch",
     show_default=True,
-    help="Epochs between two checkpoints.",
+    metavar="INTERVAL",
+    help="Between two checkpoints: such as 2epochs, 500steps, 10min; a number alone counts epochs.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder, if there is one.")
+@click.option(
+    "--keep", type=int, default=2, show_default=True, help="Checkpoints that are kept: the last and those before it."
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the checkpoint in the output folder; from the beginning where there is none.",
+)
+@click.option("--fresh", is_flag=True, help="Delete the checkpoints in the output folder, and begin anew.")
 def command(**options: object) -> None:
     """Train a model on all ranks, for example:
 

@@ -1,0 +1,43 @@
+"""When the next checkpoint of a training run is due: the same answer on all ranks, without an exchange of its own."""
+
+from __future__ import annotations
+
+import time
+
+from bitring.commands._units import Interval
+from bitring.training.data_parallel import DataParallel
+
+NOTICE = 1
+"""The bit of a trainer's notices by which rank 0, whose clock decides, says that it is time."""
+
+
+class Due:
+    """Asked between steps. In modes with blocks it is due at a block's end: saving makes no difference to the run."""
+
+    def __init__(self, every: Interval, trainer: DataParallel) -> None:
+        self._every = every
+        self._trainer = trainer
+        self.saved()
+
+    def saved(self) -> None:
+        """There is a checkpoint of now."""
+        self._since = time.monotonic()
+        self._steps = self._trainer.steps
+
+    def before_step(self) -> None:
+        """Let rank 0 tell the others, with the step's record, when it is time."""
+        late = self._every.unit == "seconds" and time.monotonic() - self._since >= self._every.number
+        if late and self._trainer.rank == 0:
+            self._trainer.notice |= NOTICE
+
+    def after_step(self) -> bool:
+        """Whether a checkpoint is due."""
+        if self._trainer.in_a_block or self._every.unit == "epochs":
+            return False
+        if self._every.unit == "seconds":
+            return bool(self._trainer.notices & NOTICE)
+        return self._trainer.steps // self._every.number > self._steps // self._every.number
+
+    def after_epoch(self, epoch: int) -> bool:
+        """The same, when epoch number ``epoch``, from 1, has ended and replicas are equal."""
+        return self.after_step() or (self._every.unit == "epochs" and epoch % self._every.number == 0)
