@@ -83,7 +83,7 @@ def test_quickstart_installs_once_and_trains_on_two_ranks(checkout):
     first = checkout()
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[-1] == (
-        "mpirun -n 2 bitring train --model cnn --data digits --compression onebit --output runs/quickstart"
+        "mpirun -n 2 bitring train --model cnn --data digits --compression onebit --output runs/quickstart --fresh"
     )
     assert len(checkout.installs) == 1
     assert checkout.installs[0].endswith("--editable .[mpich,demo]")
