@@ -4,61 +4,106 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import Array, as_array, device_of, flat_view, xp_of
-from bitring.collectives.buffers import is_numeric
+from bitring.collectives.arrays import Array, as_array, device_of, flat_view, require_numeric, xp_of
 from bitring.collectives.calls import Call, set_operation
 from bitring.collectives.operators import op_name
+from bitring.collectives.plan import array_terms
 from bitring.collectives.state import given_comm, state_of
 
 
 def allreduce(
-    x: Any, out: Any = None, *, op: MPI.Op = MPI.SUM, comm: MPI.Intracomm | None = None, algorithm: str = "auto"
+    x: Any,
+    out: Any = None,
+    *,
+    op: MPI.Op = MPI.SUM,
+    comm: MPI.Intracomm | None = None,
+    algorithm: str = "auto",
+    mean: bool = False,
 ) -> Array:
     """Reduce ``x`` over all ranks; every rank gets the same bits.
 
     ``x``: a NumPy or CuPy array, or anything that offers DLPack, ``__cuda_array_interface__`` or the buffer protocol,
-    of any shape and numeric dtype, alike on all ranks. Returns a new array of x's shape and dtype in x's memory, or
-    ``out``, a contiguous writable array like x, which may be ``x`` itself: then the sum is made in place. NaN and Inf
-    are passed on, as MPI does. ``comm``: MPI.COMM_WORLD by default. ``algorithm``: a registered name, or ``"auto"``.
+    of any shape and numeric dtype, alike on all ranks; any strides and either byte order. NumPy's subclasses are taken
+    for their plain data. Returns a new array of x's shape and dtype, in C order and the machine's byte order, in x's
+    memory; or ``out``, a contiguous writable array like x, in one memory order on all ranks, which may be ``x`` itself:
+    then the sum is made in place. NaN and Inf are passed on, as MPI does. ``comm``: MPI.COMM_WORLD by default.
+    ``algorithm``: a registered name, or ``"auto"``.
 
-    Raises on all ranks alike: MismatchError where ranks differ in dtype, count, op or algorithm, and what is wrong
-    with one rank's arguments (TypeError, ValueError; PeerError on the others).
+    ``mean``: the sum divided by the number of ranks, for float and complex dtypes and ``op=MPI.SUM``. 16-bit floats are
+    added and divided in float32 and rounded once, so that a float16 mean neither over- nor underflows on the way.
+
+    Raises on all ranks alike: MismatchError where ranks differ in dtype, count, shape, op, mean or algorithm, and what
+    is wrong with one rank's arguments (TypeError, ValueError; PeerError on the others).
     """
     state = state_of(given_comm(comm, "allreduce"))
     state.prepare("allreduce")
-    results: list[tuple[Array, Array]] = []
-
-    def read(call: Call) -> None:
-        array = as_array(x, "allreduce", "x")
-        if not is_numeric(array.dtype):
-            raise TypeError(f"allreduce: x must have a numeric dtype; got {array.dtype}")
-        result = xp_of(array).empty(array.shape, array.dtype) if out is None else as_array(out, "allreduce", "out")
-        if result.shape != array.shape or result.dtype != array.dtype:
-            raise ValueError(
-                f"allreduce: out must be like x, shape {tuple(array.shape)} of {array.dtype}; "
-                f"got shape {tuple(result.shape)} of {result.dtype}"
-            )
-        if device_of(result) is not device_of(array):
-            raise ValueError("allreduce: out must be in the same memory as x; one is on a device")
-        flat = flat_view(result, "allreduce", "out", writable=True)
-        if out is not x:
-
-            def copy() -> None:
-                result[...] = array
-
-            call.before = copy
-        set_operation(call, op, flat)
-        call.terms(flat, dtype=flat.dtype, count=flat.size, op=op_name(op))
-        results.append((result, flat))
-
-    call = Call("allreduce", "allreduce", algorithm).read(read)
+    reduction = _Reduction()
+    call = Call("allreduce", "allreduce", algorithm).read(lambda call: reduction.read(call, x, out, op, mean))
 
     def library(comm: MPI.Intracomm) -> MPI.Request:
         if call.before is not None:
             call.before()
-        return comm.Iallreduce(MPI.IN_PLACE, results[0][1], op)
+        return comm.Iallreduce(MPI.IN_PLACE, reduction.work, op)
 
     call.run_now(state, library)
-    return results[0][0]
+    if mean:
+        reduction.divide(state.size)
+    return reduction.result
+
+
+class _Reduction:
+    """``result`` is what the caller gets; ``total`` the array in which the sum is made: the same, or a wider one."""
+
+    result: Array
+    total: Array
+    work: Array  # the values of ``total``
+
+    def read(self, call: Call, x: Any, out: Any, op: MPI.Op, mean: bool) -> None:
+        """Check the arguments, and tell ``call`` what is to be done."""
+        array = as_array(x, "allreduce", "x")
+        dtype = array.dtype.newbyteorder("=")
+        require_numeric(dtype, "allreduce", "x")
+        if out is None:
+            self.result = xp_of(array).empty(array.shape, dtype)
+        else:
+            self.result = as_array(out, "allreduce", "out")
+            require_numeric(self.result.dtype, "allreduce", "out")
+        if self.result.shape != array.shape or self.result.dtype != dtype:
+            raise ValueError(
+                f"allreduce: out must be like x, shape {tuple(array.shape)} of {dtype}; "
+                f"got shape {tuple(self.result.shape)} of {self.result.dtype}"
+            )
+        if device_of(self.result) is not device_of(array):
+            raise ValueError("allreduce: out must be in the same memory as x; one is on a device")
+        self.total, self.work = self.result, flat_view(self.result, "allreduce", "out", writable=True)
+        _check_mean(mean, op, dtype)
+        if mean and dtype.itemsize == 2:
+            self.total = xp_of(array).empty(array.shape, np.float32)
+            self.work = self.total.reshape(-1)
+        if out is not x or self.total is not self.result:
+
+            def copy() -> None:
+                self.total[...] = array
+
+            call.before = copy
+        set_operation(call, op, self.work)
+        call.terms(self.work, **array_terms(self.result), op=op_name(op), mean=mean)
+
+    def divide(self, size: int) -> None:
+        """Make the mean of the sum over ``size`` ranks."""
+        with np.errstate(all="ignore"):  # NaN and Inf are passed on
+            self.total /= size
+            if self.total is not self.result:
+                self.result[...] = self.total
+
+
+def _check_mean(mean: object, op: MPI.Op, dtype: np.dtype[Any]) -> None:
+    if not isinstance(mean, bool):
+        raise TypeError(f"allreduce: mean must be True or False; got {mean!r}")
+    if mean and op_name(op) != "SUM":
+        raise ValueError(f"allreduce: mean=True is for op=MPI.SUM; got {op_name(op)}")
+    if mean and dtype.kind in "iub":
+        raise TypeError(f"allreduce: mean=True is for float and complex values; got {dtype}; take x.astype(float)")

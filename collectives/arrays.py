@@ -7,6 +7,7 @@ below; a test registers a fake one over host memory in ``devices``, so that the 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -18,6 +19,30 @@ import numpy as np
 Array = Any  # numpy.ndarray, cupy.ndarray, or a registered device's array
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+_SCALARS: tuple[Any, ...] = (
+    np.bool_,
+    np.int8,
+    np.int16,
+    np.int32,
+    np.int64,
+    np.uint8,
+    np.uint16,
+    np.uint32,
+    np.uint64,
+    np.float16,
+    BFLOAT16,
+    np.float32,
+    np.float64,
+    np.longdouble,
+    np.complex64,
+    np.complex128,
+    np.clongdouble,
+)
+NUMERIC_DTYPES: tuple[np.dtype[Any], ...] = tuple(map(np.dtype, _SCALARS))
+"""What bitring moves and reduces, in the order of native/kernels.h."""
+
+_NUMERIC = frozenset(NUMERIC_DTYPES)
 
 
 class Event(Protocol):
@@ -160,6 +185,27 @@ def device_of(x: Array) -> Device | None:
     return _device_named(home) if home in devices else None
 
 
+def is_numeric(dtype: np.dtype[Any]) -> bool:
+    """Whether bitring moves and reduces arrays of ``dtype``: numbers and bools in the machine's byte order."""
+    return dtype in _NUMERIC
+
+
+def require_numeric(dtype: np.dtype[Any], function: str, argument: str) -> None:
+    """Raise TypeError, naming ``function`` and ``argument``, for a dtype that bitring does not reduce."""
+    require_native(dtype, function, argument)
+    if not is_numeric(dtype):
+        raise TypeError(f"{function}: {argument} must have a numeric dtype; got {dtype}")
+
+
+def require_native(dtype: np.dtype[Any], function: str, argument: str) -> None:
+    """Raise TypeError, naming ``function`` and ``argument``, unless ``dtype`` has the machine's byte order."""
+    if not dtype.isnative:
+        raise TypeError(
+            f"{function}: {argument} must have this machine's byte order; got {dtype}, whose bytes are swapped: "
+            "x.astype(x.dtype.newbyteorder('=')) is a copy in the right order"
+        )
+
+
 def xp_of(x: Array) -> Any:
     """The array module of ``x``: ``numpy``, ``cupy``, or a registered device's."""
     device = device_of(x)
@@ -172,13 +218,23 @@ _HOST_DLPACK = {1, 3}  # kDLCPU, kDLCUDAHost
 def as_array(x: Any, function: str, argument: str) -> Array:
     """``x`` as an array, sharing its memory: NumPy and device arrays, the buffer protocol, DLPack, CUDA arrays.
 
-    Raises TypeError, naming ``function`` and ``argument``, for anything else.
+    NumPy's subclasses become plain arrays of all their data: what a masked array hides is there, too. Memory that its
+    owner does not let others write to (JAX's) is a read-only array. Raises TypeError, naming ``function`` and
+    ``argument``, for anything else.
     """
     if isinstance(x, np.ndarray):
-        return np.asarray(x)  # as a plain array: a matrix would keep two dimensions
+        return np.asarray(x)
     if is_device(x):
         return _device_named(_home(x)).asarray(x)
-    on_host = hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) in _HOST_DLPACK
+    if any(cls.__name__ == "Tracer" and cls.__module__.startswith("jax") for cls in type(x).__mro__):
+        raise TypeError(
+            f"{function}: {argument} is a JAX tracer, which has no values yet: call this outside of jax.jit and other "
+            "transformations, or from jax.experimental.io_callback"
+        )
+    try:
+        on_host = hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) in _HOST_DLPACK
+    except Exception as error:  # each library has its own, for what has no memory or none that it can tell of
+        raise TypeError(f"{function}: {argument} offers DLPack, but {error}") from error
     if not on_host and (hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack__")):
         if importlib.util.find_spec("cupy") is None:
             raise TypeError(
@@ -196,12 +252,30 @@ def as_array(x: Any, function: str, argument: str) -> Array:
         ) from None
 
 
+class _DLDataType(ctypes.Structure):
+    """As in dlpack.h, where a DLTensor has it behind data (8 bytes), device (8) and ndim (4)."""
+
+    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
+
+
+_DTYPE_OFFSET = 20
+_VERSIONED_HEADER_NBYTES = 32  # version, manager_ctx, deleter and flags of a DLManagedTensorVersioned
+_INT_CODE, _BFLOAT_CODE = 0, 4
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.argtypes, _capsule_pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+
+
 class _Producer:
-    """A DLPack producer that gives no copy, if it knows the word, and remembers what kind of capsule it gave."""
+    """A DLPack producer that gives no copy, if it knows the word, and remembers what kind of capsule it gave.
+
+    NumPy's DLPack knows no bfloat16: ``bfloat16`` says that the capsule, which had such values, tells of int16.
+    """
 
     def __init__(self, x: Any) -> None:
         self._x = x
         self.versioned = False
+        self.bfloat16 = False
 
     def __dlpack_device__(self) -> Any:
         return self._x.__dlpack_device__()
@@ -211,6 +285,12 @@ class _Producer:
             options["copy"] = False
         capsule = self._x.__dlpack__(**options)
         self.versioned = "dltensor_versioned" in repr(capsule)
+        name = b"dltensor_versioned" if self.versioned else b"dltensor"
+        tensor = _capsule_pointer(capsule, name) + (_VERSIONED_HEADER_NBYTES if self.versioned else 0)
+        dtype = _DLDataType.from_address(tensor + _DTYPE_OFFSET)
+        self.bfloat16 = (dtype.code, dtype.bits, dtype.lanes) == (_BFLOAT_CODE, 16, 1)
+        if self.bfloat16:
+            dtype.code = _INT_CODE
         return capsule
 
 
@@ -230,7 +310,24 @@ def _from_dlpack(x: Any, function: str, argument: str) -> Any:
     except Exception as error:  # each library has its own; a tensor that requires a gradient is a RuntimeError
         raise TypeError(f"{function}: {argument} offers DLPack, but {error}") from error
     # Before version 1 a capsule could not say "read-only", and NumPy takes every such memory for that.
-    return array if producer.versioned or array.flags.writeable else np.asarray(_Memory(array))
+    if not (producer.versioned or array.flags.writeable or _is_immutable(x)):
+        array = np.asarray(_Memory(array))
+    return array.view(BFLOAT16) if producer.bfloat16 else array
+
+
+def _is_immutable(x: Any) -> bool:
+    """Whether ``x``, whose capsule cannot say so, must not be written to, as the buffer protocol or NumPy knows it."""
+    try:
+        return memoryview(x).readonly
+    except TypeError:  # it has no such protocol
+        return False
+    except BufferError:  # it has, but not for such values: JAX's bfloat16
+        return not np.asarray(x).flags.writeable
+
+
+def memory_order(x: Array) -> str:
+    """In which order the contiguous array ``x`` has its values; C, too, where at most one axis is longer than 1."""
+    return "C" if x.flags.c_contiguous else "Fortran"
 
 
 def flat_view(x: Array, function: str, argument: str, writable: bool) -> Array:

@@ -13,13 +13,13 @@ from typing import Any
 from mpi4py import MPI
 
 from bitring.collectives.agreement import Request, agree, conclude, verdict_of
-from bitring.collectives.arrays import Array, bytes_of, device_of, xp_of
-from bitring.collectives.buffers import is_in_place, parse
+from bitring.collectives.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
+from bitring.collectives.buffers import Values, is_in_place, parse
 from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.extension import known_dtypes, operation_number, type_number
+from bitring.collectives.extension import operation_number, type_number
 from bitring.collectives.library_steps import wait_for
 from bitring.collectives.native_executor import finish
-from bitring.collectives.operators import REDUCTIONS, op_name, ufunc_name
+from bitring.collectives.operators import REDUCTIONS, op_name, require_defined, ufunc_name
 from bitring.collectives.plan import HOST, library_reduces, memory_name
 from bitring.collectives.runner import Runner, make_runner
 from bitring.collectives.selection import check_name, choose, direct_limits
@@ -33,15 +33,25 @@ _CACHED_SCRATCH_NBYTES = 64 << 20
 class Call:
     """One collective call as this rank understands it.
 
-    ``work`` is None where only the library reads this rank's arguments. ``values`` counts what the schedule's buffer
-    holds, ``own`` says whether bitring has the operation, ``library`` whether the MPI library has it.
+    ``work`` is None where only the library reads this rank's arguments; ``sendbuf`` and ``recvbuf`` are what its call
+    is given. ``own`` says whether bitring has the operation, ``library`` whether the MPI library has it.
     """
 
-    def __init__(self, function: str, collective: str, algorithm: str, root: int = 0) -> None:
+    def __init__(
+        self,
+        function: str,
+        collective: str,
+        algorithm: str,
+        root: int = 0,
+        sendbuf: Any = None,
+        recvbuf: Any = None,
+    ) -> None:
         self.request = Request(function)
         self.collective = collective
         self.algorithm = algorithm
         self.root = root
+        self.sendbuf = sendbuf
+        self.recvbuf = recvbuf
         self.op = MPI.SUM
         self.work: Array | None = None
         self.before: Callable[[], None] | None = None
@@ -191,6 +201,18 @@ def _copy_to(target: Array, source: Array) -> Callable[[], None]:
     return copy
 
 
+def _send_spec(sendbuf: Any, send: Values) -> Any:
+    return sendbuf if is_in_place(sendbuf) else send.spec
+
+
+def _order(function: str, send: Values | None, receive: Values | None) -> str:
+    """The memory order of a call's values, which all ranks must have alike: C where no buffer has two longer axes."""
+    sent, received = (values.order if values is not None else "" for values in (send, receive))
+    if sent and received and sent != received:
+        raise ValueError(f"{function}: sendbuf and recvbuf must have one memory order; got {sent} and {received} order")
+    return sent or received or "C"
+
+
 def _same(function: str, send: Array, receive: Array, blocks_sent: int = 1, blocks_received: int = 1) -> None:
     if send.dtype != receive.dtype or send.size * blocks_received != receive.size * blocks_sent:
         raise ValueError(
@@ -204,11 +226,14 @@ def _same(function: str, send: Array, receive: Array, blocks_sent: int = 1, bloc
 def set_operation(call: Call, op: MPI.Op, work: Array) -> None:
     """Say who can reduce ``work`` under ``op``. Raises TypeError when nobody can."""
     call.op = op
-    call.own = ufunc_name(op, work.dtype) is not None
-    call.library = library_reduces(work)
-    if not (call.own or call.library):
+    call.own = op_name(op) != "user"
+    call.library = library_reduces(work, op)
+    if call.own:
+        require_defined(op, work.dtype, call.request.function)
+    elif not call.library:
         raise TypeError(
-            f"{call.request.function}: {op_name(op)} is not defined for {memory_name(work)} of {work.dtype}"
+            f"{call.request.function}: op must be a predefined operation for {work.dtype} in {memory_name(work)}; "
+            "got one made by MPI.Op.Create"
         )
 
 
@@ -220,13 +245,15 @@ def allreduce_call(state: State, function: str, sendbuf: Any, recvbuf: Any, op: 
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
             return
+        call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
+        work = receive.flat
         if send is not receive:
-            _same(function, send, receive)
-            call.before = _copy_to(receive, send)
-        set_operation(call, op, receive)
-        call.terms(receive, dtype=receive.dtype, count=receive.size, op=op_name(op))
+            _same(function, send.flat, work)
+            call.before = _copy_to(work, send.flat)
+        set_operation(call, op, work)
+        call.terms(work, dtype=work.dtype, count=work.size, order=_order(function, send, receive), op=op_name(op))
 
-    return Call(function, "allreduce", algorithm).read(read)
+    return Call(function, "allreduce", algorithm, sendbuf=sendbuf, recvbuf=recvbuf).read(read)
 
 
 def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str) -> Call:
@@ -241,14 +268,17 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
         send = receive if is_in_place(sendbuf) else parse(sendbuf, "Reduce", "sendbuf", writable=False)
         if send is None or (at_root and receive is None):
             return
-        work = xp_of(send).empty(send.size, send.dtype) if receive is None else receive
-        if work is not send:
-            _same("Reduce", send, work)
-            call.before = _copy_to(work, send)
+        call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), recvbuf if receive is None else receive.spec
+        given = send.flat
+        work = xp_of(given).empty(given.size, given.dtype) if receive is None else receive.flat
+        if work is not given:
+            _same("Reduce", given, work)
+            call.before = _copy_to(work, given)
         set_operation(call, op, work)
-        call.terms(work, dtype=work.dtype, count=work.size, op=op_name(op), root=root)
+        order = _order("Reduce", send, receive)
+        call.terms(work, dtype=work.dtype, count=work.size, order=order, op=op_name(op), root=root)
 
-    return Call("Reduce", "reduce", algorithm, root).read(read)
+    return Call("Reduce", "reduce", algorithm, root, sendbuf, recvbuf).read(read)
 
 
 def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
@@ -261,18 +291,20 @@ def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.
         send = receive if in_place else parse(sendbuf, function, "sendbuf", writable=False, blocks=size)
         if receive is None or send is None:
             return
-        if send.size % size:
-            raise ValueError(f"{function}: sendbuf must hold {size} equal blocks; got {send.size} values")
-        block = send.size // size
+        call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
+        given = send.flat
+        if given.size % size:
+            raise ValueError(f"{function}: sendbuf must hold {size} equal blocks; got {given.size} values")
+        block = given.size // size
         if send is not receive:
-            _same(function, send, receive, blocks_sent=size)
-        work = xp_of(send).empty(send.size, send.dtype)
-        call.before = _copy_to(work, send)
-        call.after = _copy_to(receive[:block], work[rank * block : (rank + 1) * block])
+            _same(function, given, receive.flat, blocks_sent=size)
+        work = xp_of(given).empty(given.size, given.dtype)
+        call.before = _copy_to(work, given)
+        call.after = _copy_to(receive.flat[:block], work[rank * block : (rank + 1) * block])
         set_operation(call, op, work)
-        call.terms(work, dtype=work.dtype, count=block, op=op_name(op))
+        call.terms(work, dtype=work.dtype, count=block, order=_order(function, send, receive), op=op_name(op))
 
-    return Call(function, "reduce_scatter", algorithm).read(read)
+    return Call(function, "reduce_scatter", algorithm, sendbuf=sendbuf, recvbuf=recvbuf).read(read)
 
 
 def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algorithm: str) -> Call:
@@ -283,19 +315,21 @@ def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algo
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
             return
-        received, sent = bytes_of(receive), bytes_of(send)
+        call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
+        received, sent = bytes_of(receive.flat), bytes_of(send.flat)
         if received.size % state.size:
             raise ValueError(
-                f"{function}: recvbuf must hold {state.size} equal blocks; got {receive.size} values of {receive.dtype}"
+                f"{function}: recvbuf must hold {state.size} equal blocks; got {receive.flat.size} values of "
+                f"{receive.flat.dtype}"
             )
         block = received.size // state.size
         if send is not receive:
             _same(function, sent, received, blocks_received=state.size)
             call.before = _copy_to(received[state.rank * block : (state.rank + 1) * block], sent)
-        call.library = device_of(receive) is None
-        call.terms(received, nbytes=block)
+        call.library = device_of(received) is None
+        call.terms(received, nbytes=block, order=_order(function, send, receive))
 
-    return Call(function, "allgather", algorithm).read(read)
+    return Call(function, "allgather", algorithm, sendbuf=sendbuf, recvbuf=recvbuf).read(read)
 
 
 def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
@@ -303,13 +337,14 @@ def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
 
     def read(call: Call) -> None:
         _check_root(state, "Bcast", root)
-        flat = parse(buf, "Bcast", "buf", writable=state.rank != root)
-        if flat is not None:
-            work = bytes_of(flat)
-            call.library = device_of(flat) is None
-            call.terms(work, nbytes=work.size, root=root)
+        values = parse(buf, "Bcast", "buf", writable=state.rank != root)
+        if values is not None:
+            call.recvbuf = values.spec
+            work = bytes_of(values.flat)
+            call.library = device_of(work) is None
+            call.terms(work, nbytes=work.size, order=_order("Bcast", values, None), root=root)
 
-    return Call("Bcast", "broadcast", algorithm, root).read(read)
+    return Call("Bcast", "broadcast", algorithm, root, recvbuf=buf).read(read)
 
 
 def _check_root(state: State, function: str, root: int) -> None:
@@ -328,10 +363,10 @@ def direct_of(state: State) -> Any:
     if not shared.direct_serves:
         shared.direct_serves = True
         shared.direct.limit(*direct_limits(state.topology, state.table))
-        for op, dtype in itertools.product(REDUCTIONS, known_dtypes()):
+        for op, dtype in itertools.product(REDUCTIONS, NUMERIC_DTYPES):
             ufunc = ufunc_name(op, dtype)
             if ufunc is not None:
-                terms = {"dtype": dtype, "count": 0, "op": op_name(op), "algorithm": "auto", "memory": HOST}
-                kind = Request("Allreduce", terms).kind
+                terms = {"dtype": dtype, "count": 0, "order": "C", "op": op_name(op), "algorithm": "auto"}
+                kind = Request("Allreduce", {**terms, "memory": HOST}).kind
                 shared.direct.serve(op, operation_number(ufunc), type_number(dtype), kind)
     return shared.direct

@@ -10,6 +10,7 @@ from mpi4py import MPI
 from typing_extensions import Self
 
 from bitring.collectives.agreement import Request
+from bitring.collectives.arrays import require_native
 from bitring.collectives.calls import (
     allgather_call,
     allreduce_call,
@@ -30,9 +31,10 @@ from bitring.collectives.state import State, state_of
 
 
 def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    require_native(dtype, "empty", "dtype")
     if any(not isinstance(length, (int, np.integer)) or length < 0 for length in shape):
         raise ValueError(f"empty: shape must be made of whole numbers from 0 on; got {shape}")
-    if dtype.hasobject:
+    if dtype.hasobject or dtype.subdtype is not None or not dtype.itemsize:
         raise TypeError(f"empty: dtype must be of plain values; got {dtype}")
     return int(math.prod(shape)) * dtype.itemsize
 
@@ -153,7 +155,7 @@ class Communicator(MPI.Intracomm):
         if direct is None and self._algorithm == "auto":
             self._direct = direct_of(state)
         call = allreduce_call(state, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
-        call.run_now(state, lambda comm: comm.Iallreduce(sendbuf, recvbuf, op), arrival)
+        call.run_now(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), arrival)
 
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> MPI.Request:
         """Begin an Allreduce; the request works in any mixed Waitall. Errors are raised by its Wait or Test."""
@@ -163,7 +165,7 @@ class Communicator(MPI.Intracomm):
         def steps(progress: Progress) -> Steps:
             yield from call.whole(state, progress)
             if call.choice == "mpi":
-                yield from wait_for(state.comm.Iallreduce(sendbuf, recvbuf, op), progress)
+                yield from wait_for(state.comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
 
         return GeneralRequest(state, steps, "Iallreduce")
 
@@ -184,7 +186,7 @@ class Communicator(MPI.Intracomm):
 
         def steps(progress: Progress) -> Steps:
             if runner is None:
-                yield from wait_for(state.comm.Iallreduce(sendbuf, recvbuf, op), progress)
+                yield from wait_for(state.comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
             else:
                 yield from call.run(state, progress)
 
@@ -194,19 +196,19 @@ class Communicator(MPI.Intracomm):
         """Reduce over all ranks into ``recvbuf`` of rank ``root``."""
         state = self._prepared("Reduce")
         call = reduce_call(state, sendbuf, recvbuf, op, root, self._algorithm)
-        call.run_now(state, lambda comm: comm.Ireduce(sendbuf, recvbuf, op, root))
+        call.run_now(state, lambda comm: comm.Ireduce(call.sendbuf, call.recvbuf, op, root))
 
     def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; rank r gets block r."""
         state = self._prepared("Reduce_scatter_block")
         call = reduce_scatter_block_call(state, sendbuf, recvbuf, op, self._algorithm)
-        call.run_now(state, lambda comm: comm.Ireduce_scatter_block(sendbuf, recvbuf, op))
+        call.run_now(state, lambda comm: comm.Ireduce_scatter_block(call.sendbuf, call.recvbuf, op))
 
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
         """Gather every rank's ``sendbuf`` in ``recvbuf`` of every rank, in rank order."""
         state = self._prepared("Allgather")
         call = allgather_call(state, "Allgather", sendbuf, recvbuf, self._algorithm)
-        call.run_now(state, lambda comm: comm.Iallgather(sendbuf, recvbuf))
+        call.run_now(state, lambda comm: comm.Iallgather(call.sendbuf, call.recvbuf))
 
     def Iallgather(self, sendbuf: Any, recvbuf: Any) -> MPI.Request:
         """Begin an Allgather; see ``Iallreduce``."""
@@ -216,11 +218,12 @@ class Communicator(MPI.Intracomm):
         def steps(progress: Progress) -> Steps:
             yield from call.whole(state, progress)
             if call.choice == "mpi":
-                yield from wait_for(state.comm.Iallgather(sendbuf, recvbuf), progress)
+                yield from wait_for(state.comm.Iallgather(call.sendbuf, call.recvbuf), progress)
 
         return GeneralRequest(state, steps, "Iallgather")
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         """Copy rank ``root``'s ``buf`` to every rank's."""
         state = self._prepared("Bcast")
-        bcast_call(state, buf, root, self._algorithm).run_now(state, lambda comm: comm.Ibcast(buf, root))
+        call = bcast_call(state, buf, root, self._algorithm)
+        call.run_now(state, lambda comm: comm.Ibcast(call.recvbuf, root))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bitring.collectives.arrays import BFLOAT16
+from bitring.collectives.arrays import NUMERIC_DTYPES
 
 logger = logging.getLogger("bitring")
 
@@ -48,31 +48,7 @@ _OPERATIONS = (
     "bitwise_or",
     "bitwise_xor",
 )
-_TYPES: tuple[Any, ...] = (
-    np.bool_,
-    np.int8,
-    np.int16,
-    np.int32,
-    np.int64,
-    np.uint8,
-    np.uint16,
-    np.uint32,
-    np.uint64,
-    np.float16,
-    BFLOAT16,
-    np.float32,
-    np.float64,
-    np.longdouble,
-    np.complex64,
-    np.complex128,
-    np.clongdouble,
-)
-_TYPE_NUMBERS = {np.dtype(each): number for number, each in enumerate(_TYPES)}
-
-
-def known_dtypes() -> list[np.dtype[Any]]:
-    """The dtypes that the extension reduces."""
-    return list(_TYPE_NUMBERS)
+_TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(NUMERIC_DTYPES)}
 
 
 def operation_number(ufunc: str) -> int:

@@ -1,7 +1,7 @@
 """Which array function reduces for an MPI operation, and which pairs of operation and dtype bitring reduces itself.
 
-Everything else (``MPI.MAXLOC`` on its pair types, operations made by ``MPI.Op.Create``, combinations MPI does not
-define) is the library's own call's.
+``MPI.MAXLOC`` on its pair types and operations made by ``MPI.Op.Create`` are the library's own call's. Combinations
+that MPI does not define are nobody's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import BFLOAT16
+from bitring.collectives.arrays import BFLOAT16, is_numeric
 
 _UFUNCS = {
     "SUM": "add",
@@ -59,6 +59,15 @@ def ufunc_name(op: MPI.Op, dtype: np.dtype[Any]) -> str | None:
     None when bitring does not reduce this combination itself. Every ufunc here is commutative bit for bit but for the
     sign of a zero and the payload of a NaN, and computes 16-bit floats in float32, rounding once.
     """
+    if not is_numeric(dtype):
+        return None
     name = _UFUNCS.get(op_name(op))
     kind = "f" if dtype == BFLOAT16 else dtype.kind
     return name if name in _BY_KIND.get(kind, ()) else None
+
+
+def require_defined(op: MPI.Op, dtype: np.dtype[Any], function: str) -> None:
+    """Raise TypeError, naming ``function``, where MPI does not define the predefined ``op`` on values of ``dtype``."""
+    if ufunc_name(op, dtype) is None:
+        defined = [op_name(other) for other in REDUCTIONS if ufunc_name(other, dtype) is not None]
+        raise TypeError(f"{function}: {op_name(op)} is not defined for {dtype}; defined are {', '.join(defined)}")

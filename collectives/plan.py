@@ -9,15 +9,14 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.agreement import Check, Request, agree, conclude, verdict_of
-from bitring.collectives.arrays import Array, as_array, device_of, flat_view
-from bitring.collectives.buffers import is_numeric
+from bitring.collectives.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
 from bitring.collectives.engine import Job, engine
 from bitring.collectives.errors import uncopyable
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.library_steps import wait_for
 from bitring.collectives.native_executor import finish
 from bitring.collectives.objects import gather
-from bitring.collectives.operators import op_name, ufunc_name
+from bitring.collectives.operators import op_name, require_defined, ufunc_name
 from bitring.collectives.runner import Runner, SharedRunner, make_runner
 from bitring.collectives.selection import Choice, check_name, choose
 from bitring.collectives.state import State, state_of
@@ -244,12 +243,23 @@ class ExactPlan(Plan):
             self._runner.close()
 
 
-def checked_flat(x: Any, function: str) -> Array:
-    """``x`` as the 1-D writable array that a plan works on in place."""
-    flat = flat_view(as_array(x, function, "x"), function, "x", writable=True)
-    if not is_numeric(flat.dtype):
-        raise TypeError(f"{function}: x must have a numeric dtype; got {flat.dtype}")
-    return flat
+def checked_flat(x: Any, function: str) -> tuple[Array, dict[str, object]]:
+    """``x`` as the 1-D writable array that a plan works on in place, and what of it must be alike on all ranks."""
+    array = as_array(x, function, "x")
+    require_numeric(array.dtype, function, "x")
+    flat = flat_view(array, function, "x", writable=True)
+    return flat, array_terms(array)
+
+
+def array_terms(x: Array) -> dict[str, object]:
+    """What must be alike on all ranks of the array that they reduce value by value."""
+    return {
+        "dtype": x.dtype,
+        "count": x.size,
+        "shape": tuple(x.shape),
+        "order": memory_order(x),
+        "memory": memory_name(x),
+    }
 
 
 def run_agreement(state: State, request: Request, gentle: bool = False) -> None:
@@ -268,19 +278,12 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
     flat: Array = np.empty(0, np.float32)
     request = Request(function)
     try:
-        flat = checked_flat(x, function)
+        flat, terms = checked_flat(x, function)
         check_name(algorithm)
-        request.terms = {
-            "dtype": flat.dtype,
-            "count": flat.size,
-            "op": op_name(op),
-            "algorithm": algorithm,
-            "memory": memory_name(flat),
-        }
+        request.terms = {**terms, "op": op_name(op), "algorithm": algorithm}
         if op_name(op) == "user":
             raise ValueError(f"{function}: op must be a predefined operation; got one made by MPI.Op.Create")
-        if not (ufunc_name(op, flat.dtype) or library_reduces(flat)):
-            raise TypeError(f"{function}: {op_name(op)} is not defined for {memory_name(flat)} of {flat.dtype}")
+        require_defined(op, flat.dtype, function)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
     run_agreement(state, request)
@@ -290,7 +293,7 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
         flat.nbytes,
         state.topology,
         own=ufunc_name(op, flat.dtype) is not None,
-        library=library_reduces(flat),
+        library=library_reduces(flat, op),
         host=device_of(flat) is None,
         itemsize=flat.dtype.itemsize,
         resident=resident(state, flat),
@@ -299,9 +302,15 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
     return ExactPlan(state, flat, op, choice)
 
 
-def library_reduces(flat: Array) -> bool:
-    """Whether every MPI library reduces such arrays: not the 16-bit floats, nor what is in device memory."""
-    return device_of(flat) is None and flat.dtype.kind in "iufcb" and flat.dtype != np.float16
+def library_reduces(flat: Array, op: MPI.Op) -> bool:
+    """Whether every MPI library reduces such arrays, with the same bits on all ranks.
+
+    Not the 16-bit floats, nor what is in device memory. Nor is MAX or MIN of floats for the library: which of a number
+    and NaN is the larger depends on who compares them in which order, and libraries let every rank do it by itself.
+    """
+    if device_of(flat) is not None or flat.dtype.kind not in "iufcb" or flat.dtype == np.float16:
+        return False
+    return flat.dtype.kind != "f" or op_name(op) not in ("MAX", "MIN")
 
 
 def resident(state: State, flat: Array) -> bool:

@@ -13,7 +13,7 @@ from bitring.collectives.extension import address_of, kernel, native
 from bitring.collectives.library_steps import allgather_steps
 from bitring.collectives.native_executor import NativeTransport, run, served
 from bitring.collectives.objects import jointly
-from bitring.collectives.operators import ufunc_name
+from bitring.collectives.operators import op_name, ufunc_name
 from bitring.collectives.program import compile_program
 from bitring.collectives.schedule import algorithms, rounds
 from bitring.collectives.selection import segment_values
@@ -115,6 +115,7 @@ class SharedRunner:
         assert state.common is not None
         self._shared = state.common
         self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
+        assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
         self._signature = signature
         module = native()
         small = flat.nbytes <= module.SharedAllreduce.small(state.size)
@@ -154,6 +155,7 @@ class LaneRunner:
         self._region = region
         self._lane = lane
         self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
+        assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
         self._signature = signature
         inside = state.node.size
         self.scratch_nbytes = region.nbytes if staged else 0

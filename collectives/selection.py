@@ -73,7 +73,9 @@ def choose(
         why = "only the MPI library serves this operation on this dtype"
         return Choice("mpi", why if asked == "auto" else f"{asked} was asked for, but {why}")
     if asked == "mpi":
-        return Choice("ring", "mpi was asked for, but bitring does not hand this dtype or memory to the MPI library")
+        return Choice(
+            "ring", "mpi was asked for, but bitring does not hand this operation, dtype or memory to the MPI library"
+        )
     if asked in NATIVE and collective == "allreduce":
         missing = _missing(asked, collective, topology, host, blocking)
         if missing is None:
@@ -87,7 +89,8 @@ def choose(
             return Choice("mpi", f"{asked} was asked for, but has no {collective}")
         return Choice(
             "ring",
-            f"{asked} was asked for, but has no {collective}, and the MPI library does not serve this dtype or memory",
+            f"{asked} was asked for, but has no {collective}, and the MPI library does not serve this operation, dtype "
+            "or memory",
         )
     if library and topology.size == 1:
         return Choice("mpi", "there is one rank")
@@ -109,7 +112,7 @@ def _default(
     if _missing("shared_memory", collective, topology, host, blocking) is None:
         return "shared_memory", "all ranks share memory"
     if not library:
-        return "ring", "the MPI library does not serve this dtype or memory"
+        return "ring", "the MPI library does not serve this operation, dtype or memory"
     between = topology.native and topology.nodes > 1 and host
     enough = NETWORK_FROM_NBYTES if between else RING_FROM_NBYTES
     if nbytes < enough:

@@ -42,7 +42,7 @@ class Exchange:
             flat.nbytes,
             state.topology,
             own=True,
-            library=library_reduces(flat),
+            library=library_reduces(flat, MPI.SUM),
             host=device_of(flat) is None,
             itemsize=flat.dtype.itemsize,
             resident=resident(state, flat),

@@ -14,7 +14,7 @@ from bitring.collectives.agreement import Request
 from bitring.collectives.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
 from bitring.collectives.executor import Progress
 from bitring.collectives.operators import op_name
-from bitring.collectives.plan import Plan, checked_flat, memory_name, plan_exact, run_agreement
+from bitring.collectives.plan import Plan, checked_flat, plan_exact, run_agreement
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, given_comm, state_of
 from bitring.collectives.transport import channel_of
@@ -42,8 +42,9 @@ def plan_allreduce(
 ) -> Plan:
     """A plan that reduces ``x`` over all ranks in place; collective.
 
-    ``x``: a contiguous NumPy or CuPy array, or anything that shares its memory through DLPack, of the same size and
-    dtype on every rank. ``comm``: MPI.COMM_WORLD by default. ``algorithm``: a registered name, or ``"auto"``.
+    ``x``: a contiguous NumPy or CuPy array, or anything that shares its memory through DLPack, of the same shape,
+    memory order and dtype on every rank; NumPy's subclasses are taken for their plain data. ``comm``: MPI.COMM_WORLD by
+    default. ``algorithm``: a registered name, or ``"auto"``.
 
     ``compression``: None is exact; "onebit", "onebit:block=512" or the encoder ``OneBit(block=512)`` sends encoded sums
     of float16, bfloat16, float32 or float64 values with error feedback (Seide et al., 2014): what an encoding leaves
@@ -56,8 +57,8 @@ def plan_allreduce(
     parameter of its own shape. ``check_finite=False`` leaves out the look
     for NaN and Inf, for callers that have looked on all ranks.
 
-    Raises on all ranks alike: MismatchError where ranks differ in dtype, count, op, algorithm or compression, and
-    what is wrong with one rank's arguments (PeerError on the others). A compressed run raises NonFiniteError on all
+    Raises on all ranks alike: MismatchError where ranks differ in dtype, count, shape, op, algorithm or compression,
+    and what is wrong with one rank's arguments (PeerError on the others). A compressed run raises NonFiniteError on all
     ranks when a value is NaN or Inf on any; nothing has changed then.
     """
     comm = given_comm(comm, "plan_allreduce")
@@ -72,7 +73,7 @@ def plan_allreduce(
     encoder: Encoder | None = None
     places: tuple[int, ...] = ()
     try:
-        flat = checked_flat(x, "plan_allreduce")
+        flat, terms = checked_flat(x, "plan_allreduce")
         check_name(algorithm)
         made = parsed(compression)
         if not isinstance(made, Encoder):
@@ -87,14 +88,12 @@ def plan_allreduce(
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
         places = _checked_boundaries(boundaries)
         request.terms = {
-            "dtype": flat.dtype,
-            "count": flat.size,
+            **terms,
             "op": op_name(op),
             "algorithm": algorithm,
             "compression": encoder,
             "hierarchical": hierarchical,
             "boundaries": places,
-            "memory": memory_name(flat),
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error

@@ -15,7 +15,7 @@ from bitring.collectives.agreement import Request
 from bitring.collectives.arrays import Array, device_of
 from bitring.collectives.executor import Progress
 from bitring.collectives.operators import op_name
-from bitring.collectives.plan import checked_flat, memory_name, run_agreement
+from bitring.collectives.plan import checked_flat, run_agreement
 from bitring.collectives.selection import check_name
 from bitring.collectives.state import State, state_of
 from bitring.compression.compressor import parsed
@@ -53,7 +53,7 @@ def plan_reduced(
     parts: list[tuple[int, ...]] = []
     request = Request("plan_allreduce")
     try:
-        flat = checked_flat(x, "plan_allreduce")
+        flat, terms = checked_flat(x, "plan_allreduce")
         check_name(algorithm)
         if flat.dtype not in VALUE_DTYPES:
             names = ", ".join(dtype.name for dtype in VALUE_DTYPES)
@@ -66,14 +66,12 @@ def plan_reduced(
         if values != flat.size:
             raise ValueError(f"plan_allreduce: shapes must have x's {flat.size} values in all; got {values}")
         request.terms = {
-            "dtype": flat.dtype,
-            "count": flat.size,
+            **terms,
             "op": op_name(op),
             "algorithm": algorithm,
             "compression": reducer,
             "hierarchical": hierarchical,
             "boundaries": tuple(boundaries),
-            "memory": memory_name(flat),
             "shapes": parts,
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from bitring.collectives.buffers import is_in_place, is_numeric, parse
+from bitring.collectives.arrays import is_numeric
+from bitring.collectives.buffers import is_in_place, parse
 
 X = np.arange(12.0)
 
 
 def read(spec, writable: bool = True, blocks: int = 1):
-    return parse(spec, "Bcast", "buf", writable=writable, blocks=blocks)
+    got = parse(spec, "Bcast", "buf", writable=writable, blocks=blocks)
+    return None if got is None else got.flat
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class Others:
     def contenders(self, x: Any) -> list[Contender]:
         """Those that can reduce values such as ``x``. Collective."""
         found: list[Contender] = []
-        if self._has_job and library_reduces(x):
+        if self._has_job and library_reduces(x, MPI.SUM):
             answer = self._on_first(lambda: self._prepare(x))
             self._has_job = answer is not None
             if answer is not None and not answer["right"]:
@@ -269,7 +269,7 @@ def _contenders(
         Contender(CALL, partial(comm.Allreduce, MPI.IN_PLACE, x), x, x),
     ]
     own = MPI.Intracomm(comm).Dup()
-    if library_reduces(x):
+    if library_reduces(x, MPI.SUM):
         y = np.empty(n, dtype)
         level = THREAD_LEVELS[MPI.Query_thread()]
         found += [

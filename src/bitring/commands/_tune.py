@@ -60,7 +60,7 @@ def run(sizes: list[int], dtypes: list[str], seconds: float) -> None:
 
 def _check(comm: MPI.Intracomm, dtypes: list[str], path: Path) -> None:
     for name in dtypes:
-        if not library_reduces(np.empty(0, dtype_of(name))):
+        if not library_reduces(np.empty(0, dtype_of(name)), MPI.SUM):
             raise ValueError(f"--dtype must name types that the MPI library reduces, to compare with it; got {name}")
     if comm.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
