@@ -1,11 +1,12 @@
 """Run the tests on some ranks, so that a test that hangs costs its own time limit and not the rest of the run.
 
-    python tests/run.py RANKS LOGS [pytest arguments]
+    python tests/run.py [--resume] RANKS LOGS [pytest arguments]
 
 Rank 0's output is shown, the other ranks' goes to files under LOGS. conftest.py writes each rank's progress and, at a
 test's time limit, its stacks; the run is then ended from here, when all ranks have written theirs. A test inside which
 a run ended, or crashed, has failed: its stacks on all ranks are shown, and a fresh start runs the tests after it.
-LOGS/result ends up with the numbers passed, failed and skipped.
+LOGS/result ends up with the numbers passed, failed and skipped. With --resume the tests that an interrupted run of the
+same tests left in LOGS as passed or skipped count as they are, and are not run again.
 """
 
 from __future__ import annotations
@@ -194,16 +195,27 @@ def report_failures(progress: Progress, logs: Path, *, but: str | None) -> None:
                 print(record["text"])
 
 
+def left_by(logs: Path, ranks: int) -> tuple[int, dict[str, str]]:
+    """The number of starts that a run has left in ``logs``, and the outcomes of the tests that need not run again."""
+    starts = sorted(logs.glob("start-*"))
+    outcomes: dict[str, str] = {}
+    for start in starts:
+        progress = Progress(start, ranks)
+        progress.read()
+        outcomes |= {test: outcome for test, outcome in progress.outcomes().items() if outcome != "failed"}
+    return len(starts), outcomes
+
+
 def run(ranks: int, logs: Path, arguments: list[str]) -> dict[str, str]:
     """Run the tests, starting again behind each one that hung. Returns each test's outcome."""
-    outcomes: dict[str, str] = {}
+    before, outcomes = left_by(logs, ranks)
     prefix, extra = launcher(ranks)
     # Open MPI gives ranks a terminal whether there is one or not.
     options = [f"--color={'yes' if sys.stdout.isatty() else 'no'}"]
     if ranks > 1:
         options += ["--with-mpi", "-p", "no:cacheprovider"]
     pytest = [sys.executable, "-m", "pytest", *options, *arguments]
-    for start in range(1, STARTS + 1):
+    for start in range(before + 1, before + STARTS + 1):
         here = logs / f"start-{start}"
         here.mkdir(parents=True)
         done = here / "done"
@@ -237,9 +249,12 @@ def run(ranks: int, logs: Path, arguments: list[str]) -> dict[str, str]:
 def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what is printed here keeps its place between the runs' output
-    ranks, logs, arguments = int(sys.argv[1]), Path(sys.argv[2]).resolve(), sys.argv[3:]
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
+    given = sys.argv[1:]
+    resume = given[0] == "--resume"
+    ranks, logs, arguments = int(given[resume]), Path(given[resume + 1]).resolve(), given[resume + 2 :]
+    if not resume:
+        shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True, exist_ok=True)
     outcomes = list(run(ranks, logs, arguments).values())
     passed, failed, skipped = (outcomes.count(word) for word in ("passed", "failed", "skipped"))
     (logs / "result").write_text(f"{passed} {failed} {skipped}\n", encoding="utf-8")

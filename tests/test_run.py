@@ -23,15 +23,43 @@ def run_tests(tmp_path: Path, clean_environment: Callable[..., dict[str, str]]):
     shutil.copy(HERE / "conftest.py", tests)
     shutil.copy(HERE.parent / "pyproject.toml", tmp_path)
 
-    def run_tests(text: str, ranks: int) -> tuple[int, str, str]:
+    def run_tests(text: str, ranks: int, *options: str) -> tuple[int, str, str]:
         (tests / "test_inner.py").write_text(text, encoding="utf-8")
-        command = [sys.executable, str(HERE / "run.py"), str(ranks), str(tmp_path / "logs"), "tests/test_inner.py"]
+        command = [
+            sys.executable,
+            str(HERE / "run.py"),
+            *options,
+            str(ranks),
+            str(tmp_path / "logs"),
+            "tests/test_inner.py",
+        ]
         done = subprocess.run(
             command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
         )
         return done.returncode, done.stdout + done.stderr, (tmp_path / "logs" / "result").read_text(encoding="utf-8")
 
     return run_tests
+
+
+def test_a_run_goes_on_with_what_has_not_passed(run_tests, tmp_path: Path):
+    text = f"""
+from pathlib import Path
+ran = Path({str(tmp_path / "ran")!r})
+def test_passes():
+    with ran.open("a") as file:
+        file.write("passes ")
+def test_fails_once():
+    before = ran.read_text()
+    ran.write_text(before + "fails ")
+    assert "fails" in before
+"""
+    assert run_tests(text, 1)[2].split() == ["1", "1", "0"]
+    status, output, counts = run_tests(text, 1, "--resume")
+    assert (status, counts.split()) == (0, ["2", "0", "0"]), output
+    assert (tmp_path / "ran").read_text() == "passes fails fails "
+    status, output, counts = run_tests(text, 1, "--resume")
+    assert (status, counts.split()) == (0, ["2", "0", "0"]), output
+    assert (tmp_path / "ran").read_text() == "passes fails fails "
 
 
 def test_in_a_shell_s_background_tests_can_be_interrupted(run_tests):
