@@ -10,14 +10,16 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.agreement import Request, agree, conclude, verdict_of
 from bitring.collectives.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
 from bitring.collectives.buffers import Values, is_in_place, parse
+from bitring.collectives.errors import PeerError, RefusedError
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.extension import operation_number, type_number
-from bitring.collectives.library_steps import wait_for
+from bitring.collectives.library_steps import allgather_steps, wait_for
 from bitring.collectives.native_executor import finish
 from bitring.collectives.operators import REDUCTIONS, op_name, require_defined, ufunc_name
 from bitring.collectives.plan import HOST, library_reduces, memory_name
@@ -30,11 +32,20 @@ _CACHED_SCRATCH_NBYTES = 64 << 20
 """What a communicator keeps for calls without a plan, the last used ones; the very last is kept whatever its size."""
 
 
+Library = Callable[[MPI.Intracomm], MPI.Request]
+"""Begins the MPI library's own call on a communicator. It is not the blocking one, so that ranks that are gone are
+noticed."""
+
+_under_way: list[Any] = []
+"""Calls that other ranks' library refused: theirs never end, and the library may still write to their memory."""
+
+
 class Call:
     """One collective call as this rank understands it.
 
     ``work`` is None where only the library reads this rank's arguments; ``sendbuf`` and ``recvbuf`` are what its call
     is given. ``own`` says whether bitring has the operation, ``library`` whether the MPI library has it.
+    ``plain`` returns instead of ``sendbuf`` and ``recvbuf`` arrays that the library cannot refuse.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class Call:
         self.own = True
         self.library = True
         self.choice = ""
+        self.plain: Callable[[], tuple[Any, Any]] | None = None
         self.runner: Runner | None = None
 
     def read(self, reader: Callable[[Call], None]) -> Call:
@@ -150,12 +162,8 @@ class Call:
         while len(state.cache) > 1 and (len(state.cache) > _CACHED_RUNNERS or scratch > _CACHED_SCRATCH_NBYTES):
             scratch -= sum(kept.scratch_nbytes for kept in state.cache.pop(next(iter(state.cache))))
 
-    def run_now(self, state: State, library: Callable[[MPI.Intracomm], MPI.Request], arrival: Any = None) -> None:
-        """Run the call in this thread.
-
-        ``library`` begins the library's own call on a communicator; it is not the blocking one, so that ranks that are
-        gone are noticed. ``arrival``: the operation by which this rank has come to the call already.
-        """
+    def run_now(self, state: State, library: Library, arrival: Any = None) -> None:
+        """Run the call in this thread; ``arrival``: the operation by which this rank has come to it already."""
 
         def settle(progress: Progress) -> Steps:
             if arrival is None:
@@ -163,35 +171,66 @@ class Call:
             return self.settle_arrived(state, arrival, progress)
 
         try:
-            job = state.lane.submit(settle, self.request.function)
+            state.lane.call(settle, self.request.function)
         except BaseException as error:
-            if arrival is not None:
+            if arrival is not None and not arrival.over:
                 state.lane.cut_short(self.request.function, error)
             raise
-        job.wait()
         self.take_runner(state)
         if self.runner is not None:
-            state.lane.submit(lambda progress: self.steps(state, progress), self.request.function).wait()
+            state.lane.call(lambda progress: self.steps(state, progress), self.request.function)
         elif self.choice == "mpi":
-            refused: list[MPI.Exception] = []
+            state.lane.call(lambda progress: self.library_steps(state, library, progress), self.request.function)
 
-            def call(progress: Progress) -> Steps:
-                try:
-                    request = library(state.comm)
-                except MPI.Exception as error:  # of the arguments: nothing has been exchanged
-                    refused.append(error)
-                    return
-                yield from wait_for(request, progress)
+    def library_steps(self, state: State, library: Library, progress: Progress) -> Steps:
+        """The library's own call. What only some ranks' library refuses is raised on all."""
+        if not self.request.library and self.plain is not None:
+            self.sendbuf, self.recvbuf = self.plain()
+        if self.own and not self.request.library:
+            yield from wait_for(library(state.comm), progress)  # there is nothing to refuse
+            return
+        # The ranks whose library accepts are a call ahead of the others', in a communicator that is then given up.
+        comm = (yield from state.spare(progress)) if state.size > 1 else state.comm
+        request, refusal = None, None
+        try:
+            request = library(comm)
+        except Exception as error:
+            refusal = error
+        refusals = yield from allgather_steps(state.comm, None if refusal is None else str(refusal), progress)
+        refusing = [rank for rank, text in enumerate(refusals) if text is not None]
+        if refusing and request is not None:
+            _under_way.append((request, self))
+        if 0 < len(refusing) < state.size:
+            state.drop_spare()
+        if refusal is not None:
+            raise RefusedError from refusal
+        if refusing:
+            function, rank = self.request.function, refusing[0]
+            raise PeerError(f"{function}: rank {rank} could not take part: {refusals[rank]}")
+        assert request is not None
+        yield from wait_for(request, progress)
 
-            state.lane.submit(call, self.request.function).wait()
-            if refused:
-                raise refused[0]
-
-    def whole(self, state: State, progress: Progress) -> Steps:
+    def whole(self, state: State, library: Library, progress: Progress) -> Steps:
         """All of a call that does not block its caller."""
         yield from self.settle(state, progress, blocking=False)
+        if self.choice == "mpi":
+            yield from self.library_steps(state, library, progress)
+            return
         self.take_runner(state)
         yield from self.steps(state, progress)
+
+
+def _plain(call: Call, send: Array, receive: Array) -> Callable[[], tuple[Any, Any]]:
+    """``Call.plain``: in place where it is all the same array, or where the two overlap, which the library refuses."""
+
+    def plain() -> tuple[Any, Any]:
+        if send is not receive and not np.may_share_memory(send, receive):
+            return send, receive
+        if call.before is not None:
+            call.before()
+        return MPI.IN_PLACE, receive
+
+    return plain
 
 
 def _copy_to(target: Array, source: Array) -> Callable[[], None]:
@@ -250,6 +289,7 @@ def allreduce_call(state: State, function: str, sendbuf: Any, recvbuf: Any, op: 
         if send is not receive:
             _same(function, send.flat, work)
             call.before = _copy_to(work, send.flat)
+        call.plain = _plain(call, send.flat, work)
         set_operation(call, op, work)
         call.terms(work, dtype=work.dtype, count=work.size, order=_order(function, send, receive), op=op_name(op))
 
@@ -274,6 +314,7 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
         if work is not given:
             _same("Reduce", given, work)
             call.before = _copy_to(work, given)
+        call.plain = (lambda: (given, None)) if receive is None else _plain(call, given, work)
         set_operation(call, op, work)
         order = _order("Reduce", send, receive)
         call.terms(work, dtype=work.dtype, count=work.size, order=order, op=op_name(op), root=root)
@@ -301,6 +342,16 @@ def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.
         work = xp_of(given).empty(given.size, given.dtype)
         call.before = _copy_to(work, given)
         call.after = _copy_to(receive.flat[:block], work[rank * block : (rank + 1) * block])
+
+        def plain() -> tuple[Any, Any]:
+            if send is receive:
+                return MPI.IN_PLACE, given
+            if np.may_share_memory(given, receive.flat):
+                work[:] = given
+                return work, receive.flat
+            return given, receive.flat
+
+        call.plain = plain
         set_operation(call, op, work)
         call.terms(work, dtype=work.dtype, count=block, order=_order(function, send, receive), op=op_name(op))
 
@@ -316,7 +367,9 @@ def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algo
         if receive is None or send is None:
             return
         call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
-        received, sent = bytes_of(receive.flat), bytes_of(send.flat)
+        received = bytes_of(receive.flat)
+        sent = received if send is receive else bytes_of(send.flat)
+        call.plain = _plain(call, sent, received)
         if received.size % state.size:
             raise ValueError(
                 f"{function}: recvbuf must hold {state.size} equal blocks; got {receive.flat.size} values of "
@@ -341,6 +394,7 @@ def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
         if values is not None:
             call.recvbuf = values.spec
             work = bytes_of(values.flat)
+            call.plain = lambda: (None, work)
             call.library = device_of(work) is None
             call.terms(work, nbytes=work.size, order=_order("Bcast", values, None), root=root)
 

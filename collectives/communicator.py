@@ -21,7 +21,6 @@ from bitring.collectives.calls import (
 )
 from bitring.collectives.errors import uncopyable
 from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.library_steps import wait_for
 from bitring.collectives.objects import jointly
 from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
@@ -163,9 +162,7 @@ class Communicator(MPI.Intracomm):
         call = allreduce_call(state, "Iallreduce", sendbuf, recvbuf, op, self._algorithm)
 
         def steps(progress: Progress) -> Steps:
-            yield from call.whole(state, progress)
-            if call.choice == "mpi":
-                yield from wait_for(state.comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
+            return call.whole(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
 
         return GeneralRequest(state, steps, "Iallreduce")
 
@@ -186,9 +183,8 @@ class Communicator(MPI.Intracomm):
 
         def steps(progress: Progress) -> Steps:
             if runner is None:
-                yield from wait_for(state.comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
-            else:
-                yield from call.run(state, progress)
+                return call.library_steps(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
+            return call.run(state, progress)
 
         return PersistentRequest(state, steps, "Allreduce_init", runner)
 
@@ -216,9 +212,7 @@ class Communicator(MPI.Intracomm):
         call = allgather_call(state, "Iallgather", sendbuf, recvbuf, self._algorithm)
 
         def steps(progress: Progress) -> Steps:
-            yield from call.whole(state, progress)
-            if call.choice == "mpi":
-                yield from wait_for(state.comm.Iallgather(call.sendbuf, call.recvbuf), progress)
+            return call.whole(state, lambda comm: comm.Iallgather(call.sendbuf, call.recvbuf), progress)
 
         return GeneralRequest(state, steps, "Iallgather")
 

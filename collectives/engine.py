@@ -25,7 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.arrays import surroundings
-from bitring.collectives.errors import PeerError
+from bitring.collectives.errors import PeerError, RefusedError
 from bitring.collectives.executor import Progress, Steps, StepsTo
 from bitring.collectives.extension import native
 from bitring.collectives.presence import leave
@@ -283,6 +283,9 @@ class Job:
         except StopIteration:
             self.end(None)
             return True
+        except RefusedError as error:
+            self.end(error.__cause__, refused=True)
+            return True
         except MPI.Exception as error:
             # The library may see that a process died before its lock is given back.
             until = time.monotonic() + _LOOK_SECONDS
@@ -356,10 +359,10 @@ class Job:
         self.end(PeerError(f"{self.what}: {who} gone: the process has ended or left the job"))
         return True
 
-    def end(self, error: BaseException | None) -> None:
-        """It is over, by ``error`` or well; with the engine's lock in hand."""
+    def end(self, error: BaseException | None, refused: bool = False) -> None:
+        """It is over, by ``error`` or well; with the engine's lock in hand. ``refused``: nothing was exchanged."""
         self.error = error
-        cut_short = error is not None and (
+        cut_short = (error is not None and not refused) and (
             self._progress.exchanging
             or self._left
             or isinstance(error, (MPI.Exception, MemoryError))

@@ -21,3 +21,7 @@ def uncopyable(thing: object, instead: str) -> TypeError:
         f"{type(thing).__name__}: cannot be copied or pickled, as it is tied to this process and its MPI communicator; "
         f"{instead}"
     )
+
+
+class RefusedError(Exception):
+    """Inside a job: the MPI library refuses this rank's arguments; nothing is under way. The job raises the cause."""

@@ -18,7 +18,7 @@ from bitring.collectives.agreement import Request, agree
 from bitring.collectives.engine import Lane, engine
 from bitring.collectives.executor import Progress, Steps, StepsTo
 from bitring.collectives.extension import native
-from bitring.collectives.library_steps import allgather_steps, beside
+from bitring.collectives.library_steps import allgather_steps, beside, wait_for
 from bitring.collectives.selection import Topology
 from bitring.collectives.shared import Shared, make_shared
 from bitring.collectives.table import BUILT_IN, load_table, path_of_table
@@ -51,6 +51,7 @@ class State:
         self.node = self
         self.nodes = [list(range(size))]
         self._parts: dict[str, MPI.Intracomm] = {}
+        self._spare: MPI.Intracomm | None = None
         self._prepared = size == 1
 
     @property
@@ -93,6 +94,19 @@ class State:
             self._parts[what] = self.lane.call(split, request.function)
         return self._parts[what]
 
+    def spare(self, progress: Progress) -> StepsTo[MPI.Intracomm]:
+        """Another private duplicate, for calls that the library may refuse on some ranks; made when first needed."""
+        if self._spare is None:
+            comm, made = self.comm.Idup()
+            yield from wait_for(made, progress)
+            comm.Set_errhandler(MPI.ERRORS_RETURN)
+            self._spare = MPI.Intracomm(comm)
+        return self._spare
+
+    def drop_spare(self) -> None:
+        """Some ranks are a call ahead in the spare duplicate: it is of no use any more, nor can it be freed."""
+        self._spare = None
+
     def prepare(self, function: str) -> None:
         """Find out where the ranks are, and make what those of a node share. Collective and blocking; once.
 
@@ -128,8 +142,8 @@ class State:
         """Free everything. Collective, as freeing a communicator is."""
         self.cache.clear()
         self.kept.clear()
-        for part in self._parts.values():
-            if part != MPI.COMM_NULL:
+        for part in (*self._parts.values(), self._spare):
+            if part is not None and part != MPI.COMM_NULL:
                 part.Free()
         if self.node is not self:
             self.node.close()

@@ -580,3 +580,70 @@ def test_calls_of_many_sizes_keep_little_scratch(comm, agree):
     agree(comm, kept <= 64 << 20, f"{kept} bytes are kept")
     agree(comm, comm.size == 1 or kept > 0, "nothing is kept")
     ours.Free()
+
+
+# What the MPI library refuses
+
+
+@pytest.mark.parametrize("n", [10, 300_000])
+def test_buffers_that_overlap_are_taken_as_they_are(comm, agree, n: int):
+    from mpi4py import MPI
+
+    world = Communicator(comm.Dup(), algorithm="mpi")
+    size, rank = world.size, world.rank
+    x, blocks, parts = np.full(n, rank + 1.0), np.full(size * n, rank + 1.0), np.zeros(size * n)
+    parts[rank * n : (rank + 1) * n] = rank + 1
+    world.Reduce(x, x if rank == 0 else None, root=0)
+    agree(comm, bool((x == (triangle(comm) if rank == 0 else rank + 1)).all()), f"Reduce: {x[:3]}")
+    x[:] = rank + 1
+    for call in (world.Allreduce, lambda a, b: world.Iallreduce(a, b).Wait()):
+        x[:] = rank + 1
+        call(x, x)
+        agree(comm, bool((x == triangle(comm)).all()), f"Allreduce: {x[:3]}")
+    request = world.Allreduce_init(x, x)
+    x[:] = rank + 1
+    request.Start()
+    request.Wait()
+    request.Free()
+    agree(comm, bool((x == triangle(comm)).all()), f"Allreduce_init: {x[:3]}")
+    world.Reduce_scatter_block(blocks, blocks[:n])
+    agree(comm, bool((blocks[:n] == triangle(comm)).all()), f"Reduce_scatter_block: {blocks[:3]}")
+    world.Allgather(parts[rank * n : (rank + 1) * n], parts)
+    agree(comm, bool((parts == np.repeat(np.arange(1.0, size + 1), n)).all()), f"Allgather: {parts[::n]}")
+    for k in range(3):  # no rank is a call ahead
+        x[:] = k * (rank + 1)
+        y = np.zeros(n)
+        world.Reduce(x, y if rank == 0 else None, MPI.SUM, root=0)
+        agree(comm, rank != 0 or bool((y == k * triangle(comm)).all()), f"{k}: {y[:3]}")
+    world.Free()
+
+
+@pytest.mark.parametrize("n", [10, 300_000])
+def test_what_the_library_refuses_on_one_rank_is_an_error_on_all(comm, agree, n: int):
+    from mpi4py import MPI
+
+    world = Communicator(comm.Dup())
+    rank, root = world.rank, world.size - 1
+    strided, other = np.full(2 * n, rank + 1.0), np.zeros(2 * n)
+    vector = MPI.DOUBLE.Create_vector(n, 1, 2).Commit()
+
+    def add(ours, theirs, datatype) -> None:
+        np.frombuffer(theirs)[::2] += np.frombuffer(ours)[::2]
+
+    own = MPI.Op.Create(add, commute=True)
+    for k in range(3):
+        # The root alone hands over one buffer as both.
+        text = text_of(lambda: world.Reduce([strided, 1, vector], [strided, 1, vector], own, root))
+        wanted = "Exception: " if rank == root else f"PeerError: Reduce: rank {root} could not take part: "
+        agree(comm, text.startswith(wanted), text)
+        strided[:] = k * (rank + 1)
+        world.Reduce([strided, 1, vector], [other, 1, vector] if rank == root else None, own, root)
+        agree(comm, rank != root or bool((other[:-1:2] == k * triangle(comm)).all()), f"{k}: {other[:4]}")
+        x = np.full(n, rank + 1.0)
+        world.Allreduce(MPI.IN_PLACE, x)
+        agree(comm, bool((x == triangle(comm)).all()), f"{x[:3]}")
+        text = text_of(lambda: world.Iallreduce([strided, 1, vector], [other, 1, vector]).Wait())
+        agree(comm, text.startswith("Exception: "), text)  # no library sums derived datatypes
+    vector.Free()
+    own.Free()
+    world.Free()
