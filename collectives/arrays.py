@@ -346,6 +346,12 @@ def flat_view(x: Array, function: str, argument: str, writable: bool) -> Array:
     return x.reshape(-1) if x.flags.c_contiguous else x.T.reshape(-1)
 
 
+def is_dense(x: Array) -> bool:
+    """Whether the values of ``x`` fill its memory, in any order of axes, such as PyTorch's channels_last."""
+    axes = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
+    return bool(x.transpose(axes).flags.c_contiguous)
+
+
 def bytes_of(x: Array) -> Array:
     """The 1-D contiguous array ``x`` as uint8, sharing memory."""
     return x.view(np.uint8)

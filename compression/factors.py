@@ -29,6 +29,8 @@ class Factors:
             x = getattr(self, name)
             if not (isinstance(x, np.ndarray) or is_device(x)):
                 raise TypeError(f"Factors: {name} must be a NumPy or CuPy array; got {type(x).__name__}")
+            if isinstance(x, np.ndarray):
+                object.__setattr__(self, name, np.asarray(x))  # a masked array's product would hide values
             if x.dtype not in VALUE_DTYPES:
                 names = ", ".join(dtype.name for dtype in VALUE_DTYPES)
                 raise TypeError(f"Factors: {name} must be of {names}; got {x.dtype}")

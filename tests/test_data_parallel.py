@@ -5,11 +5,15 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import other_libraries as tensors
 import pytest
+from other_libraries import Immutable
 
 from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
 from bitring.collectives.schedule import algorithms
+from bitring.compression.factors import Factors
 from bitring.training.adagrad import AdaGrad
+from bitring.training.checkpoint import load_checkpoint, save_checkpoint
 from bitring.training.data_parallel import DataParallel
 from bitring.training.local import Local
 from bitring.training.sgd import SGD
@@ -388,6 +392,16 @@ def test_large_but_finite_gradients_pass(comm, agree):
         ([np.ones(3), np.ones(2)], np.nan, ValueError, "weight must be finite and >= 0, got nan"),
         ([np.ones(3), np.ones(2)], "1", TypeError, "weight must be a number"),
         ([np.ones(3), np.ones(2)], None, TypeError, "weight must be a number"),
+        ([np.ones(3), np.ones(2)], np.array([2.0]), TypeError, "weight must be a number, the samples in this rank's"),
+        ([np.ones(3), np.ones(2)], np.complex64(1), TypeError, "weight must be a number"),
+        ([np.ones(3, ">f8"), np.ones(2)], 1, TypeError, "the gradient of 'a' must have this machine's byte order"),
+        ({"a": None, "b": np.ones(2)}, 1, TypeError, "the gradient of 'a' is None: the parameter had no part in the"),
+        (
+            [np.ma.masked_array([np.nan, 1, 1], [True, False, False]), np.ones(2)],
+            1,
+            NonFiniteError,
+            "'a' holds NaN",
+        ),
     ],
 )
 def test_a_rank_with_bad_arguments(comm, agree, gradients, weight, kind, text):
@@ -399,6 +413,8 @@ def test_a_rank_with_bad_arguments(comm, agree, gradients, weight, kind, text):
     error = raised(trainer.step, *((gradients, weight) if comm.rank == wrong else (good, 1)))
     if comm.rank == wrong:
         agree(comm, describes(error, kind, text, "DataParallel.step (step 0)"), repr(error))
+    elif kind is NonFiniteError:
+        agree(comm, describes(error, NonFiniteError, text), repr(error))
     else:
         agree(comm, describes(error, PeerError, text, f"rank {wrong} raised {kind.__name__}"), repr(error))
     agree(comm, all((w == 0).all() for w in parameters.values()) and trainer.steps == 0)
@@ -630,3 +646,108 @@ def test_on_a_device(comm, agree, mode, compression):
     agree(comm, isinstance(error, TypeError) or mode != "sync", repr(error))
     for trainer in trainers:
         trainer.free()
+
+
+@pytest.mark.parametrize("mode", ["sync", "local"])
+@pytest.mark.parametrize("compression", [None, "onebit", "sufficient_factors"])
+def test_without_samples_gradients_are_not_looked_at(comm, agree, mode, compression):
+    w = np.ones((30, 40), np.float32)
+    trainer = DataParallel({"w": w}, SGD(lr=1.0), comm=comm, mode=mode, compression=compression)
+    nothings: list[Any] = [{"w": None}, {}, None, [], [np.full(3, np.nan)], "no gradients"]
+    for nothing in nothings:
+        gradients = {"w": np.ones_like(w)} if comm.rank == 0 else nothing
+        trainer.step(gradients, weight=int(comm.rank == 0))
+    trainer.synchronize()
+    agree(comm, np.allclose(w, -5, atol=1e-5) and trainer.steps == 6, str(w[0, 0]))
+    trainer.free()
+
+
+def test_unused_parameters_as_zeros(comm, agree):
+    """On some ranks or on all; what is no parameter's is still a mistake."""
+    parameters = {"a": np.ones(3), "b": np.ones((2, 2)), "c": np.ones(4, ml_dtypes.bfloat16)}
+    trainer = DataParallel(parameters, SGD(lr=1.0), comm=comm, unused="zeros")
+    only = comm.rank == comm.size - 1
+    trainer.step({"a": np.ones(3), "b": None, "c": np.ones(4, ml_dtypes.bfloat16) if only else None})
+    agree(comm, np.allclose(parameters["a"], 0) and (parameters["b"] == 1).all(), str(parameters))
+    agree(comm, np.allclose(parameters["c"].astype(float), 1 - 1 / comm.size, atol=1e-2), str(parameters["c"]))
+    trainer.step({"a": np.ones(3)})
+    trainer.step([np.ones(3), None, None])
+    agree(comm, np.allclose(parameters["a"], -2) and (parameters["b"] == 1).all(), str(parameters))
+    error = raised(trainer.step, {"a": np.ones(3), "z": np.ones(3)})
+    agree(comm, describes(error, ValueError, "missing: ['b', 'c'], unknown: ['z']"), repr(error))
+    error = raised(DataParallel, [np.ones(3)], "sgd", comm, unused="ignore")
+    agree(comm, describes(error, ValueError, "DataParallel: unused must be 'error' or 'zeros', got 'ignore'"))
+    trainer.free()
+
+
+def in_order(array, axes):
+    """The same values, in memory by these axes from the slowest to the fastest."""
+    return array.transpose(axes).copy().transpose(np.argsort(axes))
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.1, momentum=0.9), AdaGrad(lr=0.1)], ids=["sgd", "adagrad"])
+@pytest.mark.parametrize("compression", [None, "onebit"])
+@pytest.mark.parametrize("mode", ["sync", "local"])
+def test_parameters_in_any_dense_order(comm, agree, mode, compression, optimizer, mpi_tmp_path):
+    """They train as in C order, bit for bit, whatever each rank's order and its gradients' is; so do restored ones."""
+    rng = np.random.default_rng(0)
+    values = {"small": rng.standard_normal((3, 4)), "big": rng.standard_normal((10, 20, 5, 7))}
+    values = {name: w.astype(np.float32) for name, w in values.items()}
+    axes = [(0, 2, 3, 1), (3, 2, 1, 0), (0, 1, 2, 3)][comm.rank % 3]  # channels_last, Fortran, C
+    kinds = {
+        "C": {name: w.copy() for name, w in values.items()},
+        "others": {"small": np.asfortranarray(values["small"]), "big": in_order(values["big"], axes)},
+    }
+    digests = {}
+    for kind, parameters in kinds.items():
+        trainer = DataParallel(parameters, optimizer, comm=comm, mode=mode, compression=compression)
+        strides = {name: w.strides for name, w in parameters.items()}
+        for step in range(4):
+            mine = np.random.default_rng((step, comm.rank))
+            gradients = {name: mine.standard_normal(w.shape).astype(np.float32) for name, w in parameters.items()}
+            gradients["big"] = in_order(gradients["big"], (1, 3, 2, 0))
+            if step == 2:
+                save_checkpoint(mpi_tmp_path / f"{kind}.npz", trainer)
+                for w in parameters.values():
+                    w[...] = 0
+                load_checkpoint(mpi_tmp_path / f"{kind}.npz", trainer)
+            trainer.step(gradients)
+        trainer.synchronize()
+        digests[kind] = trainer.digest()
+        agree(comm, strides == {name: w.strides for name, w in trainer.parameters.items()})
+        trainer.free()
+    agree(comm, digests["C"] == digests["others"] and len(set(comm.allgather(digests["C"]))) == 1, str(digests))
+    agree(comm, all(np.array_equal(kinds["C"][name], kinds["others"][name]) for name in values))
+
+
+def test_parameters_that_cannot_be_trained(comm, agree):
+    cases = [
+        (np.ones((4, 6))[:, ::2], ValueError, "'0' must be dense, in any memory order, got shape (4, 3) with strides"),
+        (np.broadcast_to(np.ones(()), (3, 3)), ValueError, "'0' must be dense, in any memory order"),
+        (np.ones(3, ">f4"), TypeError, "'0' must have this machine's byte order; got >f4"),
+        (Immutable(np.ones(3)), ValueError, "'0' must be writable, since it is updated in place"),
+        (np.ones(3, np.int32), TypeError, "'0' must be one of float16, bfloat16, float32, float64, got int32"),
+    ]
+    for parameter, kind, text in cases:
+        error = raised(DataParallel, [parameter], "sgd", comm)
+        agree(comm, describes(error, kind, text), repr(error))
+
+
+def test_subclasses_of_arrays_are_their_plain_data(comm, agree):
+    masked = np.ma.masked_array(np.ones(3), [True, False, True])
+    trainer = DataParallel({"w": masked}, SGD(lr=1.0), comm=comm)
+    trainer.step({"w": np.ma.masked_array(np.ones(3), [False, True, True])})
+    agree(comm, np.array_equal(masked.data, [0, 0, 0]), repr(masked))
+    factors = Factors(np.ma.masked_array(np.ones((1, 3)), True), np.ones((1, 2)))
+    agree(comm, np.array_equal(factors.product(), np.ones((3, 2))))
+    trainer.free()
+
+
+def test_bfloat16_and_immutable_tensors(comm, agree):
+    """PyTorch's bfloat16 in its own memory, with gradients such as JAX's."""
+    w = tensors.Tensor(np.ones((3, 4), ml_dtypes.bfloat16))
+    trainer = DataParallel({"w": w}, SGD(lr=1.0), comm=comm)
+    for kind in (tensors.Tensor, Immutable):
+        trainer.step({"w": kind(np.ones((3, 4), ml_dtypes.bfloat16))})
+    agree(comm, bool((w.array == -1).all()), str(w.array))
+    trainer.free()

@@ -10,34 +10,49 @@ from typing import Any
 
 import numpy as np
 
-from bitring.collectives.arrays import BFLOAT16, as_array, is_device, xp_of
+from bitring.collectives.arrays import BFLOAT16, as_array, is_dense, is_device, require_native, xp_of
 from bitring.collectives.registry import Registry
 from bitring.compression.factors import Factors
-from bitring.training.tree import host_copy, is_array
+from bitring.training.tree import host_copy
 
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, BFLOAT16, np.float32, np.float64))
 
 
 def checked_weight(weight: Any, where: str) -> float:
     """``weight`` as a float. Raises TypeError and ValueError."""
-    if isinstance(weight, (str, bytes)) or not hasattr(weight, "__float__"):
-        raise TypeError(f"{where}: weight must be a number, the samples in this rank's part, got {weight!r}")
-    number = float(weight)
+    wrong = f"{where}: weight must be a number, the samples in this rank's part, got {weight!r}"
+    if isinstance(weight, (str, bytes, np.complexfloating)) or getattr(weight, "ndim", False):
+        raise TypeError(wrong)
+    try:
+        number = float(weight)
+    except Exception:  # a tensor's may be its library's own
+        raise TypeError(wrong) from None
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{where}: weight must be finite and >= 0, got {number}")
     return number
 
 
-def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Name -> array, or ``Factors``, like the parameters. Raises TypeError and ValueError."""
+def checked_unused(unused: str) -> str:
+    """What a missing gradient is. Raises ValueError."""
+    if unused not in ("error", "zeros"):
+        raise ValueError(f"DataParallel: unused must be 'error' or 'zeros', got {unused!r}")
+    return unused
+
+
+def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str, zeros: bool) -> dict[str, Any]:
+    """Name -> array, or ``Factors``, like the parameters; ``zeros``: what is None or not there is zeros.
+
+    Raises TypeError and ValueError.
+    """
     if isinstance(gradients, Mapping):
         taken = dict(gradients)
         if taken.keys() != parameters.keys():
             missing = [name for name in parameters if name not in taken]
             extra = [name for name in taken if name not in parameters]
-            raise ValueError(
-                f"{where}: gradients must have the parameters' names; missing: {missing}, unknown: {extra}"
-            )
+            if extra or not zeros:
+                raise ValueError(
+                    f"{where}: gradients must have the parameters' names; missing: {missing}, unknown: {extra}"
+                )
     elif isinstance(gradients, (list, tuple)):
         if len(gradients) != len(parameters):
             raise ValueError(
@@ -47,10 +62,18 @@ def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str)
     else:
         raise TypeError(f"{where}: gradients must be a dict or a list of arrays, got {type(gradients).__name__}")
     for name, w in parameters.items():
-        g = taken[name]
+        g = taken.get(name)
+        if g is None:
+            if not zeros:
+                raise TypeError(
+                    f"{where}: the gradient of {name!r} is None: the parameter had no part in the loss; "
+                    "DataParallel(..., unused='zeros') takes such gradients for zeros"
+                )
+            g = xp_of(w).zeros(w.shape, w.dtype)
+            taken[name] = g
         if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
             g = taken[name] = np.asarray(g)
-        elif not (is_array(g) or isinstance(g, Factors)):
+        elif not isinstance(g, Factors):
             g = taken[name] = as_array(g, where, f"the gradient of {name!r}")
         array = g.u if isinstance(g, Factors) else g
         if type(array) is not type(w) and not (isinstance(array, np.ndarray) and isinstance(w, np.ndarray)):
@@ -59,6 +82,7 @@ def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str)
                 f"got {type(array).__module__}.{type(array).__name__}"
             )
         if g.shape != w.shape or g.dtype != w.dtype:
+            require_native(g.dtype, where, f"the gradient of {name!r}")
             raise ValueError(
                 f"{where}: the gradient of {name!r} must be {w.dtype.name} of shape {w.shape}, "
                 f"got {g.dtype.name} of shape {g.shape}"
@@ -168,15 +192,18 @@ def checked_parameters(parameters: Any) -> dict[str, Any]:
     for name, array in list(named.items()):
         if not isinstance(name, str) or not name:
             raise TypeError(f"{where} must be named by non-empty strings, got the name {name!r}")
-        if not is_array(array):
-            array = named[name] = as_array(array, where, repr(name))
+        array = named[name] = as_array(array, where, repr(name))
         if is_device(array) != is_device(next(iter(named.values()))):
             raise TypeError(f"{where}: {name!r} must be on the same device as the others")
+        require_native(array.dtype, where, repr(name))
         if array.dtype not in DTYPES:
             known = ", ".join(dtype.name for dtype in DTYPES)
             raise TypeError(f"{where}: {name!r} must be one of {known}, got {array.dtype.name}")
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{where}: {name!r} must be C-contiguous, got strides {array.strides}")
+        if not (array.flags.c_contiguous if is_device(array) else is_dense(array)):
+            order = "C-contiguous" if is_device(array) else "dense, in any memory order"
+            raise ValueError(
+                f"{where}: {name!r} must be {order}, got shape {tuple(array.shape)} with strides {tuple(array.strides)}"
+            )
         if isinstance(array, np.ndarray):
             if not array.flags.writeable:
                 raise ValueError(

@@ -24,6 +24,7 @@ from bitring.compression.sufficient_factors import SufficientFactors
 from bitring.training.checks import (
     checked_gradients,
     checked_parameters,
+    checked_unused,
     checked_weight,
     chosen,
     count_of,
@@ -56,8 +57,8 @@ class DataParallel:
     """Train ``parameters`` on all ranks of ``comm``. Collective, as are ``step``, ``synchronize`` and ``free``.
 
     ``parameters``: dict of name -> array, or a list (named "0", "1", ...); float16, bfloat16, float32 or float64, NumPy
-    or CuPy (all the same) or what shares its memory through DLPack, C-contiguous and writable. They take rank 0's
-    values now and are updated in place.
+    or CuPy (all the same) or what shares its memory through DLPack, dense and writable; on the host in any memory
+    order, such as channels_last. They take rank 0's values now and are updated in place.
     ``optimizer``: a name, or an instance such as ``SGD(lr=0.05)``; settings put into ``trainer.optimizer`` later, such
     as another learning rate, hold from then on.
     ``mode``: a name, or an instance such as ``BlockMomentum(tau=50)``.
@@ -65,6 +66,8 @@ class DataParallel:
     ``OneBit(block=1024)``. Parameters with fewer values than one block of an encoder travel exactly. The first
     ``warmup_steps`` steps are exact.
     ``algorithm``: of the exact exchange, and "auto" chooses. ``bucket_bytes``: buckets are closed at this size.
+    ``unused``: what a gradient is that is None or not there, of a parameter that had no part in the loss: an "error",
+    or "zeros".
 
     Raises on all ranks alike: a rank's own mistake there as TypeError or ValueError, and on the others as PeerError
     naming that rank; MismatchError where the ranks' arguments differ.
@@ -81,6 +84,7 @@ class DataParallel:
         warmup_steps: int = 0,
         bucket_bytes: int = 25 << 20,
         check_every: int = 0,
+        unused: str = "error",
     ) -> None:
         self.comm = given_comm(comm, "DataParallel")
         self.rank = self.comm.Get_rank()
@@ -106,6 +110,7 @@ class DataParallel:
             self.check_every = self._check_at = count_of("check_every", check_every, 0)
             self._parameters = checked_parameters(parameters)
             self._bucket_bytes = count_of("bucket_bytes", bucket_bytes, 1)
+            self.unused = checked_unused(unused)
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
         raise_everywhere(self.comm, "DataParallel", error)
@@ -224,7 +229,8 @@ class DataParallel:
         """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.
 
         ``gradients`` match the parameters in names (or order), shapes, dtypes and device; any strides, through DLPack
-        as well; they are only read, and not looked at when ``weight`` is 0. One of two dimensions may be given as
+        as well; NumPy's subclasses are their plain data. They are only read, and not looked at at all, whatever they
+        are, when ``weight`` is 0. One of two dimensions may be given as
         ``Factors``. All ranks make equally many steps; total weight 0 changes nothing.
 
         A rank's bad arguments raise TypeError or ValueError there and PeerError on the others, NaN or Inf
@@ -466,11 +472,12 @@ class DataParallel:
     def _checked(self, gradients: Any, weight: Any) -> tuple[dict[str, Any], float]:
         where = self._where()
         number = checked_weight(weight, where)
-        taken = checked_gradients(gradients, self._parameters, where)
-        if number:
-            bad = self._not_finite(taken)
-            if bad is not None:
-                raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self.rank}")
-            if self._has_factors(taken) and not isinstance(self.compression, SufficientFactors):
-                taken = {name: g.product() if isinstance(g, Factors) else g for name, g in taken.items()}
+        if not number:
+            return {}, number
+        taken = checked_gradients(gradients, self._parameters, where, self.unused == "zeros")
+        bad = self._not_finite(taken)
+        if bad is not None:
+            raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self.rank}")
+        if self._has_factors(taken) and not isinstance(self.compression, SufficientFactors):
+            taken = {name: g.product() if isinstance(g, Factors) else g for name, g in taken.items()}
         return taken, number

@@ -46,8 +46,9 @@ class Optimizer(ABC):
     def update(self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: State) -> None:
         """One step, in place on ``parameters`` and ``state``; ``gradients`` are only read.
 
-        ``parameters`` are C-contiguous floating-point arrays, NumPy or CuPy; they may be some of those that ``state``
-        was made for. ``gradients`` has an array of the same shape and dtype for each. Allocates two pieces of scratch.
+        ``parameters`` are floating-point arrays, NumPy or CuPy; they may be some of those that ``state`` was made for.
+        ``gradients`` has an array of the same shape and dtype for each. Allocates two pieces of scratch, and copies of
+        parameters that are not C-contiguous.
         """
         scratch: dict[Any, tuple[Any, Any]] = {}
         for name, parameter in parameters.items():
@@ -63,6 +64,10 @@ class Optimizer(ABC):
                 part = slice(start, min(start + piece, n))
                 size = part.stop - start
                 self.apply(w[part], g[part], {slot: s[part] for slot, s in slots.items()}, t[:size], u[:size])
+            if not parameter.flags.c_contiguous:
+                parameter[...] = w.reshape(parameter.shape)
+                for slot, s in slots.items():
+                    state[slot][name][...] = s.reshape(parameter.shape)
 
     def restart(self, state: State) -> None:
         """Forget the directions of past steps (momentum), in place; what scales the steps stays."""
