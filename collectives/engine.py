@@ -9,7 +9,6 @@ when there is none; below MPI's thread level ``multiple`` there is no such threa
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import logging
 import os
@@ -18,19 +17,21 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives import contact
 from bitring.collectives.arrays import surroundings
-from bitring.collectives.errors import PeerError, RefusedError
+from bitring.collectives.contact import CARD_NBYTES, Card, Contact, ports
+from bitring.collectives.death import died
+from bitring.collectives.errors import DeadRankError, PeerError, RefusedError
 from bitring.collectives.executor import Progress, Steps, StepsTo
 from bitring.collectives.extension import native
 from bitring.collectives.presence import leave
-from bitring.collectives.shared import Shared
-from bitring.collectives.transport import NOTE_TAG
+from bitring.collectives.shared import LEFT_SECONDS, Shared
 
 logger = logging.getLogger("bitring")
 
@@ -47,10 +48,9 @@ _DRIVE_SECONDS = 0.05
 
 ADVICE = "all ranks can go on with a new one (comm.Dup()), or begin again from the last checkpoint"
 
-_FAILED = -(1 << 40)
-"""What a rank says that has broken off a job; other notes are jobs' numbers, and ranks that are gone."""
+_ANSWER_SECONDS = 2.0
+"""So long before it warns, a rank asks the others where they are."""
 
-_GRACE_SECONDS = 2.0
 _GENTLE_SECONDS = 1e-3
 _SPINS = 200
 _NAP_SECONDS = 20e-6
@@ -75,11 +75,10 @@ class Lane:
         self.jobs: deque[Job] = deque()
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
+        self.dead: list[int] | None = None  # ranks that are gone, where it is broken because of that
         self.wrecks: list[Job] = []  # cut short: the library may still write to their memory
-        self._waiting: dict[int, int] = {}  # the last job that another rank said it waits in
-        self._gone: set[int] = set()  # ranks that another rank, or they themselves, said are gone
-        self.failed: set[int] = set()  # ranks that said that they have given up in the middle of a job
-        self._words: list[Any] = []  # what others may not have been told yet
+        self.contact: Contact | None = None  # past the MPI library; made by the first job
+        self._meeting: tuple[MPI.Request, Any] | None = None  # while it is made
         self._shared: Shared | None = None
         self.idle = False
         engine.lanes.add(self)
@@ -107,34 +106,37 @@ class Lane:
             self.wrecks.append(wreck)
         self.rest()
 
+    def loses(self, gone: Sequence[int], wreck: Job | None = None) -> None:
+        """Refuse every further job, since ranks are gone; and tell the others, who may wait for this one."""
+        engine.bereaved = True
+        self.dead = list(gone)
+        self.breaks(f"{_are(gone)} gone", wreck)
+        if self.contact is not None:
+            self.contact.tell_gone(gone)
+
     def cut_short(self, what: str, error: BaseException | None, wreck: Job | None = None) -> None:
         """Refuse every further job, since others may still exchange what this rank has given up; and tell them."""
         if not self.broken:
             self.breaks(f"{what} was cut short by {type(error).__name__}", wreck)
-            self.failed.add(self.rank)  # for the jobs that are left
-            if self._made is None:
-                self._tell_failure()
-            else:
+            if self.contact is not None:
+                self.contact.tell_failed()
+            elif self._made is not None or self.comm.Get_size() > 1:
 
                 def tell(progress: Progress) -> Steps:
                     yield from ()
-                    self._tell_failure()
+                    if self.contact is not None:
+                        self.contact.tell_failed()
 
                 engine.enqueue(Job(self, tell, what, self.count, None))
                 engine.start_thread()
 
-    def _tell_failure(self) -> None:
-        with contextlib.suppress(MPI.Exception):  # the library may be what has failed
-            self._tell(set(range(self.comm.Get_size())) - {self.rank}, _FAILED)
-
     def close(self) -> None:
-        """The communicator is freed."""
-        if self._made is None:
-            self.drain_notes()
-        # Where ranks tell each other of a failure, words may still be under way: the library may give the next
-        # communicator this one's number, and its ranks these words.
-        keep = bool(self.broken or self.failed or self._gone or self.jobs or self._made is not None)
+        """The communicator is freed. Silent where it is broken."""
+        # What others still exchange may be under way: the library may give the next communicator this one's number.
+        keep = bool(self.broken or self.jobs or self._made is not None) or self.hears_of_trouble()
         self.breaks("it was freed")
+        if self.contact is not None:
+            self.contact.close()
         if self._shared is not None:
             self._shared.direct.close()
             self._shared = None
@@ -169,7 +171,8 @@ class Lane:
         ``on_done`` is called at its end, in the thread that drove it there.
         """
         if self.broken:
-            raise RuntimeError(f"{what}: this communicator is unusable since {self.broken}; {ADVICE}")
+            text = f"{what}: this communicator is unusable since {self.broken}"
+            raise RuntimeError(f"{text}; {ADVICE}") if self.dead is None else DeadRankError(text, self.dead)
         _timeout()  # a bad setting is the caller's error, not the progress thread's
         self.count += 1
         job = Job(self, steps, what, self.count, on_done)
@@ -178,7 +181,7 @@ class Lane:
         return job
 
     def run(self, steps: Callable[[Progress], Steps], progress: Progress) -> Steps:
-        """A job's steps, when the communicator is there."""
+        """A job's steps, when the communicator is there, and the ranks know where to reach each other."""
         while self._made is not None:
             if self._made.Test():
                 self._made = None
@@ -186,61 +189,63 @@ class Lane:
                 progress.moves += 1
             else:
                 yield
+        if self.contact is None and self.comm.Get_size() > 1:
+            yield from self._meet(progress)
         yield from steps(progress)
 
-    def drain_notes(self) -> None:
-        """Receive what others said while they waited for this rank."""
-        note = np.empty(1, np.int64)
-        status = MPI.Status()
-        while self.comm.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
-            source = status.Get_source()
-            self.comm.Recv(note, source, NOTE_TAG)
-            if note[0] == _FAILED:
-                self.failed.add(source)
-            elif note[0] < 0:
-                self._gone.add(-1 - int(note[0]))
-            else:
-                self._waiting[source] = int(note[0])
+    def _meet(self, progress: Progress) -> Steps:
+        if self._meeting is None:  # else by a job that was given up
+            cards = np.zeros((self.comm.Get_size(), CARD_NBYTES), np.uint8)
+            cards[self.rank] = np.frombuffer(ports().card().pack(), np.uint8)
+            self._meeting = self.comm.Iallgather(MPI.IN_PLACE, cards), cards
+        request, cards = self._meeting
+        while not request.Test():
+            yield
+        self._meeting = None
+        progress.moves += 1
+        self.contact = Contact(self.rank, [Card.unpack(card.tobytes()) for card in cards], self._where)
 
-    def _tell(self, ranks: Collection[int], note: int) -> None:
-        # Eight bytes are sent eagerly: done at once, whether or not anybody reads them.
-        word = np.array([note], np.int64)
-        for rank in ranks:
-            request = self.comm.Isend(word, rank, NOTE_TAG)
-            if not request.Test():
-                request.Free()
-                self._words.append(word)
-
-    def tell_gone(self, gone: Collection[int]) -> None:
-        """Tell the others that these ranks are gone: they may wait for this one, which will not do its part now."""
-        if self._made is None:
-            others = [r for r in range(self.comm.Get_size()) if r != self.rank and r not in gone]
-            for rank in gone:
-                self._tell(others, -1 - rank)
+    def _where(self) -> tuple[int, str] | None:
+        """The job that this rank waits in, and its name; number 0 for another communicator's. None when in none."""
+        if self.jobs:
+            return self.jobs[0].number, f"an earlier {self.jobs[0].what}"
+        return engine.waits_in()
 
     def gone(self, awaited: Collection[int], seconds: float) -> list[int]:
-        """The ranks that a wait of ``seconds`` for the ranks ``awaited`` is in vain for; see ``Shared.gone``."""
-        if self._made is not None:
-            return []
-        self.drain_notes()
-        seen = [] if self._shared is None else self._shared.gone(awaited, seconds)
-        return sorted({*seen, *self._gone} - {self.rank})
+        """The ranks that a wait of ``seconds`` for the ranks ``awaited`` (none: not known) is in vain for.
 
-    def absent(self, number: int) -> list[int]:
-        """The ranks that have not come to job ``number``: those that wait in it, too, tell each other.
-
-        Empty while there is no communicator to tell it in.
+        One that died is missed at once. One that left the job in good order may have done its part before.
         """
-        if self._made is not None:
-            return []
-        missing = set(range(self.comm.Get_size())) - {self.rank}
-        self._tell(missing, number)
-        until = time.monotonic() + _GRACE_SECONDS
-        while missing and time.monotonic() < until:
-            self.drain_notes()
-            missing -= {rank for rank, job in self._waiting.items() if job >= number}
-            time.sleep(0.01)
-        return sorted(missing)
+        gone = set() if self._shared is None else set(self._shared.gone(awaited, seconds))
+        if self.contact is not None:
+            self.contact.watch(awaited)
+            gone |= self.contact.dead | self.contact.quitters
+            if seconds > LEFT_SECONDS:
+                gone |= self.contact.left
+        return sorted(gone)
+
+    @property
+    def failed(self) -> set[int]:
+        """The ranks that have given up in the middle of a job; this one among them, for the jobs that are left."""
+        return set() if self.contact is None else self.contact.failed
+
+    def hears_of_trouble(self) -> bool:
+        """Whether a rank is said to be gone, or to have failed."""
+        if self.contact is None:
+            return False
+        ports().read()
+        return bool(self.contact.failed or self.contact.dead)
+
+    def ask(self, job: Job) -> None:
+        """Ask the others where they are; this rank waits in the job."""
+        if self.contact is not None:
+            self.contact.ask(job.number, f"an earlier {job.what}")
+
+    def missing(self, number: int) -> str:
+        """The ranks that have not come to job ``number``, and where they are, in words. Empty: none is known."""
+        silent, elsewhere = ([], {}) if self.contact is None else self.contact.silent(number)
+        said = [f"ranks that have not come to it: {silent}"] if silent else []
+        return "; ".join(said + [f"rank {rank} waits in {where}" for rank, where in elsewhere.items()])
 
 
 class Job:
@@ -260,45 +265,45 @@ class Job:
         self.done = False
         self.error: BaseException | None = None
         self._on_done = on_done
+        self._begun = False
         self._progress = Progress()
         self._steps = lane.run(steps, self._progress)
         self._surroundings = surroundings()
         self._seen = (-1, 0.0)  # moves, and when they were first counted
-        self._warned = False
         self._left = False  # by its caller, who was interrupted: nobody may hear of its error
+        self._warned = 0.0  # when
+        self._asked = 0.0  # when
         self._look_at = 0.0
         self._awaited: frozenset[int] = frozenset()  # by the operation
         self.operation: Any = None  # a native operation that it waits for
 
     def advance(self) -> bool:
-        """Do what can be done now. Whether anything moved."""
-        if self.operation is not None and not self.operation.over:
-            self.operation.advance()
+        """Do what can be done now. Whether anything moved. What goes wrong here ends this job, and no other."""
         try:
-            if self._surroundings is None:
-                self.operation = next(self._steps)
-            else:
-                with self._surroundings():
-                    self.operation = next(self._steps)
+            return self._advance()
         except StopIteration:
             self.end(None)
-            return True
         except RefusedError as error:
             self.end(error.__cause__, refused=True)
-            return True
         except MPI.Exception as error:
-            # The library may see that a process died before its lock is given back.
-            until = time.monotonic() + _LOOK_SECONDS
-            while not self._bereaved(float("inf")) and time.monotonic() < until:
-                time.sleep(0.01)
-            if not self.done:
-                self.end(error)
-            return True
+            self.end(self._as_death(error))
         except BaseException as error:
             self.end(error)
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                 raise  # the caller may wait for another job
-            return True
+        return True
+
+    def _advance(self) -> bool:
+        if not self._begun and self.lane.hears_of_trouble() and self._bereaved(0):
+            return True  # before anything is sent to whoever is gone
+        self._begun = True
+        if self.operation is not None and not self.operation.over:
+            self.operation.advance()
+        if self._surroundings is None:
+            self.operation = next(self._steps)
+        else:
+            with self._surroundings():
+                self.operation = next(self._steps)
         moves = self._progress.moves
         if self.operation is not None:
             moves += self.operation.moves
@@ -310,34 +315,51 @@ class Job:
         if moves != self._seen[0]:
             self._seen = (moves, now)
             return True
-        self._mind_silence(now - self._seen[1])
-        return False
+        self._mind_silence(now)
+        return self.done
 
-    def _mind_silence(self, seconds: float) -> None:
+    def _as_death(self, error: MPI.Exception) -> BaseException:
+        """The library's error; a DeadRankError when a rank has died."""
+        # The library may see that a process died before its lock is given back, or its port is closed.
+        until = time.monotonic() + _LOOK_SECONDS
+        while not (seen := self.lane.gone(self._progress.peers, float("inf"))) and time.monotonic() < until:
+            time.sleep(0.01)
+            ports().read()
+        gone = seen or died(error, self.lane.comm)
+        return error if gone is None else self._death(gone)
+
+    def _death(self, gone: Sequence[int]) -> DeadRankError:
+        self.lane.loses(gone, self)
+        return DeadRankError(f"{self.what}: {_are(gone)} gone: the process has ended or left the job", gone)
+
+    def _mind_silence(self, now: float) -> None:
+        seconds = now - self._seen[1]
         if seconds < _LOOK_SECONDS:
             return
-        now = time.monotonic()
         if now > self._look_at:
             self._look_at = now + _LOOK_SECONDS
+            ports().read()
             if self._bereaved(seconds):
                 return
-        if seconds < min(SILENCE_SECONDS, _timeout()):
+        limit = _timeout() if self._warned else min(SILENCE_SECONDS, _timeout())
+        if seconds >= limit - min(_ANSWER_SECONDS, limit / 2) and self._asked <= max(self._seen[1], self._warned):
+            self._asked = now
+            self.lane.ask(self)
+        if seconds < limit:
             return
+        ports().read()
+        who = self.lane.missing(self.number)
+        if not who and self._progress.peers:
+            who = f"messages due from ranks {sorted(self._progress.peers)}"
+        complaint = f"rank {self.lane.rank} has waited {seconds:.0f} s in {self.what}; "
+        complaint += who or "some rank has not come to it"
         if not self._warned:
-            self._warned = True
-            missing = self.lane.absent(self.number)
-            if missing:
-                who = f"ranks that have not come to it: {missing}"
-            elif self._progress.peers:
-                who = f"messages due from ranks {sorted(self._progress.peers)}"
-            else:
-                who = "some rank has not come to it"
-            self._complaint = f"rank {self.lane.rank} has waited {seconds:.0f} s in {self.what}; {who}"
-            logger.warning("%s", self._complaint)
+            self._warned = now
+            logger.warning("%s", complaint)
         if seconds >= _timeout():
             engine.bereaved = True
             self.lane.breaks(f"{self.what} timed out", self)
-            self.end(TimeoutError(f"{self._complaint} (BITRING_TIMEOUT={_timeout():g})"))
+            self.end(TimeoutError(f"{complaint} (BITRING_TIMEOUT={_timeout():g})"))
 
     def _bereaved(self, seconds: float) -> bool:
         """End with an error when the wait, of ``seconds`` by now, is for ranks that are gone or have failed.
@@ -345,22 +367,18 @@ class Job:
         Whether it is.
         """
         gone = self.lane.gone(self._progress.peers, seconds)
-        if not gone and not self.lane.failed:
-            return False
-        if not gone:
+        if gone:
+            self.end(self._death(gone))
+        elif self.lane.failed:
             failed = f"rank {min(self.lane.failed)} has failed in it, or in what came before"
             self.lane.breaks(failed, self)
             self.end(PeerError(f"{self.what}: {failed}; {ADVICE}"))
-            return True
-        who = f"rank {gone[0]} is" if len(gone) == 1 else f"ranks {gone} are"
-        engine.bereaved = True
-        self.lane.tell_gone(gone)
-        self.lane.breaks(f"{who} gone", self)
-        self.end(PeerError(f"{self.what}: {who} gone: the process has ended or left the job"))
-        return True
+        return self.done
 
     def end(self, error: BaseException | None, refused: bool = False) -> None:
         """It is over, by ``error`` or well; with the engine's lock in hand. ``refused``: nothing was exchanged."""
+        if self.done:
+            return
         self.error = error
         cut_short = (error is not None and not refused) and (
             self._progress.exchanging
@@ -368,13 +386,18 @@ class Job:
             or isinstance(error, (MPI.Exception, MemoryError))
             or not isinstance(error, Exception)
         )
-        if cut_short:
-            self.lane.cut_short(self.what, error, self)
         self.lane.jobs.remove(self)
-        self.lane.rest()
-        self.done = True
+        try:
+            if cut_short:
+                self.lane.cut_short(self.what, error, self)
+            self.lane.rest()
+        finally:
+            self.done = True
         if self._on_done is not None:
-            self._on_done()
+            try:
+                self._on_done()
+            except Exception as failure:
+                self.error = self.error or failure
 
     def wait(self) -> None:
         """Drive the communicator's jobs until this one is over; raises its error. It goes on after an interrupt."""
@@ -393,6 +416,12 @@ class Job:
         if not self.done:
             engine.nudge(self.lane)
         return self.done
+
+
+def _are(ranks: Sequence[int]) -> str:
+    if not ranks:
+        return "a rank is"
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {list(ranks)} are"
 
 
 @functools.cache
@@ -482,8 +511,12 @@ class Engine:
             moved = self._advance_all()
             operations = [lane.jobs[0].operation for lane in list(self._lanes) if lane.jobs]
             if operations and self._native is not None and all(each is not None for each in operations):
-                self._native.drive(operations, self._wake_driver, _DRIVE_SECONDS, gentle)
                 moved = True
+                try:
+                    self._native.drive(operations, self._wake_driver, _DRIVE_SECONDS, gentle)
+                except Exception as error:  # whose fault it is cannot be told
+                    for job in [lane.jobs[0] for lane in list(self._lanes) if lane.jobs]:
+                        job.end(error)
         return moved
 
     def _advance(self, lane: Lane) -> bool:
@@ -552,6 +585,13 @@ class Engine:
             self._rested = now
             _rest(self._idle_polls)
 
+    def waits_in(self) -> tuple[int, str] | None:
+        """What this process waits in, for a rank of a communicator that has no job; None when in nothing."""
+        for lane in list(self._lanes):
+            if lane.jobs:
+                return 0, f"{lane.jobs[0].what} of another communicator"
+        return None
+
     def _polling(self) -> bool:
         now = time.monotonic()
         return now - self._polled < _POLL_SECONDS and now - self._polled_since > _POLL_REST_SECONDS
@@ -582,8 +622,9 @@ class Engine:
         if self._thread is not None:
             self._thread.join(timeout=5)
         for lane in self._lanes:  # their jobs will not be done
-            if not MPI.Is_finalized():
-                lane.tell_gone([lane.rank])
+            if lane.contact is not None:
+                lane.contact.tell_quit()
+        contact.leave()
         if self.bereaved and not MPI.Is_finalized():
             sys.stdout.flush()
             sys.stderr.flush()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class MismatchError(ValueError):
     """Ranks asked for different things in one collective call; the text names the ranks that differ."""
@@ -9,6 +12,20 @@ class MismatchError(ValueError):
 
 class PeerError(RuntimeError):
     """Another rank could not take part in a collective call (its arguments were bad, or it failed); names the rank."""
+
+
+class DeadRankError(PeerError):
+    """Another rank's process has died, or has left the job while it was waited for.
+
+    ``ranks``: the ranks of the communicator that are gone, ascending; empty where the MPI library does not say which.
+    """
+
+    def __init__(self, text: str, ranks: Iterable[int]) -> None:
+        super().__init__(text)
+        self.ranks = tuple(sorted(ranks))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.ranks)
 
 
 class NonFiniteError(FloatingPointError):

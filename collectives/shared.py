@@ -16,7 +16,8 @@ from bitring.collectives.library_steps import allgather_steps
 from bitring.collectives.node_memory import share
 from bitring.collectives.presence import own_descriptor, presence_of
 
-_LEFT_SECONDS = 5.0
+LEFT_SECONDS = 5.0
+"""What a process has done before it left has come by then."""
 
 
 class _Part:
@@ -57,7 +58,7 @@ class Shared:
         for rank, presence in zip(self.ranks, self._presences, strict=True):
             if presence is None:
                 continue
-            in_vain = rank in awaited or (not awaited and seconds > _LEFT_SECONDS)
+            in_vain = rank in awaited or (not awaited and seconds > LEFT_SECONDS)
             if presence.dead or (in_vain and presence.left):
                 gone.append(rank)
         return gone

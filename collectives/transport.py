@@ -21,7 +21,6 @@ CHANNELS = 16
 
 _TAGS = 32768 // CHANNELS
 
-NOTE_TAG = 32767
 PIECE_TAG = _TAGS - 1
 """The last tag of a channel is one that no message of a program has."""
 

@@ -89,8 +89,7 @@ def test_silence_is_warned_of_once_and_harms_nothing(world, agree, caplog, monke
     late = world.size - 1
     x = np.full(100, 1.0)
     world.Allreduce(None, np.zeros(1))
-    monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.3)
-    monkeypatch.setattr(engine_module, "_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.8)
     monkeypatch.setattr(logging.getLogger("bitring"), "propagate", True)
     world.Barrier()
     with caplog.at_level(logging.WARNING, logger="bitring"):
@@ -98,12 +97,10 @@ def test_silence_is_warned_of_once_and_harms_nothing(world, agree, caplog, monke
             time.sleep(1.5)
         world.Allreduce(None, x)
     told = [record.getMessage() for record in caplog.records if record.name == "bitring"]
-    if world.size == 1:
+    if world.size == 1 or world.rank == late:
         want = told == []
-    elif world.rank == late:
-        want = len(told) <= 1  # it may itself wait for those that are still asking who is missing
     else:
-        text = f"rank {world.rank} has waited 0 s in Allreduce; ranks that have not come to it: [{late}]"
+        text = f"rank {world.rank} has waited 1 s in Allreduce; ranks that have not come to it: [{late}]"
         want = told == [text]
     agree(world, want, str(told))
     agree(world, bool((x == world.size).all()), "wrong sum")
@@ -112,7 +109,6 @@ def test_silence_is_warned_of_once_and_harms_nothing(world, agree, caplog, monke
         x[:] = 1
         world.Allreduce(None, x)
         agree(world, bool((x == world.size).all()), "wrong sum afterwards")
-    state_of(world).lane.drain_notes()
 
 
 def test_an_error_in_the_middle_closes_the_communicator(comm, agree):

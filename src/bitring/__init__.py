@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitring.collectives.allreduce import allreduce as allreduce
     from bitring.collectives.communicator import Communicator as Communicator
+    from bitring.collectives.errors import DeadRankError as DeadRankError
     from bitring.collectives.errors import MismatchError as MismatchError
     from bitring.collectives.errors import NonFiniteError as NonFiniteError
     from bitring.collectives.errors import PeerError as PeerError
@@ -57,6 +58,7 @@ _WHERE = {
     "Communicator": "collectives.communicator",
     "Compressor": "compression.compressor",
     "DataParallel": "training.data_parallel",
+    "DeadRankError": "collectives.errors",
     "Encoder": "compression.encoder",
     "Factors": "compression.factors",
     "MismatchError": "collectives.errors",

@@ -1,0 +1,252 @@
+"""Ranks that die or fall silent: on this node, on another host, and as the MPI library tells of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bitring
+from bitring.collectives import engine as engine_module
+from bitring.collectives.communicator import Communicator
+from bitring.collectives.engine import engine
+from bitring.collectives.state import state_of
+
+HOSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "hosts.py"
+
+# The launcher's other ranks outlive one that died: it tells them by SIGUSR1.
+SURVIVE = ("-disable-auto-cleanup", "sh", "-c", 'trap "" USR1; "$0" "$@" || echo "status $?"', sys.executable, "-c")
+
+START = """
+import os, signal, subprocess, sys, time
+import numpy as np
+from mpi4py import MPI
+import bitring
+comm = bitring.Communicator(MPI.COMM_WORLD.Dup(), algorithm="ring")
+other = bitring.Communicator(MPI.COMM_WORLD.Dup())
+x = np.ones(1000)
+for each in (comm, other):
+    each.Allreduce(MPI.IN_PLACE, x)
+def tell(do, since):
+    try:
+        do()
+    except Exception as error:
+        seconds = time.monotonic() - since
+        text = f"rank {rank}, {seconds < 2}, {type(error).__name__}, {getattr(error, 'ranks', None)}, {error}" + chr(10)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+rank = comm.rank
+begun = time.monotonic()
+"""
+
+KILLED = """
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if rank == comm.size - 1:
+    time.sleep(1)
+    begun = time.monotonic()
+tell(lambda: comm.Allreduce(MPI.IN_PLACE, x), begun)
+time.sleep(0.5)
+tell(lambda: other.Allreduce(MPI.IN_PLACE, x), time.monotonic())
+comm.Free()
+time.sleep(1)
+os._exit(0)
+"""
+
+LINK_DOWN = """
+from bitring.collectives import engine
+engine.SILENCE_SECONDS = 1
+if rank == 1:
+    subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+tell(lambda: comm.Allreduce(MPI.IN_PLACE, x), begun)
+time.sleep(1)
+if rank == 1:  # for the launcher
+    subprocess.run(["ip", "link", "set", "eth0", "up"], check=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts() -> None:
+    done = subprocess.run([sys.executable, HOSTS, "--probe"], capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0:
+        pytest.skip((done.stdout + done.stderr).strip())
+    if "HYDRA" not in subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout:
+        pytest.skip("needs the mpirun of MPICH, which can be told to let the others live")
+
+
+def on_hosts(environment: dict[str, str], hosts: int, ranks: int, text: str) -> list[str]:
+    command = [sys.executable, HOSTS, "--hosts", hosts, "--ranks-per-host", ranks, "--rate", "none", "--", *SURVIVE]
+    done = subprocess.run(
+        [*map(str, command), START + text], env=environment, capture_output=True, text=True, timeout=40, check=False
+    )
+    assert "status 139" not in done.stdout, done.stdout + done.stderr  # SIGSEGV, in the MPI library
+    return [*done.stdout.splitlines(), *done.stderr.splitlines()]
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(("number", "ranks"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_a_rank_killed_on_another_host(hosts, clean_environment, number: int, ranks: int):
+    """Its end is seen at once, by a rank that slept meanwhile when it comes; no other communicator is tried."""
+    told = on_hosts(clean_environment(), number, ranks, KILLED)
+    for rank in {*range(number * ranks)} - {1}:
+        text = f"rank {rank}, True, DeadRankError, (1,), Allreduce: rank 1 is gone: the process has ended"
+        text += " or left the job"
+        assert told.count(text) == 2, "\n".join(told)
+
+
+@pytest.mark.single
+@pytest.mark.slow
+def test_a_host_that_cannot_be_reached_is_silent(hosts, clean_environment):
+    told = on_hosts(clean_environment(BITRING_TIMEOUT="3"), 3, 1, LINK_DOWN)
+    for rank in (0, 2):
+        said = f"rank {rank} has waited {{}} s in Allreduce; ranks that have not come to it: [1]"
+        assert said.format(1) in told, "\n".join(told)
+        error = f"rank {rank}, False, TimeoutError, None, {said.format(3)} (BITRING_TIMEOUT=3)"
+        assert error in told, "\n".join(told)
+
+
+def job(steps, what: str, world: Communicator):
+    return state_of(world).lane.submit(steps, what)
+
+
+@pytest.mark.parametrize("elsewhere", ["an earlier", pytest.param("another communicator", marks=pytest.mark.slow)])
+def test_a_warning_says_who_is_silent_and_who_waits_where(comm, agree, caplog, monkeypatch, elsewhere: str):
+    """Rank 1 sleeps, rank 0 waits in something else, and the last rank wants to know."""
+    if not 1 < comm.size < 4:
+        pytest.skip("every rank has its part: 2 or 3 ranks")
+    world, other = Communicator(comm.Dup()), Communicator(comm.Dup())
+    for each in (world, other):
+        each.Allreduce(None, np.zeros(1))
+    monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.8)
+    monkeypatch.setattr(logging.getLogger("bitring"), "propagate", True)
+    until = time.monotonic() + 1.3
+
+    def nothing(progress):
+        yield from ()
+
+    def wait(progress):
+        while time.monotonic() < until:
+            yield
+
+    comm.Barrier()
+    told: list[str] = []
+    last = comm.rank == comm.size - 1
+    with caplog.at_level(logging.WARNING, logger="bitring"):
+        if comm.rank == 0:
+            job(wait, "Reduce", world if elsewhere == "an earlier" else other).wait()
+        elif comm.rank == 1 and not last:
+            time.sleep(1.3)
+        elif last:
+            job(nothing, "Reduce", world).wait()
+            job(wait, "Bcast", world).wait()
+            told = [record.getMessage() for record in caplog.records if record.name == "bitring"]
+    silent = "ranks that have not come to it: [1]; " if comm.size > 2 else ""
+    where = "an earlier Reduce" if elsewhere == "an earlier" else "Reduce of another communicator"
+    text = f"rank {comm.rank} has waited 1 s in Bcast; {silent}rank 0 waits in {where}"
+    agree(comm, not last or told == [text], f"{told}, expected {text}")
+    comm.Barrier()
+    for each in (world, other):
+        each.Free()
+
+
+class WatchError(Exception):
+    pass
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("broken", ["look", "ask", "on_done", "drive"])
+def test_an_error_of_the_engine_ends_one_job_alone(comm, agree, monkeypatch, broken: str):
+    world, other = Communicator(comm.Dup()), Communicator(comm.Dup())
+    x = np.ones(5)
+    for each in (world, other):
+        each.Allreduce(None, x)
+    state = state_of(world)
+
+    def fail(*_):
+        raise WatchError
+
+    class Operation:
+        over, moves, awaited = False, 0, -1
+
+        def advance(self):
+            if broken == "drive":
+                raise WatchError
+
+    def steps(progress):
+        until = time.monotonic() + 2
+        while broken != "on_done" and time.monotonic() < until:
+            yield Operation() if broken == "drive" else None
+
+    if broken == "look":
+        monkeypatch.setattr(state.lane, "gone", fail)
+    elif broken == "ask":
+        monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.3)
+        monkeypatch.setattr(state.lane, "ask", fail)
+    elif broken == "drive" and engine._native is not None:
+        monkeypatch.setattr(engine, "_native", type("Native", (), {"drive": fail}))
+    with pytest.raises(WatchError):
+        state.lane.submit(steps, "a test", on_done=fail if broken == "on_done" else None).wait()
+    monkeypatch.undo()
+    left = len(state.lane.jobs)
+    y = np.ones(5)
+    for _ in range(2):
+        other.Allreduce(None, y)
+    agree(comm, left == 0 and bool((y == comm.size**2).all()), f"{left} jobs left, {y}")
+    world.Free()
+    other.Free()
+
+
+@pytest.mark.single
+def test_the_librarys_word_for_a_death(comm):
+    from mpi4py import MPI
+
+    from bitring.collectives.death import died
+
+    mpich = MPI.Get_library_version().startswith("MPICH")
+    world = Communicator(comm.Dup())
+    for code in (101, 103) if mpich else (MPI.ERR_PROC_FAILED, MPI.ERR_REVOKED):
+        error = MPI.Exception(code)
+        assert died(error, world) == []
+
+        def steps(progress, error=error):
+            raise error
+            yield
+
+        with pytest.raises(bitring.DeadRankError, match="a test: a rank is gone") as caught:
+            state_of(world).lane.submit(steps, "a test").wait()
+        assert caught.value.ranks == ()
+        with pytest.raises(bitring.DeadRankError, match=r"this communicator is unusable since a rank is gone$"):
+            state_of(world).lane.submit(steps, "a test").wait()
+        world.Free()
+        world = Communicator(comm.Dup())
+    assert died(MPI.Exception(MPI.ERR_TRUNCATE), world) is None
+    world.Free()
+    engine.bereaved = False
+
+
+@pytest.mark.single
+def test_the_error_of_a_death():
+    error = bitring.DeadRankError("Bcast: ranks [2, 1] are gone", [2, 1])
+    assert isinstance(error, bitring.PeerError)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.ranks) == ("Bcast: ranks [2, 1] are gone", (1, 2))
+
+
+@pytest.mark.single
+def test_a_forked_child_keeps_no_port_open():
+    from bitring.collectives.contact import ports
+
+    assert ports().card().words
+    child = os.fork()
+    if child == 0:
+        os._exit(int(ports().card().words != 0))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert ports().card().words
