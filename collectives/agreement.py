@@ -40,6 +40,7 @@ class Request:
     ``function`` is the call's name; ``terms`` what all ranks must give alike, as ordered (name, value) pairs;
     ``library`` whether this rank needs the MPI library's own call; ``error`` what is wrong with its arguments.
     ``flag`` is one bit for the others to learn: after ``agree`` it says whether any rank had it set.
+    ``refused``: the call was not made, since another thread was in one.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Request:
         library: bool = False,
         error: Exception | None = None,
         flag: bool = False,
+        refused: bool = False,
     ) -> None:
         self.function = function
         self.terms: dict[str, object] = terms or {}
         self.library = library
         self.error = error
         self.flag = flag
+        self.refused = refused
 
     def words(self) -> str:
         """The request as the error message shows it."""
@@ -143,24 +146,29 @@ def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: 
         return
     error = "" if request.error is None else f"{type(request.error).__name__}: {request.error}"
     terms = {name: str(value) for name, value in request.terms.items()}
-    everyone = yield from allgather_steps(comm, (request.function, terms, error), progress)
+    everyone = yield from allgather_steps(comm, (request.function, terms, error, request.refused), progress)
+    refused = [(r, text) for r, (_, _, text, is_refused) in enumerate(everyone) if is_refused]
+    if refused:
+        progress.ends = f"two threads of rank {refused[0][0]} were in its calls at the same time"
     if request.error is not None:
         raise request.error
-    bad = [(r, text) for r, (_, _, text) in enumerate(everyone) if text]
+    if refused:
+        raise MismatchError(f"{request.function}: rank {refused[0][0]} refused its call: {refused[0][1]}")
+    bad = [(r, text) for r, (_, _, text, _) in enumerate(everyone) if text]
     if bad and verdict.same_function:
         raise PeerError(f"{request.function}: rank {bad[0][0]} could not take part: {bad[0][1]}")
     raise MismatchError(_difference(everyone))
 
 
-def _difference(everyone: list[tuple[str, dict[str, str], str]]) -> str:
+def _difference(everyone: list[tuple[str, dict[str, str], str, bool]]) -> str:
     """Which ranks differ from most, and in what."""
-    functions = Counter(function for function, _, _ in everyone)
+    functions = Counter(function for function, *_ in everyone)
     usual, _ = functions.most_common(1)[0]
-    others = [r for r, (function, _, _) in enumerate(everyone) if function != usual]
+    others = [r for r, (function, *_) in enumerate(everyone) if function != usual]
     if others:
         return f"ranks called different collectives: {usual}, but rank {others[0]} called {everyone[others[0]][0]}"
-    for term in dict.fromkeys(term for _, terms, _ in everyone for term in terms):
-        values = [terms.get(term, "none") for _, terms, _ in everyone]
+    for term in dict.fromkeys(term for _, terms, *_ in everyone for term in terms):
+        values = [terms.get(term, "none") for _, terms, *_ in everyone]
         most, _ = Counter(values).most_common(1)[0]
         differing = [r for r, value in enumerate(values) if value != most]
         if differing:

@@ -39,16 +39,17 @@ def allreduce(
     is wrong with one rank's arguments (TypeError, ValueError; PeerError on the others).
     """
     state = state_of(given_comm(comm, "allreduce"))
-    state.prepare("allreduce")
     reduction = _Reduction()
-    call = Call("allreduce", "allreduce", algorithm).read(lambda call: reduction.read(call, x, out, op, mean))
 
     def library(comm: MPI.Intracomm) -> MPI.Request:
         if call.before is not None:
             call.before()
         return comm.Iallreduce(MPI.IN_PLACE, reduction.work, op)
 
-    call.run_now(state, library)
+    with state.turn("allreduce"):
+        state.prepare("allreduce")
+        call = Call("allreduce", "allreduce", algorithm).read(lambda call: reduction.read(call, x, out, op, mean))
+        call.run_now(state, library)
     if mean:
         reduction.divide(state.size)
     return reduction.result

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 from typing_extensions import Self
 
-from bitring.collectives.agreement import Request
+from bitring.collectives.agreement import Request, agree
 from bitring.collectives.arrays import require_native
 from bitring.collectives.calls import (
+    Call,
     allgather_call,
     allreduce_call,
     bcast_call,
@@ -21,6 +23,7 @@ from bitring.collectives.calls import (
 )
 from bitring.collectives.errors import uncopyable
 from bitring.collectives.executor import Progress, Steps
+from bitring.collectives.native_executor import DECLINED, DONE, REFUSED
 from bitring.collectives.objects import jointly
 from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
@@ -106,12 +109,6 @@ class Communicator(MPI.Intracomm):
         derived: Self = self._derived(super().Create_group(group, tag))
         return derived
 
-    def _prepared(self, function: str) -> State:
-        """The communicator's state, when all ranks have found out where they are. Collective."""
-        state = state_of(self)
-        state.prepare(function)
-        return state
-
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
         """A new NumPy array in memory that the ranks of this node share, so that they reduce it in place. Collective.
 
@@ -119,7 +116,6 @@ class Communicator(MPI.Intracomm):
         one. The values are undefined. Where no memory can be shared it is an ordinary array, and the log says why.
         Raises TypeError or ValueError for what NumPy cannot make an array of, MismatchError where ranks differ.
         """
-        state = self._prepared("empty")
         request = Request("empty")
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         nbytes = 0
@@ -129,42 +125,48 @@ class Communicator(MPI.Intracomm):
             request.terms = {"shape": shape, "dtype": dtype}
         except (TypeError, ValueError) as error:
             request.error = error
-        run_agreement(state, request)
-        if state.shared is not None:
-            shared, node = state.shared, state.node.comm
-            part = jointly(state, lambda progress: shared.new_part(node, nbytes, progress), "empty")
-            if part is not None:
-                return np.asarray(part)[:nbytes].view(dtype).reshape(shape)
+        state = state_of(self)
+        with state.turn("empty"):
+            run_agreement(state, request)
+            if state.shared is not None:
+                shared, node = state.shared, state.node.comm
+                part = jointly(state, lambda progress: shared.new_part(node, nbytes, progress), "empty")
+                if part is not None:
+                    return np.asarray(part)[:nbytes].view(dtype).reshape(shape)
         return np.empty(shape, dtype)
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; every rank gets the same bits in ``recvbuf``."""
-        direct, arrival = self._direct, None
+        direct, outcome = self._direct, DECLINED
         if direct is not None:
             try:
                 outcome = direct.allreduce(sendbuf, recvbuf, op)
             except BaseException as error:  # an interrupt, with the run half done
                 state_of(self).lane.cut_short("Allreduce", error)
                 raise
-            if outcome == 0:
+            if outcome == DONE:
                 return
-            if outcome > 1:
-                arrival = direct.operation
-        state = self._prepared("Allreduce")
-        if direct is None and self._algorithm == "auto":
-            self._direct = direct_of(state)
-        call = allreduce_call(state, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
-        call.run_now(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), arrival)
+        state = state_of(self)
+        with state.turn("Allreduce", continues=outcome != DECLINED):
+            if outcome == REFUSED:
+                return
+            state.prepare("Allreduce")
+            if direct is None and self._algorithm == "auto":
+                self._direct = direct_of(state)
+            call = allreduce_call(state, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
+            arrival = None if direct is None or outcome == DECLINED else direct.operation
+            call.run_now(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), arrival)
 
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> MPI.Request:
         """Begin an Allreduce; the request works in any mixed Waitall. Errors are raised by its Wait or Test."""
         state = state_of(self)
-        call = allreduce_call(state, "Iallreduce", sendbuf, recvbuf, op, self._algorithm)
+        with state.turn("Iallreduce"):
+            call = allreduce_call(state, "Iallreduce", sendbuf, recvbuf, op, self._algorithm)
 
-        def steps(progress: Progress) -> Steps:
-            return call.whole(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
+            def steps(progress: Progress) -> Steps:
+                return call.whole(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
 
-        return GeneralRequest(state, steps, "Iallreduce")
+            return GeneralRequest(state, steps, "Iallreduce")
 
     def Allreduce_init(
         self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, info: MPI.Info = MPI.INFO_NULL
@@ -173,51 +175,79 @@ class Communicator(MPI.Intracomm):
 
         Start each request by itself: ``MPI.Prequest.Startall`` refuses it.
         """
-        state = self._prepared("Allreduce_init")
-        call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
-        state.lane.call(lambda progress: call.settle(state, progress), "Allreduce_init")
-        runner = None
-        if call.choice != "mpi" and call.work is not None:
-            runner = make_runner(state, "allreduce", call.choice, call.work, op, number=state.new_plan())
-            call.runner = runner
+        state = state_of(self)
+        with state.turn("Allreduce_init"):
+            state.prepare("Allreduce_init")
+            call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
+            state.lane.call(lambda progress: call.settle(state, progress), "Allreduce_init")
+            runner, number = None, state.new_plan()
+            if call.choice != "mpi" and call.work is not None:
+                runner = make_runner(state, "allreduce", call.choice, call.work, op, number=number)
+                call.runner = runner
+            run = Request("a run of a request of Allreduce_init", {"request": number})
 
         def steps(progress: Progress) -> Steps:
+            if state.size > 1:
+                yield from agree(state.comm, state.common, run, progress)
             if runner is None:
-                return call.library_steps(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
-            return call.run(state, progress)
+                yield from call.library_steps(
+                    state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress
+                )
+            else:
+                yield from call.run(state, progress)
 
         return PersistentRequest(state, steps, "Allreduce_init", runner)
 
     def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
         """Reduce over all ranks into ``recvbuf`` of rank ``root``."""
-        state = self._prepared("Reduce")
-        call = reduce_call(state, sendbuf, recvbuf, op, root, self._algorithm)
-        call.run_now(state, lambda comm: comm.Ireduce(call.sendbuf, call.recvbuf, op, root))
+
+        def make(state: State) -> Call:
+            return reduce_call(state, sendbuf, recvbuf, op, root, self._algorithm)
+
+        self._run("Reduce", make, lambda call, comm: comm.Ireduce(call.sendbuf, call.recvbuf, op, root))
 
     def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; rank r gets block r."""
-        state = self._prepared("Reduce_scatter_block")
-        call = reduce_scatter_block_call(state, sendbuf, recvbuf, op, self._algorithm)
-        call.run_now(state, lambda comm: comm.Ireduce_scatter_block(call.sendbuf, call.recvbuf, op))
+
+        def make(state: State) -> Call:
+            return reduce_scatter_block_call(state, sendbuf, recvbuf, op, self._algorithm)
+
+        self._run(
+            "Reduce_scatter_block", make, lambda call, comm: comm.Ireduce_scatter_block(call.sendbuf, call.recvbuf, op)
+        )
 
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
         """Gather every rank's ``sendbuf`` in ``recvbuf`` of every rank, in rank order."""
-        state = self._prepared("Allgather")
-        call = allgather_call(state, "Allgather", sendbuf, recvbuf, self._algorithm)
-        call.run_now(state, lambda comm: comm.Iallgather(call.sendbuf, call.recvbuf))
+
+        def make(state: State) -> Call:
+            return allgather_call(state, "Allgather", sendbuf, recvbuf, self._algorithm)
+
+        self._run("Allgather", make, lambda call, comm: comm.Iallgather(call.sendbuf, call.recvbuf))
 
     def Iallgather(self, sendbuf: Any, recvbuf: Any) -> MPI.Request:
         """Begin an Allgather; see ``Iallreduce``."""
         state = state_of(self)
-        call = allgather_call(state, "Iallgather", sendbuf, recvbuf, self._algorithm)
+        with state.turn("Iallgather"):
+            call = allgather_call(state, "Iallgather", sendbuf, recvbuf, self._algorithm)
 
-        def steps(progress: Progress) -> Steps:
-            return call.whole(state, lambda comm: comm.Iallgather(call.sendbuf, call.recvbuf), progress)
+            def steps(progress: Progress) -> Steps:
+                return call.whole(state, lambda comm: comm.Iallgather(call.sendbuf, call.recvbuf), progress)
 
-        return GeneralRequest(state, steps, "Iallgather")
+            return GeneralRequest(state, steps, "Iallgather")
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         """Copy rank ``root``'s ``buf`` to every rank's."""
-        state = self._prepared("Bcast")
-        call = bcast_call(state, buf, root, self._algorithm)
-        call.run_now(state, lambda comm: comm.Ibcast(call.recvbuf, root))
+
+        def make(state: State) -> Call:
+            return bcast_call(state, buf, root, self._algorithm)
+
+        self._run("Bcast", make, lambda call, comm: comm.Ibcast(call.recvbuf, root))
+
+    def _run(
+        self, function: str, make: Callable[[State], Call], library: Callable[[Call, MPI.Intracomm], MPI.Request]
+    ) -> None:
+        state = state_of(self)
+        with state.turn(function):
+            state.prepare(function)
+            call = make(state)
+            call.run_now(state, lambda comm: library(call, comm))

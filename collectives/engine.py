@@ -81,6 +81,9 @@ class Lane:
         self._meeting: tuple[MPI.Request, Any] | None = None  # while it is made
         self._shared: Shared | None = None
         self.idle = False
+        self._occupied = False  # a thread is in a call that goes by the engine
+        self._ended = False  # all ranks have agreed that what comes now must not run
+        self._resting = threading.Lock()
         engine.lanes.add(self)
 
     @property
@@ -93,11 +96,28 @@ class Lane:
         self._shared = shared
         self.rest()
 
+    @property
+    def direct(self) -> Any:
+        """The native way past the engine; None where there is none."""
+        return None if self._shared is None else self._shared.direct
+
     def rest(self) -> None:
         """Note whether there is nothing to do, so that a native operation may be run past the engine: ``idle``."""
-        self.idle = not (self.jobs or self.broken or self._made is not None or engine.stopped)
-        if self._shared is not None:
-            self._shared.direct.busy = 0 if self.idle else 1
+        with self._resting:
+            self.idle = not (self.jobs or self._occupied or self.broken or self._made is not None or engine.stopped)
+            if self._shared is not None:
+                self._shared.direct.busy = 0 if self.idle else 1
+
+    def occupy(self, occupied: bool) -> None:
+        """Note whether a thread is in a call that goes by the engine."""
+        self._occupied = occupied
+        self.rest()
+
+    def check(self, what: str) -> None:
+        """Raise RuntimeError when no further job may be submitted, DeadRankError where that is for a death."""
+        if self.broken:
+            text = f"{what}: this communicator is unusable since {self.broken}"
+            raise RuntimeError(f"{text}; {ADVICE}") if self.dead is None else DeadRankError(text, self.dead)
 
     def breaks(self, why: str, wreck: Job | None = None) -> None:
         """Refuse every further job."""
@@ -113,6 +133,11 @@ class Lane:
         self.breaks(f"{_are(gone)} gone", wreck)
         if self.contact is not None:
             self.contact.tell_gone(gone)
+
+    def ends(self, why: str, last: Job) -> None:
+        """Refuse every further job and those that have not begun, as all ranks do after the same one, ``last``."""
+        self._ended = True
+        self.breaks(why, last)
 
     def cut_short(self, what: str, error: BaseException | None, wreck: Job | None = None) -> None:
         """Refuse every further job, since others may still exchange what this rank has given up; and tell them."""
@@ -170,9 +195,7 @@ class Lane:
 
         ``on_done`` is called at its end, in the thread that drove it there.
         """
-        if self.broken:
-            text = f"{what}: this communicator is unusable since {self.broken}"
-            raise RuntimeError(f"{text}; {ADVICE}") if self.dead is None else DeadRankError(text, self.dead)
+        self.check(what)
         _timeout()  # a bad setting is the caller's error, not the progress thread's
         self.count += 1
         job = Job(self, steps, what, self.count, on_done)
@@ -180,7 +203,7 @@ class Lane:
         self.rest()
         return job
 
-    def run(self, steps: Callable[[Progress], Steps], progress: Progress) -> Steps:
+    def run(self, steps: Callable[[Progress], Steps], what: str, progress: Progress) -> Steps:
         """A job's steps, when the communicator is there, and the ranks know where to reach each other."""
         while self._made is not None:
             if self._made.Test():
@@ -191,6 +214,8 @@ class Lane:
                 yield
         if self.contact is None and self.comm.Get_size() > 1:
             yield from self._meet(progress)
+        if self._ended:
+            self.check(what)
         yield from steps(progress)
 
     def _meet(self, progress: Progress) -> Steps:
@@ -267,7 +292,7 @@ class Job:
         self._on_done = on_done
         self._begun = False
         self._progress = Progress()
-        self._steps = lane.run(steps, self._progress)
+        self._steps = lane.run(steps, what, self._progress)
         self._surroundings = surroundings()
         self._seen = (-1, 0.0)  # moves, and when they were first counted
         self._left = False  # by its caller, who was interrupted: nobody may hear of its error
@@ -388,7 +413,9 @@ class Job:
         )
         self.lane.jobs.remove(self)
         try:
-            if cut_short:
+            if self._progress.ends:
+                self.lane.ends(self._progress.ends, self)
+            elif cut_short:
                 self.lane.cut_short(self.what, error, self)
             self.lane.rest()
         finally:

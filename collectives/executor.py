@@ -30,13 +30,15 @@ takes to its end without Python, or None. It is resumed when the operation is ov
 class Progress:
     """How far a running job has come, read by the engine: whether it moved, and which peers it waits for.
 
-    ``exchanging``: messages are under way, so that an error now leaves the communicator unusable.
+    ``exchanging``: messages are under way, so that an error now leaves the communicator unusable. ``ends``: why all
+    ranks have agreed that no job may follow this one.
     """
 
     def __init__(self) -> None:
         self.moves = 0
         self.peers: frozenset[int] = frozenset()
         self.exchanging = False
+        self.ends = ""
 
 
 def execute(transport: Transport, progress: Progress) -> Steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,14 @@ def start(plans: Sequence[Plan]) -> None:
         plan.check_startable()
         if plan in plans[:i]:
             raise RuntimeError(f"start: {plan} was given twice")
+    with ExitStack() as calls:
+        for state in dict.fromkeys(plan.state for plan in plans):
+            calls.enter_context(state.turn("start"))
+        _start_all(plans)
+    engine.start_thread()
+
+
+def _start_all(plans: Sequence[Plan]) -> None:
     group: list[ExactPlan] = []
     for plan in plans:
         if isinstance(plan, ExactPlan) and _fits(group, plan):
@@ -45,7 +54,6 @@ def start(plans: Sequence[Plan]) -> None:
         else:
             plan.start()
     _start(group)
-    engine.start_thread()
 
 
 def _fits(group: list[ExactPlan], plan: ExactPlan) -> bool:

@@ -129,6 +129,10 @@ _ENCODER_FAILED = {
 """By the codes of native/owner_exchange.h."""
 
 
+DONE, DECLINED, REFUSED = 0, 1, 4
+"""What native/direct.h says of a run past the engine; any other outcome: it has begun, and goes on by the engine."""
+
+
 def served(dtype: np.dtype[Any], ufunc: str | None, reduces: bool) -> bool:
     """Whether the extension is there and has what a collective needs."""
     return native() is not None and (not reduces or kernel(ufunc, dtype) != 0)

@@ -42,10 +42,11 @@ def gather(state: State, value: object, function: str) -> list[Any]:
 
 def jointly(state: State, steps: Callable[[Progress], StepsTo[T]], function: str) -> T:
     """What ``steps`` return, run as a job when all ranks have agreed that they are at it. Collective and blocking."""
-    state.prepare(function)
 
     def agreed(progress: Progress) -> StepsTo[T]:
         yield from agree(state.comm, state.common, Request(function), progress)
         return (yield from steps(progress))
 
-    return state.lane.call(agreed, function)
+    with state.turn(function):
+        state.prepare(function)
+        return state.lane.call(agreed, function)

@@ -14,7 +14,7 @@ from bitring.collectives.engine import Job, engine
 from bitring.collectives.errors import uncopyable
 from bitring.collectives.executor import Progress, Steps
 from bitring.collectives.library_steps import wait_for
-from bitring.collectives.native_executor import finish
+from bitring.collectives.native_executor import DECLINED, DONE, REFUSED, finish
 from bitring.collectives.objects import gather
 from bitring.collectives.operators import op_name, require_defined, ufunc_name
 from bitring.collectives.runner import Runner, SharedRunner, make_runner
@@ -81,7 +81,8 @@ class Plan(ABC):
 
         Raises RuntimeError when the last run has not been waited for.
         """
-        self._submit()
+        with self.state.turn(self.what):
+            self._submit()
         engine.start_thread()
 
     def check_startable(self) -> None:
@@ -129,8 +130,9 @@ class Plan(ABC):
 
     def __call__(self) -> None:
         """Run the collective in the calling thread, in place on the buffer."""
-        self._submit()
-        self.wait()
+        with self.state.turn(self.what):
+            self._submit()
+            self.wait()
 
     def mark(self) -> None:
         """From here on ``undo`` takes back what runs change in what the plan carries from run to run."""
@@ -173,6 +175,7 @@ class ExactPlan(Plan):
         self.fused: Any = None  # with which plans it was last started, and how
         self._runner: Runner | None = None
         self._direct: Any = None  # a native operation that is a whole run and finds out itself whether all mean it
+        self._way: Any = None  # past the engine, for it
         if choice.name == "mpi":
             self._nbytes = 2 * flat.nbytes * (state.size - 1) // state.size
             return
@@ -181,23 +184,33 @@ class ExactPlan(Plan):
         )
         self._nbytes = self._runner.nbytes_sent
         if choice.name == "shared_memory":
-            self._direct = self._runner.operation
+            self._direct, self._way = self._runner.operation, state.lane.direct
 
     def __call__(self) -> None:
         """Run the collective in the calling thread, in place on the buffer."""
-        direct = self._direct
-        if direct is None or self._job is not None or not self.state.lane.idle:
-            super().__call__()
-            return
-        try:
-            if direct.run(_ALONE_SECONDS):
+        direct, outcome = self._direct, DECLINED
+        if direct is not None and self._job is None:
+            try:
+                outcome = self._way.run(direct, _ALONE_SECONDS)
+            except BaseException as error:  # an interrupt, with the run half done
+                self.state.lane.cut_short(self.what, error)
+                raise
+            if outcome == DONE:
                 self.bytes_sent += self._nbytes
                 return
-            self._job = self.state.lane.submit(self._finish, self.what)
-        except BaseException as error:  # an interrupt, with the run half done
-            self.state.lane.cut_short(self.what, error)
-            raise
-        self.wait()
+        if outcome == DECLINED:
+            super().__call__()
+            return
+        with self.state.turn(self.what, continues=True):
+            if outcome == REFUSED:
+                self.bytes_sent += self._nbytes
+                return
+            try:
+                self._job = self.state.lane.submit(self._finish, self.what)
+            except BaseException as error:
+                self.state.lane.cut_short(self.what, error)
+                raise
+            self.wait()
 
     @property
     def fusible(self) -> bool:
@@ -286,20 +299,21 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
         require_defined(op, flat.dtype, function)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
-    run_agreement(state, request)
-    choice = choose(
-        "allreduce",
-        algorithm,
-        flat.nbytes,
-        state.topology,
-        own=ufunc_name(op, flat.dtype) is not None,
-        library=library_reduces(flat, op),
-        host=device_of(flat) is None,
-        itemsize=flat.dtype.itemsize,
-        resident=resident(state, flat),
-        table=state.table,
-    )
-    return ExactPlan(state, flat, op, choice)
+    with state.turn(function):
+        run_agreement(state, request)
+        choice = choose(
+            "allreduce",
+            algorithm,
+            flat.nbytes,
+            state.topology,
+            own=ufunc_name(op, flat.dtype) is not None,
+            library=library_reduces(flat, op),
+            host=device_of(flat) is None,
+            itemsize=flat.dtype.itemsize,
+            resident=resident(state, flat),
+            table=state.table,
+        )
+        return ExactPlan(state, flat, op, choice)
 
 
 def library_reduces(flat: Array, op: MPI.Op) -> bool:

@@ -139,7 +139,8 @@ class PersistentRequest(MPI.Prequest):
     def Start(self) -> None:
         """Begin a run. Raises RuntimeError while the last one is active."""
         self._check_inactive("Start")
-        self._run = _Run(self._state, self._work, self._what)
+        with self._state.turn(f"Start of a request of {self._what}"):
+            self._run = _Run(self._state, self._work, self._what)
         ctypes.memmove(MPI._addressof(self), MPI._addressof(self._run.request), MPI._sizeof(MPI.Request))
 
     def Wait(self, status: MPI.Status | None = None) -> Literal[True]:

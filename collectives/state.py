@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from mpi4py import MPI
 
@@ -22,6 +24,7 @@ from bitring.collectives.library_steps import allgather_steps, beside, wait_for
 from bitring.collectives.selection import Topology
 from bitring.collectives.shared import Shared, make_shared
 from bitring.collectives.table import BUILT_IN, load_table, path_of_table
+from bitring.collectives.turn import Turn, Turns
 from bitring.launcher import alone_by_mistake, launched_rank
 from bitring.machine import mpi_library, thread_share
 
@@ -52,12 +55,21 @@ class State:
         self.nodes = [list(range(size))]
         self._parts: dict[str, MPI.Intracomm] = {}
         self._spare: MPI.Intracomm | None = None
+        self._turns = Turns(self)
         self._prepared = size == 1
 
     @property
     def comm(self) -> MPI.Intracomm:
         """The private duplicate; nobody else's messages travel in it."""
         return self.lane.comm
+
+    def turn(self, function: str, continues: bool = False) -> Turn:
+        """For ``with``: a call that has a place in the communicator's order. Calls may be made of others.
+
+        Entering raises RuntimeError while another thread is in one. ``continues``: this thread has begun it by the
+        native way past the engine.
+        """
+        return Turn(self._turns, function, continues)
 
     def new_plan(self) -> int:
         """The number of the next plan, from 1."""
@@ -185,14 +197,46 @@ def state_of(comm: MPI.Intracomm) -> State:
     """The communicator's state, made on first use; collective then."""
     state = comm.Get_attr(_keyval())
     if state is None:
-        engine.check("the first collective of a communicator")
-        abort_on_exception()
-        _warn_if_alone()
-        # Nonblocking, since a nonblocking collective may be the first, and ranks may come to it in different orders.
-        private, made = MPI.Intracomm(comm).Idup()
-        if comm.Get_size() == 1:
-            made.Wait()  # nobody to wait for; and plans of one rank run no job that would
-        state = State(private, made, comm.Get_rank(), comm.Get_size())
-        comm.Set_attr(_keyval(), state)
+        state = _first_state_of(comm)
     assert isinstance(state, State)
     return state
+
+
+_first_use = threading.RLock()
+
+
+def _first_state_of(comm: MPI.Intracomm) -> State:
+    with _first_use:
+        state = comm.Get_attr(_keyval())
+        if state is None:
+            engine.check("the first collective of a communicator")
+            abort_on_exception()
+            _warn_if_alone()
+            # Nonblocking: a nonblocking collective may be the first, and ranks may come to it in different orders.
+            private, made = MPI.Intracomm(comm).Idup()
+            if comm.Get_size() == 1:
+                made.Wait()  # nobody to wait for; and plans of one rank run no job that would
+            state = State(private, made, comm.Get_rank(), comm.Get_size())
+            comm.Set_attr(_keyval(), state)
+        assert isinstance(state, State)
+        return state
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def one_call(function: str) -> Callable[[_Method], _Method]:
+    """A decorator: the method, of something that has a ``comm``, is one call of that communicator; see ``State.turn``.
+
+    So no other thread's call comes between those that the method is made of.
+    """
+
+    def decorated(method: _Method) -> _Method:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with state_of(self.comm).turn(function):
+                return method(self, *args, **kwargs)
+
+        return cast(_Method, call)
+
+    return decorated

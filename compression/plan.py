@@ -97,9 +97,10 @@ def plan_allreduce(
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
-    run_agreement(state, request)
-    assert encoder is not None
-    return CompressedPlan(state, flat, encoder, hierarchical, places, check_finite)
+    with state.turn("plan_allreduce"):
+        run_agreement(state, request)
+        assert encoder is not None
+        return CompressedPlan(state, flat, encoder, hierarchical, places, check_finite)
 
 
 def _checked_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:

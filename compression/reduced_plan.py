@@ -76,8 +76,9 @@ def plan_reduced(
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
-    run_agreement(state, request)
-    return ReducedPlan(state, flat, reducer, parts, algorithm, check_finite)
+    with state.turn("plan_allreduce"):
+        run_agreement(state, request)
+        return ReducedPlan(state, flat, reducer, parts, algorithm, check_finite)
 
 
 def _own_shape(x: Any, flat: Array) -> tuple[int, ...]:

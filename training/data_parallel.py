@@ -17,7 +17,7 @@ from mpi4py import MPI
 from bitring.collectives.arrays import is_device
 from bitring.collectives.errors import MismatchError, NonFiniteError, uncopyable
 from bitring.collectives.objects import allgather, broadcast
-from bitring.collectives.state import given_comm
+from bitring.collectives.state import given_comm, one_call
 from bitring.compression.compressor import Compressor, compressors, parsed
 from bitring.compression.factors import Factors
 from bitring.compression.sufficient_factors import SufficientFactors
@@ -225,6 +225,7 @@ class DataParallel:
 
     # What users call
 
+    @one_call("DataParallel.step")
     def step(self, gradients: Mapping[str, Any] | Sequence[Any], weight: float = 1.0) -> None:
         """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.
 
@@ -262,6 +263,7 @@ class DataParallel:
             where, self._check_at = self._where(), self.steps + self.check_every
             compare(self.comm, self._parameters, where)
 
+    @one_call("DataParallel.synchronize")
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks, as the mode does it. Collective, but for ``sync``."""
         self._operation = "synchronize"

@@ -114,7 +114,7 @@ void Direct::remove(std::uint64_t number) {
 }
 
 Outcome Direct::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
-    if (busy != 0 || running_ || Py_TYPE(recvbuf.ptr()) != reinterpret_cast<PyTypeObject*>(ndarray_.ptr())) {
+    if (busy != 0 || inside_ != 0 || Py_TYPE(recvbuf.ptr()) != reinterpret_cast<PyTypeObject*>(ndarray_.ptr())) {
         return Outcome::declined;
     }
     View receive, send;
@@ -143,14 +143,22 @@ Outcome Direct::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op)
             }
         }
         operation_->rebind(intent, Piece{from, receive.data(), n, receive.itemsize(), served.kernels[type]}, region);
-        operation_->begin();
-        running_ = true;
-        const Status status = run_for(*operation_, 0.2);
-        running_ = false;
-        if (status == Status::done) return Outcome::done;
-        return status == Status::disagree ? Outcome::disagree : Outcome::unfinished;
+        in_allreduce_ = true;
+        return run_open(*operation_, 0.2);
     }
     return Outcome::declined;
+}
+
+Outcome Direct::run_open(Operation& operation, double seconds) {
+    inside_ = PyThread_get_thread_ident();
+    operation.begin();
+    const Status status = run_for(operation, seconds);
+    if (status == Status::done) {
+        if (refused_) return Outcome::refused;
+        inside_ = 0;
+        return Outcome::done;
+    }
+    return status == Status::disagree ? Outcome::disagree : Outcome::unfinished;
 }
 
 }  // namespace bitring

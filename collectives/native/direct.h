@@ -1,4 +1,5 @@
-// AllReduce of plain NumPy arrays among the ranks of a node, with nothing of Python between the call and the exchange.
+// Runs among the ranks of a node past the engine, in the thread that calls: of plans, and AllReduce of plain NumPy
+// arrays, with nothing of Python between the call and the exchange.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -15,11 +16,13 @@ namespace bitring {
 // What became of a call.
 enum class Outcome : int {
     done = 0,
-    declined = 1,   // not for this way; nothing was done
-    disagree = 2,   // the ranks' arrival said that they do not mean the same; operation() has the verdict
-    unfinished = 3  // still waiting for a rank; operation() is under way
+    declined = 1,    // not for this way; nothing was done
+    disagree = 2,    // the ranks' arrival said that they do not mean the same; the operation has the verdict
+    unfinished = 3,  // still waiting for a rank; the operation is under way
+    refused = 4      // done; meanwhile another thread came and was refused
 };
 
+// The way past the engine, for one thread at a time. Python's lock is held wherever this changes.
 class Direct {
 public:
     Direct(std::shared_ptr<Node> node, nanobind::object ndarray, nanobind::object in_place);
@@ -39,14 +42,40 @@ public:
 
     Outcome allreduce(nanobind::handle sendbuf, nanobind::handle recvbuf, nanobind::handle op);
 
+    // Run an operation of the node from its begin for up to `seconds`. After any outcome but done and declined this
+    // stays closed until the thread that called has said taken_over().
+    Outcome run(Operation& operation, double seconds) {
+        if (busy != 0 || inside_ != 0) return Outcome::declined;
+        in_allreduce_ = false;
+        return run_open(operation, seconds);
+    }
+
+    // The thread that is inside; 0: none.
+    std::uint64_t inside() const { return inside_; }
+
+    // As inside(); whoever is inside will be told.
+    std::uint64_t refuse() {
+        refused_ = inside_ != 0;
+        return inside_;
+    }
+
+    // The thread inside goes on by the engine, which has closed this.
+    void taken_over() {
+        inside_ = 0;
+        refused_ = false;
+    }
+
+    // Whether what the thread inside runs is operation().
+    bool in_allreduce() const { return in_allreduce_; }
+
     std::shared_ptr<SharedAllreduce> operation() const { return operation_; }
 
-    // Others use the node, or it was closed: calls are declined.
+    // The engine uses the node, a thread is in a call that goes by it, or the node was closed: calls are declined.
     int busy = 0;
 
-    // Give the node's memory back; `busy` stays set from now on.
+    // Give the node's memory back, a run under way at its end; `busy` stays set from now on.
     void close() {
-        operation_.reset();
+        if (inside_ == 0) operation_.reset();
         node_.reset();
     }
 
@@ -57,6 +86,8 @@ private:
         std::array<Reduce, type_count> kernels{};
     };
 
+    Outcome run_open(Operation& operation, double seconds);
+
     std::shared_ptr<Node> node_;
     nanobind::object ndarray_;
     nanobind::object in_place_;
@@ -64,7 +95,9 @@ private:
     std::vector<const Region*> regions_;
     std::shared_ptr<SharedAllreduce> operation_;
     std::size_t from_ = 0, to_ = 0;
-    bool running_ = false;
+    std::uint64_t inside_ = 0;
+    bool in_allreduce_ = false;
+    bool refused_ = false;
 };
 
 // The signature of `count` values of what `signature` names.

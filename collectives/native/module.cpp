@@ -187,10 +187,6 @@ NB_MODULE(_native, m) {
     nb::class_<Operation>(m, "Operation")
         .def("begin", &Operation::begin, Released())
         .def("advance", [](Operation& operation) { operation.advance(); }, Released())
-        .def("run", [](Operation& operation, double seconds) {
-            operation.begin();
-            return run_for(operation, seconds) == Status::done;
-        })
         .def_prop_ro("over", [](const Operation& operation) { return is_over(operation.status()); })
         .def_prop_ro("disagrees", [](const Operation& operation) { return operation.status() == Status::disagree; })
         .def_prop_ro("moves", &Operation::moves)
@@ -307,6 +303,13 @@ NB_MODULE(_native, m) {
         .def("allreduce", [](Direct& direct, nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
             return int(direct.allreduce(sendbuf, recvbuf, op));
         }, nb::arg().none(), nb::arg().none(), nb::arg().none())
+        .def("run", [](Direct& direct, Operation& operation, double seconds) {
+            return int(direct.run(operation, seconds));
+        })
+        .def_prop_ro("inside", &Direct::inside)
+        .def_prop_ro("in_allreduce", &Direct::in_allreduce)
+        .def("refuse", &Direct::refuse)
+        .def("taken_over", &Direct::taken_over)
         .def("close", &Direct::close)
         .def_prop_ro("operation", &Direct::operation)
         .def_rw("busy", &Direct::busy);
