@@ -67,7 +67,6 @@ def transfer(comm: MPI.Intracomm, piece: Any, function: str, source: int, target
     state = state_of(comm)
     if state.size == 1 or source == target:
         return
-    state.prepare(function)
 
     def steps(progress: Progress) -> Steps:
         request = Request(function, {"source": source, "target": target})
@@ -84,4 +83,6 @@ def transfer(comm: MPI.Intracomm, piece: Any, function: str, source: int, target
             yield from wait_for(state.comm.Irecv([piece, MPI.BYTE], source, PIECE_TAG), progress)
         progress.exchanging = False
 
-    state.lane.submit(steps, function).wait()
+    with state.turn(function):
+        state.prepare(function)
+        state.lane.submit(steps, function).wait()

@@ -175,9 +175,10 @@ def _meet(comm: MPI.Intracomm, request: Request) -> None:
         if request.error is not None:
             raise request.error
         return
-    state.prepare(request.function)
 
     def steps(progress: Progress) -> Steps:
         yield from agree(state.comm, state.common, request, progress)
 
-    state.lane.submit(steps, request.function).wait()
+    with state.turn(request.function):
+        state.prepare(request.function)
+        state.lane.submit(steps, request.function).wait()
