@@ -1,39 +1,64 @@
 """A rank that raises ends the job: without this, the other ranks wait for it, all night.
 
-Once a process has taken part in a collective of more than one rank, an exception that nobody catches prints its
-traceback with the rank's number and aborts all ranks, as ``python -m mpi4py`` does. ``BITRING_ABORT=0`` turns it off.
+``import bitring`` installs the hook, without starting MPI, so that it holds while a rank loads its data, too. Once MPI
+runs with more than one rank, an exception that nobody catches prints its traceback with the rank's number and aborts
+all ranks, as ``python -m mpi4py`` does. ``BITRING_ABORT=0`` turns it off. It is for the main thread: an exception ends
+another thread, but not the process, which may go on without it. ``sys.exit`` is no exception that nobody catches.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
 import traceback
 from types import TracebackType
+from typing import Any
 
-from mpi4py import MPI
+_installed: Any = None
+_forked = False
 
 
-@functools.cache
 def abort_on_exception() -> None:
-    """Install the hook, once."""
-    if MPI.COMM_WORLD.Get_size() == 1 or os.environ.get("BITRING_ABORT") == "0":
-        return
+    """Install the hook before the one that is there, which is called where this one has nothing to do."""
+    global _installed
     before = sys.excepthook
-    sys.excepthook = _report_and_abort
-    # A forked child's error is its parent's business: it must not end the job.
-    os.register_at_fork(after_in_child=lambda: setattr(sys, "excepthook", before))
+    if before is _installed:
+        return
 
-
-def _report_and_abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    rank = MPI.COMM_WORLD.Get_rank()
-    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
-    sys.stdout.flush()
-    # One write, each line marked: ranks that raise together must stay legible.
-    sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
-    sys.stderr.flush()
-    if MPI.Is_initialized() and not MPI.Is_finalized():
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        mpi = None if _forked or os.environ.get("BITRING_ABORT") == "0" else _running_mpi()
+        if mpi is None:
+            before(kind, error, trace)
+            return
+        rank = mpi.COMM_WORLD.Get_rank()
+        sys.stdout.flush()
+        if before is sys.__excepthook__:
+            # One write, each line marked: ranks that raise together must stay legible.
+            lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
+        else:
+            before(kind, error, trace)
+            lines = ["".join(traceback.format_exception_only(kind, error)).splitlines()[-1], "all ranks are ended"]
+        sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
+        sys.stderr.flush()
         time.sleep(0.2)  # a launcher may drop what it has not read from the ranks by then
-        MPI.COMM_WORLD.Abort(1)
+        mpi.COMM_WORLD.Abort(1)
+
+    _installed = sys.excepthook = hook
+
+
+def _running_mpi() -> Any:
+    """mpi4py's module, where MPI runs with more than one rank; else None."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.Get_size() == 1:
+        return None
+    return mpi
+
+
+def _in_child() -> None:
+    # A forked child's error is its parent's business: it must not end the job.
+    global _forked
+    _forked = _forked or _running_mpi() is not None
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -98,3 +98,66 @@ def test_a_program_that_ends_well_is_left_alone(clean_environment):
     done, _ = run(clean_environment, "print('over')\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("over") == 3
+
+
+LOADING = """
+import os, sys, threading, time
+import bitring
+from mpi4py import MPI
+rank = MPI.COMM_WORLD.Get_rank()
+"""
+WAITING = "import numpy as np\nbitring.allreduce(np.ones(3))\n"
+
+
+def load(clean_environment, text: str):
+    prefix, extra = launcher(2)
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", text],
+        env=clean_environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+
+
+def test_a_rank_that_raises_before_the_first_collective(clean_environment):
+    done = load(clean_environment, f"{LOADING}if rank == 1: raise KeyError('lost my data')\n{WAITING}")
+    assert done.returncode != 0
+    assert "[rank 1] KeyError: 'lost my data'" in done.stderr
+    assert "[rank 0] " not in done.stderr
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_of_the_program_s_own_is_called(clean_environment, when: str):
+    mine = "import sys\nsys.excepthook = lambda kind, error, trace: print('mine:', error, flush=True)\n"
+    text = f"{WAITING}if rank == 1: raise KeyError('lost')\n{WAITING}"
+    done = load(clean_environment, mine + LOADING + text if when == "before" else LOADING + mine + text)
+    assert done.returncode != 0
+    assert "mine: 'lost'" in done.stdout
+    assert "[rank 1] KeyError: 'lost'\n[rank 1] all ranks are ended" in done.stderr
+
+
+def test_a_thread_that_raises_does_not_end_the_others(clean_environment):
+    text = f"""{LOADING}
+def fail(): raise KeyError('lost')
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+{WAITING}print('well', flush=True)
+"""
+    done = load(clean_environment, text)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("well") == 2
+
+
+def test_a_forked_child_that_raises_before_the_first_collective(clean_environment):
+    text = f"""{LOADING}
+if os.fork() == 0:
+    raise KeyError('the child lost it')
+os.wait()
+{WAITING}print('well', flush=True)
+"""
+    done = load(clean_environment, text)
+    assert done.stderr.count("KeyError: 'the child lost it'") == 2
+    assert done.stdout.count("well") == 2, done.stderr

@@ -1,13 +1,16 @@
 """bitring: exchanging gradients over MPI, exactly or at one bit per value.
 
 This module is the whole public API. Importing it neither initialises MPI nor loads a GPU, plotting or dataset
-library: every name is loaded when it is first used.
+library: every name is loaded when it is first used. What it does is to see that a rank that raises does not leave the
+others waiting; see ``bitring.collectives.abort``.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from bitring.collectives.abort import abort_on_exception as _abort_on_exception
 
 if TYPE_CHECKING:
     from bitring.collectives.allreduce import allreduce as allreduce
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from bitring.training.preemption import Preemption as Preemption
     from bitring.training.sgd import SGD as SGD
     from bitring.training.sync import Sync as Sync
+
+_abort_on_exception()
 
 __version__ = "0.1.0"
 
