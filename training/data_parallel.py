@@ -269,6 +269,7 @@ class DataParallel:
         self._operation = "synchronize"
         self._transact(lambda: self._mode.synchronize(self, self._mode_state))
 
+    @one_call("DataParallel.broadcast")
     def broadcast(self, root: int = 0) -> None:
         """Give all ranks the parameters, and the optimizer's and mode's state, of rank ``root``. Collective.
 
