@@ -51,6 +51,7 @@ ADVICE = "all ranks can go on with a new one (comm.Dup()), or begin again from t
 _ANSWER_SECONDS = 2.0
 """So long before it warns, a rank asks the others where they are."""
 
+_LAST_WORDS_SECONDS = 1.0
 _GENTLE_SECONDS = 1e-3
 _SPINS = 200
 _NAP_SECONDS = 20e-6
@@ -83,6 +84,7 @@ class Lane:
         self.idle = False
         self._occupied = False  # a thread is in a call that goes by the engine
         self._ended = False  # all ranks have agreed that what comes now must not run
+        self.last_word: Job | None = None  # by which the others are to learn that this rank ends the communicator
         self._resting = threading.Lock()
         engine.lanes.add(self)
 
@@ -640,6 +642,7 @@ class Engine:
 
     def stop(self, why: str) -> None:
         """End the progress thread; later jobs raise ``why``."""
+        self._say_last_words()
         with self._wake:
             self.stopped = why
             self._wake.notify_all()
@@ -656,6 +659,13 @@ class Engine:
             sys.stdout.flush()
             sys.stderr.flush()
             MPI.COMM_WORLD.Abort(1)
+
+    def _say_last_words(self) -> None:
+        """Let the others hear what nobody here waits for, for a moment."""
+        until = time.monotonic() + _LAST_WORDS_SECONDS
+        for lane in list(self.lanes):
+            while lane.last_word is not None and not lane.last_word.done and time.monotonic() < until:
+                time.sleep(1e-3)
 
     def disable_in_child(self) -> None:
         """A forked child shares the parent's MPI connections and memory, and must not touch them."""

@@ -81,7 +81,7 @@ class Turns:
     def _tell(self, refused: Request) -> None:
         state, lane = self._state, self._state.lane
         what = f"{refused.function}, which was refused"
-        job = lane.submit(lambda progress: agree(state.comm, state.common, refused, progress), what)
+        job = lane.last_word = lane.submit(lambda p: agree(state.comm, state.common, refused, p), what)
         lane.breaks(f"two threads were in its calls at the same time: {refused.error}")
         if not engine.start_thread():
             engine.drive(job)
