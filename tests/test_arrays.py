@@ -7,9 +7,21 @@ import importlib.util
 import ml_dtypes
 import numpy as np
 import pytest
+from other_libraries import Immutable, Tensor
 
 from bitring.collectives import arrays
-from bitring.collectives.arrays import all_finite, as_array, bytes_of, device_of, flat_view, is_device, xp_of
+from bitring.collectives.arrays import (
+    all_finite,
+    as_array,
+    bytes_of,
+    device_of,
+    flat_view,
+    is_dense,
+    is_device,
+    memory_order,
+    require_numeric,
+    xp_of,
+)
 
 pytestmark = pytest.mark.single
 
@@ -101,11 +113,104 @@ def test_device_memory_without_cupy():
             as_array(given, "f", "x")
 
 
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3)])
+def test_bfloat16_by_dlpack(shape):
+    """Without a copy, in both directions, and for views."""
+    x = np.zeros(shape, ml_dtypes.bfloat16)
+    got = as_array(Tensor(x), "f", "x")
+    assert got.dtype == ml_dtypes.bfloat16
+    got[...] = 1.5
+    assert (x == 1.5).all()
+    if x.ndim == 2:
+        assert as_array(Tensor(x.T[::2]), "f", "x").strides == x.T[::2].strides
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_dlpack_of_what_is_immutable(dtype):
+    got = as_array(Immutable(np.ones(3, dtype)), "f", "x")
+    assert got.dtype == dtype
+    assert not got.flags.writeable
+    with pytest.raises(ValueError, match="f: x must be writable; got a read-only array"):
+        flat_view(got, "f", "x", writable=True)
+
+
+def test_jax():
+    jax = pytest.importorskip("jax")
+    for dtype in (jax.numpy.float32, jax.numpy.bfloat16, jax.numpy.int8):
+        x = jax.numpy.ones(3, dtype)
+        got = as_array(x, "f", "x")
+        assert got.ctypes.data == x.unsafe_buffer_pointer()
+        assert not got.flags.writeable
+
+
+def test_what_has_no_values():
+    class Meta:
+        def __dlpack__(self):
+            raise AssertionError
+
+        def __dlpack_device__(self):
+            raise ValueError("Unknown device type meta for Dlpack")
+
+    class Tracer:
+        pass
+
+    Tracer.__module__ = "jax._src.core"
+    with pytest.raises(TypeError, match="f: x offers DLPack, but Unknown device type meta for Dlpack"):
+        as_array(Meta(), "f", "x")
+    with pytest.raises(
+        TypeError, match=r"f: x is a JAX tracer, which has no values yet: call this outside of jax\.jit"
+    ):
+        as_array(type("DynamicJaxprTracer", (Tracer,), {})(), "f", "x")
+
+
+def test_subclasses_become_plain_arrays():
+    data = np.arange(6.0).reshape(2, 3)
+    for given in (np.ma.masked_array(data, True), data.view(np.matrix), data.view(np.recarray)):
+        got = as_array(given, "f", "x")
+        assert type(got) is np.ndarray
+        assert np.shares_memory(got, data)
+
+
+def test_orders_of_memory():
+    x = np.zeros((2, 3, 4))
+    assert [memory_order(a) for a in (x, np.asfortranarray(x), x[0, 0], x[:1, :1], np.zeros(()))] == [
+        "C",
+        "Fortran",
+        "C",
+        "C",
+        "C",
+    ]
+    assert all(map(is_dense, (x, x.T, x.transpose(1, 0, 2), np.zeros(()), x[:0], x[:1])))
+    assert not any(map(is_dense, (x[:, ::2], x[::-1], np.broadcast_to(np.zeros(()), (2, 2)))))
+
+
+def test_dtypes_that_are_reduced():
+    require_numeric(np.dtype("G"), "f", "x")
+    for code in (">f4", ">c8", "i4,>f8"):
+        with pytest.raises(
+            TypeError, match=r"f: x must have this machine's byte order; got .*, whose bytes are swapped"
+        ):
+            require_numeric(np.dtype(code), "f", "x")
+    for code in ("O", "U1", "M8[s]", "V0", ml_dtypes.float8_e5m2, ml_dtypes.int4):
+        with pytest.raises(TypeError, match="f: x must have a numeric dtype; got"):
+            require_numeric(np.dtype(code), "f", "x")
+
+
 def test_torch():
     torch = pytest.importorskip("torch")
     x = torch.zeros(5)
     flat_view(as_array(x, "f", "x"), "f", "x", writable=True)[:] = 3
     assert float(x.sum()) == 15
+    x = torch.zeros(5, dtype=torch.bfloat16)
+    flat_view(as_array(x, "f", "x"), "f", "x", writable=True)[:] = 3
+    assert float(x.sum()) == 15
+    for given, text in [
+        (torch.zeros(3, requires_grad=True), "f: x offers DLPack, but .*gradient"),
+        (torch.zeros(3, device="meta"), "f: x offers DLPack, but .*meta"),
+        (torch.zeros(3, 3).to_sparse(), "f: x offers DLPack, but "),
+    ]:
+        with pytest.raises(TypeError, match=text):
+            as_array(given, "f", "x")
 
 
 def test_flat_view_is_in_memory_order():

@@ -202,6 +202,43 @@ def test_buffer_specifications(world, agree):
     agree(world, float(scalar) == want, str(scalar))
 
 
+def test_memory_orders(world, agree):
+    """Alike on all ranks where two axes are longer than 1, and in both of a call's buffers."""
+    from mpi4py import MPI
+
+    size, odd = world.size, world.rank == world.size - 1
+    c = np.arange(6.0).reshape(2, 3)
+    fortran = np.asfortranarray(c)
+    calls = {
+        "Allreduce": lambda x: world.Allreduce(MPI.IN_PLACE, x),
+        "Allreduce of two": lambda x: world.Allreduce(x, x.copy(order="K")),
+        "Iallreduce": lambda x: world.Iallreduce(MPI.IN_PLACE, x).Wait(),
+        "Allreduce_init": lambda x: world.Allreduce_init(MPI.IN_PLACE, x).Free(),
+        "Reduce": lambda x: world.Reduce(x, x.copy(order="K")),
+        "Reduce_scatter_block": lambda x: world.Reduce_scatter_block(np.repeat(x.reshape(-1), size), x),
+        "Allgather": lambda x: world.Allgather(x, np.empty(size * 6)),
+        "Iallgather": lambda x: world.Iallgather(x, np.empty(size * 6)).Wait(),
+        "Bcast": lambda x: world.Bcast(x),
+    }
+    for algorithm in ("ring", "auto"):
+        world._algorithm = algorithm
+        for what, call in calls.items():
+            for usual, other in ((c, fortran), (fortran, c)):
+                text = text_of(lambda call=call, x=other if odd else usual: call(x.copy(order="K")))
+                wrong = size > 1 and not text.startswith(f"MismatchError: {what.split()[0]}: ranks disagree on order: ")
+                agree(world, not wrong and (size > 1) == bool(text), f"{what} by {algorithm}: {text}")
+            same = text_of(lambda call=call: call(fortran.copy(order="K")))
+            agree(world, same == "", f"{what} of Fortran order: {same}")
+    row = np.arange(3.0).reshape(1, 3)  # whose one longer axis has no order
+    world.Bcast(np.asfortranarray(row) if odd else row)
+    for send, receive in ((c, fortran.copy(order="K")), (fortran, c.copy())):
+        text = text_of(lambda send=send, receive=receive: world.Allreduce(send, receive))
+        agree(world, "Allreduce: sendbuf and recvbuf must have one memory order; got " in text, text)
+    total = np.asfortranarray(np.zeros((3, size)))
+    world.Allgather(np.full(3, float(world.rank)), total)  # one axis has no order: columns, as in Fortran
+    agree(world, np.array_equal(total, np.tile(np.arange(size), (3, 1))), str(total))
+
+
 def test_what_only_the_library_serves(world, agree):
     from mpi4py import MPI
 
