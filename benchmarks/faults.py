@@ -7,9 +7,10 @@ are drawn, by the seed, so that all pairs of conditions come equally often. MPIC
 because one of its processes died (-disable-auto-cleanup): it is bitring's detection that is tested. FILE is kept up to
 date; a run that was ended goes on where it was.
 
-What must hold: a rank that is killed, or exits, is named by a PeerError on every other rank within 10 s; one that is
-stopped by a TimeoutError soon after BITRING_TIMEOUT; an uncaught exception ends the job, with the traceback and the
-rank's number; a delay changes nothing. Then the job ends by itself, and leaves no process and nothing in /dev/shm.
+What must hold: a rank that is killed, or exits, is named by a DeadRankError on every other rank within 10 s, or by a
+PeerError where it has broken off a collective before it exits; one that is stopped by a TimeoutError soon after
+BITRING_TIMEOUT; an uncaught exception ends the job, with the traceback and the rank's number; a delay changes nothing.
+Then the job ends by itself, and leaves no process and nothing in /dev/shm.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from typing import Any
 FAULTS = ("kill", "stop", "exception", "exit", "os_exit", "delay")
 MOMENTS = ("before", "during", "after")
 RANKS = (2, 3, 4)
-WAYS = ("plan", "start", "allreduce", "function")
+WAYS = ("plan", "start", "allreduce", "function", "raw plan", "raw start", "raw function", "trainer")
+_COMPRESSED = ("plan", "start", "raw plan", "raw start", "trainer")
 SMALL, LARGE = 16, (1 << 20, 1 << 22)
 
 TIMEOUT = 2.0
@@ -61,7 +63,8 @@ _WRAPPER = ("sh", "-c", 'trap "" USR1; "$0" "$@" || exit 3', sys.executable)
 
 @dataclass(frozen=True)
 class Trial:
-    """``way``: ``plan()``, ``plan.start()`` and ``wait()``, ``comm.Allreduce``, or ``bitring.allreduce``.
+    """``way``: ``plan()``, ``plan.start()`` and ``wait()``, ``comm.Allreduce``, ``bitring.allreduce``, or a trainer's
+    step; "raw" ways and the trainer are handed MPI.COMM_WORLD in place of a ``bitring.Communicator``.
 
     ``resident``: on an array of ``comm.empty``. ``seconds``: the delay; ``within``: from the collective's beginning to
     a fault during it; ``late``: how much later than the victim the other ranks come to it.
@@ -110,7 +113,7 @@ def draw(seed: int) -> Iterator[Trial]:
             ranks=ranks,
             algorithm=rng.choice(names),
             way=way,
-            compression="onebit" if way in ("plan", "start") and rng.random() < 0.5 else None,
+            compression="onebit" if way in _COMPRESSED and rng.random() < 0.5 else None,
             resident=rng.random() < 0.5,
             values=rng.choice(LARGE) if large else SMALL,
             victim=rng.randrange(ranks),
@@ -133,24 +136,35 @@ def work(folder: Path) -> None:
 
     import bitring
 
-    comm = bitring.Communicator(MPI.COMM_WORLD, algorithm=trial.algorithm)
+    made = bitring.Communicator(MPI.COMM_WORLD, algorithm=trial.algorithm)
+    way = trial.way.removeprefix("raw ")
+    comm: Any = made if trial.way == way != "trainer" else MPI.COMM_WORLD
     rank, size = comm.Get_rank(), comm.Get_size()
     shared = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line}
     _write(folder / f"process-{rank}", {"pid": os.getpid(), "shared": sorted(shared)})
-    x = comm.empty(trial.values) if trial.resident else np.empty(trial.values, np.float32)
+    x = made.empty(trial.values) if trial.resident else np.empty(trial.values, np.float32)
     plan: Any = None
-    if trial.way in ("plan", "start"):
+    trainer: Any = None
+    w = np.zeros_like(x)
+    if way == "trainer":
+        options: dict[str, Any] = {"compression": trial.compression, "algorithm": trial.algorithm}
+        trainer = bitring.DataParallel({"w": w}, bitring.SGD(lr=1.0), comm=comm, **options)
+    elif way in ("plan", "start"):
         plan = bitring.plan_allreduce(x, comm=comm, algorithm=trial.algorithm, compression=trial.compression)
 
     def collective(meanwhile: Any = None) -> None:
-        if trial.way == "plan":
+        if way == "trainer":
+            w[:] = 0
+            trainer.step({"w": x})
+            x[:] = -size * w
+        elif way == "plan":
             plan()
-        elif trial.way == "start":
+        elif way == "start":
             plan.start()
             if meanwhile is not None:
                 meanwhile()
             plan.wait()
-        elif trial.way == "allreduce":
+        elif way == "allreduce":
             comm.Allreduce(MPI.IN_PLACE, x)
         else:
             bitring.allreduce(x, out=x, comm=comm, algorithm=trial.algorithm)
@@ -225,7 +239,7 @@ class _Fault:
         trial = self._trial
         if trial.fault in ("exception", "exit"):
             # As from a signal's handler, or between start and wait.
-            if trial.way == "start":
+            if trial.way.endswith("start"):
                 collective(lambda: (time.sleep(trial.within), self.strike()))
             signal.signal(signal.SIGALRM, self.strike)
             signal.setitimer(signal.ITIMER_REAL, trial.within + 1e-6)
@@ -418,9 +432,10 @@ def _names(report: dict[str, Any], trial: Trial) -> bool:
     if report["error"] == "TimeoutError" and trial.fault == "stop":
         found = re.search(r"(?:not come to it|messages due from ranks):? \[([\d, ]*)\]", text)
         return found is not None and str(trial.victim) in found[1].split(", ")
-    if report["error"] == "PeerError" and trial.fault == "exception":  # raised while the call's arguments were read
-        return f"rank {trial.victim} could not take part: KeyError: '{_RAISED}'" in text
-    return report["error"] == "PeerError" and f"rank {trial.victim} is gone" in text
+    if report["error"] == "PeerError" and trial.fault in ("exception", "exit"):  # in the call, or before it
+        failed = f"rank {trial.victim} has failed in it"
+        return failed in text or f"rank {trial.victim} could not take part: KeyError: '{_RAISED}'" in text
+    return report["error"] == "DeadRankError" and f"rank {trial.victim} is gone" in text
 
 
 def summary(results: list[dict[str, Any]]) -> str:

@@ -50,6 +50,8 @@ TRIALS = {
         USUAL, fault="exit", algorithm="double_binary_tree", way="start", ranks=4, victim=3, values=16, seconds=1.2
     ),
     "ended at once": dataclasses.replace(USUAL, fault="os_exit", way="allreduce", resident=True),
+    "killed in a trainer": dataclasses.replace(USUAL, way="trainer", compression="onebit", values=16, victim=0),
+    "stopped in a raw communicator": dataclasses.replace(USUAL, fault="stop", way="raw plan", values=16),
     "late": dataclasses.replace(USUAL, fault="delay", algorithm="rabenseifner", way="allreduce"),
 }
 
