@@ -108,6 +108,36 @@ def test_without_a_step_in_between_all_ranks_are_asked(comm, agree):
     training.free()
 
 
+def test_ranks_that_got_apart_and_were_told_ask_alike(comm, agree):
+    """Of a step that failed there is no answer."""
+    training = trainer(comm, bitring.Local(tau=2))
+    answers: list[bool] = []
+    with bitring.Preemption(comm) as preemption:
+        step(training)
+        answers.append(preemption.requested)
+        if comm.size > 1:
+            with pytest.raises(bitring.MismatchError):
+                step(training) if comm.rank == 0 else training.synchronize()
+        if comm.rank == comm.size - 1:
+            send()
+        answers.append(preemption.requested)
+    agree(comm, answers == [False, True], str(answers))
+    training.free()
+
+
+def test_an_evaluation_can_be_ended_in_modes_with_blocks(comm, agree):
+    training = trainer(comm, bitring.Local(tau=50))
+    with bitring.Preemption(comm) as preemption:
+        step(training)
+        first = preemption.requested
+        training.synchronize()
+        if comm.rank == 0:
+            send()
+        second = preemption.requested
+    agree(comm, (first, second) == (False, True), f"{first}, {second}")
+    training.free()
+
+
 @pytest.mark.parametrize("mode", [bitring.Local(tau=3), bitring.BlockMomentum(tau=3)])
 def test_modes_with_blocks_hear_of_it_at_the_next_exchange(comm, agree, mode: bitring.Mode):
     training = trainer(comm, mode)

@@ -241,8 +241,6 @@ class DataParallel:
         """
         self._operation = "step"
         self.notices = 0
-        for preemption in watching(self.comm):
-            preemption.answer_is_new = True
         problem = self._problem
         taken: dict[str, Any] = {}
         try:
@@ -259,6 +257,8 @@ class DataParallel:
             self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
             self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0))
         self.steps += 1
+        for preemption in watching(self.comm):
+            preemption.answer_is_new = True
         if self.check_every and self._transaction.met and self.steps >= self._check_at:
             where, self._check_at = self._where(), self.steps + self.check_every
             compare(self.comm, self._parameters, where)

@@ -52,7 +52,7 @@ class Preemption:
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
         self.comm = given_comm(comm, "Preemption")
         self.answer_is_new = False
-        """A trainer on the same ranks has made a step, or met, since the answer was last asked for."""
+        """A trainer on the same ranks has made a step since the answer was last asked for."""
         self._answer = False
         self._noted_at: float | None = None
         self._entered = False
@@ -88,7 +88,6 @@ class Preemption:
     def learn(self, answer: bool) -> None:
         """Take the answer that all ranks are given in the same exchange."""
         self._answer |= answer
-        self.answer_is_new = True
 
     def __enter__(self) -> Preemption:
         error: Exception | None = None

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from bitring import __version__
+from bitring.exit_codes import ExitCode
 from bitring.launcher import launched_rank, unknown_to_mpich
 
 _FOLDER = Path(__file__).resolve().parent / "commands"
@@ -71,7 +72,7 @@ def main() -> None:
             error.show()
         status = error.exit_code
     except click.Abort:  # Ctrl-C
-        status = 130
+        status = ExitCode.INTERRUPTED
     sys.exit(status)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,17 @@ def launched_size() -> int:
 def launched_local_size() -> int:
     """How many of them were started on this node; 1 where the launcher does not say."""
     return _first(LOCAL_SIZE_VARIABLES, 1)
+
+
+def launch_words(size: int) -> list[str]:
+    """What to type before a command that ``size`` processes shall run, started as these were; nothing for one alone."""
+    if "MPI_LOCALNRANKS" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
+        beside = str(Path(sys.prefix) / "bin" / "mpirun")
+        elsewhere = os.path.exists(beside) and shutil.which("mpirun") != beside
+        return [beside if elsewhere else "mpirun", "-n", str(size)]
+    if "SLURM_PROCID" in os.environ:
+        return ["srun", "-n", str(size)]
+    return []
 
 
 def alone_by_mistake(world_size: int, library: str) -> str | None:

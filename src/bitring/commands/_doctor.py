@@ -24,6 +24,7 @@ from bitring.collectives.state import state_of
 from bitring.commands._ranks import ending_together
 from bitring.commands._terminal import terminal_width
 from bitring.compression.plan import plan_allreduce
+from bitring.exit_codes import ExitCode
 from bitring.launcher import alone_by_mistake, launched_rank
 from bitring.machine import THREAD_LEVELS, mpi_library, package_version, processor, versions
 from bitring.nodes import node_map, thread_share
@@ -67,7 +68,7 @@ def run() -> None:
     with ending_together(comm):
         alone = _world_is_whole()
         if alone.status == FAIL and launched_rank() != 0:
-            raise click.exceptions.Exit(1)
+            raise click.exceptions.Exit(ExitCode.FAILED)
         findings = [Finding("bitring", OK, _versions()), _library(), alone, _thread_level(comm)]
         findings += _nodes(comm)
         findings += _by_rank(
@@ -80,7 +81,7 @@ def run() -> None:
         if comm.rank == 0:
             _show(findings)
         if any(finding.status == FAIL for finding in findings):
-            raise click.exceptions.Exit(1)
+            raise click.exceptions.Exit(ExitCode.FAILED)
 
 
 def _versions() -> str:

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from bitring.collectives.abort import abort_on_exception
 from bitring.collectives.errors import MismatchError
+from bitring.exit_codes import ExitCode
 from bitring.launcher import alone_by_mistake
 from bitring.machine import mpi_library
 from bitring.nodes import thread_share
@@ -32,7 +33,7 @@ _NAP_SECONDS = 1e-4
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 
 
-def fail(comm: MPI.Intracomm, message: str, status: int = 2) -> NoReturn:
+def fail(comm: MPI.Intracomm, message: str, status: int = ExitCode.USAGE) -> NoReturn:
     """End the command on all ranks, which must all call this; rank 0 prints."""
     if comm.rank == 0:
         click.echo(f"Error: {message}", err=True)
@@ -83,7 +84,7 @@ def ending_together(comm: MPI.Intracomm) -> Generator[None]:
         if comm.size > 1:
             if comm.rank != 0:
                 time.sleep(1)  # all ranks were interrupted; rank 0 has something to say first
-            MPI.COMM_WORLD.Abort(130)
+            MPI.COMM_WORLD.Abort(ExitCode.INTERRUPTED)
         raise
     except Exception as error:
         if comm.size > 1:

@@ -20,6 +20,7 @@ from mpi4py import MPI
 from bitring.collectives.errors import NonFiniteError
 from bitring.collectives.objects import allgather, broadcast
 from bitring.commands._due import Due
+from bitring.commands._going_on import PreemptedError, stop_for_now
 from bitring.commands._pictures import draw_curve
 from bitring.commands._progress import Progress
 from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, same_everywhere, together
@@ -28,6 +29,7 @@ from bitring.commands._units import traffic
 from bitring.compression.compressor import Compressor
 from bitring.compression.factors import Factors
 from bitring.compression.sufficient_factors import SufficientFactors
+from bitring.exit_codes import ExitCode
 from bitring.machine import versions
 from bitring.models.dataset import Data, load
 from bitring.models.model import Model, models
@@ -37,6 +39,7 @@ from bitring.training.checkpoint_file import previous, remove_checkpoints
 from bitring.training.data_parallel import DataParallel
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer
+from bitring.training.preemption import Preemption
 
 Record = dict[str, Any]
 """One line of metrics.jsonl.
@@ -90,6 +93,7 @@ class _Course:
     history: list[Record]
     epoch: _Epoch
     sent_before: int
+    preemption: Preemption
     saved: str | None = None
 
     def __post_init__(self) -> None:
@@ -123,9 +127,20 @@ class _Course:
         try:
             write_checkpoint(_checkpoint(self.settings), self.trainer, extra, keep=self.settings.keep)
         except OSError as error:  # raised on all ranks alike
-            fail(self.comm, str(error), status=1)
+            fail(self.comm, str(error), status=ExitCode.FAILED)
         self.due.saved()
         self.saved = self.place
+
+    def stop_if_preempted(self) -> None:
+        """Save, unless that was done here, and raise PreemptedError where a signal came. Collective.
+
+        A run whose last step is made goes on to its end.
+        """
+        if self.preemption.requested and self.trainer.steps < self.parts.steps:
+            if self.saved != self.place:
+                self.save()
+            text = f"{_checkpoint(self.settings)} holds all that was trained, up to {self.place}"
+            raise PreemptedError(text, resume=True)
 
 
 def run(settings: Settings) -> None:
@@ -133,11 +148,13 @@ def run(settings: Settings) -> None:
     refuse_if_alone()
     comm = MPI.COMM_WORLD
     courses: list[_Course] = []
-    with ending_together(comm):
+    with ending_together(comm), Preemption(comm) as preemption:
         try:
-            _run(settings, comm, courses)
+            _run(settings, comm, courses, preemption)
+        except PreemptedError as preempted:
+            stop_for_now(comm, preempted)
         except NonFiniteError as error:  # raised on all ranks alike
-            fail(comm, f"{error}; a smaller --lr may help", status=1)
+            fail(comm, f"{error}; a smaller --lr may help", status=ExitCode.FAILED)
         except KeyboardInterrupt:
             if comm.rank == 0:
                 click.echo(f"\ninterrupted{_left(settings, courses)}", err=True)
@@ -148,14 +165,17 @@ def _left(settings: Settings, courses: list[_Course]) -> str:
     """What an interrupted run leaves to go on from."""
     if courses and courses[0].saved is not None:
         return f"; --resume goes on after {courses[0].saved}"
-    if settings.resume and _found(settings) is not None:
-        return "; the checkpoint is as it was"
-    return " before the first checkpoint"
+    return _as_it_was(settings) or " before the first checkpoint"
 
 
-def _run(settings: Settings, comm: MPI.Intracomm, courses: list[_Course]) -> None:
+def _as_it_was(settings: Settings) -> str:
+    return "; the checkpoint is as it was" if settings.resume and _found(settings) is not None else ""
+
+
+def _run(settings: Settings, comm: MPI.Intracomm, courses: list[_Course], preemption: Preemption) -> None:
     """See ``run``; the course is put into ``courses`` when there is one."""
     parts = together(comm, lambda: _prepare(settings, comm))
+    _stop_before_training(settings, preemption)
     limit_threads(comm)
     trainer = together(
         comm,
@@ -169,13 +189,22 @@ def _run(settings: Settings, comm: MPI.Intracomm, courses: list[_Course]) -> Non
             warmup_steps=parts.warmup_steps,
         ),
     )
-    course = together(comm, lambda: _begin(settings, comm, parts, trainer))
+    course = together(comm, lambda: _begin(settings, comm, parts, trainer, preemption))
     courses.append(course)
-    if comm.rank == 0 and len(course.history) >= settings.epochs:
+    if trainer.steps < parts.steps:
+        _stop_before_training(settings, preemption)
+    elif comm.rank == 0 and len(course.history) >= settings.epochs:
         click.echo(f"{_checkpoint(settings)} has {_epochs(len(course.history))}: there is nothing left to train")
     _train(course)
     if comm.rank == 0:
         _conclude(course)
+
+
+def _stop_before_training(settings: Settings, preemption: Preemption) -> None:
+    """Raise PreemptedError where a signal came. Collective."""
+    if preemption.requested:
+        kept = _as_it_was(settings)
+        raise PreemptedError(f"nothing more was trained{kept}" if kept else "nothing was trained yet", settings.resume)
 
 
 def _prepare(settings: Settings, comm: MPI.Intracomm) -> _Parts:
@@ -217,9 +246,11 @@ def _found(settings: Settings) -> Path | None:
     return next((each for each in (path, previous(path)) if each.exists()), None)
 
 
-def _begin(settings: Settings, comm: MPI.Intracomm, parts: _Parts, trainer: DataParallel) -> _Course:
+def _begin(
+    settings: Settings, comm: MPI.Intracomm, parts: _Parts, trainer: DataParallel, preemption: Preemption
+) -> _Course:
     """The run from its beginning, or from the checkpoint, which the trainer then goes on from. Collective."""
-    course = _Course(settings, comm, parts, trainer, [], _Epoch(), -trainer.bytes_sent)
+    course = _Course(settings, comm, parts, trainer, [], _Epoch(), -trainer.bytes_sent, preemption)
     path = broadcast(comm, _found(settings) if settings.resume and comm.rank == 0 else None, "bitring train")
     if path is not None:
         _go_on(course, path)
@@ -280,6 +311,7 @@ def _train(course: _Course) -> None:
             _end_epoch(course, progress)
             if due:
                 course.save()
+            course.stop_if_preempted()
 
 
 def _steps(course: _Course, progress: Progress | None) -> None:
@@ -300,8 +332,9 @@ def _steps(course: _Course, progress: Progress | None) -> None:
         epoch.loss += loss * len(x)
         if progress is not None:
             progress.step(number, loss)
+        epoch.seconds = time.perf_counter() - begin
+        course.stop_if_preempted()
         if course.due.after_step() and epoch.steps < len(parts.batches):
-            epoch.seconds = time.perf_counter() - begin
             course.save()
             begin = time.perf_counter() - epoch.seconds
     epoch.seconds = time.perf_counter() - begin

@@ -13,6 +13,7 @@ from bitring.commands._compression import HOW
 from bitring.commands._settings import Settings
 from bitring.commands._units import INTERVAL
 from bitring.compression.compressor import compressors
+from bitring.exit_codes import ExitCode
 from bitring.models.dataset import datasets
 from bitring.models.model import models
 from bitring.training.mode import modes
@@ -23,7 +24,7 @@ def _names(registry: Registry[Any]) -> str:
     return ", ".join(registry.names())
 
 
-@click.command("train")
+@click.command("train", epilog="Exit codes: " + "; ".join(f"{code:d} {code.meaning}" for code in ExitCode) + ".")
 @click.option("--model", default="cnn", show_default=True, help=f"One of: {_names(models)}.")
 @click.option(
     "--data",
