@@ -672,7 +672,11 @@ class Engine:
         lanes = self.lanes
         self.__init__()  # type: ignore[misc]  # locks may be held by threads that the child does not have
         self.lanes = lanes
-        self.stopped = "this process was forked after MPI started; use the 'spawn' or 'forkserver' start method"
+        self.stopped = (
+            "this process was forked after MPI started; use the 'spawn' or 'forkserver' start method, and import "
+            "mpi4py inside main(), under if __name__ == '__main__': workers import the script, too, and must not start "
+            "MPI"
+        )
         self._close_native_ways()
 
     def _close_native_ways(self) -> None:
