@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from bitring.collectives.abort import abort_on_exception
 from bitring.collectives.errors import MismatchError
+from bitring.collectives.objects import allgather
 from bitring.exit_codes import ExitCode
 from bitring.launcher import alone_by_mistake
 from bitring.machine import mpi_library
@@ -62,7 +63,7 @@ def together(comm: MPI.Intracomm, prepare: Callable[[], T]) -> T:
         result.append(prepare())
     except _MISTAKES as error:
         problem = str(error) or type(error).__name__
-    problems = comm.allgather(problem)
+    problems = allgather(comm, problem, "the preparation of this command")
     for rank, text in enumerate(problems):
         if text is not None:
             fail(comm, text if rank == 0 else f"rank {rank}: {text}")
@@ -137,7 +138,7 @@ def limit_threads(comm: MPI.Intracomm) -> int:
 
 def same_everywhere(comm: MPI.Intracomm, what: str, value: str) -> None:
     """Raise MismatchError on all ranks unless all have the same ``value``. Collective."""
-    values = comm.allgather(value)
+    values = allgather(comm, value, what)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise MismatchError(f"{what} differ: rank {rank} has {other}, rank 0 has {values[0]}")
