@@ -79,11 +79,11 @@ while [ "$status" -gt 128 ] && kill -0 "$pid" 2>/dev/null; do
     wait "$pid" || status=$?
 done
 
+[ "$status" -eq 0 ] || exit "$status"
 if [ -e "$again" ]; then
     rm -f "$again"
     exit 75
 fi
-[ "$status" -eq 0 ] || exit "$status"
 # Open MPI's mpirun returns 0 when a whole host is lost.
 [ "$output/summary.json" -nt "$started" ] || complain "the launcher ended well, but there is no new $output/summary.json"
 rm -f "$started"

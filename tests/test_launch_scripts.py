@@ -42,7 +42,7 @@ if "--wait" in arguments and "--resume" not in arguments:
     while not received:
         time.sleep(0.01)
     comm.Barrier()
-    time.sleep(2.5 if comm.rank else 0)  # saving takes one rank longer than the other
+    time.sleep(1.5 if comm.rank else 0)  # saving takes one rank longer than the other
     MPI.Finalize()
     sys.exit(75)
 if comm.rank == 0 and "--lost" not in arguments:
@@ -202,7 +202,7 @@ def test_pbs_takes_ranks_from_the_node_file_and_arguments_from_a_variable(pbs):
 
 
 def test_pbs_saves_before_the_time_is_over_and_is_run_again(pbs, tmp_path: Path):
-    status, output = ended(pbs("--output run --wait --fresh", WALLTIME="00:02:05"))
+    status, output = ended(pbs("--output run --wait --fresh", WALLTIME="00:02:04"))
     assert status == 75, output
     assert "job 7.server: run again to go on" in output
     assert (tmp_path / "qrerun.log").read_text() == "7.server\n"

@@ -82,23 +82,52 @@ class Slurm:
         parts = [f"{log.name}:\n{log.read_text(errors='replace')[-2000:]}" for log in sorted(self.folder.glob("*.log"))]
         return "\n".join(parts)
 
-    def run_script(self, launcher: str, *arguments: str) -> tuple[str, str]:
-        """Submit the script with 2 tasks; its final state and what it printed."""
-        self.environment |= {"LAUNCHER": launcher, "VENV": str(VENV)}
-        output = self.folder / f"{launcher}.log"
-        job = self.command("sbatch", "--parsable", "--ntasks=2", f"--output={output}", str(SCRIPT), *arguments).strip()
-        assert job.isdigit(), f"{job}\n{self.logs()}"
-        state = shown = ""
+    def submit(self, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> str:
+        """Submit the script with 2 tasks; the job's number. It prints to NUMBER.log."""
+        environment = self.environment | {"VENV": str(VENV)} | variables
+        words = ["sbatch", "--parsable", "--ntasks=2", f"--output={self.folder}/%j.log", *options, str(SCRIPT)]
+        done = subprocess.run(
+            [*words, *arguments],
+            env=environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.stdout.strip().isdigit(), f"{done.stdout}{done.stderr}\n{self.logs()}"
+        return done.stdout.strip()
 
-        def ended() -> bool:
-            nonlocal state, shown
-            shown = self.command("scontrol", "show", "job", job)
-            found = re.search(r"JobState=(\w+)", shown)
-            state = found[1] if found else ""
-            return state not in ("", "PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+    def shown(self, job: str) -> dict[str, str]:
+        """What Slurm has to say of a job."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "show", "job", job)))
 
-        wait_until(f"the end of job {job}", ended, 90, lambda: f"{self.logs()}\n{shown}")
-        return state, output.read_text(encoding="utf-8")
+    def output(self, job: str) -> str:
+        log = self.folder / f"{job}.log"
+        return log.read_text(encoding="utf-8") if log.exists() else ""
+
+    def until(self, job: str, *states: str, seconds: float = 60) -> dict[str, str]:
+        """Wait for one of these states."""
+        wait_until(
+            f"job {job} being {' or '.join(states)}",
+            lambda: self.shown(job).get("JobState") in states,
+            seconds,
+            lambda: f"{self.logs()}\n{self.shown(job)}\n{self.output(job)}",
+        )
+        return self.shown(job)
+
+    def until_ended(self, job: str) -> tuple[str, str]:
+        """The job's final state and exit code, as STATE CODE:SIGNAL, and what it printed."""
+        found = self.until(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=90)
+        return f"{found['JobState']} {found['ExitCode']}", self.output(job)
+
+    def until_exists(self, *files: Path) -> None:
+        wait_until(f"{files}", lambda: all(file.exists() for file in files), 60, self.logs)
+
+    def start_again_now(self, job: str) -> None:
+        """Slurm holds a job that was queued again for two minutes."""
+        self.until(job, "PENDING")
+        self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +190,118 @@ def stop(daemon: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_the_script_trains_on_two_ranks(slurm: Slurm, launcher: str, tmp_path: Path):
-    state, output = slurm.run_script(
-        launcher, "--model", "softmax", "--data", "digits", "--epochs", "1", "--output", str(tmp_path / "run")
-    )
-    assert state == "COMPLETED", output
+    run = tmp_path / "a run"
+    job = slurm.submit("--model", "softmax", "--epochs", "1", "--output", str(run), LAUNCHER=launcher)
+    state, output = slurm.until_ended(job)
+    assert state == "COMPLETED 0:0", output
     assert f"2 ranks on {socket.gethostname().split('.')[0]}, by {launcher}" in output
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
-    assert summary["ranks"] == 2
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["ranks"] == 2
 
 
-def test_an_unknown_launcher_is_named(slurm: Slurm):
-    state, output = slurm.run_script("orterun")
-    assert state == "FAILED", output
+def test_an_unknown_launcher_is_named(slurm: Slurm, tmp_path: Path):
+    state, output = slurm.until_ended(slurm.submit("--output", str(tmp_path), LAUNCHER="orterun"))
+    assert state == "FAILED 1:0", output
     assert "LAUNCHER is 'orterun'; known: srun, mpirun" in output
+
+
+# What Slurm and the script make of a rank's end, shown by a stand-in for bitring train: it fails, or waits for a signal
+# and then saves, unless it goes on from what was saved.
+STAND_IN = f"""#!{sys.executable}
+import os, signal, sys, time
+from pathlib import Path
+rank, arguments = os.environ["SLURM_PROCID"], sys.argv[1:]
+if "--fail" in arguments and rank == "1":
+    sys.exit("rank 1: no such data set")
+received = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, frame: received.append(number))
+output = Path(arguments[arguments.index("--output") + 1])
+if rank == "0":
+    print(*arguments, flush=True)
+if "--wait" in arguments and "--resume" not in arguments:
+    (output / f"up-{{rank}}").touch()
+    while not received:
+        time.sleep(0.01)
+    if signal.SIGINT in received:
+        sys.exit(130)
+    time.sleep(0.5 if rank == "1" else 0)  # saving takes one rank longer than the other
+    (output / f"saved-{{rank}}").touch()
+    sys.exit(75)
+if rank == "0":
+    (output / "summary.json").write_text("{{}}")
+"""
+
+
+@pytest.fixture(scope="module")
+def stand_in(slurm: Slurm) -> str:
+    folder = slurm.folder / "stand-in" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "bitring").write_text(STAND_IN, encoding="utf-8")
+    (folder / "bitring").chmod(0o755)
+    return str(folder.parent)
+
+
+@pytest.mark.parametrize("words", [["--signal=TERM"], ["--signal=USR1"], ["time limit"]])
+def test_a_job_that_saved_is_queued_again_and_goes_on(slurm: Slurm, stand_in: str, tmp_path: Path, words: list[str]):
+    """At the time limit Slurm sends what "scancel --batch --signal=USR1" does; its seconds are exact to a minute."""
+    options = ("--time=00:02:00", "--signal=B:USR1@118") if words == ["time limit"] else ()
+    job = slurm.submit("--output", str(tmp_path), "--wait", "--fresh", options=options, VENV=stand_in)
+    if words != ["time limit"]:
+        slurm.until_exists(tmp_path / "up-0", tmp_path / "up-1")
+        slurm.command("scancel", *words, job)
+    slurm.until_exists(tmp_path / "saved-0", tmp_path / "saved-1")
+    slurm.start_again_now(job)
+    state, output = slurm.until_ended(job)
+    assert state == "COMPLETED 0:0", output
+    assert slurm.shown(job)["Restarts"] == "1"
+    assert f"job {job}: queued again to go on" in output
+    assert f"train --output {tmp_path} --wait --fresh" in output
+    assert f"train --output {tmp_path} --wait --resume" in output
+    assert [file.name for file in tmp_path.glob(".*")] == []
+
+
+def test_a_job_is_queued_again_a_bounded_number_of_times(slurm: Slurm, stand_in: str, tmp_path: Path):
+    job = slurm.submit("--output", str(tmp_path), "--wait", VENV=stand_in, REQUEUES="0")
+    slurm.until_exists(tmp_path / "up-0", tmp_path / "up-1")
+    slurm.command("scancel", "--signal=TERM", job)
+    state, output = slurm.until_ended(job)
+    assert state == "FAILED 75:0", output
+    assert "run-slurm.sbatch: not queued again after 0 times; --resume goes on" in output
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(slurm: Slurm, stand_in: str, tmp_path: Path):
+    job = slurm.submit("--output", str(tmp_path), "--wait", VENV=stand_in)
+    slurm.until_exists(tmp_path / "up-0", tmp_path / "up-1")
+    slurm.command("scancel", job)
+    slurm.until_exists(tmp_path / "saved-0", tmp_path / "saved-1")
+    state, output = slurm.until_ended(job)
+    assert state.startswith("CANCELLED"), output
+    wait_until("the script's end", lambda: "--resume goes on from there" in slurm.output(job), 20, slurm.logs)
+
+
+def test_an_interrupted_job_has_failed(slurm: Slurm, stand_in: str, tmp_path: Path):
+    job = slurm.submit("--output", str(tmp_path), "--wait", VENV=stand_in)
+    slurm.until_exists(tmp_path / "up-0", tmp_path / "up-1")
+    slurm.command("scancel", "--signal=INT", job)
+    state, output = slurm.until_ended(job)
+    assert state == "FAILED 130:0", output
+
+
+def test_a_rank_that_fails_at_once_ends_the_job_with_the_cause(slurm: Slurm, stand_in: str, tmp_path: Path):
+    """The other would wait for it until the time limit."""
+    job = slurm.submit("--output", str(tmp_path), "--wait", "--fail", VENV=stand_in)
+    state, output = slurm.until_ended(job)
+    assert state.startswith("FAILED "), output
+    assert state != "FAILED 0:0"
+    assert "rank 1: no such data set" in output
+
+
+def test_each_task_of_an_array_has_a_folder_of_its_own(slurm: Slurm, stand_in: str, tmp_path: Path):
+    options = ("--array=0-2", f"--output={tmp_path}/%A_%a.log")
+    job = slurm.submit("--seed", "%a", "--output", str(tmp_path / "run"), options=options, VENV=stand_in)
+    summaries = [tmp_path / "run" / str(task) / "summary.json" for task in range(3)]
+    slurm.until_exists(*summaries)
+    for task in range(3):
+        log = (tmp_path / f"{job}_{task}.log").read_text(encoding="utf-8")
+        assert f"train --seed {task} --output {tmp_path}/run/{task}" in log
+    slurm.command("scancel", job)
