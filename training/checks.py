@@ -61,6 +61,7 @@ def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str,
         taken = dict(zip(parameters, gradients, strict=True))
     else:
         raise TypeError(f"{where}: gradients must be a dict or a list of arrays, got {type(gradients).__name__}")
+    sharing: set[type] = set()
     for name, w in parameters.items():
         g = taken.get(name)
         if g is None:
@@ -71,10 +72,9 @@ def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str,
                 )
             g = xp_of(w).zeros(w.shape, w.dtype)
             taken[name] = g
-        if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
-            g = taken[name] = np.asarray(g)
-        elif not isinstance(g, Factors):
-            g = taken[name] = as_array(g, where, f"the gradient of {name!r}")
+        if type(g) is np.ndarray and type(g) is type(w) and g.dtype == w.dtype and g.shape == w.shape:
+            continue
+        g = taken[name] = _gradient(g, where, name, sharing)
         array = g.u if isinstance(g, Factors) else g
         if type(array) is not type(w) and not (isinstance(array, np.ndarray) and isinstance(w, np.ndarray)):
             raise TypeError(
@@ -88,6 +88,24 @@ def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str,
                 f"got {g.dtype.name} of shape {g.shape}"
             )
     return taken
+
+
+def _gradient(g: Any, where: str, name: str, sharing: set[type]) -> Any:
+    """What a gradient is to be taken as. ``sharing``: types met in this step whose memory NumPy takes by DLPack."""
+    kind = type(g)
+    if kind not in sharing:
+        if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
+            return np.asarray(g)
+        if isinstance(g, Factors):
+            return g
+        if is_array(g) or not hasattr(g, "__dlpack__"):
+            return as_array(g, where, f"the gradient of {name!r}")
+    try:
+        array = np.from_dlpack(g)  # it is only read, so a copy will do, and so does memory that says it is read-only
+    except Exception:  # each library has its own; as_array says what is wrong, or knows another way
+        return as_array(g, where, f"the gradient of {name!r}")
+    sharing.add(kind)
+    return array
 
 
 def not_finite(arrays: Mapping[str, Any]) -> str | None:
@@ -211,7 +229,8 @@ def checked_parameters(parameters: Any) -> dict[str, Any]:
                     "give a writable copy, such as numpy.array of it"
                 )
             if array.size:
-                extents.append((array.ctypes.data, array.ctypes.data + array.nbytes, name))
+                start = array.__array_interface__["data"][0]
+                extents.append((start, start + array.nbytes, name))
     extents.sort()
     for (_, end, name), (start, _, other) in pairwise(extents):
         if start < end:

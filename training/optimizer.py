@@ -23,6 +23,9 @@ State = dict[str, dict[str, Any]]  # slot -> parameter's name -> array of the pa
 _HOST_PIECE = 1 << 15
 _DEVICE_PIECE = 1 << 22
 
+_SMALL = 1 << 12
+"""Arrays of up to so many values are copied together: what an operation costs at any size is most of it."""
+
 
 class Optimizer(ABC):
     """Base of every optimizer; instances are settings and hold no state."""
@@ -47,27 +50,62 @@ class Optimizer(ABC):
         """One step, in place on ``parameters`` and ``state``; ``gradients`` are only read.
 
         ``parameters`` are floating-point arrays, NumPy or CuPy; they may be some of those that ``state`` was made for.
-        ``gradients`` has an array of the same shape and dtype for each. Allocates two pieces of scratch, and copies of
-        parameters that are not C-contiguous.
+        ``gradients`` has an array of the same shape and dtype for each. Small arrays are updated together, in copies.
+        Allocates scratch of a few pieces, and copies of parameters that are not C-contiguous.
         """
+        together: dict[Any, list[str]] = {}
+        held: dict[Any, int] = {}
         scratch: dict[Any, tuple[Any, Any]] = {}
-        for name, parameter in parameters.items():
-            xp = xp_of(parameter)
-            n = parameter.size
-            piece = min(_HOST_PIECE if xp is np else _DEVICE_PIECE, n)
-            w, g = parameter.reshape(-1), gradients[name].reshape(-1)
-            slots = {slot: arrays[name].reshape(-1) for slot, arrays in state.items()}
-            t, u = scratch.get(w.dtype, (w[:0], w[:0]))
-            if t.size < piece:
-                t, u = scratch[w.dtype] = xp.empty(piece, w.dtype), xp.empty(piece, w.dtype)
-            for start in range(0, n, max(piece, 1)):
-                part = slice(start, min(start + piece, n))
-                size = part.stop - start
-                self.apply(w[part], g[part], {slot: s[part] for slot, s in slots.items()}, t[:size], u[:size])
-            if not parameter.flags.c_contiguous:
-                parameter[...] = w.reshape(parameter.shape)
-                for slot, s in slots.items():
-                    state[slot][name][...] = s.reshape(parameter.shape)
+        for name, w in parameters.items():
+            size, dtype = w.size, w.dtype
+            if size > _SMALL:
+                self._update_alone(w, gradients[name], {slot: each[name] for slot, each in state.items()}, scratch)
+                continue
+            names = together.setdefault(dtype, [])
+            names.append(name)
+            held[dtype] = held.get(dtype, 0) + size
+            if held[dtype] > _HOST_PIECE - _SMALL:
+                self._update_together(together.pop(dtype), parameters, gradients, state)
+                held[dtype] = 0
+        for names in together.values():
+            self._update_together(names, parameters, gradients, state)
+
+    def _update_alone(
+        self, parameter: Any, gradient: Any, arrays: dict[str, Any], scratch: dict[Any, tuple[Any, Any]]
+    ) -> None:
+        xp = xp_of(parameter)
+        n = parameter.size
+        piece = min(_HOST_PIECE if xp is np else _DEVICE_PIECE, n)
+        w, g = parameter.reshape(-1), gradient.reshape(-1)
+        slots = {slot: array.reshape(-1) for slot, array in arrays.items()}
+        t, u = scratch.get(w.dtype, (w[:0], w[:0]))
+        if t.size < piece:
+            t, u = scratch[w.dtype] = xp.empty(piece, w.dtype), xp.empty(piece, w.dtype)
+        for start in range(0, n, piece):
+            part = slice(start, min(start + piece, n))
+            size = part.stop - start
+            self.apply(w[part], g[part], {slot: s[part] for slot, s in slots.items()}, t[:size], u[:size])
+        if not parameter.flags.c_contiguous:
+            parameter[...] = w.reshape(parameter.shape)
+            for slot, s in slots.items():
+                arrays[slot][...] = s.reshape(parameter.shape)
+
+    def _update_together(
+        self, names: list[str], parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: State
+    ) -> None:
+        ws = [parameters[name] for name in names]
+        xp = xp_of(ws[0])
+        w = xp.concatenate(ws, axis=None)
+        g = xp.concatenate([gradients[name] for name in names], axis=None)
+        changed = [[arrays[name] for name in names] for arrays in state.values()]
+        slots = {slot: xp.concatenate(arrays, axis=None) for slot, arrays in zip(state, changed, strict=True)}
+        self.apply(w, g, slots, xp.empty_like(w), xp.empty_like(w))
+        for arrays, values in ((ws, w), *zip(changed, slots.values(), strict=True)):
+            start = 0
+            for array in arrays:
+                stop = start + array.size
+                array[...] = values[start:stop] if array.ndim == 1 else values[start:stop].reshape(array.shape)
+                start = stop
 
     def restart(self, state: State) -> None:
         """Forget the directions of past steps (momentum), in place; what scales the steps stays."""
