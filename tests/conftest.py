@@ -94,7 +94,7 @@ def two_nodes(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     duplicate.Free()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def clean_environment() -> Callable[..., dict[str, str]]:
     """Drops what an enclosing launcher or runner left behind; Open MPI writes its part behind os.environ's back."""
     ours = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDRA_", "PRTE_", "BITRING_TEST_", "PYTEST_")

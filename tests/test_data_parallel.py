@@ -457,7 +457,11 @@ SHARED = np.ones(6)
             TypeError,
             "'w' must be one of float16, bfloat16, float32, float64, got int64",
         ),
-        ({"parameters": {"w": np.ones((3, 4)).T}}, ValueError, "'w' must be C-contiguous, got strides"),
+        (
+            {"parameters": {"w": np.ones((6, 4))[::2]}},
+            ValueError,
+            "'w' must be dense, in any memory order, got shape (3, 4)",
+        ),
         ({"parameters": {"w": READ_ONLY}}, ValueError, "'w' must be writable"),
         ({"parameters": {"u": SHARED[:4], "v": SHARED[3:]}}, ValueError, "'u' and 'v' share memory"),
         ({"optimizer": "adam"}, ValueError, "unknown optimizer 'adam'; known: adagrad, sgd"),

@@ -57,6 +57,11 @@ class BlockMomentum(Mode):
             delta[...] = 0
         return state
 
+    def take_over(self, state: State) -> None:
+        """Without look-ahead the model has been where the block began, and one array with it."""
+        if self.nesterov and state["model"] is state["start"]:
+            state["model"] = copies(state["start"])
+
     def step(self, trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
         """A step alone; at the block's end, the filtered change."""
         local_step(trainer, state, gradients, weight)

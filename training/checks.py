@@ -13,7 +13,7 @@ import numpy as np
 from bitring.collectives.arrays import BFLOAT16, as_array, is_dense, is_device, require_native, xp_of
 from bitring.collectives.registry import Registry
 from bitring.compression.factors import Factors
-from bitring.training.tree import host_copy
+from bitring.training.tree import host_copy, is_array
 
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, BFLOAT16, np.float32, np.float64))
 

@@ -185,7 +185,9 @@ class DataParallel:
                 f"DataParallel: mode must stay {type(self._mode).__name__}, whose state the trainer keeps, "
                 f"got {text_of(new)}; make another trainer for it"
             )
+        new.take_over(self._mode_state)
         self._mode = new
+        self._changes = self._arrays_that_change()
         self._set_words()
 
     @property
@@ -256,11 +258,12 @@ class DataParallel:
                 raise
             self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
             self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0))
+        where = self._where()
         self.steps += 1
         for preemption in watching(self.comm):
             preemption.answer_is_new = True
         if self.check_every and self._transaction.met and self.steps >= self._check_at:
-            where, self._check_at = self._where(), self.steps + self.check_every
+            self._check_at = self.steps + self.check_every
             compare(self.comm, self._parameters, where)
 
     @one_call("DataParallel.synchronize")

@@ -64,12 +64,18 @@ class Mode(ABC):
     def init(self, trainer: Trainer) -> State:
         """New state. The parameters are equal on all ranks by now."""
 
+    def take_over(self, state: State) -> None:
+        """Go on with ``state``, of the same mode with other settings, in place."""
+
     @abstractmethod
     def step(self, trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
         """One step with this rank's ``gradients``, the mean over ``weight`` samples; both are checked.
 
         ``weight`` 0 means that this rank takes no part: its batch was empty, or its arguments were bad, which
         ``trainer.agree`` will raise. The gradients are then not to be looked at.
+
+        A step that fails is taken back, and so may raise anywhere. For that, what it changes before ``trainer.agree``
+        are numbers in ``state``, and what ``trainer.update`` does; parameters and arrays only after it.
         """
 
     @abstractmethod
