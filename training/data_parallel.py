@@ -65,6 +65,8 @@ class DataParallel:
     ``compression``: None for an exact exchange, a name such as "topk" or "topk:density=0.001", or an instance such as
     ``OneBit(block=1024)``. Parameters with fewer values than one block of an encoder travel exactly. The first
     ``warmup_steps`` steps are exact.
+    ``check_every``: after so many steps ranks compare digests of their parameters, which takes about a second per GB,
+    and raise MismatchError with the first parameter and rank that differ; 0: never.
     ``algorithm``: of the exact exchange, and "auto" chooses. ``bucket_bytes``: buckets are closed at this size.
     ``unused``: what a gradient is that is None or not there, of a parameter that had no part in the loss: an "error",
     or "zeros".
@@ -239,7 +241,8 @@ class DataParallel:
         A rank's bad arguments raise TypeError or ValueError there and PeerError on the others, NaN or Inf
         NonFiniteError on all; parameters, optimizer and residuals are as before, and training may go on. In a mode that
         exchanges less often, the rank concerned skips that local step and all raise at the next exchange, before
-        anything is averaged; the exchange is then made at the step after it.
+        anything is averaged. What an optimizer or a mode raises is raised there, and as PeerError on the others. Then
+        parameters, optimizer, residuals and the mode's state are as before, and the step can be made again.
         """
         self._operation = "step"
         self.notices = 0
