@@ -32,7 +32,7 @@ trainer = bitring.DataParallel(
     compression="onebit",
 )
 trainer.step([np.full_like(w, trainer.rank + 1) for w in trainer.parameters.values()])
-checkpoint.cut = functools.partial(pieces.cut, limit=4096)
+checkpoint.cut = functools.partial(pieces.cut, limit=16384)
 bitring.save_checkpoint(folder / "run.npz", trainer)
 os.environ["BITRING_TIMEOUT"] = "3"  # from now on: loading kernels may take long
 engine._timeout.cache_clear()
@@ -41,7 +41,7 @@ calls, jointly = itertools.count(), checkpoint.jointly
 def failing(comm, function, work, *rest, **named):
     def works():
         if comm.rank == victim and fault == "slow":
-            time.sleep(0.05)
+            time.sleep(0.15)
         elif comm.rank == victim and next(calls) == at:
             os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
         return work()
@@ -91,7 +91,7 @@ def run_fault(
         try:
             until = time.monotonic() + 80
             while time.monotonic() < until and not all((folder / f"result-{rank}").exists() for rank in survivors):
-                time.sleep(0.05)
+                time.sleep(0.15)
         finally:
             for rank in range(3):
                 if (folder / f"pid-{rank}").exists():
