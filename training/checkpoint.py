@@ -38,8 +38,7 @@ from bitring.training.resharding import Owned, Share, shares
 from bitring.training.tree import Path as At
 from bitring.training.tree import is_array, leaves
 
-SAVE = "save_checkpoint"
-LOAD = "load_checkpoint"
+SAVE, LOAD = "save_checkpoint", "load_checkpoint"
 
 _KEPT_FILES = 2
 _DIGEST_NBYTES = 32
