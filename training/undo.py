@@ -31,7 +31,10 @@ class Undo:
         copy = self._copies.get(key)
         if copy is None:
             copy = self._copies[key] = xp.empty(sum(array.size for array in arrays), arrays[0].dtype)
-        xp.concatenate(arrays, axis=None, out=copy)
+        if len(arrays) == 1:  # a plain copy is quicker than what concatenate does with a large array
+            copy.reshape(arrays[0].shape)[...] = arrays[0]
+        else:
+            xp.concatenate(arrays, axis=None, out=copy)
         self._saved[key] = arrays
 
     def restore(self) -> None:
