@@ -46,7 +46,7 @@ def main() -> int:
 
 def kernels(comm: Any, encoder: Any, gradient: Any) -> Callable[[], None]:
     """What the encoder's kernels do in an owner exchange on this rank."""
-    from bitring.compression.layout import cut, segments
+    from bitring.compression.exchange.layout import cut, segments
 
     layout = cut(gradient.size, (), encoder.block, comm.size)
     chunks = segments(layout, encoder.block)

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._predict import PAYS_FROM, advice
 from bitring.models.architecture import layer_table
-from bitring.training.cluster import Cluster, read_machine
-from bitring.training.predict import Prediction, predict
+from bitring.training.prediction.cluster import Cluster, read_machine
+from bitring.training.prediction.predict import Prediction, predict
 
 HERE = Path(__file__).resolve().parent
 WITHIN = 0.25

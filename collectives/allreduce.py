@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import Array, as_array, device_of, flat_view, require_numeric, xp_of
+from bitring.arrays import Array, as_array, device_of, flat_view, require_numeric, xp_of
 from bitring.collectives.calls import Call, set_operation
-from bitring.collectives.operators import op_name
+from bitring.collectives.interop.operators import op_name
 from bitring.collectives.plan import array_terms
-from bitring.collectives.state import given_comm, state_of
+from bitring.collectives.runtime.context import given_comm, state_of
 
 
 def allreduce(

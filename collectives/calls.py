@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, agree, conclude, verdict_of
-from bitring.collectives.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
-from bitring.collectives.buffers import Values, is_in_place, parse
-from bitring.collectives.errors import PeerError, RefusedError
-from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.extension import operation_number, type_number
-from bitring.collectives.library_steps import allgather_steps, wait_for
-from bitring.collectives.native_executor import finish
-from bitring.collectives.operators import REDUCTIONS, op_name, require_defined, ufunc_name
+from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
+from bitring.collectives.execution.native import finish
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.runner import Runner, make_runner
+from bitring.collectives.interop.buffers import Values, is_in_place, parse
+from bitring.collectives.interop.library_steps import allgather_steps, wait_for
+from bitring.collectives.interop.operators import REDUCTIONS, op_name, require_defined, ufunc_name
 from bitring.collectives.plan import HOST, library_reduces, memory_name
-from bitring.collectives.runner import Runner, make_runner
-from bitring.collectives.selection import check_name, choose, direct_limits
-from bitring.collectives.state import State
+from bitring.collectives.runtime.agreement import Request, agree, conclude, verdict_of
+from bitring.collectives.runtime.context import State
+from bitring.collectives.selection.selection import check_name, choose, direct_limits
+from bitring.errors import PeerError, RefusedError
+from bitring.native import operation_number, type_number
 
 _CACHED_RUNNERS = 16
 _CACHED_SCRATCH_NBYTES = 64 << 20

@@ -10,8 +10,7 @@ import numpy as np
 from mpi4py import MPI
 from typing_extensions import Self
 
-from bitring.collectives.agreement import Request, agree
-from bitring.collectives.arrays import require_native
+from bitring.arrays import require_native
 from bitring.collectives.calls import (
     Call,
     allgather_call,
@@ -21,15 +20,16 @@ from bitring.collectives.calls import (
     reduce_call,
     reduce_scatter_block_call,
 )
-from bitring.collectives.errors import uncopyable
-from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.native_executor import DECLINED, DONE, REFUSED
-from bitring.collectives.objects import jointly
+from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.runner import make_runner
 from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
-from bitring.collectives.runner import make_runner
-from bitring.collectives.selection import check_name
-from bitring.collectives.state import State, state_of
+from bitring.collectives.runtime.agreement import Request, agree
+from bitring.collectives.runtime.context import State, state_of
+from bitring.collectives.runtime.objects import jointly
+from bitring.collectives.selection.selection import check_name
+from bitring.errors import uncopyable
 
 
 def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from bitring.collectives.agreement import Request, conclude, verdict_of
-from bitring.collectives.engine import engine
-from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.extension import native
-from bitring.collectives.native_executor import finish
+from bitring.collectives.execution.native import finish
+from bitring.collectives.execution.portable import Progress, Steps
 from bitring.collectives.plan import ExactPlan, Plan
-from bitring.collectives.selection import Choice
+from bitring.collectives.runtime.agreement import Request, conclude, verdict_of
+from bitring.collectives.runtime.engine import engine
+from bitring.collectives.selection.selection import Choice
+from bitring.native import native
 
 FUSED_NBYTES = 64 << 10
 """Plans of so many bytes together are fused: what a message costs at any size is then still most of its cost."""

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Check, Request, agree, conclude, verdict_of
-from bitring.collectives.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
-from bitring.collectives.engine import Job, engine
-from bitring.collectives.errors import uncopyable
-from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.library_steps import wait_for
-from bitring.collectives.native_executor import DECLINED, DONE, REFUSED, finish
-from bitring.collectives.objects import gather
-from bitring.collectives.operators import op_name, require_defined, ufunc_name
-from bitring.collectives.runner import Runner, SharedRunner, make_runner
-from bitring.collectives.selection import Choice, check_name, choose
-from bitring.collectives.state import State, state_of
+from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
+from bitring.collectives.execution.native import DECLINED, DONE, REFUSED, finish
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.runner import Runner, SharedRunner, make_runner
+from bitring.collectives.interop.library_steps import wait_for
+from bitring.collectives.interop.operators import op_name, require_defined, ufunc_name
+from bitring.collectives.runtime.agreement import Check, Request, agree, conclude, verdict_of
+from bitring.collectives.runtime.context import State, state_of
+from bitring.collectives.runtime.engine import Job, engine
+from bitring.collectives.runtime.objects import gather
+from bitring.collectives.selection.selection import Choice, check_name, choose
+from bitring.errors import uncopyable
 
 HOST = "host memory"
 

@@ -10,11 +10,11 @@ from typing import Literal
 from mpi4py import MPI
 from typing_extensions import Self
 
-from bitring.collectives.engine import engine
-from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.polled_request import Callbacks, as_mpi, start
-from bitring.collectives.runner import Runner
-from bitring.collectives.state import State
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.runner import Runner
+from bitring.collectives.interop.polled_request import Callbacks, as_mpi, start
+from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.engine import engine
 
 Work = Callable[[Progress], Steps]
 

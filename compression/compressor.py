@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from bitring.collectives.registry import Registry
+from bitring.registry import Registry
 
 T = TypeVar("T")
 
@@ -19,7 +19,9 @@ class Compressor:
     """Base of Encoder and Reducer: settings, a frozen dataclass. State belongs to the plan."""
 
 
-compressors: Registry[Compressor] = Registry("compressor", "compression", "(?:Encoder|Reducer)")
+compressors: Registry[Compressor] = Registry(
+    "compressor", "(?:Encoder|Reducer)", "compression/encoders", "compression/reducers"
+)
 
 
 def name_of(text: str) -> str:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from bitring.collectives.arrays import is_device
+from bitring.arrays import is_device
 from bitring.compression.compressor import Compressor
 from bitring.compression.compressor import compressors as compressors
-from bitring.compression.functions import (
+from bitring.compression.kernels.functions import (
     Functions,
     address_of,
     decode_function,
@@ -149,7 +149,7 @@ def _kernels(encoder: Encoder) -> str:
 def _kernels_of(kind: type[Encoder]) -> str:
     """The kernel file beside the class that is registered, which ``kind`` may derive from."""
     registered = next(each for each in kind.__mro__ if Encoder in each.__bases__)
-    return f"{registered.__module__}_numba"
+    return f"bitring.compression.kernels.{registered.__module__.rpartition('.')[2]}_numba"
 
 
 def residual_dtype(dtype: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bitring.collectives.arrays import Array, is_device, xp_of
+from bitring.arrays import Array, is_device, xp_of
 from bitring.compression.encoder import VALUE_DTYPES, residual_dtype
 
 

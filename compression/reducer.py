@@ -11,14 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bitring.collectives.arrays import Array, all_finite, device_of
+from bitring.arrays import Array, all_finite, device_of
 from bitring.compression.compressor import Compressor
+from bitring.compression.exchange.record import Record
 from bitring.compression.factors import Factors
-from bitring.compression.record import Record
 
 if TYPE_CHECKING:  # settings need no MPI
-    from bitring.collectives.executor import Progress, Steps
-    from bitring.compression.exchange import Exchange
+    from bitring.collectives.execution.portable import Progress, Steps
+    from bitring.compression.exchange.exchange import Exchange
 
 
 class Reduction(ABC):

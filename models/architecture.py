@@ -10,9 +10,9 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from bitring.collectives.registry import Registry
 from bitring.models.layers import Conv, Dense, Flatten, MaxPool
 from bitring.models.model import Model, models
+from bitring.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Architecture(ABC):
         """The layers, first to last."""
 
 
-architectures: Registry[Architecture] = Registry("architecture", "models", "Architecture")
+architectures: Registry[Architecture] = Registry("architecture", "Architecture", "models/architectures")
 
 OWN_INPUT, OWN_CLASSES = (28, 28), 10
 """What bitring's own models are looked at with: Fashion-MNIST."""

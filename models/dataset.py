@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitring.collectives.registry import Registry
+from bitring.registry import Registry
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Dataset(ABC):
         """Read it. ``directory``: where its files are, or None for the usual places (see ``find``)."""
 
 
-datasets: Registry[Dataset] = Registry("data set", "models", "Dataset")
+datasets: Registry[Dataset] = Registry("data set", "Dataset", "models/datasets")
 
 
 def load(name: str, directory: str | os.PathLike[str] | None = None) -> Data:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bitring.collectives.registry import Registry
 from bitring.models.layers import Array, Backward, Layer, Workspace
+from bitring.registry import Registry
 
 
 class Model(ABC):
@@ -182,4 +182,4 @@ def _without_one_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape)
 
 
-models: Registry[Model] = Registry("model", "models", "Model")
+models: Registry[Model] = Registry("model", "Model", "models/networks")

@@ -78,9 +78,9 @@ def two_nodes(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """A duplicate of ``comm`` whose ranks are told to be on two nodes: 1 + 2 ranks, 2 + 2, or 2 + 3."""
     from mpi4py import MPI
 
-    from bitring.collectives import state
     from bitring.collectives.communicator import Communicator
-    from bitring.collectives.extension import native
+    from bitring.collectives.runtime import context as state
+    from bitring.native import native
 
     if native() is None or comm.size < 3:
         pytest.skip("needs the native engine, and ranks for two nodes of which one has two")

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.collectives import executor
-from bitring.collectives.executor import Progress, execute
-from bitring.collectives.program import compile_program
-from bitring.collectives.schedule import Algorithm, rounds
-from bitring.collectives.transport import Transport
+from bitring.collectives.execution import portable as executor
+from bitring.collectives.execution.portable import Progress, execute
+from bitring.collectives.execution.transport import Transport
+from bitring.collectives.schedules.program import compile_program
+from bitring.collectives.schedules.schedule import Algorithm, rounds
 
 
 class DeadlockError(AssertionError):

@@ -20,7 +20,7 @@ from typing import Any
 from mpi4py import MPI
 
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime.context import state_of
 
 MODULES = ["test_cco_buf", "test_cco_nb_buf", "test_cco_pr_buf"]
 

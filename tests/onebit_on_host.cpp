@@ -1,4 +1,4 @@
-// Runs the kernels of compression/onebit.cu on the host: a warp's 32 threads take turns, changing at each warp-wide call.
+// Runs the kernels of compression/kernels/onebit.cu on the host: a warp's 32 threads take turns, changing at each warp-wide call.
 #include <cstring>
 #include <ucontext.h>
 

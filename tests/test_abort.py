@@ -61,7 +61,7 @@ def test_ranks_that_raise_together_stay_legible(clean_environment):
     assert told
     for line in told:
         rank = line.split("]")[0][-1]
-        name = "bitring.collectives.errors.MismatchError"
+        name = "bitring.errors.MismatchError"
         assert line.startswith(
             f"[rank {rank}] {name}: Allreduce: ranks disagree on count: rank 2 gave 6, rank 0 gave 5"
         )

@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bitring.training.adagrad import AdaGrad
 from bitring.training.optimizer import optimizers
+from bitring.training.optimizers.adagrad import AdaGrad
 
 pytestmark = pytest.mark.single
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.errors import MismatchError, PeerError
 from bitring.collectives.plan import plan_exact
+from bitring.errors import MismatchError, PeerError
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from other_libraries import Immutable, Tensor
 
 from bitring.collectives.allreduce import allreduce
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.errors import MismatchError, PeerError
-from bitring.compression.plan import plan_allreduce
+from bitring.compression.plans.plan import plan_allreduce
+from bitring.errors import MismatchError, PeerError
 
 ALGORITHMS = ["auto", "mpi", "ring"]
 FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.longdouble, np.complex64, np.complex128]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from other_libraries import Immutable, Tensor
 
-from bitring.collectives import arrays
-from bitring.collectives.arrays import (
+from bitring import arrays
+from bitring.arrays import (
     all_finite,
     as_array,
     bytes_of,

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from bitring.collectives.schedule import algorithms
-from bitring.training.adagrad import AdaGrad
-from bitring.training.block_momentum import BlockMomentum
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.training.data_parallel import DataParallel
-from bitring.training.local import Local
 from bitring.training.mode import modes
-from bitring.training.sgd import SGD
+from bitring.training.modes.block_momentum import BlockMomentum
+from bitring.training.modes.local import Local
+from bitring.training.optimizers.adagrad import AdaGrad
+from bitring.training.optimizers.sgd import SGD
 
 
 def targets(size, n):

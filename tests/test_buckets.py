@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.training.buckets import bucket_sizes
+from bitring.training.prediction.buckets import bucket_sizes
 
 VALUES = {"a": 3000, "b": 10, "c": 5000, "none": 0, "d": 200, "e": 4000, "f": 4}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from bitring.collectives.arrays import is_numeric
-from bitring.collectives.buffers import is_in_place, parse
+from bitring.arrays import is_numeric
+from bitring.collectives.interop.buffers import is_in_place, parse
 
 X = np.arange(12.0)
 

@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bitring.collectives.errors import PeerError
-from bitring.training.block_momentum import BlockMomentum
-from bitring.training.checkpoint import load_checkpoint, save_checkpoint
-from bitring.training.checkpoint_header import CheckpointError
+from bitring.errors import PeerError
+from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from bitring.training.checkpoints.header import CheckpointError
 from bitring.training.data_parallel import DataParallel
-from bitring.training.local import Local
-from bitring.training.sgd import SGD
+from bitring.training.modes.block_momentum import BlockMomentum
+from bitring.training.modes.local import Local
+from bitring.training.optimizers.sgd import SGD
 
 SHAPES = {"a": (40, 51), "b/c": (7,), "c": (1100,), "d": (1500,), "none": (0, 2), "e": ()}
 DTYPES = {"a": np.float32, "b/c": np.float32, "c": np.float32, "d": np.float64, "none": np.float32, "e": np.float32}

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.collectives import pieces
-from bitring.collectives.errors import PeerError
-from bitring.training import checkpoint
-from bitring.training.checkpoint import load_checkpoint, save_checkpoint, write_checkpoint
-from bitring.training.checkpoint_file import CheckpointFile, CheckpointWriter
+from bitring.collectives.runtime import pieces
+from bitring.errors import PeerError
+from bitring.training.checkpoints import checkpoint
+from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint, write_checkpoint
+from bitring.training.checkpoints.file import CheckpointFile, CheckpointWriter
 from bitring.training.data_parallel import DataParallel
-from bitring.training.local import Local
-from bitring.training.sgd import SGD
+from bitring.training.modes.local import Local
+from bitring.training.optimizers.sgd import SGD
 
 
 @pytest.fixture

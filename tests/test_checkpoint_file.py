@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.training.checkpoint import load_checkpoint, save_checkpoint
-from bitring.training.checkpoint_header import CheckpointError
+from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from bitring.training.checkpoints.header import CheckpointError
 from bitring.training.data_parallel import DataParallel
-from bitring.training.local import Local
-from bitring.training.sgd import SGD
+from bitring.training.modes.local import Local
+from bitring.training.optimizers.sgd import SGD
 
 
 @pytest.fixture

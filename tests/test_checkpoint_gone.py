@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 import bitring
-from bitring.collectives import engine, pieces
-from bitring.training import checkpoint
+from bitring.collectives.runtime import engine
+from bitring.collectives.runtime import pieces
+from bitring.training.checkpoints import checkpoint
 
 fault, call, at, victim, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])
 comm = MPI.COMM_WORLD

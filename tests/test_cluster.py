@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitring.training.cluster import BUILT_IN, Cluster, Kernel, read_machine, write_constants
+from bitring.training.prediction.cluster import BUILT_IN, Cluster, Kernel, read_machine, write_constants
 
 pytestmark = pytest.mark.single
 

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from bitring import __main__
-from bitring.collectives.extension import native
-from bitring.collectives.schedule import algorithms
-from bitring.collectives.selection import NATIVE
+from bitring.collectives.schedules.schedule import algorithms
+from bitring.collectives.selection.selection import NATIVE
+from bitring.native import native
 
 pytestmark = pytest.mark.single
 ROOT = Path(__file__).resolve().parent.parent

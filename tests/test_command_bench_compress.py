@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from bitring import __main__
 from bitring.commands._bench_compress import by_packbits
-from bitring.compression.onebit import OneBit
-from bitring.training.cluster import read_machine
+from bitring.compression.encoders.onebit import OneBit
+from bitring.training.prediction.cluster import read_machine
 
 pytestmark = pytest.mark.single
 

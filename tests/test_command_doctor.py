@@ -179,7 +179,7 @@ def test_the_cuda_probe(doctor, asked: bool, works: bool, status: str, text: str
 @pytest.mark.gpu
 def test_the_cuda_probe_on_a_gpu(doctor):
     module, _, _ = doctor
-    from bitring.collectives.cuda_aware import cuda_aware
+    from bitring.collectives.interop.cuda_aware import cuda_aware
 
     finding = module._probed(cuda_aware())
     assert finding.status != "FAIL", finding

@@ -12,7 +12,7 @@ from test_command_schedule import WITHOUT_MPI
 
 from bitring import __main__
 from bitring.models.architecture import layer_tables
-from bitring.training.cluster import BUILT_IN, write_constants
+from bitring.training.prediction.cluster import BUILT_IN, write_constants
 
 pytestmark = pytest.mark.single
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 import bitring
 from bitring import __main__
-from bitring.collectives.schedule import algorithms
+from bitring.collectives.schedules.schedule import algorithms
 
 pytestmark = pytest.mark.single
 

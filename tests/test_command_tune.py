@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from bitring import __main__
-from bitring.collectives.extension import native
-from bitring.collectives.schedule import algorithms
-from bitring.collectives.table import Rules, Table, read_table, write_table
+from bitring.collectives.schedules.schedule import algorithms
+from bitring.collectives.selection.table import Rules, Table, read_table, write_table
+from bitring.native import native
 
 pytestmark = pytest.mark.single
 

@@ -15,8 +15,8 @@ import pytest
 from run import launcher
 
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.schedule import algorithms
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.schedules.schedule import algorithms
 
 ALGORITHMS = ["auto", *algorithms.names()]
 

@@ -10,7 +10,7 @@ import pytest
 
 import bitring
 from bitring.compression.compressor import compressors, make, name_of, parsed, spelled
-from bitring.compression.owner_schedule import encoders
+from bitring.compression.exchange.owner_schedule import encoders
 
 pytestmark = pytest.mark.single
 

@@ -4,8 +4,8 @@ from math import log2
 
 import pytest
 
-from bitring.collectives.cost import cost
-from bitring.collectives.schedule import algorithms
+from bitring.collectives.schedules.cost import cost
+from bitring.collectives.schedules.schedule import algorithms
 
 pytestmark = pytest.mark.single
 
@@ -57,7 +57,7 @@ def test_one_clock_for_all_ranks_is_every_rank_s(name: str, size: int, segment_n
         return [seconds(name, size), seconds(name, size, segment_nbytes=segment_nbytes)]
 
     quick = cuts()
-    monkeypatch.setattr("bitring.collectives.cost._one_for_all", lambda *_: None)
+    monkeypatch.setattr("bitring.collectives.schedules.cost._one_for_all", lambda *_: None)
     assert quick == pytest.approx(cuts(), rel=1e-4)
 
 

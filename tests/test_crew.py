@@ -6,8 +6,8 @@ import os
 import pytest
 from mpi4py import MPI
 
-from bitring.collectives.extension import native
 from bitring.launcher import LOCAL_SIZE_VARIABLES
+from bitring.native import native
 from bitring.nodes import thread_share
 
 pytestmark = [pytest.mark.single, pytest.mark.skipif(native() is None, reason="without the native engine")]
@@ -19,7 +19,8 @@ import numpy as np
 from mpi4py import MPI
 import bitring
 from bitring.compression.encoder import Encoder, compressors
-from bitring.compression import owner_exchange, plan as plans
+from bitring.compression.exchange import owner_exchange
+from bitring.compression.plans import plan as plans
 
 def helpers():
     names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

@@ -7,7 +7,7 @@ import logging
 import pytest
 from mpi4py import MPI
 
-from bitring.collectives import cuda_aware
+from bitring.collectives.interop import cuda_aware
 
 pytestmark = pytest.mark.single
 

@@ -9,14 +9,14 @@ import other_libraries as tensors
 import pytest
 from other_libraries import Immutable
 
-from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
-from bitring.collectives.schedule import algorithms
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.compression.factors import Factors
-from bitring.training.adagrad import AdaGrad
-from bitring.training.checkpoint import load_checkpoint, save_checkpoint
+from bitring.errors import MismatchError, NonFiniteError, PeerError
+from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from bitring.training.data_parallel import DataParallel
-from bitring.training.local import Local
-from bitring.training.sgd import SGD
+from bitring.training.modes.local import Local
+from bitring.training.optimizers.adagrad import AdaGrad
+from bitring.training.optimizers.sgd import SGD
 
 # A multilayer perceptron: 20 -> 30 -> 5, softmax and cross-entropy.
 

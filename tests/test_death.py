@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.collectives import engine as engine_module
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.engine import engine
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime import engine as engine_module
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.engine import engine
 
 HOSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "hosts.py"
 
@@ -61,7 +61,7 @@ os._exit(0)
 """
 
 LINK_DOWN = """
-from bitring.collectives import engine
+from bitring.collectives.runtime import engine
 engine.SILENCE_SECONDS = 1
 if rank == 1:
     subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
@@ -208,7 +208,7 @@ def test_an_error_of_the_engine_ends_one_job_alone(comm, agree, monkeypatch, bro
 def test_the_librarys_word_for_a_death(comm):
     from mpi4py import MPI
 
-    from bitring.collectives.death import died
+    from bitring.collectives.runtime.death import died
 
     mpich = MPI.Get_library_version().startswith("MPICH")
     world = Communicator(comm.Dup())
@@ -242,7 +242,7 @@ def test_the_error_of_a_death():
 
 @pytest.mark.single
 def test_a_forked_child_keeps_no_port_open():
-    from bitring.collectives.contact import ports
+    from bitring.collectives.runtime.contact import ports
 
     assert ports().card().words
     child = os.fork()

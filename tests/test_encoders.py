@@ -15,7 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitring.compression import (
+from bitring.compression.encoder import VALUE_DTYPES, Encoder, compressors, residual_dtype
+from bitring.compression.encoders.fixed import Fixed
+from bitring.compression.encoders.linear import Linear
+from bitring.compression.encoders.sign import Sign
+from bitring.compression.encoders.threshold import Threshold
+from bitring.compression.encoders.topk import TopK
+from bitring.compression.kernels.functions import DECODE, ENCODE
+from bitring.compression.kernels.jit import _parts
+from bitring.compression.reference import (
     cast_reference,
     fixed_reference,
     linear_reference,
@@ -23,14 +31,6 @@ from bitring.compression import (
     threshold_reference,
     topk_reference,
 )
-from bitring.compression.encoder import VALUE_DTYPES, Encoder, compressors, residual_dtype
-from bitring.compression.fixed import Fixed
-from bitring.compression.functions import DECODE, ENCODE
-from bitring.compression.jit import _parts
-from bitring.compression.linear import Linear
-from bitring.compression.sign import Sign
-from bitring.compression.threshold import Threshold
-from bitring.compression.topk import TopK
 
 pytestmark = pytest.mark.single
 
@@ -557,6 +557,6 @@ def test_numbers_that_are_not_finite_do_no_harm(make: Any, seed: int) -> None:
 
 
 def test_the_cache_knows_kernels_by_their_parts_too() -> None:
-    parts = _parts("bitring.compression.topk_numba", set())
+    parts = _parts("bitring.compression.kernels.topk_numba", set())
     names = {name.rpartition(".")[2] for name in parts}
     assert names == {"topk_numba", "gaps_numba", "quantile_numba", "lanes_numba", "vectors_numba"}

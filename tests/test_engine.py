@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from run import launcher
 
-from bitring.collectives import engine as engine_module
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.engine import ADVICE, engine
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime import engine as engine_module
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.engine import ADVICE, engine
 
 
 @pytest.fixture
@@ -285,7 +285,8 @@ print("over", flush=True)
 @pytest.mark.single
 def test_after_the_end_jobs_are_refused():
     script = (
-        START + "from bitring.collectives.engine import engine\nengine.stop('it is late')\ncomm.Allreduce(None, x)\n"
+        START
+        + "from bitring.collectives.runtime.engine import engine\nengine.stop('it is late')\ncomm.Allreduce(None, x)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
     assert "RuntimeError: Allreduce: it is late" in done.stderr

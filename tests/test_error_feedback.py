@@ -17,9 +17,9 @@ import pytest
 
 import bitring
 from bitring.compression.encoder import residual_dtype
-from bitring.compression.functions import ENCODE, Functions, address_of
+from bitring.compression.kernels.functions import ENCODE, Functions, address_of
 from bitring.training.data_parallel import DataParallel
-from bitring.training.sgd import SGD
+from bitring.training.optimizers.sgd import SGD
 
 HIDDEN, EPOCHS, LR = 64, 12, 0.5
 

@@ -12,12 +12,13 @@ from fake_network import DeadlockError, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitring.collectives import executor, program
-from bitring.collectives.executor import Progress, execute
-from bitring.collectives.operators import ufunc_name
-from bitring.collectives.program import compile_program
-from bitring.collectives.schedule import Algorithm, Receive, Send, algorithms, chunk_start, rounds
-from bitring.collectives.transport import make_transport
+from bitring.collectives.execution import portable as executor
+from bitring.collectives.execution.portable import Progress, execute
+from bitring.collectives.execution.transport import make_transport
+from bitring.collectives.interop.operators import ufunc_name
+from bitring.collectives.schedules import program
+from bitring.collectives.schedules.program import compile_program
+from bitring.collectives.schedules.schedule import Algorithm, Receive, Send, algorithms, chunk_start, rounds
 
 CASES = [(name, collective) for name in algorithms.names() for collective in algorithms.get(name).collectives()]
 ALLREDUCES = [name for name, collective in CASES if collective == "allreduce"]

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from bitring.collectives.extension import native
+from bitring.native import native
 
 
 @pytest.mark.single

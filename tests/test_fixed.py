@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bitring.compression.encoder import VALUE_DTYPES, residual_dtype
-from bitring.compression.fixed import Fixed
+from bitring.compression.encoders.fixed import Fixed
 
 pytestmark = pytest.mark.single
 

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bitring.compression.bfloat16 import BFloat16
 from bitring.compression.encoder import Encoder
-from bitring.compression.float16 import Float16
+from bitring.compression.encoders.bfloat16 import BFloat16
+from bitring.compression.encoders.float16 import Float16
 
 pytestmark = pytest.mark.single
 

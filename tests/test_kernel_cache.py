@@ -186,7 +186,7 @@ def test_another_user_s_folder(tmp_path: Path):
 
 ONEBIT = """
 import numpy as np
-from bitring.compression.onebit import OneBit
+from bitring.compression.encoders.onebit import OneBit
 residual, payload = np.zeros(3, np.float32), np.zeros(9, np.uint8)
 OneBit().encode(np.array([1, -2, 3], np.float32), residual, payload)
 print(*payload[:8].view(np.float32), payload[8], *residual)

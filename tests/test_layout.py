@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitring.compression.layout import cut
+from bitring.compression.exchange.layout import cut
 
 pytestmark = pytest.mark.single
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.compression.linear import Linear
+from bitring.compression.encoders.linear import Linear
 
 pytestmark = pytest.mark.single
 

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.collectives.errors import NonFiniteError, PeerError
-from bitring.collectives.schedule import algorithms
+from bitring.collectives.schedules.schedule import algorithms
+from bitring.errors import NonFiniteError, PeerError
 from bitring.training.data_parallel import DataParallel
-from bitring.training.local import Local
 from bitring.training.mode import modes
-from bitring.training.sgd import SGD
+from bitring.training.modes.local import Local
+from bitring.training.optimizers.sgd import SGD
 
 SHAPES = {"a": (40, 50), "b": (7,), "c": (1100,)}
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from bitring.models.cnn import CNN
 from bitring.models.dataset import load
-from bitring.models.mlp import MLP
 from bitring.models.model import Model, models
-from bitring.models.softmax import Softmax
+from bitring.models.networks.cnn import CNN
+from bitring.models.networks.mlp import MLP
+from bitring.models.networks.softmax import Softmax
 
 pytestmark = pytest.mark.single
 

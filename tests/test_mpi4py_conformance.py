@@ -14,7 +14,7 @@ import mpi4py
 import pytest
 from run import launcher
 
-from bitring.collectives.schedule import algorithms
+from bitring.collectives.schedules.schedule import algorithms
 
 pytestmark = pytest.mark.single
 

@@ -6,13 +6,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bitring.collectives.executor import Progress
-from bitring.collectives.extension import native
-from bitring.collectives.native_executor import NativeTransport, served
-from bitring.collectives.operators import ufunc_name
-from bitring.collectives.program import compile_program
-from bitring.collectives.schedule import algorithms, rounds
-from bitring.collectives.transport import channel_of, make_transport
+from bitring.collectives.execution.native import NativeTransport, served
+from bitring.collectives.execution.portable import Progress
+from bitring.collectives.execution.transport import channel_of, make_transport
+from bitring.collectives.interop.operators import ufunc_name
+from bitring.collectives.schedules.program import compile_program
+from bitring.collectives.schedules.schedule import algorithms, rounds
+from bitring.native import native
 
 pytestmark = pytest.mark.skipif(native() is None, reason="there is no native engine")
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from bitring.collectives.schedule import algorithms
-from bitring.training.cluster import BUILT_IN, Cluster
-from bitring.training.network import Network
+from bitring.collectives.schedules.schedule import algorithms
+from bitring.training.prediction.cluster import BUILT_IN, Cluster
+from bitring.training.prediction.network import Network
 
 pytestmark = pytest.mark.single
 

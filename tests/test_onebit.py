@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitring.compression import onebit_reference as reference
 from bitring.compression.encoder import VALUE_DTYPES, residual_dtype
-from bitring.compression.onebit import OneBit
+from bitring.compression.encoders.onebit import OneBit
+from bitring.compression.reference import onebit_reference as reference
 
 pytestmark = pytest.mark.single
 
@@ -180,7 +180,7 @@ def test_block_must_be_an_int(block: Any) -> None:
 
 PROGRAM = """
 import numpy as np
-from bitring.compression.onebit import OneBit
+from bitring.compression.encoders.onebit import OneBit
 {before}
 residual, payload = np.zeros(3, np.float32), np.zeros(9, np.uint8)
 OneBit().encode(np.array([1, -2, 3], np.float32), residual, payload)
@@ -225,7 +225,10 @@ def test_a_second_process_loads_what_the_first_compiled(
     tmp_path: Path, clean_environment: Callable[..., dict[str, str]]
 ) -> None:
     environment = clean_environment(NUMBA_CACHE_DIR=str(tmp_path))
-    run("import numpy as np\nfrom bitring.compression.onebit import OneBit\nOneBit().warm_up(np.float32)", environment)
+    run(
+        "import numpy as np\nfrom bitring.compression.encoders.onebit import OneBit\nOneBit().warm_up(np.float32)",
+        environment,
+    )
     compiled = sorted(tmp_path.rglob("*.nbc"))
     assert len(compiled) == 2
     # Compiling is made impossible: only loading is left.
@@ -240,7 +243,7 @@ def test_a_second_process_loads_what_the_first_compiled(
 
 def test_settings_alone_load_neither_numba_nor_mpi() -> None:
     program = (
-        "import sys\nfrom bitring.compression.onebit import OneBit\nOneBit().nbytes(5)\n"
+        "import sys\nfrom bitring.compression.encoders.onebit import OneBit\nOneBit().nbytes(5)\n"
         "print([name for name in ('numba', 'mpi4py.MPI', 'cupy') if name in sys.modules])"
     )
     assert run(program, dict(os.environ)) == "[]\n"

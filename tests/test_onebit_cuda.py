@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bitring.compression import onebit_reference as reference
 from bitring.compression.encoder import VALUE_DTYPES, residual_dtype
-from bitring.compression.onebit import OneBit
+from bitring.compression.encoders.onebit import OneBit
+from bitring.compression.reference import onebit_reference as reference
 
 pytestmark = pytest.mark.single
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from bitring.arrays import NUMERIC_DTYPES
 from bitring.collectives.allreduce import allreduce
-from bitring.collectives.arrays import NUMERIC_DTYPES
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.operators import op_name, require_defined, ufunc_name
-from bitring.collectives.schedule import algorithms
-from bitring.compression.plan import plan_allreduce
+from bitring.collectives.interop.operators import op_name, require_defined, ufunc_name
+from bitring.collectives.schedules.schedule import algorithms
+from bitring.compression.plans.plan import plan_allreduce
 
 FLOATS = ["e", "f", "d", "g", ml_dtypes.bfloat16]
 INTEGERS = ["b", "B", "h", "H", "i", "I", "l", "L"]

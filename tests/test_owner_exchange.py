@@ -10,17 +10,17 @@ import pytest
 from mpi4py import MPI
 
 import bitring
-from bitring.collectives import arrays
-from bitring.collectives.extension import native
+from bitring import arrays
 from bitring.compression import encoder as encoder_module
-from bitring.compression import plan as plan_module
-from bitring.compression import powersgd
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
-from bitring.compression.fixed import Fixed
-from bitring.compression.functions import DECODE
-from bitring.compression.layout import cut, segments
-from bitring.compression.onebit import OneBit
-from bitring.compression.owner_exchange import NativeOwnerExchange, PortableOwnerExchange, piece_seed
+from bitring.compression.encoders.fixed import Fixed
+from bitring.compression.encoders.onebit import OneBit
+from bitring.compression.exchange.layout import cut, segments
+from bitring.compression.exchange.owner_exchange import NativeOwnerExchange, PortableOwnerExchange, piece_seed
+from bitring.compression.kernels.functions import DECODE
+from bitring.compression.plans import plan as plan_module
+from bitring.compression.reducers import powersgd
+from bitring.native import native
 
 LENGTHS = [0, 1, 63, 1024, 1025, 5003]
 

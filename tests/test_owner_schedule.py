@@ -2,9 +2,9 @@
 
 import pytest
 
-from bitring.collectives.check import check
-from bitring.collectives.cost import cost
-from bitring.compression.owner_schedule import OwnerSchedule, owner_seconds
+from bitring.collectives.schedules.check import check
+from bitring.collectives.schedules.cost import cost
+from bitring.compression.exchange.owner_schedule import OwnerSchedule, owner_seconds
 
 pytestmark = pytest.mark.single
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bitring.collectives.picture import draw
-from bitring.collectives.schedule import algorithms
+from bitring.collectives.schedules.drawing import draw
+from bitring.collectives.schedules.schedule import algorithms
 
 pytestmark = pytest.mark.single
 
@@ -42,8 +42,8 @@ def test_pyplot_stays_out(tmp_path: Path):
     """Drawing must not touch the figures, nor the backend, of the program that calls it."""
     program = (
         "import sys\n"
-        "from bitring.collectives.picture import draw\n"
-        "from bitring.collectives.ring import Ring\n"
+        "from bitring.collectives.schedules.drawing import draw\n"
+        "from bitring.collectives.algorithms.ring import Ring\n"
         "assert 'matplotlib' not in sys.modules\n"
         "draw(Ring(), 'allreduce', 2, sys.argv[1])\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"

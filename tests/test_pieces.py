@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitring.collectives.errors import PeerError
-from bitring.collectives.jointly import jointly
-from bitring.collectives.pieces import cut, nbytes_of, transfer
+from bitring.collectives.runtime.jointly import jointly
+from bitring.collectives.runtime.pieces import cut, nbytes_of, transfer
+from bitring.errors import PeerError
 
 
 @pytest.mark.single

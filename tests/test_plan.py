@@ -14,12 +14,12 @@ import pytest
 
 from bitring.collectives.allreduce import allreduce
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.engine import engine
-from bitring.collectives.errors import PeerError
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.schedule import algorithms
+from bitring.collectives.runtime.engine import engine
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.compression.compressor import parsed
-from bitring.compression.plan import plan_allreduce
+from bitring.compression.plans.plan import plan_allreduce
+from bitring.errors import PeerError
 
 ALGORITHMS = [
     "auto",

@@ -11,11 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from bitring.collectives import polled_request
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.engine import engine
+from bitring.collectives.interop import polled_request
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.engine import engine
 
 
 @pytest.fixture

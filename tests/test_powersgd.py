@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.compression.powersgd import PowerSGD
-from bitring.compression.powersgd_numba import (
+from bitring.compression.kernels.powersgd_numba import (
     low_rank,
     low_rank_reference,
     orthogonalise,
@@ -17,6 +16,7 @@ from bitring.compression.powersgd_numba import (
     subtract_low_rank,
     unit_rows,
 )
+from bitring.compression.reducers.powersgd import PowerSGD
 
 M, N = 30, 41
 

@@ -7,11 +7,11 @@ import pytest
 
 import bitring
 from bitring.commands._predict import advice
-from bitring.compression.owner_schedule import encoders
+from bitring.compression.exchange.owner_schedule import encoders
 from bitring.models.architecture import LayerTable, layer_table
-from bitring.training import predict as module
-from bitring.training.cluster import BUILT_IN, Cluster, Machine
-from bitring.training.predict import Prediction, predict
+from bitring.training.prediction import predict as module
+from bitring.training.prediction.cluster import BUILT_IN, Cluster, Machine
+from bitring.training.prediction.predict import Prediction, predict
 
 pytestmark = pytest.mark.single
 

@@ -17,8 +17,8 @@ import pytest
 from mpi4py import MPI
 
 import bitring
-from bitring.collectives.objects import allgather
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.objects import allgather
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitring.collectives.check import check
-from bitring.collectives.program import SHARED_SLOTS, WINDOW, Program, cells, compile_program
-from bitring.collectives.schedule import Algorithm, Receive, Send, algorithms, chunk_start, rounds
+from bitring.collectives.schedules.check import check
+from bitring.collectives.schedules.program import SHARED_SLOTS, WINDOW, Program, cells, compile_program
+from bitring.collectives.schedules.schedule import Algorithm, Receive, Send, algorithms, chunk_start, rounds
 
 pytestmark = pytest.mark.single
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.compression.randomk import RandomK
+from bitring.compression.reducers.randomk import RandomK
 
 
 def test_a_few_lines_of_numpy(comm: Any, agree: Any) -> None:

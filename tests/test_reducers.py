@@ -12,9 +12,9 @@ import bitring
 from bitring.compression.compressor import compressors
 from bitring.compression.encoder import VALUE_DTYPES, Encoder
 from bitring.compression.reducer import Reducer
-from bitring.training.checkpoint import load_checkpoint, save_checkpoint
+from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from bitring.training.data_parallel import DataParallel
-from bitring.training.sgd import SGD
+from bitring.training.optimizers.sgd import SGD
 
 REDUCERS = [cls for name in compressors.names() if issubclass(cls := compressors.get(name), Reducer)]
 SHAPES = [(30, 41), (17,), (8, 3, 5), (0, 4), (2, 3), (64, 20)]

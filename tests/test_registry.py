@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bitring.collectives.registry import Registry
-from bitring.collectives.ring import Ring
-from bitring.collectives.schedule import Algorithm, algorithms
+from bitring.collectives.algorithms.ring import Ring
+from bitring.collectives.schedules.schedule import Algorithm, algorithms
+from bitring.registry import Registry
 
 pytestmark = pytest.mark.single
 
@@ -16,7 +16,7 @@ NAMES = {"binomial_tree", "double_binary_tree", "mpi", "rabenseifner", "recursiv
 def make(tmp_path: Path, **files: str) -> Registry[object]:
     for stem, text in files.items():
         (tmp_path / f"{stem}.py").write_text(text)
-    return Registry("thing", str(tmp_path), "Thing")
+    return Registry("thing", "Thing", str(tmp_path))
 
 
 def test_all_algorithms_are_found_by_their_files():
@@ -29,7 +29,7 @@ def test_all_algorithms_are_found_by_their_files():
 def test_a_name_gives_a_class_of_its_own_module(name: str):
     cls = algorithms.get(name)
     assert issubclass(cls, Algorithm)
-    assert cls.__module__ == f"bitring.collectives.{name}"
+    assert cls.__module__ == f"bitring.collectives.algorithms.{name}"
     assert cls.__doc__
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.collectives.errors import MismatchError
+from bitring.errors import MismatchError
 from bitring.training.data_parallel import DataParallel
 from bitring.training.optimizer import Optimizer
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.training.resharding import Owned, Share, shares
+from bitring.training.checkpoints.resharding import Owned, Share, shares
 
 pytestmark = pytest.mark.single
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitring.collectives.check import Message, ScheduleError, check, walk
-from bitring.collectives.schedule import (
+from bitring.collectives.schedules.check import Message, ScheduleError, check, walk
+from bitring.collectives.schedules.schedule import (
     Algorithm,
     Receive,
     Round,

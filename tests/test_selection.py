@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bitring.collectives.schedule import algorithms
-from bitring.collectives.selection import (
+from bitring.collectives.schedules.schedule import algorithms
+from bitring.collectives.selection.selection import (
     NATIVE,
     NETWORK_FROM_NBYTES,
     RING_FROM_NBYTES,
@@ -17,7 +17,7 @@ from bitring.collectives.selection import (
     direct_limits,
     segment_values,
 )
-from bitring.collectives.table import BUILT_IN, Rules, Table
+from bitring.collectives.selection.table import BUILT_IN, Rules, Table
 
 pytestmark = pytest.mark.single
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bitring.training.optimizer import optimizers
-from bitring.training.sgd import SGD
+from bitring.training.optimizers.sgd import SGD
 
 pytestmark = pytest.mark.single
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.collectives.arrays import NUMERIC_DTYPES
+from bitring.arrays import NUMERIC_DTYPES
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.errors import MismatchError, PeerError
-from bitring.collectives.extension import native
-from bitring.collectives.operators import ufunc_name
+from bitring.collectives.interop.operators import ufunc_name
 from bitring.collectives.plan import plan_exact
+from bitring.errors import MismatchError, PeerError
+from bitring.native import native
 
 pytestmark = pytest.mark.skipif(native() is None, reason="there is no native engine")
 
@@ -78,7 +78,7 @@ def everyone_raises(world, agree, call, kind: type[Exception], *texts: str) -> N
 
 def is_shared(world, x) -> bool:
     """Whether ``x`` lies in memory that the communicator's ranks map; alone there is nothing to share."""
-    from bitring.collectives.state import state_of
+    from bitring.collectives.runtime.context import state_of
 
     shared = state_of(world).shared
     return world.size == 1 or (shared is not None and shared.region_of(x.reshape(-1)) is not None)

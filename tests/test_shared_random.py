@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitring.compression.shared_random import uniform, words
+from bitring.compression.exchange.shared_random import uniform, words
 
 pytestmark = pytest.mark.single
 

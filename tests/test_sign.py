@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitring.compression.sign import Sign
+from bitring.compression.encoders.sign import Sign
 
 pytestmark = pytest.mark.single
 

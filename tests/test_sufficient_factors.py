@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.collectives.errors import NonFiniteError, PeerError
 from bitring.compression.encoder import VALUE_DTYPES
 from bitring.compression.factors import Factors
-from bitring.compression.sufficient_factors import pays
+from bitring.compression.reducers.sufficient_factors import pays
+from bitring.errors import NonFiniteError, PeerError
 from bitring.training.data_parallel import DataParallel
-from bitring.training.local import Local
-from bitring.training.sgd import SGD
+from bitring.training.modes.local import Local
+from bitring.training.optimizers.sgd import SGD
 
 SHAPES: dict[str, Any] = {"w": (60, 80), "b": (80,), "k": (3, 4, 5), "thin": (2, 30), "last": (70, 50)}
 

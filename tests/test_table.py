@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bitring.collectives.table import (
+from bitring.collectives.selection.table import (
     BUILT_IN,
     Rules,
     Table,

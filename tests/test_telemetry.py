@@ -13,16 +13,16 @@ import pytest
 from mpi4py import MPI
 
 import bitring
-import bitring.compression.plan as plan_module
+import bitring.compression.plans.plan as plan_module
 from bitring.compression.encoder import VALUE_DTYPES, residual_dtype
-from bitring.compression.onebit import OneBit
-from bitring.compression.owner_exchange import PortableOwnerExchange
-from bitring.compression.randomk import RandomK
-from bitring.compression.record import Norms, Record, pieces, sample
-from bitring.compression.telemetry import BEHIND, DIVERGED, OUT_OF_PROPORTION, Totals, Watch, telemetry_of
-from bitring.compression.threshold import Threshold
-from bitring.compression.topk import TopK
-from bitring.compression.watched_plan import add_owed
+from bitring.compression.encoders.onebit import OneBit
+from bitring.compression.encoders.threshold import Threshold
+from bitring.compression.encoders.topk import TopK
+from bitring.compression.exchange.owner_exchange import PortableOwnerExchange
+from bitring.compression.exchange.record import Norms, Record, pieces, sample
+from bitring.compression.plans.telemetry import BEHIND, DIVERGED, OUT_OF_PROPORTION, Totals, Watch, telemetry_of
+from bitring.compression.plans.watched_plan import add_owed
+from bitring.compression.reducers.randomk import RandomK
 
 SHAPE = (300, 1000)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.compression.gaps_reference import decode_block
-from bitring.compression.threshold import Threshold
+from bitring.compression.encoders.threshold import Threshold
+from bitring.compression.reference.gaps_reference import decode_block
 
 pytestmark = pytest.mark.single
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitring.compression.encoder import residual_dtype
-from bitring.compression.topk import TopK
+from bitring.compression.encoders.topk import TopK
 
 pytestmark = pytest.mark.single
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.collectives.errors import MismatchError, NonFiniteError, PeerError
-from bitring.training.block_momentum import BlockMomentum
+from bitring.errors import MismatchError, NonFiniteError, PeerError
 from bitring.training.data_parallel import DataParallel
-from bitring.training.local import Local
-from bitring.training.sgd import SGD
-from bitring.training.undo import arrays_in
+from bitring.training.modes.block_momentum import BlockMomentum
+from bitring.training.modes.local import Local
+from bitring.training.optimizers.sgd import SGD
+from bitring.training.step.undo import arrays_in
 
 SHAPES = {"a": (40, 60), "b": (7,), "c": (3001,), "d": (2000,)}
 MODES = ["sync", Local(tau=2), BlockMomentum(tau=2), BlockMomentum(tau=2, nesterov=False)]

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from fake_network import run
 
-from bitring.collectives import arrays, cuda_aware
+from bitring import arrays
 from bitring.collectives.communicator import Communicator
+from bitring.collectives.execution.transport import CudaAwareTransport, StagedTransport
+from bitring.collectives.interop import cuda_aware
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.schedule import algorithms, chunk_start
-from bitring.collectives.transport import CudaAwareTransport, StagedTransport
+from bitring.collectives.schedules.schedule import algorithms, chunk_start
 
 CASES = [(name, collective) for name in algorithms.names() for collective in algorithms.get(name).collectives()]
 NAMES = [name for name in algorithms.names() if algorithms.get(name).collectives()]

@@ -15,9 +15,9 @@ import pytest
 import bitring
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.fusion import start
-from bitring.collectives.objects import allgather
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.objects import allgather
 from bitring.training.data_parallel import DataParallel
 
 

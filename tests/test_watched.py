@@ -14,17 +14,17 @@ import pytest
 from run import launcher
 
 from bitring.collectives.allreduce import allreduce
-from bitring.collectives.engine import ADVICE
-from bitring.collectives.objects import allgather, broadcast
 from bitring.collectives.plan import plan_exact
+from bitring.collectives.runtime.engine import ADVICE
+from bitring.collectives.runtime.objects import allgather, broadcast
 
 LATE = """
 import os, sys, time
 import numpy as np
 from mpi4py import MPI
 import bitring
-from bitring.collectives import engine
-from bitring.collectives.objects import allgather
+from bitring.collectives.runtime import engine
+from bitring.collectives.runtime.objects import allgather
 engine._GRACE_SECONDS = 0.1
 x = np.ones(10, np.float32)
 calls = {

@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import is_device
-from bitring.collectives.errors import MismatchError, NonFiniteError, uncopyable
-from bitring.collectives.objects import allgather, broadcast
-from bitring.collectives.state import given_comm, one_call
+from bitring.arrays import is_device
+from bitring.collectives.runtime.context import given_comm, one_call
+from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.compression.compressor import Compressor, compressors, parsed
 from bitring.compression.factors import Factors
-from bitring.compression.sufficient_factors import SufficientFactors
-from bitring.training.checks import (
+from bitring.compression.reducers.sufficient_factors import SufficientFactors
+from bitring.errors import MismatchError, NonFiniteError, uncopyable
+from bitring.training.mode import Mode, modes
+from bitring.training.optimizer import Optimizer, optimizers
+from bitring.training.preemption import NOTICE, watching
+from bitring.training.step.checks import (
     checked_gradients,
     checked_parameters,
     checked_unused,
@@ -34,16 +37,13 @@ from bitring.training.checks import (
     resumable,
     text_of,
 )
-from bitring.training.gradient_exchange import GradientExchange
-from bitring.training.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, hash_of, raise_everywhere
-from bitring.training.mode import Mode, modes
-from bitring.training.optimizer import Optimizer, optimizers
-from bitring.training.preemption import NOTICE, watching
-from bitring.training.replicas import broadcast_tree, compare
-from bitring.training.transaction import Transaction
+from bitring.training.step.gradient_exchange import GradientExchange
+from bitring.training.step.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, hash_of, raise_everywhere
+from bitring.training.step.replicas import broadcast_tree, compare
+from bitring.training.step.transaction import Transaction
+from bitring.training.step.undo import Numbers, arrays_in
+from bitring.training.step.waits import Waits
 from bitring.training.tree import copied, host_copy, leaves, set_leaf
-from bitring.training.undo import Numbers, arrays_in
-from bitring.training.waits import Waits
 
 # Below this size the exchange is over before waking the progress thread has paid.
 OVERLAP_BYTES = 8 << 20

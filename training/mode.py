@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from bitring.collectives.registry import Registry
+from bitring.registry import Registry
 
 State = dict[str, Any]
 
@@ -83,7 +83,7 @@ class Mode(ABC):
         """Make the parameters equal on all ranks, for a checkpoint or an evaluation. Collective where that needs it."""
 
 
-modes: Registry[Mode] = Registry("mode", "training", "Mode")
+modes: Registry[Mode] = Registry("mode", "Mode", "training/modes")
 
 
 def copies(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bitring.collectives.arrays import xp_of
-from bitring.collectives.registry import Registry
+from bitring.arrays import xp_of
+from bitring.registry import Registry
 
 State = dict[str, dict[str, Any]]  # slot -> parameter's name -> array of the parameter's shape and dtype
 
@@ -111,7 +111,7 @@ class Optimizer(ABC):
         """Forget the directions of past steps (momentum), in place; what scales the steps stays."""
 
 
-optimizers: Registry[Optimizer] = Registry("optimizer", "training", "Optimizer")
+optimizers: Registry[Optimizer] = Registry("optimizer", "Optimizer", "training/optimizers")
 
 
 def require_number(owner: str, name: str, value: object, least: float, *, above: bool = False) -> None:

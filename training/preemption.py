@@ -18,9 +18,9 @@ from typing import Any
 
 from mpi4py import MPI
 
-from bitring.collectives.agreement import Request, agree
-from bitring.collectives.executor import Progress, Steps
-from bitring.collectives.state import given_comm, state_of
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.runtime.agreement import Request, agree
+from bitring.collectives.runtime.context import given_comm, state_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

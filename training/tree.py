@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bitring.collectives.arrays import device_of, is_device
+from bitring.arrays import device_of, is_device
 
 Path = tuple[str, ...]
 

@@ -1,4 +1,4 @@
-// The native executor: a compiled program (collectives/program.py) run over a wire on a buffer in host memory.
+// The native executor: a compiled program (collectives/schedules/program.py) run over a wire on a buffer in host memory.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,7 @@ struct Program {
     int window;  // messages of one stream under way at once
 };
 
-// Runs the program as collectives/executor.py does, which is its reference: the same messages, sums in the same order.
+// Runs the program as collectives/execution/portable.py does, which is its reference: the same messages, sums in the same order.
 class Execution final : public Operation {
 public:
     // `reduce` may be null where no message reduces. `rank` is this rank's number among the messages' peers.

@@ -67,7 +67,7 @@ std::shared_ptr<Execution> make_execution(std::shared_ptr<Program> program, cons
                                        reinterpret_cast<Reduce>(kernel));
 }
 
-// `functions`: of compression/functions.py, for the buffer's type, then for the residual's, then the settings'.
+// `functions`: of compression/kernels/functions.py, for the buffer's type, then for the residual's, then the settings'.
 // `pieces`: rows of owner, number of the segment, start, stop, nbytes, ordered.
 std::shared_ptr<OwnerExchange> make_owner_exchange(const MpiLibrary& library, int handle_size, std::uint64_t comm,
                                                    std::uint64_t byte, int rank, int size, int type,

@@ -1,4 +1,4 @@
-// The owner exchange of compression/owner_exchange.py, which is its reference: sums of what ranks encode, with a second
+// The owner exchange of compression/exchange/owner_exchange.py, which is its reference: sums of what ranks encode, with a second
 // residual at the owner of each chunk (Seide et al., 2014). Chunks are cut into segments, so that encoding, messages and
 // decoding of different segments go on side by side; each sum is made in rank order whatever arrives first. Where cores
 // are free, several segments are encoded, summed and decoded at once (crew.h), which changes no bits.
@@ -15,7 +15,7 @@
 
 namespace bitring {
 
-// An encoder's kernels, as compression/functions.py describes them.
+// An encoder's kernels, as compression/kernels/functions.py describes them.
 struct Codec {
     using Encode = std::int64_t (*)(const void* values, void* residual, std::int64_t n, std::uint8_t* payload,
                                     std::int64_t capacity, std::int64_t seed, const double* settings);

@@ -9,8 +9,8 @@ from typing import Any
 from mpi4py import MPI
 
 from bitring import machine
-from bitring.collectives.objects import allgather
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.objects import allgather
 
 
 def describe(comm: MPI.Intracomm) -> dict[str, Any]:

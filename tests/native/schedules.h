@@ -1,4 +1,4 @@
-// Schedules, and their programs for one rank: collectives/program.py in small, for tests of what runs programs.
+// Schedules, and their programs for one rank: collectives/schedules/program.py in small, for tests of what runs programs.
 #pragma once
 
 #include <algorithm>

@@ -18,18 +18,18 @@ import click
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.arrays import BFLOAT16
+from bitring.arrays import BFLOAT16
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.extension import address_of, kernel, native
 from bitring.collectives.plan import Plan, library_reduces
-from bitring.collectives.schedule import algorithms
-from bitring.collectives.state import state_of
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._other_level import OtherLevel
 from bitring.commands._pictures import COLORS, figure, plain, size_text
 from bitring.commands._ranks import ending_together, limit_threads, together
 from bitring.commands._timing import Contender, check_sums, sample
-from bitring.compression.plan import plan_allreduce
+from bitring.compression.plans.plan import plan_allreduce
 from bitring.machine import THREAD_LEVELS
+from bitring.native import address_of, kernel, native
 from bitring.nodes import describe
 
 RESIDENT, PRIVATE, CALL = "auto, resident", "auto", "plain call"

@@ -17,24 +17,24 @@ import click
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.executor import Progress
-from bitring.collectives.state import state_of
+from bitring.collectives.execution.portable import Progress
+from bitring.collectives.runtime.context import state_of
 from bitring.commands._bench_allreduce import dtype_of
 from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
 from bitring.commands._wire import wire
-from bitring.compression import powersgd
 from bitring.compression.compressor import make
 from bitring.compression.encoder import Encoder, residual_dtype
-from bitring.compression.exchange import Exchange
-from bitring.compression.once_a_node import once_a_node
-from bitring.compression.owner_schedule import encoders
+from bitring.compression.exchange.exchange import Exchange
+from bitring.compression.exchange.once_a_node import once_a_node
+from bitring.compression.exchange.owner_schedule import encoders
 from bitring.compression.reducer import cut
+from bitring.compression.reducers import powersgd
 from bitring.nodes import describe
-from bitring.training.cluster import Kernel, Machine, write_constants
 from bitring.training.data_parallel import DataParallel
-from bitring.training.sgd import SGD
+from bitring.training.optimizers.sgd import SGD
+from bitring.training.prediction.cluster import Kernel, Machine, write_constants
 
 ADD, IN_PLACE, COPY, PACKBITS, PRODUCT = "np.add", "np.add in place", "copy", "np.packbits encode", "matrix product"
 STEP, STEP_ARRAYS = "step without exchange", "step without exchange, many arrays"

@@ -20,7 +20,7 @@ from bitring.compression.encoder import compressors
 from bitring.models.architecture import layer_table
 from bitring.nodes import describe
 from bitring.training.data_parallel import DataParallel
-from bitring.training.sgd import SGD
+from bitring.training.optimizers.sgd import SGD
 
 EXACT = {"exact": "auto", "mpi": "mpi"}
 """The exact exchanges, and the algorithm of each."""

@@ -17,16 +17,16 @@ import click
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.cuda_aware import cuda_aware
-from bitring.collectives.extension import native
-from bitring.collectives.schedule import algorithms
-from bitring.collectives.state import state_of
+from bitring.collectives.interop.cuda_aware import cuda_aware
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._ranks import ending_together
 from bitring.commands._terminal import terminal_width
-from bitring.compression.plan import plan_allreduce
+from bitring.compression.plans.plan import plan_allreduce
 from bitring.exit_codes import ExitCode
 from bitring.launcher import alone_by_mistake, launched_rank
 from bitring.machine import THREAD_LEVELS, mpi_library, package_version, processor, versions
+from bitring.native import native
 from bitring.nodes import node_map, thread_share
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -213,7 +213,7 @@ def _locked_memory() -> Finding:
 
 
 def _kernel_cache() -> Finding:
-    from bitring.compression import onebit_numba
+    from bitring.compression.kernels import onebit_numba
     from bitring.kernel_cache import KernelCache, open_to
 
     what = "kernel cache"

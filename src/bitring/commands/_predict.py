@@ -17,8 +17,8 @@ from bitring.commands._tables import show_table
 from bitring.commands._terminal import terminal_width
 from bitring.commands._units import traffic
 from bitring.models.architecture import LayerTable, layer_table
-from bitring.training.cluster import BUILT_IN, Cluster, Machine, read_machine
-from bitring.training.predict import BACKWARD, Prediction, predict
+from bitring.training.prediction.cluster import BUILT_IN, Cluster, Machine, read_machine
+from bitring.training.prediction.predict import BACKWARD, Prediction, predict
 
 PAYS_FROM = 1.1
 """A compressed step must be so many times as fast to be worth it: it changes training, and predictions are rough."""

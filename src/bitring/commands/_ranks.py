@@ -15,9 +15,9 @@ import click
 from mpi4py import MPI
 from threadpoolctl import threadpool_limits
 
-from bitring.collectives.abort import abort_on_exception
-from bitring.collectives.errors import MismatchError
-from bitring.collectives.objects import allgather
+from bitring.collectives.runtime.abort import abort_on_exception
+from bitring.collectives.runtime.objects import allgather
+from bitring.errors import MismatchError
 from bitring.exit_codes import ExitCode
 from bitring.launcher import alone_by_mistake
 from bitring.machine import mpi_library

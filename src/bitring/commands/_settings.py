@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitring.collectives.registry import Registry
-from bitring.collectives.selection import check_name
+from bitring.collectives.selection.selection import check_name
 from bitring.commands._units import Interval
 from bitring.compression.compressor import Compressor, compressors, make, name_of, spelled
+from bitring.registry import Registry
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 

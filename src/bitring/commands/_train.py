@@ -17,8 +17,7 @@ import click
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.errors import NonFiniteError
-from bitring.collectives.objects import allgather, broadcast
+from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.commands._due import Due
 from bitring.commands._going_on import PreemptedError, stop_for_now
 from bitring.commands._pictures import draw_curve
@@ -28,14 +27,15 @@ from bitring.commands._settings import Settings
 from bitring.commands._units import traffic
 from bitring.compression.compressor import Compressor
 from bitring.compression.factors import Factors
-from bitring.compression.sufficient_factors import SufficientFactors
+from bitring.compression.reducers.sufficient_factors import SufficientFactors
+from bitring.errors import NonFiniteError
 from bitring.exit_codes import ExitCode
 from bitring.machine import versions
 from bitring.models.dataset import Data, load
 from bitring.models.model import Model, models
 from bitring.training.batches import Batches, shard
-from bitring.training.checkpoint import load_checkpoint, write_checkpoint
-from bitring.training.checkpoint_file import previous, remove_checkpoints
+from bitring.training.checkpoints.checkpoint import load_checkpoint, write_checkpoint
+from bitring.training.checkpoints.file import previous, remove_checkpoints
 from bitring.training.data_parallel import DataParallel
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer

@@ -13,15 +13,15 @@ from mpi4py import MPI
 
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.plan import Plan, library_reduces
-from bitring.collectives.schedule import algorithms
-from bitring.collectives.state import state_of
-from bitring.collectives.table import BUILT_IN, Rules, crossovers, path_of_table, read_table, write_table
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.schedules.schedule import algorithms
+from bitring.collectives.selection.table import BUILT_IN, Rules, crossovers, path_of_table, read_table, write_table
 from bitring.commands._bench_allreduce import dtype_of
 from bitring.commands._pictures import size_text
 from bitring.commands._ranks import ending_together, fail, limit_threads, together
 from bitring.commands._terminal import terminal_width
 from bitring.commands._timing import Contender, check_sums, sample
-from bitring.compression.plan import plan_allreduce
+from bitring.compression.plans.plan import plan_allreduce
 from bitring.machine import mpi_library
 from bitring.nodes import node_map
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
-from bitring.collectives.check import Message, ScheduleError, Verdict, check, walk
-from bitring.collectives.picture import draw
-from bitring.collectives.schedule import COLLECTIVES, Algorithm, algorithms
+from bitring.collectives.schedules.check import Message, ScheduleError, Verdict, check, walk
+from bitring.collectives.schedules.drawing import draw
+from bitring.collectives.schedules.schedule import COLLECTIVES, Algorithm, algorithms
 
 _MESSAGES_SHOWN = 8  # a round
 _ROUNDS_SHOWN = 40

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from bitring.collectives.registry import Registry
-from bitring.collectives.schedule import algorithms
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._compression import HOW
 from bitring.commands._settings import Settings
 from bitring.commands._units import INTERVAL
@@ -16,6 +15,7 @@ from bitring.compression.compressor import compressors
 from bitring.exit_codes import ExitCode
 from bitring.models.dataset import datasets
 from bitring.models.model import models
+from bitring.registry import Registry
 from bitring.training.mode import modes
 from bitring.training.optimizer import optimizers
 

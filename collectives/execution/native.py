@@ -1,0 +1,138 @@
+"""The native executor: programs run by the extension over the MPI library's point-to-point calls, without Python.
+
+For one schedule it gives the bits of the portable executor (:mod:`bitring.collectives.execution.portable`), its reference.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.arrays import Array
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.transport import message_tag
+from bitring.collectives.interop.cuda_aware import mpi_library
+from bitring.collectives.schedules.program import WINDOW, Message, Program
+from bitring.native import address_of, kernel, native
+
+
+@functools.cache
+def library() -> Any:
+    """The functions of the MPI library that mpi4py has loaded, for native operations."""
+    module = native()
+    return module.MpiLibrary(mpi_library())
+
+
+def _ragged(lists: Iterable[Iterable[int]]) -> tuple[Any, Any]:
+    """Lists as one array of where each starts, and one of their values."""
+    parts = [list(each) for each in lists]
+    starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    return starts, np.array([value for part in parts for value in part], np.int64)
+
+
+def _rest(m: Message, channel: int) -> tuple[int, int, int]:
+    return message_tag(channel, m.sequence), m.slot, m.waits
+
+
+class NativeTransport:
+    """A program bound to a communicator and, by ``bind``, to a buffer in host memory; a Runner."""
+
+    def __init__(
+        self, comm: MPI.Intracomm, program: Program, dtype: np.dtype[Any], ufunc: str | None, channel: int
+    ) -> None:
+        module = native()
+        self.nbytes_sent = program.values_sent * dtype.itemsize
+        rows = [
+            (
+                m.sends,
+                m.reduces,
+                m.early,
+                m.peer,
+                m.start,
+                m.stop,
+                m.stream,
+                message_tag(channel, m.sequence),
+                m.slot,
+                m.waits,
+            )
+            for m in program.messages
+        ]
+        slots = max(program.slots, default=-1) + 1
+        self.scratch_nbytes = slots * program.slot_values * dtype.itemsize
+        self.operation = module.Execution(
+            module.Program(
+                np.array(rows, np.int64).reshape(-1, 10),
+                *_ragged(program.unblocks),
+                *_ragged(program.streams),
+                slots,
+                program.slot_values,
+                WINDOW,
+            ),
+            library(),
+            MPI._sizeof(MPI.Comm),
+            MPI._handleof(comm),
+            MPI._handleof(MPI.BYTE),
+            comm.Get_rank(),
+            dtype.itemsize,
+            kernel(ufunc, dtype),
+        )
+        self._comm = comm
+        self._buffer: Array = None
+
+    def bind(self, buffer: Array) -> None:
+        """Work on ``buffer``, a 1-D contiguous array of as many values as the program was compiled for."""
+        self._buffer = buffer
+        self.operation.bind(address_of(buffer))
+
+    def unbind(self) -> None:
+        """Forget the buffer."""
+        self._buffer = None
+
+    def steps(self, progress: Progress) -> Steps:
+        """Run the program once."""
+        yield from run(self.operation, progress)
+
+    def close(self) -> None:
+        """Nothing is kept that MPI would want back."""
+
+
+def run(operation: Any, progress: Progress) -> Steps:
+    """Run a native operation, as a job's steps. Raises MPI.Exception for the MPI library's errors.
+
+    ValueError where an encoder failed.
+    """
+    operation.begin()
+    yield from finish(operation, progress)
+
+
+def finish(operation: Any, progress: Progress) -> Steps:
+    """The rest of a native operation that has begun."""
+    progress.exchanging = True
+    while not operation.over:
+        yield operation
+    progress.exchanging = False
+    if operation.error:
+        progress.exchanging = True
+        if operation.error in _ENCODER_FAILED:
+            raise ValueError(_ENCODER_FAILED[operation.error])
+        raise MPI.Exception(operation.error)
+
+
+_ENCODER_FAILED = {
+    -1: "a payload that came is not one of its values: it was damaged, or is of another encoder",
+    -2: "the encoder made a payload that is longer than its nbytes",
+}
+"""By the codes of native/owner_exchange.h."""
+
+
+DONE, DECLINED, REFUSED = 0, 1, 4
+"""What native/direct.h says of a run past the engine; any other outcome: it has begun, and goes on by the engine."""
+
+
+def served(dtype: np.dtype[Any], ufunc: str | None, reduces: bool) -> bool:
+    """Whether the extension is there and has what a collective needs."""
+    return native() is not None and (not reduces or kernel(ufunc, dtype) != 0)

@@ -1,0 +1,65 @@
+"""The MPI library's own collectives as parts of jobs, so that no wait in them is out of the engine's sight."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.execution.portable import Progress, Steps, StepsTo
+
+T = TypeVar("T")
+
+
+def wait_for(request: MPI.Request, progress: Progress) -> Steps:
+    """Yield until one of the library's requests is complete."""
+    while not request.Test():
+        yield
+    progress.moves += 1
+
+
+def allgather_steps(comm: MPI.Intracomm, value: object, progress: Progress) -> StepsTo[list[Any]]:
+    """Every rank's ``value``, which pickle can hold, in rank order. ``comm`` is private to bitring."""
+    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = np.zeros(comm.Get_size(), np.int64)
+    lengths[comm.Get_rank()] = mine.size
+    before, progress.exchanging = progress.exchanging, True
+    yield from wait_for(comm.Iallgather(MPI.IN_PLACE, lengths), progress)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    everyone = np.empty(int(starts[-1]), np.uint8)
+    everyone[starts[comm.Get_rank()] : starts[comm.Get_rank() + 1]] = mine
+    yield from wait_for(comm.Iallgatherv(MPI.IN_PLACE, [everyone, lengths, starts[:-1], MPI.BYTE]), progress)
+    progress.exchanging = before
+    return [pickle.loads(everyone[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
+
+
+def beside(call: Callable[[], T], progress: Progress) -> StepsTo[T]:
+    """What ``call``, one of the library's that has no nonblocking form, returns; it runs in a thread of its own.
+
+    So a rank that dies in it does not keep the others for ever. Below MPI.THREAD_MULTIPLE it is made at once. The
+    caller sees to it that all ranks are there: the thread is not to be stopped.
+    """
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        return call()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="bitring-library", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        yield
+    progress.moves += 1
+    if errors:
+        raise errors[0]
+    return results[0]

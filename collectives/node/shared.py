@@ -1,0 +1,100 @@
+"""What the ranks of one communicator on one node share through the native engine, made once, by all of them."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.execution.portable import Progress, StepsTo
+from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.node.node_memory import share
+from bitring.collectives.node.presence import own_descriptor, presence_of
+from bitring.native import address_of, native
+
+LEFT_SECONDS = 5.0
+"""What a process has done before it left has come by then."""
+
+
+class _Part:
+    """This rank's part of a region, as bytes for ``numpy.asarray``; the array keeps the region."""
+
+    def __init__(self, region: Any) -> None:
+        self._region = region
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (region.nbytes,),
+            "typestr": "|u1",
+            "data": (region.address(region.rank), False),
+        }
+
+
+class Shared:
+    """``node``: the native Node; ``ranks``: the communicator's ranks on it; ``presences``: one for each of them, None
+    for this one and where it cannot be known.
+    """
+
+    def __init__(self, node: Any, ranks: list[int], presences: list[Any]) -> None:
+        module = native()
+        self.node = node
+        self.ranks = ranks
+        self._presences = presences
+        self.direct = module.Direct(node, np.ndarray, MPI.IN_PLACE)
+        self.direct.busy = 1  # until the engine says that nobody else is at it
+        self.direct_serves = False  # it has been told what it may do
+        self._regions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._count = 0
+
+    def gone(self, awaited: Collection[int], seconds: float) -> list[int]:
+        """The ranks that a wait of ``seconds`` for the ranks ``awaited`` (none: not known) is in vain for.
+
+        One that died is missed at once. One that left the job in good order may have done its part before.
+        """
+        gone: list[int] = []
+        for rank, presence in zip(self.ranks, self._presences, strict=True):
+            if presence is None:
+                continue
+            in_vain = rank in awaited or (not awaited and seconds > LEFT_SECONDS)
+            if presence.dead or (in_vain and presence.left):
+                gone.append(rank)
+        return gone
+
+    def new_region(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[Any]:
+        """Memory of ``nbytes`` a rank that all ranks of ``comm``, the node's, map; None where there is none."""
+        self._count += 1
+        region = yield from share(comm, nbytes, self._count, progress)
+        if region is not None:
+            self._regions[self._count] = region
+            self.direct.add(region)
+            weakref.finalize(region, self.direct.remove, region.number)
+        return region
+
+    def new_part(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[_Part | None]:
+        """This rank's part of a new region, for ``numpy.asarray``."""
+        region = yield from self.new_region(comm, nbytes, progress)
+        return None if region is None else _Part(region)
+
+    def region_of(self, flat: Any) -> Any:
+        """The region that the 1-D NumPy array lies in; None for private memory."""
+        address = address_of(flat)
+        return next((region for region in self._regions.values() if region.holds(address, flat.nbytes)), None)
+
+
+def make_shared(comm: MPI.Intracomm, ranks: list[int], progress: Progress) -> StepsTo[Shared | None]:
+    """What the ranks of ``comm``, a node, share; None on all of them where that cannot be.
+
+    ``ranks``: their numbers in the communicator that it is for.
+    """
+    module = native()
+    region = yield from share(comm, module.Node.nbytes(comm.Get_size()), 0, progress)
+    if region is None:
+        return None
+    if comm.Get_size() > len(os.sched_getaffinity(0)):
+        module.set_crowded(True)
+    everyone = yield from allgather_steps(comm, own_descriptor(), progress)
+    presences = [None if r == comm.Get_rank() else presence_of(each) for r, each in enumerate(everyone)]
+    return Shared(module.Node(region, ranks), ranks, presences)

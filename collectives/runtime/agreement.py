@@ -1,0 +1,180 @@
+"""Before ranks exchange anything, they find out whether they all mean the same thing.
+
+A hash of what this rank asks for, whether its arguments are bad, and whether it needs the library's own call are left
+in the node's shared memory where all ranks share it, and go through one library AllReduce of a few integers elsewhere.
+On any difference a second exchange, in words, lets every rank raise an error that names the ranks that differ. What is
+new to one rank may be known to another, so every call does this.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.execution.native import run
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.interop.library_steps import allgather_steps, wait_for
+from bitring.collectives.node.shared import Shared
+from bitring.errors import MismatchError, PeerError
+from bitring.native import native
+
+_LIBRARY = 1
+_BAD = 2
+_ONLY_ARRIVES = 4
+"""A rank that agrees first and exchanges afterwards says so: one whose arrival brought its values must not take others'
+for there, and comes along."""
+_FLAG = 8
+
+
+def _number(text: str, nbytes: int = 7) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=nbytes).digest(), "little")
+
+
+class Request:
+    """What one rank asks for.
+
+    ``function`` is the call's name; ``terms`` what all ranks must give alike, as ordered (name, value) pairs;
+    ``library`` whether this rank needs the MPI library's own call; ``error`` what is wrong with its arguments.
+    ``flag`` is one bit for the others to learn: after ``agree`` it says whether any rank had it set.
+    ``refused``: the call was not made, since another thread was in one.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        terms: dict[str, object] | None = None,
+        library: bool = False,
+        error: Exception | None = None,
+        flag: bool = False,
+        refused: bool = False,
+    ) -> None:
+        self.function = function
+        self.terms: dict[str, object] = terms or {}
+        self.library = library
+        self.error = error
+        self.flag = flag
+        self.refused = refused
+
+    def words(self) -> str:
+        """The request as the error message shows it."""
+        return f"{self.function}({', '.join(f'{k}={v}' for k, v in self.terms.items())})"
+
+    @property
+    def kind(self) -> int:
+        """64 bits of it, but for its count, for the native engine; the upper half is the function's."""
+        kind = {name: value for name, value in self.terms.items() if name != "count"}
+        return _number(self.function, 4) << 32 | _number(str(kind), 4)
+
+    @property
+    def signature(self) -> int:
+        """64 bits of it for the native engine."""
+        module = native()
+        signature: int = module.with_count(self.kind, self.terms.get("count", 0))
+        return signature
+
+
+class Verdict(NamedTuple):
+    """What the ranks' requests have in common, and whether any rank needs the library, has bad arguments or a flag."""
+
+    same: bool
+    same_function: bool
+    library: bool
+    bad: bool
+    flag: bool
+
+
+def verdict_of(native_verdict: Any) -> Verdict:
+    """The native engine's verdict."""
+    flags = native_verdict.flags
+    return Verdict(
+        native_verdict.same,
+        native_verdict.same_function,
+        bool(flags & _LIBRARY),
+        bool(flags & _BAD),
+        bool(flags & _FLAG),
+    )
+
+
+def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress: Progress) -> Steps:
+    """Raise on all ranks alike unless all ask for the same; sets ``request.library`` if any rank needs it, and
+    ``request.flag`` if any rank has it set.
+
+    ``shared``: what all ranks of ``comm`` share; None where some do not. A rank's own argument error is raised on that
+    rank as it is, and as PeerError on the others. Ranks that name different functions, or different terms while none
+    needs the library's call, get MismatchError.
+    """
+    if shared is None:
+        check = Check(comm, request)
+        yield from wait_for(check.request, progress)
+        verdict = check.verdict
+    else:
+        module = native()
+        flags = _ONLY_ARRIVES | (_LIBRARY if request.library else 0) | (_BAD if request.error else 0)
+        flags |= _FLAG if request.flag else 0
+        operation = module.Agreement(shared.node, request.signature, 0, flags)
+        yield from run(operation, progress)
+        verdict = verdict_of(operation.verdict)
+    yield from conclude(comm, request, verdict, progress)
+
+
+class Check:
+    """The exchange of hashes through the library, under way; ``verdict`` is there when ``request`` is complete."""
+
+    def __init__(self, comm: MPI.Intracomm, request: Request) -> None:
+        function, terms = _number(request.function), _number(request.words())
+        bad = request.error is not None
+        self._most = np.array([function, ~function, terms, ~terms, request.library, bad, request.flag], np.int64)
+        # In place: mpi4py's request (4.1.2) keeps a receive buffer alive, but not a send buffer.
+        self.request = comm.Iallreduce(MPI.IN_PLACE, self._most, MPI.MAX)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What all ranks' hashes say."""
+        most = self._most
+        same, same_function = bool(most[2] == ~most[3]), bool(most[0] == ~most[1])
+        return Verdict(same, same_function, bool(most[4]), bool(most[5]), bool(most[6]))
+
+
+def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: Progress) -> Steps:
+    """What ``agree`` does when the verdict is there, which is the same on all ranks."""
+    request.library, request.flag = verdict.library, verdict.flag
+    if verdict.same_function and not verdict.bad and (verdict.same or verdict.library):
+        return
+    error = "" if request.error is None else f"{type(request.error).__name__}: {request.error}"
+    terms = {name: str(value) for name, value in request.terms.items()}
+    everyone = yield from allgather_steps(comm, (request.function, terms, error, request.refused), progress)
+    refused = [(r, text) for r, (_, _, text, is_refused) in enumerate(everyone) if is_refused]
+    if refused:
+        progress.ends = f"two threads of rank {refused[0][0]} were in its calls at the same time"
+    if request.error is not None:
+        raise request.error
+    if refused:
+        raise MismatchError(f"{request.function}: rank {refused[0][0]} refused its call: {refused[0][1]}")
+    bad = [(r, text) for r, (_, _, text, _) in enumerate(everyone) if text]
+    if bad and verdict.same_function:
+        raise PeerError(f"{request.function}: rank {bad[0][0]} could not take part: {bad[0][1]}")
+    raise MismatchError(_difference(everyone))
+
+
+def _difference(everyone: list[tuple[str, dict[str, str], str, bool]]) -> str:
+    """Which ranks differ from most, and in what."""
+    functions = Counter(function for function, *_ in everyone)
+    usual, _ = functions.most_common(1)[0]
+    others = [r for r, (function, *_) in enumerate(everyone) if function != usual]
+    if others:
+        return f"ranks called different collectives: {usual}, but rank {others[0]} called {everyone[others[0]][0]}"
+    for term in dict.fromkeys(term for _, terms, *_ in everyone for term in terms):
+        values = [terms.get(term, "none") for _, terms, *_ in everyone]
+        most, _ = Counter(values).most_common(1)[0]
+        differing = [r for r, value in enumerate(values) if value != most]
+        if differing:
+            ranks = f"rank {differing[0]}" if len(differing) == 1 else f"ranks {differing}"
+            agreeing = values.index(most)
+            return (
+                f"{usual}: ranks disagree on {term}: {ranks} gave {values[differing[0]]}, rank {agreeing} gave {most}"
+            )
+    return f"{usual}: ranks disagree: {everyone}"

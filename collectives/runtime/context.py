@@ -1,0 +1,242 @@
+"""What bitring keeps for a communicator: a private duplicate, and the jobs and caches that use it.
+
+It hangs on the communicator as an MPI attribute: made at the first collective call, shared by every library that uses
+bitring on the communicator, freed with it. Nothing is keyed by address or handle.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from mpi4py import MPI
+
+from bitring.collectives.execution.portable import Progress, Steps, StepsTo
+from bitring.collectives.interop.library_steps import allgather_steps, beside, wait_for
+from bitring.collectives.node.shared import Shared, make_shared
+from bitring.collectives.runtime.abort import abort_on_exception
+from bitring.collectives.runtime.agreement import Request, agree
+from bitring.collectives.runtime.engine import Lane, engine
+from bitring.collectives.runtime.turn import Turn, Turns
+from bitring.collectives.selection.selection import Topology
+from bitring.collectives.selection.table import BUILT_IN, load_table, path_of_table
+from bitring.launcher import alone_by_mistake, launched_rank
+from bitring.machine import mpi_library, thread_share
+from bitring.native import native
+
+logger = logging.getLogger("bitring")
+
+
+class State:
+    """``lane`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks.
+
+    The choice of an algorithm depends on ``topology`` and on ``table``, rank 0's measured one; ``shared`` is what this
+    node's ranks share. Before ``prepare`` they say that nothing is known and nothing shared, on all ranks alike.
+    ``node`` is the state of the ranks of this node, those that share memory; ``nodes`` the ranks of each node.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, size: int) -> None:
+        """``comm`` is private to bitring; ``made`` the request that makes it, if it is not there yet."""
+        self.lane = Lane(comm, made, rank)
+        self.rank = rank
+        self.size = size
+        self.plans = 0
+        self.cache: dict[Any, Any] = {}
+        self.kept: dict[str, Any] = {}
+        """What stays with the communicator for those who use bitring's plans on it."""
+        self.topology = Topology(size)
+        self.table = BUILT_IN
+        self.shared: Shared | None = None
+        self.node = self
+        self.nodes = [list(range(size))]
+        self._parts: dict[str, MPI.Intracomm] = {}
+        self._spare: MPI.Intracomm | None = None
+        self._turns = Turns(self)
+        self._prepared = size == 1
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The private duplicate; nobody else's messages travel in it."""
+        return self.lane.comm
+
+    def turn(self, function: str, continues: bool = False) -> Turn:
+        """For ``with``: a call that has a place in the communicator's order. Calls may be made of others.
+
+        Entering raises RuntimeError while another thread is in one. ``continues``: this thread has begun it by the
+        native way past the engine.
+        """
+        return Turn(self._turns, function, continues)
+
+    def new_plan(self) -> int:
+        """The number of the next plan, from 1."""
+        self.plans += 1
+        return self.plans
+
+    @property
+    def common(self) -> Shared | None:
+        """What all ranks share; None when they are not all on one node."""
+        return self.shared if self.topology.nodes == 1 else None
+
+    @property
+    def leaders(self) -> MPI.Intracomm:
+        """The first ranks of all nodes; COMM_NULL on the other ranks. Collective when first asked for."""
+        return self._part("the first ranks of all nodes", 0 if self.node.rank == 0 else MPI.UNDEFINED)
+
+    @property
+    def lane_comm(self) -> MPI.Intracomm:
+        """The ranks of all nodes with this rank's number in its node; COMM_NULL where a node has none so numbered.
+
+        Collective when first asked for.
+        """
+        number = self.node.rank
+        return self._part("the lanes between nodes", number if number < self.topology.lanes else MPI.UNDEFINED)
+
+    def _part(self, what: str, color: int) -> MPI.Intracomm:
+        if what not in self._parts:
+            request = Request(f"a communicator of {what}")
+
+            def split(progress: Progress) -> StepsTo[MPI.Intracomm]:
+                yield from agree(self.comm, self.common, request, progress)
+                return (yield from beside(lambda: MPI.Intracomm(self.comm.Split(color)), progress))
+
+            self._parts[what] = self.lane.call(split, request.function)
+        return self._parts[what]
+
+    def spare(self, progress: Progress) -> StepsTo[MPI.Intracomm]:
+        """Another private duplicate, for calls that the library may refuse on some ranks; made when first needed."""
+        if self._spare is None:
+            comm, made = self.comm.Idup()
+            yield from wait_for(made, progress)
+            comm.Set_errhandler(MPI.ERRORS_RETURN)
+            self._spare = MPI.Intracomm(comm)
+        return self._spare
+
+    def drop_spare(self) -> None:
+        """Some ranks are a call ahead in the spare duplicate: it is of no use any more, nor can it be freed."""
+        self._spare = None
+
+    def prepare(self, function: str) -> None:
+        """Find out where the ranks are, and make what those of a node share. Collective and blocking; once.
+
+        ``function`` is what a complaint names.
+        """
+        if not self._prepared:
+            self.lane.call(self._preparation, function)
+
+    def _preparation(self, progress: Progress) -> Steps:
+        progress.exchanging = True  # nothing comes of it unless all ranks come to its end
+        table = load_table(path_of_table()).of(mpi_library()) if self.rank == 0 else BUILT_IN
+        mine = table, native() is not None, os.sched_getaffinity(0)
+        everyone = yield from allgather_steps(self.comm, mine, progress)
+        self.table, engines = everyone[0][0], all(native for _, native, _ in everyone)
+        part = yield from beside(lambda: node_of(self.comm), progress)
+        node = State(part, None, part.Get_rank(), part.Get_size())
+        mates = yield from allgather_steps(part, self.rank, progress)
+        found: list[list[int]] = yield from allgather_steps(self.comm, mates, progress)
+        nodes = [ranks for rank, ranks in enumerate(found) if ranks[0] == rank]
+        fewest, most = min(map(len, nodes)), max(map(len, nodes))
+        if engines:
+            native().limit_threads(thread_share([everyone[rank][2] for rank in mates], node.rank))
+        shared = (yield from make_shared(part, mates, progress)) if engines and most > 1 else None
+        everywhere = all((yield from allgather_steps(self.comm, shared is not None, progress)))
+        self.node, self.nodes = node, nodes
+        self.topology = Topology(self.size, len(nodes), fewest, everywhere, engines)
+        if shared is not None and everywhere:
+            self.shared = self.lane.shared = shared
+        self._prepared = True
+        progress.exchanging = False
+
+    def close(self) -> None:
+        """Free everything. Collective, as freeing a communicator is."""
+        self.cache.clear()
+        self.kept.clear()
+        for part in (*self._parts.values(), self._spare):
+            if part is not None and part != MPI.COMM_NULL:
+                part.Free()
+        if self.node is not self:
+            self.node.close()
+        self.lane.close()
+        self.shared = None
+
+
+def node_of(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """The ranks of ``comm`` that share memory with this one. Collective, by a call of the library's that blocks."""
+    return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED))
+
+
+@functools.cache
+def _keyval() -> int:
+    def delete(comm: MPI.Comm, keyval: int, state: State) -> None:
+        state.close()
+
+    return MPI.Comm.Create_keyval(delete_fn=delete)
+
+
+@functools.cache
+def _warn_if_alone() -> None:
+    """Once, by the first of processes that were started together and do not know each other."""
+    mistake = alone_by_mistake(MPI.COMM_WORLD.Get_size(), mpi_library())
+    if mistake is not None and launched_rank() == 0:
+        logger.warning(mistake)
+
+
+def given_comm(comm: MPI.Intracomm | None, function: str) -> MPI.Intracomm:
+    """``comm``, MPI.COMM_WORLD for None. Raises TypeError, naming ``function``, for anything else."""
+    if comm is None:
+        return MPI.COMM_WORLD
+    if not isinstance(comm, MPI.Intracomm):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{function}: comm must be an MPI.Intracomm such as MPI.COMM_WORLD; got {type(comm).__name__}")
+    return comm
+
+
+def state_of(comm: MPI.Intracomm) -> State:
+    """The communicator's state, made on first use; collective then."""
+    state = comm.Get_attr(_keyval())
+    if state is None:
+        state = _first_state_of(comm)
+    assert isinstance(state, State)
+    return state
+
+
+_first_use = threading.RLock()
+
+
+def _first_state_of(comm: MPI.Intracomm) -> State:
+    with _first_use:
+        state = comm.Get_attr(_keyval())
+        if state is None:
+            engine.check("the first collective of a communicator")
+            abort_on_exception()
+            _warn_if_alone()
+            # Nonblocking: a nonblocking collective may be the first, and ranks may come to it in different orders.
+            private, made = MPI.Intracomm(comm).Idup()
+            if comm.Get_size() == 1:
+                made.Wait()  # nobody to wait for; and plans of one rank run no job that would
+            state = State(private, made, comm.Get_rank(), comm.Get_size())
+            comm.Set_attr(_keyval(), state)
+        assert isinstance(state, State)
+        return state
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def one_call(function: str) -> Callable[[_Method], _Method]:
+    """A decorator: the method, of something that has a ``comm``, is one call of that communicator; see ``State.turn``.
+
+    So no other thread's call comes between those that the method is made of.
+    """
+
+    def decorated(method: _Method) -> _Method:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with state_of(self.comm).turn(function):
+                return method(self, *args, **kwargs)
+
+        return cast(_Method, call)
+
+    return decorated

@@ -1,0 +1,46 @@
+"""Work that every rank does by itself, and that has ended well only when it has on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from mpi4py import MPI
+
+from bitring.collectives.runtime.objects import allgather
+from bitring.errors import PeerError
+
+T = TypeVar("T")
+
+
+def jointly(comm: MPI.Intracomm, function: str, work: Callable[[], T], alike: tuple[type[Exception], ...] = ()) -> T:
+    """What ``work`` returns on this rank, once it has ended well on all. Collective; ``function`` is the caller's name.
+
+    When it raises anything on any rank, all raise: a rank its own exception; the others the same kind, with the same
+    text, where it is one of ``alike``, else PeerError, which names the rank and the exception.
+    """
+    made: list[T] = []
+    problem: BaseException | None = None
+    try:
+        made.append(work())
+    except BaseException as error:  # whatever it is, KeyboardInterrupt too: the other ranks must not wait
+        problem = error
+    for rank, said in enumerate(allgather(comm, _described(problem, alike), function)):
+        if problem is not None:
+            raise problem
+        if said is not None:
+            kind, name, text = said
+            raise PeerError(f"{function}: rank {rank} raised {name}: {text}") if kind is None else kind(text)
+    return made[0]
+
+
+def _described(
+    problem: BaseException | None, alike: tuple[type[Exception], ...]
+) -> tuple[type[Exception] | None, str, str] | None:
+    """The kind that the other ranks raise, None for PeerError; the exception's name; and its text."""
+    if problem is None:
+        return None
+    # Classes that other ranks know, too.
+    known = (kind for kind in type(problem).__mro__ if kind in alike or kind.__module__ == "builtins")
+    kind = next((kind for kind in known if issubclass(kind, alike)), None) if alike else None
+    return kind, type(problem).__name__, str(problem).encode(errors="replace").decode()

@@ -1,0 +1,52 @@
+"""Python objects between all ranks, where bitring itself has something to say to them.
+
+The MPI library's blocking calls would wait for ever for a rank that is gone, and keep Ctrl-C waiting. These are jobs of
+the communicator's lane: watched, interruptible, under ``BITRING_TIMEOUT``; and the ranks first agree that they make the
+same call. So every communicator is protected alike, MPI.COMM_WORLD as well as a ``bitring.Communicator``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from mpi4py import MPI
+
+from bitring.collectives.execution.portable import Progress, StepsTo
+from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.runtime.agreement import Request, agree
+from bitring.collectives.runtime.context import State, state_of
+
+T = TypeVar("T")
+
+
+def allgather(comm: MPI.Intracomm, value: object, function: str) -> list[Any]:
+    """Every rank's ``value``, which pickle can hold, in rank order. Collective; ``function`` is the caller's name.
+
+    Raises on all ranks: MismatchError when another rank is in another call; PeerError when one has died.
+    """
+    return gather(state_of(comm), value, function)
+
+
+def broadcast(comm: MPI.Intracomm, value: object, function: str, root: int = 0) -> Any:
+    """Rank ``root``'s ``value`` on every rank; see ``allgather``."""
+    return allgather(comm, value if comm.Get_rank() == root else None, function)[root]
+
+
+def gather(state: State, value: object, function: str) -> list[Any]:
+    """``allgather`` on the communicator of ``state``."""
+    if state.size == 1:
+        return [value]
+    return jointly(state, lambda progress: allgather_steps(state.comm, value, progress), function)
+
+
+def jointly(state: State, steps: Callable[[Progress], StepsTo[T]], function: str) -> T:
+    """What ``steps`` return, run as a job when all ranks have agreed that they are at it. Collective and blocking."""
+
+    def agreed(progress: Progress) -> StepsTo[T]:
+        yield from agree(state.comm, state.common, Request(function), progress)
+        return (yield from steps(progress))
+
+    with state.turn(function):
+        state.prepare(function)
+        return state.lane.call(agreed, function)

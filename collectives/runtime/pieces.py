@@ -1,0 +1,88 @@
+"""Large arrays between ranks, in pieces: each is a job of the communicator's lane, and its arrival is progress.
+
+A wait is therefore watched, can be interrupted and is under ``BITRING_TIMEOUT`` as in every other call, no message
+comes near MPI's limit of 2^31 bytes, and no rank needs memory for more than a piece of what it passes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from mpi4py import MPI
+
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.transport import PIECE_TAG
+from bitring.collectives.interop.library_steps import wait_for
+from bitring.collectives.runtime.agreement import Request, agree
+from bitring.collectives.runtime.context import state_of
+
+PIECE_NBYTES = 16 << 20
+"""A slow disk takes a second for it, a network less."""
+
+_ALIGNMENT = 16
+
+
+class Segment(NamedTuple):
+    """Bytes ``begin`` to ``end`` of array number ``array``; none where the array is empty."""
+
+    array: int
+    begin: int
+    end: int
+
+
+def cut(sizes: Sequence[int], limit: int = PIECE_NBYTES) -> Iterator[list[Segment]]:
+    """The bytes of arrays of ``sizes`` bytes, one after the other, in pieces of at most ``limit`` (16 or more) bytes.
+
+    Small arrays share a piece; large ones are cut between values.
+    """
+    piece: list[Segment] = []
+    room = limit
+    for array, size in enumerate(sizes):
+        begin = 0
+        while True:
+            end = size if size - begin <= room else begin + room - room % _ALIGNMENT
+            if end > begin or size == 0:
+                piece.append(Segment(array, begin, end))
+                room -= end - begin
+            if end == size:
+                break
+            yield piece
+            piece, room, begin = [], limit, end
+    if piece:
+        yield piece
+
+
+def nbytes_of(piece: Sequence[Segment]) -> int:
+    """How many bytes a piece has."""
+    return sum(end - begin for _, begin, end in piece)
+
+
+def transfer(comm: MPI.Intracomm, piece: Any, function: str, source: int, target: int | None = None) -> None:
+    """Copy the bytes in rank ``source``'s ``piece`` to rank ``target``'s, or to all ranks' for None. Collective.
+
+    ``piece`` is a contiguous NumPy array of bytes, at most 2^31 − 1 of them and equally many where it is read or
+    written; None elsewhere. ``function`` is the caller's name. Raises on all ranks as ``allgather`` does.
+    """
+    state = state_of(comm)
+    if state.size == 1 or source == target:
+        return
+
+    def steps(progress: Progress) -> Steps:
+        request = Request(function, {"source": source, "target": target})
+        yield from agree(state.comm, state.common, request, progress)
+        progress.exchanging = True
+        if target is None:
+            progress.peers = frozenset({source} - {state.rank})
+            yield from wait_for(state.comm.Ibcast([piece, MPI.BYTE], source), progress)
+        elif state.rank == source:
+            progress.peers = frozenset({target})
+            yield from wait_for(state.comm.Isend([piece, MPI.BYTE], target, PIECE_TAG), progress)
+        elif state.rank == target:
+            progress.peers = frozenset({source})
+            yield from wait_for(state.comm.Irecv([piece, MPI.BYTE], source, PIECE_TAG), progress)
+        progress.exchanging = False
+
+    with state.turn(function):
+        state.prepare(function)
+        state.lane.submit(steps, function).wait()

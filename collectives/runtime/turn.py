@@ -1,0 +1,111 @@
+"""One thread at a time in a communicator's calls.
+
+MPI asks for it: collectives of one communicator happen in one order, the same on all ranks, and threads have none. A
+thread that enters a call while another is inside is refused at once. Its call takes its place in the communicator's
+order all the same, after the one that is under way: there all ranks learn of it, and none uses the communicator on,
+since nobody can tell which of their calls were meant for each other. The progress thread takes jobs further beside
+the caller and is not meant: only calls that have a place in the order are, not waits for what was started.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from bitring.collectives.runtime.agreement import Request, agree
+from bitring.collectives.runtime.engine import engine
+
+if TYPE_CHECKING:
+    from bitring.collectives.runtime.context import State
+
+
+class Turns:
+    """Who is inside a communicator's calls. What runs past the engine keeps its own note of it, ``native.Direct``."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._lock = threading.Lock()
+        self._thread = 0  # the one inside; 0: none
+        self._call = ""
+        self._depth = 0  # calls are made of others
+        self._refused: Request | None = None
+
+    def enter(self, call: str, continues: bool) -> None:
+        """Begin ``call``, which ``continues`` a run past the engine.
+
+        Raises RuntimeError while another thread is inside, and when the communicator is unusable.
+        """
+        me, lane = threading.get_ident(), self._state.lane
+        with self._lock:
+            lane.check(call)
+            if self._thread == me:
+                self._depth += 1
+                return
+            inside, doing = self._thread, self._call
+            if not inside:
+                lane.occupy(True)  # from now on nothing begins past the engine
+                direct = lane.direct
+                if direct is not None and direct.inside == me:
+                    direct.taken_over()
+                    if not continues:
+                        lane.cut_short("a run", KeyboardInterrupt())
+                        lane.check(call)
+                elif direct is not None and direct.refuse():
+                    inside, doing = direct.inside, "Allreduce" if direct.in_allreduce else "a run of a plan"
+                    lane.occupy(False)
+            if not inside:
+                self._thread, self._call, self._depth = me, call, 1
+                return
+            error = RuntimeError(
+                f"{call}: {_name(me)} called it while {_name(inside)} was in {doing} on the same communicator; one "
+                "thread at a time: let them take turns, or give each its own, as comm.Dup() makes"
+            )
+            self._refused = Request(call, error=error, refused=True)
+        raise error
+
+    def leave(self) -> None:
+        """End the call; whoever was refused meanwhile takes part as such in what all ranks do next."""
+        with self._lock:
+            self._depth -= 1
+            if self._depth:
+                return
+            refused, self._refused = self._refused, None
+            try:
+                if refused is not None and self._state.size > 1 and not self._state.lane.broken:
+                    self._tell(refused)
+            finally:
+                self._thread = 0
+                self._state.lane.occupy(False)
+
+    def _tell(self, refused: Request) -> None:
+        state, lane = self._state, self._state.lane
+        what = f"{refused.function}, which was refused"
+        job = lane.last_word = lane.submit(lambda p: agree(state.comm, state.common, refused, p), what)
+        lane.breaks(f"two threads were in its calls at the same time: {refused.error}")
+        if not engine.start_thread():
+            engine.drive(job)
+
+
+class Turn:
+    """A call under way, for ``with``."""
+
+    __slots__ = ("_continues", "_function", "_turns")
+
+    def __init__(self, turns: Turns, function: str, continues: bool) -> None:
+        self._turns = turns
+        self._function = function
+        self._continues = continues
+
+    def __enter__(self) -> None:
+        self._turns.enter(self._function, self._continues)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._turns.leave()
+
+
+def _name(ident: int) -> str:
+    names = [thread.name for thread in threading.enumerate() if thread.ident == ident]
+    return f"thread {names[0]!r}" if names else f"thread {ident}"

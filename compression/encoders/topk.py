@@ -1,0 +1,56 @@
+"""Only the largest values of each block, exactly (Aji and Heafield, "Sparse Communication for Distributed Gradient
+Descent", EMNLP 2017; Lin et al., "Deep Gradient Compression", ICLR 2018, for the sampled threshold).
+
+v = values + residual. Of a block of b values the k = max(⌊density · b⌋, 1) largest |v| are sent as float32, of equal
+ones the first; residual is 0 there (for float64 what float32 rounds off) and v elsewhere. With ``sampled``, sent is
+what reaches about the k-th largest |v|, taken of every fourth 8 values (of all in a block below 4096), up to 2k
+values, the first ones: half as much work. Zeros are not sent; NaN neither. A float64 beyond float32's range is sent as
+infinity.
+
+Payload, block after block, each from a whole byte on: the indexes, coded by their gaps as ``gaps_numba.py`` says, each
+with the 32 bits of its float32; the last bits are zero. At a density of one in a hundred a sent value takes 40 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitring.compression.encoder import Encoder, check_block, check_positive
+from bitring.compression.exchange.gaps import expected_nbytes, most_nbytes, over_blocks
+
+
+@dataclass(frozen=True)
+class TopK(Encoder):
+    """A part ``density`` (above 0, up to 1) of every ``block`` values (a positive multiple of 64), the largest."""
+
+    density: float = 0.01
+    sampled: bool = False
+    block: int = 1 << 16
+
+    fixed_size = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "density", 1)
+        if not isinstance(self.sampled, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"TopK: sampled must be a bool; got {type(self.sampled).__name__}")
+        check_block(self)
+
+    def _sent(self, count: int) -> int:
+        return max(int(self.density * count), 1)
+
+    def nbytes(self, n: int) -> int:
+        """See Encoder."""
+
+        def most(count: int) -> int:
+            k = self._sent(count)
+            return most_nbytes(count, min(2 * k, count) if self.sampled else k, 32)
+
+        return over_blocks(n, self.block, most)
+
+    def expected_nbytes(self, n: int) -> float:
+        """See Encoder; of values that are alike."""
+        return over_blocks(n, self.block, lambda count: expected_nbytes(count, self._sent(count), 32))
+
+    def settings(self) -> tuple[float, ...]:
+        """See Encoder."""
+        return (self.block, self.density, self.sampled)

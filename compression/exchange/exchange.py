@@ -1,0 +1,73 @@
+"""What reductions communicate by: exact sums inside another plan's run, and an allgather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mpi4py import MPI
+
+from bitring.arrays import Array, device_of
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.interop.library_steps import wait_for
+from bitring.collectives.plan import ExactPlan, library_reduces, resident
+from bitring.collectives.runtime.context import State
+from bitring.collectives.selection.selection import choose
+from bitring.compression.exchange.once_a_node import once_a_node
+
+
+class ExactSum(ExactPlan):
+    """An exact AllReduce inside another plan's run, whose ranks have agreed already."""
+
+    def steps(self, progress: Progress) -> Steps:
+        """One run, in place on the buffer."""
+        yield from self._steps(progress)
+
+
+class Exchange:
+    """What a reduction communicates by. Made anew for each plan; ``algorithm`` is of the exact sums."""
+
+    def __init__(self, state: State, algorithm: str) -> None:
+        self.rank, self.size = state.rank, state.size
+        self.sums: list[ExactSum] = []
+        self._gathered_nbytes = 0
+        self._state = state
+        self._algorithm = algorithm
+
+    def sum(self, flat: Array) -> ExactSum:
+        """An exact sum of ``flat``, 1-D, over all ranks in place. Collective."""
+        state = self._state
+        choice = choose(
+            "allreduce",
+            self._algorithm,
+            flat.nbytes,
+            state.topology,
+            own=True,
+            library=library_reduces(flat, MPI.SUM),
+            host=device_of(flat) is None,
+            itemsize=flat.dtype.itemsize,
+            resident=resident(state, flat),
+            table=state.table,
+        )
+        self.sums.append(ExactSum(state, flat, MPI.SUM, choice))
+        return self.sums[-1]
+
+    def gather(self, room: Array, counts: Sequence[int], progress: Progress) -> Steps:
+        """Allgather in place: bytes of every rank, ``counts[r]`` of rank r, one behind the other in ``room``, uint8."""
+        starts = [sum(counts[:r]) for r in range(self.size)]
+        where = [room, (counts, starts), MPI.BYTE]
+        yield from wait_for(self._state.comm.Iallgatherv(MPI.IN_PLACE, where), progress)
+        self._gathered_nbytes += (self.size - 1) * counts[self.rank]
+
+    def once_a_node(self, compile_kernels: Callable[[], None]) -> None:
+        """See ``once_a_node``. Collective."""
+        once_a_node(self._state, compile_kernels, "plan_allreduce")
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to other ranks so far."""
+        return self._gathered_nbytes + sum(each.bytes_sent for each in self.sums)
+
+    @property
+    def algorithms(self) -> str:
+        """The sums' algorithms, in words."""
+        return " and ".join(sorted({each.algorithm for each in self.sums}))

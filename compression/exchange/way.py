@@ -1,0 +1,139 @@
+"""The ways an owner exchange goes: among all ranks, or between nodes that have summed exactly inside first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from mpi4py import MPI
+
+from bitring.arrays import Array, device_of
+from bitring.collectives.execution.native import run
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.runner import LaneRunner, lane_extent, lane_runner, make_runner
+from bitring.collectives.runtime.context import State
+from bitring.compression.exchange.layout import Piece
+from bitring.compression.exchange.owner_exchange import NativeOwnerExchange, OwnerExchange
+
+MakeExchange = Callable[[MPI.Intracomm, Array, int], OwnerExchange]
+"""Makes the exchange of a communicator, an array like its values, and the place of the first in the buffer."""
+
+
+class Way(Protocol):
+    """``exchange``, None where this rank has no part in it, is of the values ``extent``, the rank owns ``owned``.
+
+    Both are indexes of the buffer: the first, and the one after the last. A run sends ``nbytes_sent`` bytes beside the
+    exchange's.
+    """
+
+    exchange: OwnerExchange | None
+    extent: Piece
+    owned: Piece
+    nbytes_sent: int
+
+    def steps(self, progress: Progress) -> Steps:
+        """One run."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is MPI's."""
+        ...
+
+
+class DirectWay:
+    """All ranks exchange."""
+
+    nbytes_sent = 0
+
+    def __init__(self, state: State, flat: Array, make: MakeExchange) -> None:
+        self.exchange: OwnerExchange | None = make(state.comm, flat, 0)
+        self.exchange.bind(flat)
+        self.extent, self.owned = (0, flat.size), self.exchange.owned
+        self.steps = self.exchange.steps
+
+    def close(self) -> None:
+        """See Way."""
+
+
+class NodeWay:
+    """All ranks are on one node: they sum exactly, there is nothing to encode, and no rank has residuals."""
+
+    def __init__(self, state: State, flat: Array, number: int, signature: int) -> None:
+        self.exchange: OwnerExchange | None = None
+        self.extent: Piece = (0, 0)
+        self.owned: Piece = (0, 0)
+        self.algorithm = "ring" if state.common is None or device_of(flat) is not None else "shared_memory"
+        self._runner = make_runner(
+            state, "allreduce", self.algorithm, flat, MPI.SUM, number=number, signature=signature
+        )
+        self.nbytes_sent = self._runner.nbytes_sent
+        self.steps = self._runner.steps
+
+    def close(self) -> None:
+        """See Way."""
+        self._runner.close()
+
+
+class LaneWay:
+    """Nodes sum through shared memory; rank l of each exchanges lane l of the sum with those of the other nodes."""
+
+    def __init__(self, state: State, runner: LaneRunner, exchange: NativeOwnerExchange | None, n: int) -> None:
+        self._runner = runner
+        self._native = exchange
+        self.exchange: OwnerExchange | None = exchange
+        self.extent = lane_extent(state, n)
+        first = self.extent[0]
+        self.owned = (first, first) if exchange is None else (first + exchange.owned[0], first + exchange.owned[1])
+        self.nbytes_sent = runner.nbytes_sent
+
+    def steps(self, progress: Progress) -> Steps:
+        """See Way."""
+        if self._native is not None:
+            self._native.prepare()
+        yield from run(self._runner.operation, progress)
+        if self._native is not None:
+            self._native.note()
+
+    def close(self) -> None:
+        """See Way."""
+
+
+def make_lane_way(state: State, flat: Array, signature: int, make: MakeExchange) -> LaneWay | None:
+    """Collective. None on all ranks where some node has no room for it."""
+    made: list[NativeOwnerExchange] = []
+
+    def between(comm: MPI.Intracomm, like: Array) -> Any:
+        exchange = make(comm, like, lane_extent(state, flat.size)[0])
+        assert isinstance(exchange, NativeOwnerExchange)
+        made.append(exchange)
+        return exchange
+
+    runner = lane_runner(state, flat, MPI.SUM, signature, between, persistent=True)
+    return None if runner is None else LaneWay(state, runner, made[0] if made else None, flat.size)
+
+
+class LeaderWay:
+    """Nodes sum by messages; their leaders, the first ranks, exchange. For what cannot share memory."""
+
+    def __init__(self, state: State, flat: Array, number: int, make: MakeExchange) -> None:
+        self._reduce = make_runner(state.node, "reduce", "binomial_tree", flat, number=number)
+        self._broadcast = make_runner(state.node, "broadcast", "binomial_tree", flat, number=number)
+        self.exchange: OwnerExchange | None = None
+        self.extent = self.owned = (0, 0)
+        if state.leaders != MPI.COMM_NULL:
+            self.exchange = make(state.leaders, flat, 0)
+            self.exchange.bind(flat)
+            self.extent, self.owned = (0, flat.size), self.exchange.owned
+        self.nbytes_sent = self._reduce.nbytes_sent + self._broadcast.nbytes_sent
+
+    def steps(self, progress: Progress) -> Steps:
+        """See Way."""
+        yield from self._reduce.steps(progress)
+        if self.exchange is not None:
+            yield from self.exchange.steps(progress)
+        yield from self._broadcast.steps(progress)
+
+    def close(self) -> None:
+        """See Way."""
+        self._reduce.close()
+        self._broadcast.close()

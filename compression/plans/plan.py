@@ -1,0 +1,236 @@
+"""``plan_allreduce``: an AllReduce bound to a buffer, exact or compressed."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
+from bitring.collectives.execution.portable import Progress
+from bitring.collectives.execution.transport import channel_of
+from bitring.collectives.interop.operators import op_name
+from bitring.collectives.plan import Plan, checked_flat, plan_exact, run_agreement
+from bitring.collectives.runtime.agreement import Request
+from bitring.collectives.runtime.context import State, given_comm, state_of
+from bitring.collectives.selection.selection import check_name
+from bitring.compression.compressor import Compressor, parsed
+from bitring.compression.encoder import Encoder, compressors, residual_dtype
+from bitring.compression.exchange.once_a_node import once_a_node
+from bitring.compression.exchange.owner_exchange import OwnerExchange, exchange_for
+from bitring.compression.exchange.record import Record
+from bitring.compression.exchange.way import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
+from bitring.compression.plans.reduced_plan import plan_reduced, reducer_of
+from bitring.compression.plans.watched_plan import WatchedPlan, add_owed
+
+
+def plan_allreduce(
+    x: Any,
+    *,
+    comm: MPI.Intracomm | None = None,
+    op: MPI.Op = MPI.SUM,
+    algorithm: str = "auto",
+    compression: str | Compressor | None = None,
+    hierarchical: bool | None = None,
+    boundaries: Sequence[int] = (),
+    shapes: Sequence[Sequence[int]] | None = None,
+    check_finite: bool = True,
+) -> Plan:
+    """A plan that reduces ``x`` over all ranks in place; collective.
+
+    ``x``: a contiguous NumPy or CuPy array, or anything that shares its memory through DLPack, of the same shape,
+    memory order and dtype on every rank; NumPy's subclasses are taken for their plain data. ``comm``: MPI.COMM_WORLD by
+    default. ``algorithm``: a registered name, or ``"auto"``.
+
+    ``compression``: None is exact; "onebit", "onebit:block=512" or the encoder ``OneBit(block=512)`` sends encoded sums
+    of float16, bfloat16, float32 or float64 values with error feedback (Seide et al., 2014): what an encoding leaves
+    out is added to the next run's values. ``boundaries``: the positions in ``x`` where a new parameter begins; no
+    block of values that share levels spans two. ``hierarchical``: ranks of a node first sum exactly, and only nodes
+    exchange encoded sums; by default where there is more than one node.
+
+    A reducer such as ``PowerSGD(matrix_rank=4)`` sums its own small representation exactly instead, with nodes summed
+    first in any case. ``shapes``: the parameters' shapes, for reducers that look at matrices; without it x is one
+    parameter of its own shape. ``check_finite=False`` leaves out the look
+    for NaN and Inf, for callers that have looked on all ranks.
+
+    Raises on all ranks alike: MismatchError where ranks differ in dtype, count, shape, op, algorithm or compression,
+    and what is wrong with one rank's arguments (PeerError on the others). A compressed run raises NonFiniteError on all
+    ranks when a value is NaN or Inf on any; nothing has changed then.
+    """
+    comm = given_comm(comm, "plan_allreduce")
+    if compression is None:
+        return plan_exact(x, comm, op, algorithm)
+    reducer = reducer_of(compression)
+    if reducer is not None:
+        return plan_reduced(x, comm, op, algorithm, reducer, hierarchical, boundaries, shapes, check_finite)
+    state = state_of(comm)
+    request = Request("plan_allreduce")
+    flat: Array = np.empty(0, np.float32)
+    encoder: Encoder | None = None
+    places: tuple[int, ...] = ()
+    try:
+        flat, terms = checked_flat(x, "plan_allreduce")
+        check_name(algorithm)
+        made = parsed(compression)
+        if not isinstance(made, Encoder):
+            raise TypeError(
+                f"plan_allreduce: compression must be None, a registered name ({', '.join(compressors.names())}), an "
+                f"encoder or a reducer; got {type(made).__name__}"
+            )
+        encoder = made
+        if flat.dtype.name not in _COMPRESSED_DTYPES:
+            raise TypeError(f"plan_allreduce: compression is for {', '.join(_COMPRESSED_DTYPES)}; got {flat.dtype}")
+        if op_name(op) != "SUM":
+            raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
+        places = _checked_boundaries(boundaries)
+        request.terms = {
+            **terms,
+            "op": op_name(op),
+            "algorithm": algorithm,
+            "compression": encoder,
+            "hierarchical": hierarchical,
+            "boundaries": places,
+        }
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        request.error = error
+    with state.turn("plan_allreduce"):
+        run_agreement(state, request)
+        assert encoder is not None
+        return CompressedPlan(state, flat, encoder, hierarchical, places, check_finite)
+
+
+def _checked_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, boundaries))
+    except TypeError:
+        raise TypeError(f"plan_allreduce: boundaries must be positions in x, ints; got {boundaries!r}") from None
+
+
+_COMPRESSED_DTYPES = ("float16", BFLOAT16.name, "float32", "float64")
+
+
+class CompressedPlan(WatchedPlan):
+    """A sum of ``flat`` by the owner exchange; with ``hierarchical`` of the nodes' exact sums.
+
+    ``owned``: the values whose sum this rank encodes, from the first index to before the second.
+    """
+
+    algorithm = "owner exchange"
+
+    def __init__(
+        self,
+        state: State,
+        flat: Array,
+        encoder: Encoder,
+        hierarchical: bool | None,
+        boundaries: tuple[int, ...],
+        check_finite: bool,
+    ) -> None:
+        super().__init__(state, flat, encoder, check_finite)
+        self._encoder = encoder
+        if hierarchical is None:
+            hierarchical = state.topology.nodes > 1
+        once_a_node(state, lambda: _warm_up(encoder, flat), "plan_allreduce")
+        self._way = self._make_way(hierarchical, boundaries)
+        self._runs = np.zeros(1, np.int64)
+        # What is handed to this rank as residual of values that are in others' exchange waits to be added.
+        self._to_add: Array | None = None
+        self._parts += (self._way,)
+        self.owned = self._way.owned
+        how = f"{state.size} ranks exchange directly"
+        if isinstance(self._way, NodeWay):
+            self.algorithm, how = self._way.algorithm, "all ranks are on one node, whose sum is exact"
+        elif hierarchical:
+            how = f"{state.topology.nodes} nodes exchange their exact sums"
+        self.why = f"{encoder} was asked for; {how}"
+
+    def _make_way(self, hierarchical: bool, boundaries: tuple[int, ...]) -> Way:
+        state, flat, channel = self.state, self._flat, channel_of(self.number)
+
+        def make(comm: MPI.Intracomm, like: Array, first: int) -> OwnerExchange:
+            inside = [b - first for b in boundaries if first < b < first + like.size]
+            return exchange_for(like, state.topology.native)(comm, like, self._encoder, inside, channel)
+
+        if not hierarchical or state.size == 1:
+            return DirectWay(state, flat, make)
+        if state.topology.nodes == 1:
+            return NodeWay(state, flat, self.number, self._run.kind)
+        lanes = None
+        if state.shared is not None and device_of(flat) is None:
+            lanes = make_lane_way(state, flat, self._run.kind, make)
+        return LeaderWay(state, flat, self.number, make) if lanes is None else lanes
+
+    def _finite(self) -> bool:
+        return all_finite(self._flat)
+
+    def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
+        if self._to_add is not None and not add_owed(self._flat, self._to_add):
+            self._to_add = None
+        exchange = self._way.exchange
+        self._runs += 1
+        if exchange is not None:
+            exchange.runs = int(self._runs[0])
+        yield from self._way.steps(progress)
+        record = Record() if exchange is None else exchange.record
+        nbytes = record.bytes_sent + self._way.nbytes_sent
+        self.bytes_sent += nbytes
+        return None if isinstance(self._way, NodeWay) else dataclasses.replace(record, bytes_sent=nbytes)
+
+    def _carried(self) -> list[Array]:
+        exchange = self._way.exchange
+        arrays = [self._runs] if exchange is None else [self._runs, exchange.residual, exchange.owner_residual]
+        return arrays if self._to_add is None else [*arrays, self._to_add]
+
+    def _owed(self) -> list[tuple[Array, Array]]:
+        owed = [] if self._to_add is None else [(self._flat, self._to_add)]
+        exchange = self._way.exchange
+        if exchange is not None:
+            for (first, last), residual in (
+                (self._way.extent, exchange.residual),
+                (self.owned, exchange.owner_residual),
+            ):
+                owed.append((self._flat[first:last], residual))
+        return owed
+
+    def state_dict(self) -> dict[str, Array]:
+        """``residual``, one for each value, and ``owner_residual``, one for each value that this rank owns.
+
+        1-D arrays in x's memory, float32 (float64 for float64 values). The plan's own, but for ``hierarchical``, where
+        ``residual`` is a copy: each rank has one for its lane of the values, and zeros elsewhere. For an encoder that
+        draws, also ``runs``, how many there were, on which its seeds depend: one int64 in host memory.
+        """
+        return {**self._residuals(), "runs": self._runs} if self._encoder.draws else self._residuals()
+
+    def _residuals(self) -> dict[str, Array]:
+        exchange, (first, last), n = self._way.exchange, self._way.extent, self._flat.size
+        if exchange is not None and (first, last) == (0, n):
+            return {"residual": exchange.residual, "owner_residual": exchange.owner_residual}
+        zeros = xp_of(self._flat).zeros
+        exact = residual_dtype(self._flat.dtype)
+        residual = zeros(n, exact) if self._to_add is None else self._to_add.copy()
+        if exchange is None:
+            return {"residual": residual, "owner_residual": zeros(0, exact)}
+        residual[first:last] = exchange.residual
+        return {"residual": residual, "owner_residual": exchange.owner_residual}
+
+    def load_state_dict(self, state: dict[str, Array]) -> None:
+        """See WatchedPlan."""
+        mine = self._copy_in(state)
+        exchange, (first, last) = self._way.exchange, self._way.extent
+        if exchange is not None and exchange.residual is not mine["residual"]:
+            exchange.residual[...] = mine["residual"][first:last]
+        if exchange is None or exchange.residual is not mine["residual"]:
+            mine["residual"][first:last] = 0
+            self._to_add = mine["residual"]
+
+
+def _warm_up(encoder: Encoder, flat: Array) -> None:
+    if device_of(flat) is not None:
+        encoder.device_kernels()
+        return
+    for dtype in (flat.dtype, residual_dtype(flat.dtype)):
+        encoder.warm_up(dtype)

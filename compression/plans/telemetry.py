@@ -1,0 +1,182 @@
+"""What compressed runs cost and lose, and what ranks tell each other before each of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.runner import schedule_runner
+from bitring.collectives.runtime.context import State
+from bitring.compression.exchange.record import Record
+
+OUT_OF_PROPORTION = 10_000
+"""A residual of so many times the values' norm is far behind: error feedback keeps it some 1 / (1 - contraction)."""
+
+EXPANDED = 1.1
+"""An encoding that leaves more than so many times what it was given, in squared norms, makes a residual grow."""
+
+BEHIND, DIVERGED = 1, 2
+
+_RANK_BITS = 20
+_LONGEST = 1 << 40  # microseconds
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """One compressed run on this rank.
+
+    ``seconds`` of the exchange, ``encode_seconds`` and ``decode_seconds`` of them in kernels (a reducer's: making what
+    is summed, and the result of it), ``wire_seconds`` the rest; ``wait_seconds`` before it, for the slowest rank.
+    ``slowest_rank`` of the run before: the one that waited least; None in the first run. ``bytes_sent``: payload bytes
+    to other ranks.
+
+    From a sample of the values: ``residual_ratio`` = ‖new residual‖ / ‖values‖, ``contraction`` = ‖new residual‖² /
+    ‖values + old residual‖², below 1 for a compressor that contracts; ``owner_residual_ratio`` is the former of the
+    sums that this rank encodes as an owner. NaN where nothing was looked at: in device memory, in a reducer without
+    residual, and of owners in any reducer. Inf where a norm is.
+    """
+
+    seconds: float
+    encode_seconds: float
+    decode_seconds: float
+    wire_seconds: float
+    wait_seconds: float
+    slowest_rank: int | None
+    bytes_sent: int
+    residual_ratio: float
+    contraction: float
+    owner_residual_ratio: float
+
+
+def telemetry_of(record: Record, wait_seconds: float, slowest_rank: int | None) -> Telemetry:
+    """The telemetry of a run whose exchange left ``record``."""
+    return Telemetry(
+        record.seconds,
+        record.encode,
+        record.decode,
+        max(0.0, record.seconds - record.encode - record.decode),
+        wait_seconds,
+        slowest_rank,
+        record.bytes_sent,
+        math.sqrt(_over(record.norms.residual, record.norms.values)),
+        _over(record.norms.residual, record.norms.sums),
+        math.sqrt(_over(record.owner_norms.residual, record.owner_norms.values)),
+    )
+
+
+def _over(part: float, whole: float) -> float:
+    if not (math.isfinite(part) and math.isfinite(whole)):
+        return math.inf
+    return part / whole if whole > 0 else math.nan
+
+
+class Watch:
+    """Sees residuals that are out of proportion to the largest values so far.
+
+    ``state``: 0; BEHIND when one is; DIVERGED when one is that the last encoding made larger, or is not finite. A
+    residual that encoding makes smaller comes down by itself, and may belong to values that no sample has seen.
+    """
+
+    def __init__(self) -> None:
+        self._largest = [0.0, 0.0]
+        self.state = 0
+
+    def copy(self) -> Watch:
+        """Another that has seen as much."""
+        other = Watch()
+        other._largest, other.state = list(self._largest), self.state
+        return other
+
+    def look(self, record: Record) -> None:
+        """Take a run into account."""
+        self.state = 0 if record.finite else DIVERGED
+        for k, norms in enumerate((record.norms, record.owner_norms)):
+            self._largest[k] = max(self._largest[k], norms.values)
+            if 0 < OUT_OF_PROPORTION**2 * self._largest[k] < norms.residual:
+                self.state = max(self.state, DIVERGED if norms.residual > EXPANDED * norms.sums else BEHIND)
+
+
+_SUMMED = ("encode_seconds", "wire_seconds", "decode_seconds", "wait_seconds", "bytes_sent")
+_AVERAGED = ("residual_ratio", "contraction", "owner_residual_ratio")
+
+
+class Totals:
+    """Sums and means of many runs."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: Counter[str] = Counter()
+        self._slowest: Counter[int] = Counter()
+
+    def add(self, run: Telemetry) -> None:
+        """Count a run in."""
+        for name in (*_SUMMED, *_AVERAGED):
+            x = getattr(run, name)
+            if not math.isnan(x):
+                self._sums[name] += x
+                self._counts[name] += 1
+        if run.slowest_rank is not None:
+            self._slowest[run.slowest_rank] += 1
+
+    def taken(self) -> dict[str, float | int | None]:
+        """Since the last call: seconds and bytes summed, ratios as means, the rank that was slowest most often.
+
+        Empty where there was no run.
+        """
+        if not self._sums:
+            return {}
+        result: dict[str, float | int | None] = {name: self._sums[name] for name in _SUMMED}
+        for name in _AVERAGED:
+            result[name] = self._sums[name] / self._counts[name] if self._counts[name] else None
+        result["slowest_rank"] = self._slowest.most_common(1)[0][0] if self._slowest else None
+        self._clear()
+        return result
+
+
+class Verdict:
+    """A tiny AllReduce before each run: is a value NaN or Inf, has a residual diverged, who was slowest last time.
+
+    After ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None; ``worst``,
+    the largest state of a Watch; ``slowest_rank``. ``wait_seconds``: from when this rank came to the run.
+    """
+
+    def __init__(self, state: State, channel: int) -> None:
+        self._rank, self._size = state.rank, state.size
+        self._words = np.zeros(3, np.int64)
+        self._runner = schedule_runner(
+            state.comm, "allreduce", "recursive_doubling", self._words, MPI.MAX, 0, channel, persistent=True
+        )
+        self.wait_seconds = 0.0
+        self._came = 0.0
+        self._runs = 0
+        self.bad_rank: int | None = None
+        self.slowest_rank: int | None = None
+        self.worst = 0
+
+    def come(self) -> None:
+        """This rank has come to the run: its wait begins."""
+        self._came = time.perf_counter()
+
+    def steps(self, bad: bool, state: int, progress: Progress) -> Steps:
+        """Find out; ``bad`` and the ``state`` of its Watch are this rank's."""
+        waited = min(int(self.wait_seconds * 1e6), _LONGEST)
+        self._words[:] = self._size - self._rank if bad else 0, state, -(waited << _RANK_BITS | self._rank)
+        yield from self._runner.steps(progress)
+        self.wait_seconds = time.perf_counter() - self._came
+        bad_place, self.worst, least = (int(word) for word in self._words)
+        self.bad_rank = self._size - bad_place if bad_place else None
+        self.slowest_rank = -least & ((1 << _RANK_BITS) - 1) if self._runs else None
+        self._runs += 1
+
+    def close(self) -> None:
+        """Give MPI's requests back."""
+        self._runner.close()

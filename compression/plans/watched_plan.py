@@ -1,0 +1,253 @@
+"""What compressed plans have in common: a look at all ranks before each run, telemetry after it, and the way out."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Generator
+from typing import Any, Protocol
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.arrays import Array, device_of, xp_of
+from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.runner import Runner, schedule_runner
+from bitring.collectives.execution.transport import channel_of
+from bitring.collectives.plan import Plan
+from bitring.collectives.runtime.context import State
+from bitring.compression.compressor import Compressor
+from bitring.compression.exchange.record import Record
+from bitring.compression.plans.telemetry import (
+    BEHIND,
+    DIVERGED,
+    OUT_OF_PROPORTION,
+    Telemetry,
+    Verdict,
+    Watch,
+    telemetry_of,
+)
+from bitring.errors import NonFiniteError
+
+logger = logging.getLogger("bitring")
+
+
+def add_owed(x: Array, owed: Array) -> bool:
+    """Add residuals to ``x``, in place; ``owed`` keeps what x's dtype cannot hold. Returns whether that is anything.
+
+    Where the sum is not finite x stays as it is, and nothing is owed.
+    """
+    xp = xp_of(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        v = x.astype(owed.dtype) + owed
+        rounded = v.astype(x.dtype)
+        v -= rounded.astype(owed.dtype)
+    held = xp.isfinite(v)  # not where v or what it was rounded to is not finite
+    x[...] = xp.where(held, rounded, x)
+    owed[...] = xp.where(held, v, 0)
+    return bool(owed.any())
+
+
+class Before:
+    """What a plan carries from run to run, as it was before a run. The arrays' copies stay, for the next time."""
+
+    _OTHER = ("_watch", "_warned", "_exact", "_owes", "_to_add", "_runs", "telemetry", "algorithm", "why")
+
+    def __init__(self) -> None:
+        self._copies: list[Array] = []
+        self._arrays: list[Array] | None = None
+        self._other: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        """There is nothing to bring back."""
+        self._arrays = None
+
+    def keep(self, plan: WatchedPlan, arrays: list[Array]) -> None:
+        """Copy ``arrays``, unless that was done already and not forgotten."""
+        if self._arrays is not None:
+            return
+        if [(copy.shape, copy.dtype) for copy in self._copies] != [(array.shape, array.dtype) for array in arrays]:
+            self._copies = [xp_of(array).empty_like(array) for array in arrays]
+        for kept, array in zip(self._copies, arrays, strict=True):
+            kept[...] = array
+        self._arrays = arrays
+        self._other = {name: getattr(plan, name) for name in self._OTHER if hasattr(plan, name)}
+        self._other["_watch"] = self._other["_watch"].copy()
+
+    def bring_back(self, plan: WatchedPlan) -> None:
+        """Give ``plan`` what was kept, if anything was."""
+        if self._arrays is None:
+            return
+        for kept, array in zip(self._copies, self._arrays, strict=True):
+            array[...] = kept
+        for name, value in self._other.items():
+            setattr(plan, name, value)
+        self._arrays = None
+
+
+class _Part(Protocol):
+    def close(self) -> None: ...
+
+
+class WatchedPlan(Plan):
+    """A compressed sum of ``flat``. ``telemetry`` is about the last run; None before one, and where sums are exact.
+
+    When encoding makes a rank's residual grow without bound, or it is not finite, all ranks sum exactly from then on;
+    the first of these sums has what residuals there were, so that nothing finite is lost. The log says so.
+    """
+
+    telemetry: Telemetry | None = None
+    _ring: Runner | None = None  # made when the compressor has failed
+    _exact: Runner | None = None  # what sums, then
+    _parts: tuple[_Part, ...] = ()  # that are closed at the end
+
+    def __init__(self, state: State, flat: Array, compressor: Compressor, check_finite: bool) -> None:
+        super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values, compressed by {compressor}")
+        self._flat = flat
+        self._compressor = compressor
+        self._check_finite = check_finite
+        self._verdict = Verdict(state, channel_of(self.number))
+        self._watch = Watch()
+        self._warned = False
+        self._owes = False  # whether a single rank was handed residuals
+        self._before = Before()
+        self._marked = False  # whether ``undo`` goes back further than the last run
+        self._parts = (self._verdict,)
+
+    @abstractmethod
+    def _finite(self) -> bool:
+        """Whether this rank's values hold neither NaN nor Inf."""
+
+    @abstractmethod
+    def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
+        """One compressed run; returns its record, None where sums are exact. Adds to ``bytes_sent``."""
+
+    @abstractmethod
+    def _carried(self) -> list[Array]:
+        """The arrays that runs change in place, but for x and scratch."""
+
+    @abstractmethod
+    def _owed(self) -> list[tuple[Array, Array]]:
+        """This rank's residuals, each behind the part of x that they are to be added to."""
+
+    def _settle(self) -> None:
+        """The run of a single rank. It leaves nothing out; what it was handed as residuals, of more ranks, is added."""
+        if self._owes:
+            left = [add_owed(x, owed) for x, owed in self._owed()]
+            self._owes = any(left)
+
+    def _refuse(self) -> None:
+        """The run that was asked for is not made."""
+
+    def checked_steps(self, progress: Progress) -> Steps:
+        """See Plan."""
+        self._verdict.come()
+        yield from super().checked_steps(progress)
+
+    def mark(self) -> None:
+        """See Plan. Without it, a run that fails takes back its own changes."""
+        self._marked = True
+        self._before.forget()
+
+    def undo(self) -> None:
+        """See Plan."""
+        self._before.bring_back(self)
+
+    def wait(self) -> None:
+        """See Plan."""
+        try:
+            super().wait()
+        except BaseException:
+            if not (self._marked or self.started):
+                self.undo()
+            raise
+
+    def _steps(self, progress: Progress) -> Steps:
+        if not self._marked:
+            self._before.forget()
+        bad = self._check_finite and not self._finite()
+        if self.state.size == 1:
+            if bad:
+                self._refuse()
+                raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank 0; nothing was changed")
+            self._before.keep(self, self._carried())
+            self._settle()
+            return
+        # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
+        yield from self._verdict.steps(bad, DIVERGED if self._exact is not None else self._watch.state, progress)
+        if self._verdict.bad_rank is not None:
+            self._refuse()
+            raise NonFiniteError(
+                f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
+            )
+        self._before.keep(self, self._carried())
+        if self._verdict.worst == DIVERGED and self._exact is None:
+            self._give_up()
+        elif self._verdict.worst == BEHIND and not self._warned:
+            self._warned = True
+            if self.state.rank == 0:
+                logger.warning(
+                    "%s: a residual is more than %d times what is summed: most of it has not been sent yet",
+                    self.what,
+                    OUT_OF_PROPORTION,
+                )
+        if self._exact is not None:
+            yield from self._exact.steps(progress)
+            self.bytes_sent += self._exact.nbytes_sent
+            return
+        record = yield from self._compressed_steps(progress)
+        if record is not None:
+            self._watch.look(record)
+            self.telemetry = telemetry_of(record, self._verdict.wait_seconds, self._verdict.slowest_rank)
+
+    def _give_up(self) -> None:
+        """Sum exactly from now on; the first time, what the residuals hold too."""
+        if self._ring is None:
+            self._ring = schedule_runner(
+                self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
+            )
+            self._parts += (self._ring,)
+        self._exact = self._ring
+        for x, owed in self._owed():
+            add_owed(x, owed)
+            owed[...] = 0
+        self.telemetry = None
+        self._chosen = self.algorithm, self.why
+        self.algorithm, self.why = "ring", f"the residual of {self._compressor} diverged, so sums are exact now"
+        if self.state.rank == 0:
+            logger.warning("%s: %s", self.what, self.why)
+
+    def load_state_dict(self, state: dict[str, Array]) -> None:
+        """Copy what ``state_dict`` returned in, and compress from now on, whatever has diverged before.
+
+        Raises ValueError for other names, shapes or dtypes.
+        """
+        self._copy_in(state)
+
+    def _copy_in(self, state: dict[str, Array]) -> dict[str, Array]:
+        """Copy to the arrays of ``state_dict``, and return them."""
+        mine = self.state_dict()
+        if sorted(state) != sorted(mine):
+            raise ValueError(f"{self.what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
+        for name, array in mine.items():
+            if state[name].shape != array.shape or state[name].dtype != array.dtype:
+                raise ValueError(
+                    f"{self.what}: load_state_dict: {name} must have shape {array.shape} and dtype {array.dtype}; "
+                    f"got {state[name].shape} and {state[name].dtype}"
+                )
+        for name, array in mine.items():
+            if device_of(array) is not None and device_of(state[name]) is None:
+                array.set(state[name])
+            else:
+                array[...] = state[name]
+        if self._exact is not None:
+            self.algorithm, self.why = self._chosen
+        self._exact, self._watch, self._owes = None, Watch(), True
+        self._before.forget()
+        return mine
+
+    def free(self) -> None:
+        """See Plan."""
+        super().free()
+        for part in self._parts:
+            part.close()

@@ -1,0 +1,69 @@
+"""Stochastic gradient descent with momentum, Nesterov's momentum and weight decay, as PyTorch defines them.
+
+With gradient g, parameter w and velocity v (zero at first)::
+
+    g ← g + weight_decay·w
+    v ← momentum·v + g
+    w ← w − lr·v                     plain momentum
+    w ← w − lr·(g + momentum·v)      Nesterov
+
+This is ``torch.optim.SGD`` with dampening 0: the learning rate multiplies the velocity and is not accumulated in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitring.arrays import xp_of
+from bitring.training.optimizer import Optimizer, State, require_number
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Settings of SGD. ``lr`` > 0; 0 ≤ ``momentum`` < 1; ``nesterov`` needs momentum; ``weight_decay`` ≥ 0 (L2)."""
+
+    lr: float = 0.01
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_number("SGD", "lr", self.lr, 0, above=True)
+        require_number("SGD", "momentum", self.momentum, 0)
+        require_number("SGD", "weight_decay", self.weight_decay, 0)
+        if self.momentum >= 1:
+            raise ValueError(f"SGD: momentum must be below 1, got {self.momentum}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("SGD: nesterov=True needs momentum > 0, got momentum=0")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """``velocity``, when there is momentum."""
+        return ("velocity",) if self.momentum else ()
+
+    def apply(self, w: Any, g: Any, slots: Mapping[str, Any], t: Any, u: Any) -> None:
+        """One step on a run of values; see the module's formulas."""
+        xp = xp_of(w)
+        if self.weight_decay:
+            xp.multiply(w, self.weight_decay, out=t)
+            t += g
+            g = t
+        if self.momentum:
+            v = slots["velocity"]
+            v *= self.momentum
+            v += g
+            if self.nesterov:
+                xp.multiply(v, self.momentum, out=u)
+                u += g
+                g = u
+            else:
+                g = v
+        xp.multiply(g, self.lr, out=t)
+        w -= t
+
+    def restart(self, state: State) -> None:
+        """Set the velocity to zero."""
+        for velocity in state.get("velocity", {}).values():
+            velocity.fill(0)

@@ -1,0 +1,210 @@
+"""How arrays like the parameters travel: packed into buckets, a plan for each; and what happens when that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.arrays import bytes_of, xp_of
+from bitring.collectives.communicator import Communicator
+from bitring.compression.compressor import Compressor
+from bitring.compression.factors import Factors
+from bitring.compression.plans.reduced_plan import ReducedPlan
+from bitring.compression.plans.telemetry import Totals
+from bitring.compression.plans.watched_plan import WatchedPlan
+from bitring.compression.reducers.sufficient_factors import SufficientFactors
+from bitring.training.step.bucket import Bucket, make_buckets
+from bitring.training.tree import host_copy
+
+
+class GradientExchange:
+    """The buckets of ``parameters`` on ``comm``, and their ``plans``. Collective.
+
+    ``warms_up``: whether there are exact plans, too, for buckets that are compressed. Buckets of ``overlap_bytes`` in
+    all travel while others are packed.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        parameters: Mapping[str, Any],
+        compression: Compressor | None,
+        algorithm: str,
+        bucket_bytes: int,
+        warms_up: bool,
+        overlap_bytes: int,
+    ) -> None:
+        self._comm = comm
+        self._xp = xp_of(next(iter(parameters.values())))
+        self._takes_factors = isinstance(compression, SufficientFactors)
+        # In memory that the node's ranks share they reduce each other's gradients where they are.
+        empty = Communicator(comm).empty if self._xp is np else self._xp.empty
+        block = None if compression is None else getattr(compression, "block", 1)
+        self.buckets = make_buckets(parameters, block, bucket_bytes, empty)
+        self._overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= overlap_bytes
+        self.plans: list[Any] = []
+        self._exact_plans: dict[int, Any] = {}
+        for i, bucket in enumerate(self.buckets):
+            self.plans.append(bucket.plan(comm, algorithm, compression if bucket.compressed else None))
+            if bucket.compressed and warms_up:
+                self._exact_plans[i] = bucket.plan(comm, algorithm, None)
+        self.totals = Totals()
+        self._packed: Mapping[str, Any] | None = None  # whose small arrays are in the buckets
+        self._left: deque[tuple[Bucket, Any]] = deque()  # of the exchange under way: what other ranks wait for
+        self.failed = False
+        """Whether a plan's run has failed since ``begin``, which it has on all ranks, or the communicator is broken."""
+
+    @property
+    def all_plans(self) -> list[Any]:
+        """Those of the warm-up, too."""
+        return [*self.plans, *self._exact_plans.values()]
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has sent to others in exchanges so far."""
+        return sum(plan.bytes_sent for plan in self.all_plans)
+
+    def use_algorithms(self, algorithms: Sequence[str]) -> None:
+        """Make the exact plans anew that run another algorithm. Collective."""
+        for i, (bucket, algorithm) in enumerate(zip(self.buckets, algorithms, strict=True)):
+            if not bucket.compressed and self.plans[i].algorithm != algorithm:
+                self.plans[i].free()
+                self.plans[i] = bucket.plan(self._comm, algorithm, None)
+
+    def free(self) -> None:
+        """Free the plans."""
+        for plan in self.all_plans:
+            plan.free()
+
+    def sums_are_finite(self, arrays: Mapping[str, Any]) -> bool:
+        """Whether all arrays have finite sums: then none holds NaN or Inf. Small arrays are packed on the way.
+
+        A sum is the quickest pass over an array. When it is not finite, it may have overflowed.
+        """
+        runs = [(bucket, run) for bucket in self.buckets for run in bucket.runs]
+        sums = self._xp.empty(len(runs), np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, (bucket, run) in enumerate(runs):
+                sums[i] = bucket.packed(arrays, run).sum(dtype=bucket.wide)
+        self._packed = arrays
+        return bool(np.isfinite(host_copy(sums)).all())
+
+    # One exchange, and its end
+
+    def begin(self) -> None:
+        """From here on ``undo`` takes back what exchanges change in what the plans carry from run to run."""
+        self.failed = False
+        self._left.clear()
+        for plan in self.all_plans:
+            plan.mark()
+
+    def run(
+        self,
+        arrays: Mapping[str, Any],
+        scale: float,
+        minus: Mapping[str, Any] | None,
+        exact: bool,
+        beside: Callable[[], None],
+    ) -> Iterator[dict[str, Any]]:
+        """The sum over ranks of scale·(arrays − minus), bucket by bucket; ``beside`` is called while they travel.
+
+        ``exact``: by the plans of the warm-up, where there are some.
+        """
+        packed, self._packed = minus is None and self._packed is arrays, None
+        plans = [self._exact_plans.get(i, plan) if exact else plan for i, plan in enumerate(self.plans)]
+        self._left.extend(zip(self.buckets, plans, strict=True))
+        for bucket, plan in zip(self.buckets, plans, strict=True):
+            if self._takes_factors:
+                self._load_factors(bucket, plan, arrays, scale, minus)
+            elif scale == 0:
+                bucket.flat[...] = 0
+            else:
+                bucket.load(arrays, scale, minus, packed)
+            if self._overlaps:
+                plan.start()
+        beside()
+        for bucket, plan in zip(self.buckets, plans, strict=True):
+            try:
+                plan.wait() if plan.started else plan()
+            except Exception:
+                self.failed = True
+                raise
+            self._left.popleft()
+            if isinstance(plan, WatchedPlan) and plan.telemetry is not None:
+                self.totals.add(plan.telemetry)
+            yield bucket.views
+
+    def _load_factors(
+        self, bucket: Bucket, plan: Any, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None
+    ) -> None:
+        """Fill a bucket whose plan may take ``Factors``, where it is not a plan of the warm-up."""
+        takes = isinstance(plan, ReducedPlan)
+        factor = np.float32(scale) if bucket.flat.dtype.itemsize == 2 else scale
+        for number, (name, view) in enumerate(bucket.views.items()):
+            if scale == 0:
+                view[...] = 0
+                if takes and view.ndim == 2:  # no samples: nothing speaks against the others' factors
+                    plan.take(number, Factors(self._xp.empty((0, view.shape[0]), view.dtype), view[:0]))
+            elif isinstance(arrays[name], Factors):
+                factors = arrays[name].scaled(scale)
+                if takes:
+                    plan.take(number, factors)
+                else:
+                    factors.multiply(view)
+            elif minus is None:
+                self._xp.multiply(arrays[name], factor, out=view, casting="same_kind")
+            else:
+                self._xp.subtract(arrays[name], minus[name], out=view)
+                self._xp.multiply(view, factor, out=view, casting="same_kind")
+
+    def take_part(self, seconds: float) -> bool:
+        """Run what is left of an exchange that this rank has given up, with zeros: the others wait for it.
+
+        What comes of it is of no use. Whether it was over within ``seconds``.
+        """
+        until = time.monotonic() + seconds
+        while self._left and not self.failed:
+            bucket, plan = self._left[0]
+            with contextlib.suppress(Exception):
+                if not plan.started:
+                    bucket.flat[...] = 0
+                    plan.start()
+                if math.isinf(seconds):
+                    plan.wait()
+                while plan.started and not plan.test():
+                    if time.monotonic() > until:
+                        return False
+                    time.sleep(1e-4)
+                self._left.popleft()
+                continue
+            self.failed = True
+        return not self.failed
+
+    @property
+    def under_way(self) -> bool:
+        """Whether plans of an exchange that failed are still started."""
+        return any(plan.started for plan in self.all_plans)
+
+    def undo(self) -> None:
+        """Take back what runs have changed since ``begin`` in what the plans carry from run to run."""
+        for plan in self.all_plans:
+            plan.undo()
+
+    # From one rank to all
+
+    def broadcast(self, arrays: Mapping[str, Any], root: int) -> None:
+        """Give ``arrays``, one like each parameter, the values of rank ``root``'s, in place. Collective."""
+        comm = Communicator(self._comm)
+        for bucket in self.buckets:
+            if self._comm.Get_rank() == root:
+                bucket.gather(arrays)
+            comm.Bcast(bytes_of(bucket.flat), root)
+            if self._comm.Get_rank() != root:
+                bucket.scatter(arrays)

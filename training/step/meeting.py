@@ -1,0 +1,154 @@
+"""Where the ranks of a trainer meet: a small record of each, exchanged before anything else is, and after it.
+
+The records travel in a plan of their own, one for all trainers of a communicator, so that trainers that were mixed up
+meet, too. It is watched as every plan is, on whatever communicator: a rank that is gone, late or elsewhere is named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.plan import plan_exact
+from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.objects import allgather
+from bitring.errors import MismatchError, NonFiniteError, PeerError
+
+OPERATIONS = ("step", "synchronize", "save_checkpoint", "load_checkpoint", "broadcast")
+"""What ranks can be doing when they meet; the record holds the index."""
+
+TRAINER, OPERATION, ENDS, STEPS, SETTINGS, WRONG, WEIGHT, TOLD, WAITED = range(9)
+"""A record: the trainer's number, the operation and whether it is at its end, the steps made, a hash of the settings,
+whether something is wrong, the weight, bits for the others, and how long this rank waited for the last records."""
+
+_PLACE = slice(TRAINER, STEPS + 1)
+_WIDTH = WAITED + 1
+
+
+def hash_of(text: str) -> int:
+    """A number of 48 bits, which a record holds exactly."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest(), "little")
+
+
+class Meeting:
+    """The exchange of records on ``comm``; ``where`` and ``settings`` are this rank's words for errors. Collective."""
+
+    def __init__(self, comm: MPI.Intracomm, settings: Callable[[], Sequence[str]]) -> None:
+        self._comm = comm
+        self._state = state_of(comm)
+        self._settings = settings
+        self._plan, self._records = _shared_plan(comm)
+        self.waited = 0.0
+        """Seconds that this rank waited for the others' last records."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether the communicator cannot be used any more."""
+        return bool(self._state.lane.broken)
+
+    def cut_short(self, what: str, error: BaseException) -> None:
+        """Make the communicator unusable, since others exchange what this rank has given up; they are told."""
+        self._state.lane.cut_short(what, error)
+
+    def exchange(self, record: Sequence[float], where: str, heard: Callable[[Any], None] = lambda records: None) -> Any:
+        """All ranks' records, (ranks, 9) float64, good until the next exchange; ``heard`` is called with them first.
+
+        Raises on all ranks alike: MismatchError unless all are at the same operation and step, with equal settings.
+        """
+        if self._state.size == 1:
+            self._records[0] = record
+            heard(self._records)
+            return self._records
+        self._end_interrupted(where)
+        records = self._run(record, where)
+        if not _alike(records, _PLACE):
+            # A rank whose wait was interrupted had sent its record all the same. By now it may mean what the others do.
+            records = self._run(record, where)
+        heard(records)
+        if not _alike(records, slice(SETTINGS, SETTINGS + 1)) and _alike(records, slice(TRAINER, TRAINER + 1)):
+            raise MismatchError(self._different_settings())
+        if not _alike(records, _PLACE):
+            raise MismatchError(_odd_one_out([tuple(record) for record in records[:, _PLACE].tolist()]))
+        return records
+
+    def _run(self, record: Sequence[float], where: str) -> Any:
+        self._records[...] = 0.0
+        self._records[self._state.rank] = record
+        self._plan.what = where
+        began = time.perf_counter()
+        self._plan()
+        self.waited = time.perf_counter() - began
+        return self._records
+
+    def _end_interrupted(self, where: str) -> None:
+        """An interrupted wait for records goes on here; it was in vain unless others had come to the same place."""
+        if not self._plan.started:
+            return
+        self._plan.wait()
+        if _alike(self._records, _PLACE):
+            error = RuntimeError("an interrupt, when the others had begun to exchange")
+            self.cut_short(where, error)
+            raise RuntimeError(f"{where}: an earlier call was interrupted, and the other ranks went on with it")
+
+    def _different_settings(self) -> str:
+        everyone: list[Sequence[str]] = allgather(self._comm, tuple(self._settings()), "DataParallel")
+        for words in zip(*everyone, strict=True):
+            usual = Counter(words).most_common(1)[0][0]
+            odd = next((rank for rank, word in enumerate(words) if word != usual), None)
+            if odd is not None:
+                return f"DataParallel: ranks differ: rank {odd} has {words[odd]}, rank {words.index(usual)} has {usual}"
+        return "DataParallel: ranks have different settings"
+
+
+def _shared_plan(comm: MPI.Intracomm) -> tuple[Any, Any]:
+    """The plan of the communicator's records, and its buffer. Collective when it is made, for the first trainer."""
+    state = state_of(comm)
+    if "records" not in state.kept:
+        records = np.zeros((state.size, _WIDTH))
+        state.kept["records"] = plan_exact(records, comm, MPI.SUM, "auto", "DataParallel"), records
+    plan, records = state.kept["records"]
+    return plan, records
+
+
+def _alike(records: Any, part: slice) -> bool:
+    return bool((records[:, part] == records[0, part]).all())
+
+
+def _odd_one_out(asked: Sequence[tuple[float, ...]]) -> str:
+    """Say which rank is doing something else than most."""
+    usual = Counter(asked).most_common(1)[0][0]
+    odd = next(rank for rank, one in enumerate(asked) if one != usual)
+    other = next(rank for rank, one in enumerate(asked) if one == usual)
+
+    def words(rank: int) -> str:
+        trainer, operation, ends, steps = map(int, asked[rank])
+        at = f"the end of {OPERATIONS[operation]}" if ends else OPERATIONS[operation]
+        return f"rank {rank} is at {at}, after {steps} steps of its trainer number {trainer}"
+
+    return f"DataParallel: ranks do not do the same: {words(odd)}; {words(other)}"
+
+
+def common_error(comm: MPI.Intracomm, where: str, error: BaseException | None) -> BaseException | None:
+    """What every rank is to raise when any has an ``error``: that rank its own, others what names it. Collective."""
+    mine = None if error is None else (isinstance(error, NonFiniteError), type(error).__name__, str(error))
+    everyone = allgather(comm, mine, where)
+    if error is not None:
+        return error
+    for rank, theirs in enumerate(everyone):
+        if theirs is not None:
+            not_finite, kind, text = theirs
+            return NonFiniteError(text) if not_finite else PeerError(f"{where}: rank {rank} raised {kind}: {text}")
+    return None
+
+
+def raise_everywhere(comm: MPI.Intracomm, where: str, error: Exception | None) -> None:
+    """Raise on all ranks when any has an ``error``; see ``common_error``. Collective."""
+    common = common_error(comm, where, error)
+    if common is not None:
+        raise common

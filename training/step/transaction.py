@@ -1,0 +1,84 @@
+"""A step is a transaction: it is made on all ranks, or it has changed nothing on any.
+
+What a step changes is copied before its first change: parameters, the optimizer's state, the mode's, and what plans
+carry from run to run. Once ranks have agreed to exchange they meet again at the end, and where any has failed all copy
+back. A rank that fails by itself goes on taking part in what the others wait for, so that they meet there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from mpi4py import MPI
+
+from bitring.training.step.gradient_exchange import GradientExchange
+from bitring.training.step.meeting import WAITED, WRONG, Meeting, common_error
+from bitring.training.step.undo import Numbers, Undo
+from bitring.training.step.waits import Waits
+
+_INTERRUPTED_SECONDS = 2.0
+"""An interrupted rank takes part in the rest of an exchange for so long; then it leaves the communicator unusable."""
+
+
+class Transaction:
+    """The steps of one trainer, one after the other."""
+
+    def __init__(self, comm: MPI.Intracomm, meeting: Meeting, exchange: GradientExchange, waits: Waits) -> None:
+        self._comm = comm
+        self._meeting = meeting
+        self._exchange = exchange
+        self._waits = waits
+        self.undo = Undo()
+        self.came = False
+        """Whether this rank has come to a meeting in this step: the others know of it, or are told."""
+        self.met = False
+        """Whether the ranks have agreed in this step, so that they meet again at its end."""
+
+    def run(
+        self, body: Callable[[], None], numbers: Numbers, end: Callable[[bool], Sequence[float]], where: str
+    ) -> None:
+        """Call ``body``; raise what it raises, or what another rank's raised, with everything as it was before.
+
+        ``numbers``: of the mode's state. ``end``: this rank's record at the step's end; whether it has failed is given.
+        """
+        self.came = self.met = False
+        self.undo.clear()
+        numbers.save()
+        self._exchange.begin()
+        failure: BaseException | None = None
+        try:
+            try:
+                body()
+            except BaseException as error:
+                failure = error
+            if self.met:
+                failure = self._at_the_end(failure, end, where)
+            if failure is not None:
+                raise failure
+        except BaseException:
+            self.undo.restore()
+            numbers.restore()
+            self._exchange.undo()
+            raise
+        finally:
+            failure = None  # its traceback holds this frame
+
+    def _at_the_end(
+        self, failure: BaseException | None, end: Callable[[bool], Sequence[float]], where: str
+    ) -> BaseException | None:
+        """What all ranks are to raise, if any has failed."""
+        if failure is None and self._comm.Get_size() == 1:
+            return None
+        interrupted = failure is not None and not isinstance(failure, Exception)
+        seconds = _INTERRUPTED_SECONDS if interrupted else math.inf
+        if (failure is not None and not self._exchange.take_part(seconds)) or self._meeting.broken:
+            if self._exchange.under_way and failure is not None:
+                self._meeting.cut_short(where, failure)
+            return failure
+        waited = self._meeting.waited
+        records = self._meeting.exchange(end(failure is not None), where)
+        if records[:, WRONG].any():
+            return common_error(self._comm, where, failure)
+        self._waits.add(waited, records[:, WAITED])
+        return failure
