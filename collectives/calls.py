@@ -14,12 +14,11 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
-from bitring.collectives.execution.native import finish
-from bitring.collectives.execution.portable import Progress, Steps
 from bitring.collectives.execution.runner import Runner, make_runner
 from bitring.collectives.interop.buffers import Values, is_in_place, parse
-from bitring.collectives.interop.library_steps import allgather_steps, wait_for
+from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.operators import REDUCTIONS, op_name, require_defined, ufunc_name
+from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
 from bitring.collectives.plan import HOST, library_reduces, memory_name
 from bitring.collectives.runtime.agreement import Request, agree, conclude, verdict_of
 from bitring.collectives.runtime.context import State

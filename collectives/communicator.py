@@ -21,8 +21,8 @@ from bitring.collectives.calls import (
     reduce_scatter_block_call,
 )
 from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
-from bitring.collectives.execution.portable import Progress, Steps
 from bitring.collectives.execution.runner import make_runner
+from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.runtime.agreement import Request, agree

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitring.collectives.execution.native import finish
-from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.interop.steps import Progress, Steps, finish
 from bitring.collectives.plan import ExactPlan, Plan
 from bitring.collectives.runtime.agreement import Request, conclude, verdict_of
 from bitring.collectives.runtime.engine import engine

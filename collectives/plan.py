@@ -9,11 +9,10 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
-from bitring.collectives.execution.native import DECLINED, DONE, REFUSED, finish
-from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
 from bitring.collectives.execution.runner import Runner, SharedRunner, make_runner
-from bitring.collectives.interop.library_steps import wait_for
 from bitring.collectives.interop.operators import op_name, require_defined, ufunc_name
+from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
 from bitring.collectives.runtime.agreement import Check, Request, agree, conclude, verdict_of
 from bitring.collectives.runtime.context import State, state_of
 from bitring.collectives.runtime.engine import Job, engine

@@ -10,9 +10,9 @@ from typing import Literal
 from mpi4py import MPI
 from typing_extensions import Self
 
-from bitring.collectives.execution.portable import Progress, Steps
 from bitring.collectives.execution.runner import Runner
 from bitring.collectives.interop.polled_request import Callbacks, as_mpi, start
+from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.context import State
 from bitring.collectives.runtime.engine import engine
 

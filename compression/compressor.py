@@ -20,7 +20,7 @@ class Compressor:
 
 
 compressors: Registry[Compressor] = Registry(
-    "compressor", "(?:Encoder|Reducer)", "compression/encoders", "compression/reducers"
+    "compressor", Compressor, "compression/encoders", "compression/reducers", group="bitring.compressors"
 )
 
 

@@ -17,7 +17,7 @@ from bitring.compression.exchange.record import Record
 from bitring.compression.factors import Factors
 
 if TYPE_CHECKING:  # settings need no MPI
-    from bitring.collectives.execution.portable import Progress, Steps
+    from bitring.collectives.interop.steps import Progress, Steps
     from bitring.compression.exchange.exchange import Exchange
 
 

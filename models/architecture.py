@@ -98,7 +98,7 @@ class Architecture(ABC):
         """The layers, first to last."""
 
 
-architectures: Registry[Architecture] = Registry("architecture", "Architecture", "models/architectures")
+architectures: Registry[Architecture] = Registry("architecture", Architecture, "models/architectures")
 
 OWN_INPUT, OWN_CLASSES = (28, 28), 10
 """What bitring's own models are looked at with: Fashion-MNIST."""

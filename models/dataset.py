@@ -65,7 +65,7 @@ class Dataset(ABC):
         """Read it. ``directory``: where its files are, or None for the usual places (see ``find``)."""
 
 
-datasets: Registry[Dataset] = Registry("data set", "Dataset", "models/datasets")
+datasets: Registry[Dataset] = Registry("data set", Dataset, "models/datasets", group="bitring.datasets")
 
 
 def load(name: str, directory: str | os.PathLike[str] | None = None) -> Data:

@@ -182,4 +182,4 @@ def _without_one_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape)
 
 
-models: Registry[Model] = Registry("model", "Model", "models/networks")
+models: Registry[Model] = Registry("model", Model, "models/networks", group="bitring.models")

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from bitring.collectives.execution import portable as executor
-from bitring.collectives.execution.portable import Progress, execute
+from bitring.collectives.execution.portable import execute
 from bitring.collectives.execution.transport import Transport
+from bitring.collectives.interop.steps import Progress
 from bitring.collectives.schedules.program import compile_program
 from bitring.collectives.schedules.schedule import Algorithm, rounds
 

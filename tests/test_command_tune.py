@@ -65,11 +65,11 @@ def test_what_is_measured_is_used(on_ranks, tmp_path: Path):
 
 def test_only_rank_0_has_a_table(on_ranks, tmp_path: Path):
     """The others have one that says otherwise; all take what rank 0's says, for the nearest number of ranks."""
-    from bitring.machine import mpi_library
+    from bitring.collectives.interop.mpi_library import library_version
 
     for name, best in (("0", ((0, "ring"), (100, "rabenseifner"))), ("1", ((0, "double_binary_tree"),))):
         kinds = [(ranks, resident) for ranks in (2, 64) for resident in (False, True)]
-        rules = [Rules(mpi_library(), ranks, 1, 4, where, native() is not None, best) for ranks, where in kinds]
+        rules = [Rules(library_version(), ranks, 1, 4, where, native() is not None, best) for ranks, where in kinds]
         if name == "0":
             rules[1] = rules[1]._replace(best=((0, "binomial_tree"),))
         write_table(tmp_path / f"{name}.json", Table(tuple(rules)))

@@ -35,7 +35,7 @@ def test_make(text: str, wanted: Any):
     made = make(text, compressors)
     assert made == wanted
     assert [type(x) for x in vars(made).values()] == [type(x) for x in vars(wanted).values()]
-    assert name_of(text) == compressors.class_names()[type(wanted).__name__]
+    assert name_of(text) == compressors.name_of(type(wanted))
 
 
 @pytest.mark.parametrize("name", compressors.names())

@@ -20,7 +20,7 @@ def _forget():
 
 
 def test_the_loaded_library_is_found():
-    path = cuda_aware.mpi_library()
+    path = cuda_aware.library_path()
     assert path is not None
     assert "libmpi" in path
     assert MPI.Is_initialized()
@@ -44,7 +44,7 @@ def test_otherwise_the_library_is_asked(monkeypatch, setting):
     if setting is not None:
         monkeypatch.setenv("BITRING_CUDA_AWARE", setting)
     assert cuda_aware.cuda_aware() is cuda_aware._asked()
-    monkeypatch.setattr(cuda_aware, "mpi_library", lambda: None)
+    monkeypatch.setattr(cuda_aware, "library_path", lambda: None)
     assert cuda_aware._asked() is False
 
 

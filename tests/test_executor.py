@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bitring.collectives.execution import portable as executor
-from bitring.collectives.execution.portable import Progress, execute
+from bitring.collectives.execution.portable import execute
 from bitring.collectives.execution.transport import make_transport
 from bitring.collectives.interop.operators import ufunc_name
+from bitring.collectives.interop.steps import Progress
 from bitring.collectives.schedules import program
 from bitring.collectives.schedules.program import compile_program
 from bitring.collectives.schedules.schedule import Algorithm, Receive, Send, algorithms, chunk_start, rounds

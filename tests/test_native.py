@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from bitring.collectives.execution.native import NativeTransport, served
-from bitring.collectives.execution.portable import Progress
-from bitring.collectives.execution.transport import channel_of, make_transport
+from bitring.collectives.execution.transport import make_transport
 from bitring.collectives.interop.operators import ufunc_name
+from bitring.collectives.interop.steps import Progress
+from bitring.collectives.runtime.tags import channel_of
 from bitring.collectives.schedules.program import compile_program
 from bitring.collectives.schedules.schedule import algorithms, rounds
 from bitring.native import native

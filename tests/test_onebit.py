@@ -226,7 +226,7 @@ def test_a_second_process_loads_what_the_first_compiled(
 ) -> None:
     environment = clean_environment(NUMBA_CACHE_DIR=str(tmp_path))
     run(
-        "import numpy as np\nfrom bitring.compression.encoders.onebit import OneBit\nOneBit().warm_up(np.float32)",
+        "import bitring\nimport numpy as np\nbitring.OneBit().warm_up(np.float32)",
         environment,
     )
     compiled = sorted(tmp_path.rglob("*.nbc"))

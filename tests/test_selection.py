@@ -11,13 +11,13 @@ from bitring.collectives.selection.selection import (
     NATIVE,
     NETWORK_FROM_NBYTES,
     RING_FROM_NBYTES,
-    Topology,
     check_name,
     choose,
     direct_limits,
     segment_values,
 )
 from bitring.collectives.selection.table import BUILT_IN, Rules, Table
+from bitring.collectives.selection.topology import Topology
 
 pytestmark = pytest.mark.single
 

@@ -83,7 +83,7 @@ class Mode(ABC):
         """Make the parameters equal on all ranks, for a checkpoint or an evaluation. Collective where that needs it."""
 
 
-modes: Registry[Mode] = Registry("mode", "Mode", "training/modes")
+modes: Registry[Mode] = Registry("mode", Mode, "training/modes", group="bitring.modes")
 
 
 def copies(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Optimizer(ABC):
         """Forget the directions of past steps (momentum), in place; what scales the steps stays."""
 
 
-optimizers: Registry[Optimizer] = Registry("optimizer", "Optimizer", "training/optimizers")
+optimizers: Registry[Optimizer] = Registry("optimizer", Optimizer, "training/optimizers", group="bitring.optimizers")
 
 
 def require_number(owner: str, name: str, value: object, least: float, *, above: bool = False) -> None:

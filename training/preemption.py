@@ -18,7 +18,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress, Steps
+from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import given_comm, state_of
 

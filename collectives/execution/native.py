@@ -1,11 +1,10 @@
 """The native executor: programs run by the extension over the MPI library's point-to-point calls, without Python.
 
-For one schedule it gives the bits of the portable executor (:mod:`bitring.collectives.execution.portable`), its reference.
+For one schedule it gives the bits of the portable executor (``portable.py``), its reference.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,18 +12,11 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array
-from bitring.collectives.execution.portable import Progress, Steps
-from bitring.collectives.execution.transport import message_tag
-from bitring.collectives.interop.cuda_aware import mpi_library
+from bitring.collectives.interop.mpi_library import library_functions
+from bitring.collectives.interop.steps import Progress, Steps, run
+from bitring.collectives.runtime.tags import message_tag
 from bitring.collectives.schedules.program import WINDOW, Message, Program
 from bitring.native import address_of, kernel, native
-
-
-@functools.cache
-def library() -> Any:
-    """The functions of the MPI library that mpi4py has loaded, for native operations."""
-    module = native()
-    return module.MpiLibrary(mpi_library())
 
 
 def _ragged(lists: Iterable[Iterable[int]]) -> tuple[Any, Any]:
@@ -72,7 +64,7 @@ class NativeTransport:
                 program.slot_values,
                 WINDOW,
             ),
-            library(),
+            library_functions(),
             MPI._sizeof(MPI.Comm),
             MPI._handleof(comm),
             MPI._handleof(MPI.BYTE),
@@ -98,35 +90,6 @@ class NativeTransport:
 
     def close(self) -> None:
         """Nothing is kept that MPI would want back."""
-
-
-def run(operation: Any, progress: Progress) -> Steps:
-    """Run a native operation, as a job's steps. Raises MPI.Exception for the MPI library's errors.
-
-    ValueError where an encoder failed.
-    """
-    operation.begin()
-    yield from finish(operation, progress)
-
-
-def finish(operation: Any, progress: Progress) -> Steps:
-    """The rest of a native operation that has begun."""
-    progress.exchanging = True
-    while not operation.over:
-        yield operation
-    progress.exchanging = False
-    if operation.error:
-        progress.exchanging = True
-        if operation.error in _ENCODER_FAILED:
-            raise ValueError(_ENCODER_FAILED[operation.error])
-        raise MPI.Exception(operation.error)
-
-
-_ENCODER_FAILED = {
-    -1: "a payload that came is not one of its values: it was damaged, or is of another encoder",
-    -2: "the encoder made a payload that is longer than its nbytes",
-}
-"""By the codes of native/owner_exchange.h."""
 
 
 DONE, DECLINED, REFUSED = 0, 1, 4

@@ -6,39 +6,16 @@ operands of each reduction are ordered by rank, so that two ranks that reduce th
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
 from bitring.arrays import Event
+from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.schedules.program import WINDOW
 
 if TYPE_CHECKING:
     from bitring.collectives.execution.transport import Transport
-
-T = TypeVar("T")
-
-StepsTo = Generator[Any, None, T]
-"""Steps that return something."""
-
-Steps = StepsTo[None]
-"""A job's work: does what it can, and yields when it has to wait: a native operation that has begun, which the engine
-takes to its end without Python, or None. It is resumed when the operation is over, and now and then before."""
-
-
-class Progress:
-    """How far a running job has come, read by the engine: whether it moved, and which peers it waits for.
-
-    ``exchanging``: messages are under way, so that an error now leaves the communicator unusable. ``ends``: why all
-    ranks have agreed that no job may follow this one.
-    """
-
-    def __init__(self) -> None:
-        self.moves = 0
-        self.peers: frozenset[int] = frozenset()
-        self.exchanging = False
-        self.ends = ""
 
 
 def execute(transport: Transport, progress: Progress) -> Steps:

@@ -8,13 +8,14 @@ from typing import Any, Protocol
 from mpi4py import MPI
 
 from bitring.arrays import Array, device_of
-from bitring.collectives.execution.native import NativeTransport, run, served
-from bitring.collectives.execution.portable import Progress, Steps, StepsTo
-from bitring.collectives.execution.transport import channel_of, make_transport
+from bitring.collectives.execution.native import NativeTransport, served
+from bitring.collectives.execution.transport import make_transport
 from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.operators import op_name, ufunc_name
+from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
 from bitring.collectives.runtime.context import State
 from bitring.collectives.runtime.objects import jointly
+from bitring.collectives.runtime.tags import channel_of
 from bitring.collectives.schedules.program import compile_program
 from bitring.collectives.schedules.schedule import algorithms, rounds
 from bitring.collectives.selection.selection import segment_values

@@ -12,27 +12,11 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, Device, Event, bytes_of, device_of
-from bitring.collectives.execution.portable import Progress, Steps, execute
+from bitring.collectives.execution.portable import execute
 from bitring.collectives.interop.cuda_aware import cuda_aware
+from bitring.collectives.interop.steps import Progress, Steps
+from bitring.collectives.runtime.tags import message_tag
 from bitring.collectives.schedules.program import Program
-
-CHANNELS = 16
-"""Collectives with different channels never take each other's messages; channel 0 is for calls without a plan."""
-
-_TAGS = 32768 // CHANNELS
-
-PIECE_TAG = _TAGS - 1
-"""The last tag of a channel is one that no message of a program has."""
-
-
-def channel_of(number: int) -> int:
-    """The channel of plan ``number``, counted from 1; of a call without a plan for 0."""
-    return 1 + (number - 1) % (CHANNELS - 1) if number else 0
-
-
-def message_tag(channel: int, sequence: int) -> int:
-    """The tag of a channel's message number ``sequence`` between two ranks."""
-    return channel * _TAGS + sequence % (_TAGS - 1)
 
 
 class Transport:

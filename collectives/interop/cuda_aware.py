@@ -10,23 +10,14 @@ import ctypes
 import functools
 import logging
 import os
-import re
-from pathlib import Path
+
+from bitring.collectives.interop.mpi_library import library_path
 
 logger = logging.getLogger("bitring")
 
 
-def mpi_library() -> str | None:
-    """Path of the MPI library that this process has loaded."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.rpartition(" ")[2]
-        if re.search(r"/libmpi(_abi|cxx)?\.so[.\d]*$", path):
-            return path
-    return None
-
-
 def _asked() -> bool:
-    path = mpi_library()
+    path = library_path()
     if path is None:
         return False
     library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD)

@@ -11,16 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress, Steps, StepsTo
+from bitring.collectives.interop.steps import Progress, StepsTo, wait_for
 
 T = TypeVar("T")
-
-
-def wait_for(request: MPI.Request, progress: Progress) -> Steps:
-    """Yield until one of the library's requests is complete."""
-    while not request.Test():
-        yield
-    progress.moves += 1
 
 
 def allgather_steps(comm: MPI.Intracomm, value: object, progress: Progress) -> StepsTo[list[Any]]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 
 from mpi4py import MPI
 
-from bitring.collectives.interop.cuda_aware import mpi_library
+from bitring.collectives.interop.mpi_library import library_path
 
 
 class Callbacks(NamedTuple):
@@ -132,7 +132,7 @@ class _Extension:
 def _extension() -> _Extension | None:
     # Older versions keep a lock while they poll, and wait for several requests in another way.
     version = re.match(r"MPICH Version:\s*(\d+)", MPI.Get_library_version())
-    path = mpi_library()
+    path = library_path()
     if path is None or version is None or int(version[1]) < 5:
         return None
     start = getattr(ctypes.CDLL(path, mode=os.RTLD_NOLOAD), "MPIX_Grequest_start", None)

@@ -13,8 +13,8 @@ from typing import Any
 
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress, StepsTo
-from bitring.collectives.interop.library_steps import allgather_steps, wait_for
+from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.interop.steps import Progress, StepsTo, wait_for
 from bitring.native import native
 
 logger = logging.getLogger("bitring")

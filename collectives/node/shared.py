@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress, StepsTo
 from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.interop.steps import Progress, StepsTo
 from bitring.collectives.node.node_memory import share
 from bitring.collectives.node.presence import own_descriptor, presence_of
 from bitring.native import address_of, native

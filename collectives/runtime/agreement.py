@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.execution.native import run
-from bitring.collectives.execution.portable import Progress, Steps
-from bitring.collectives.interop.library_steps import allgather_steps, wait_for
+from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.interop.steps import Progress, Steps, run, wait_for
 from bitring.collectives.node.shared import Shared
 from bitring.errors import MismatchError, PeerError
 from bitring.native import native

@@ -15,17 +15,17 @@ from typing import Any, TypeVar, cast
 
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress, Steps, StepsTo
-from bitring.collectives.interop.library_steps import allgather_steps, beside, wait_for
+from bitring.collectives.interop.library_steps import allgather_steps, beside
+from bitring.collectives.interop.mpi_library import library_version
+from bitring.collectives.interop.steps import Progress, Steps, StepsTo, wait_for
 from bitring.collectives.node.shared import Shared, make_shared
 from bitring.collectives.runtime.abort import abort_on_exception
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.engine import Lane, engine
 from bitring.collectives.runtime.turn import Turn, Turns
-from bitring.collectives.selection.selection import Topology
 from bitring.collectives.selection.table import BUILT_IN, load_table, path_of_table
-from bitring.launcher import alone_by_mistake, launched_rank
-from bitring.machine import mpi_library, thread_share
+from bitring.collectives.selection.topology import Topology
+from bitring.launcher import alone_by_mistake, launched_rank, thread_share
 from bitring.native import native
 
 logger = logging.getLogger("bitring")
@@ -129,7 +129,7 @@ class State:
 
     def _preparation(self, progress: Progress) -> Steps:
         progress.exchanging = True  # nothing comes of it unless all ranks come to its end
-        table = load_table(path_of_table()).of(mpi_library()) if self.rank == 0 else BUILT_IN
+        table = load_table(path_of_table()).of(library_version()) if self.rank == 0 else BUILT_IN
         mine = table, native() is not None, os.sched_getaffinity(0)
         everyone = yield from allgather_steps(self.comm, mine, progress)
         self.table, engines = everyone[0][0], all(native for _, native, _ in everyone)
@@ -179,7 +179,7 @@ def _keyval() -> int:
 @functools.cache
 def _warn_if_alone() -> None:
     """Once, by the first of processes that were started together and do not know each other."""
-    mistake = alone_by_mistake(MPI.COMM_WORLD.Get_size(), mpi_library())
+    mistake = alone_by_mistake(MPI.COMM_WORLD.Get_size(), library_version())
     if mistake is not None and launched_rank() == 0:
         logger.warning(mistake)
 

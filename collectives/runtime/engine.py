@@ -24,7 +24,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import surroundings
-from bitring.collectives.execution.portable import Progress, Steps, StepsTo
+from bitring.collectives.interop.steps import Progress, Steps, StepsTo
 from bitring.collectives.node.presence import leave
 from bitring.collectives.node.shared import LEFT_SECONDS, Shared
 from bitring.collectives.runtime import contact

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress, StepsTo
 from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.interop.steps import Progress, StepsTo
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import State, state_of
 

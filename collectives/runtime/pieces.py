@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress, Steps
-from bitring.collectives.execution.transport import PIECE_TAG
-from bitring.collectives.interop.library_steps import wait_for
+from bitring.collectives.interop.steps import Progress, Steps, wait_for
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.tags import PIECE_TAG
 
 PIECE_NBYTES = 16 << 20
 """A slow disk takes a second for it, a network less."""

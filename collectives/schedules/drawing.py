@@ -23,8 +23,8 @@ def draw(algorithm: Algorithm, collective: str, size: int, path: str | Path, roo
 
     A solid arrow reduces where it arrives, a dashed one replaces; its colour is that of the chunk, or of the middle of
     the range of chunks, that it carries, and its width grows with the share of the buffer. Raises
-    :class:`~bitring.collectives.schedules.check.ScheduleError` for a wrong schedule, ImportError without matplotlib, ValueError
-    for an unknown format, OSError when the file cannot be written.
+    ScheduleError for a wrong schedule, ImportError without matplotlib, ValueError for an unknown format, OSError when
+    the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,8 +51,7 @@ def draw(algorithm: Algorithm, collective: str, size: int, path: str | Path, roo
     else:
         _lines(axes, messages, colors)
     _frame(axes, size, steps, detailed)
-    name = type(algorithm).__name__
-    what = f"{algorithms.class_names().get(name, name)}: {collective.replace('_', '-')}, {size} rank{'s' * (size != 1)}"
+    what = f"{algorithms.name_of(type(algorithm))}: {collective.replace('_', '-')}, {size} rank{'s' * (size != 1)}"
     axes.set_title(f"{what}, {chunks} chunk{'s' * (chunks != 1)}", loc="left", fontsize=11)
     _legend(figure, messages, chunks, colors)
     if Path(path).suffix.lower() != ".png" or chunks > 8:

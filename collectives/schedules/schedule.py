@@ -11,7 +11,7 @@ A schedule is what one rank does: an iterable of rounds, made lazily. A round is
 
 The k-th send from a to b meets the k-th receive at b from a, and both name the same chunks; no rank sends to itself.
 One global order must exist: if a transfer is in round i of the sender and round j of the receiver, both may be taken
-at once without any rank waiting for a later round of its own (:mod:`bitring.collectives.schedules.check` proves it, with sends
+at once without any rank waiting for a later round of its own (``check.py`` proves it, with sends
 that complete only when they are received). The same schedule is run by an executor, checked, costed, and drawn.
 """
 
@@ -98,7 +98,7 @@ class Algorithm(ABC):
 
 COLLECTIVES = ("allreduce", "reduce_scatter", "allgather", "reduce", "broadcast")
 
-algorithms: Registry[Algorithm] = Registry("algorithm", "Algorithm", "collectives/algorithms")
+algorithms: Registry[Algorithm] = Registry("algorithm", Algorithm, "collectives/algorithms", group="bitring.algorithms")
 
 
 def rounds(algorithm: Algorithm, collective: str, rank: int, size: int, root: int = 0) -> Iterator[Round]:

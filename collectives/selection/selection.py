@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from bitring.collectives.schedules.schedule import Algorithm, algorithms
 from bitring.collectives.selection.table import BUILT_IN, Table
+from bitring.collectives.selection.topology import Topology
 
 RING_FROM_NBYTES = 16 << 20
 """From about here on the portable executor's ring beats the library's own AllReduce. With 2 and with 4 ranks on 2 cores
@@ -24,20 +25,6 @@ class Choice(NamedTuple):
 
     name: str
     why: str
-
-
-class Topology(NamedTuple):
-    """Where the ranks of a communicator are; the same on all of them.
-
-    ``lanes``: ranks of the smallest node. ``shared``: the ranks of each node share memory. ``native``: all ranks run
-    the native engine. Zero nodes: not known yet.
-    """
-
-    size: int
-    nodes: int = 0
-    lanes: int = 0
-    shared: bool = False
-    native: bool = False
 
 
 NATIVE = ("shared_memory", "multilane")

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from mpi4py import MPI
 
 from bitring.arrays import Array, device_of
-from bitring.collectives.execution.portable import Progress, Steps
-from bitring.collectives.interop.library_steps import wait_for
+from bitring.collectives.interop.steps import Progress, Steps, wait_for
 from bitring.collectives.plan import ExactPlan, library_reduces, resident
 from bitring.collectives.runtime.context import State
 from bitring.collectives.selection.selection import choose

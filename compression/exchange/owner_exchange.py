@@ -27,10 +27,10 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, Event, device_of, xp_of
-from bitring.collectives.execution.native import library, run
-from bitring.collectives.execution.portable import Progress, Steps
-from bitring.collectives.execution.transport import message_tag
 from bitring.collectives.interop.cuda_aware import cuda_aware
+from bitring.collectives.interop.mpi_library import library_functions
+from bitring.collectives.interop.steps import Progress, Steps, run
+from bitring.collectives.runtime.tags import message_tag
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.layout import Piece, cut, segments
 from bitring.compression.exchange.record import SAMPLE, Norms, Record, pieces
@@ -104,7 +104,7 @@ class NativeOwnerExchange(OwnerExchange):
         ]
         values, sums = (encoder.functions(dtype) for dtype in (like.dtype, self.residual.dtype))
         self.operation = module.OwnerExchange(
-            library(),
+            library_functions(),
             MPI._sizeof(MPI.Comm),
             MPI._handleof(comm),
             MPI._handleof(MPI.BYTE),

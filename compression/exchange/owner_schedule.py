@@ -13,7 +13,7 @@ from bitring.collectives.schedules.schedule import Algorithm, Receive, Round, Se
 from bitring.compression.encoder import Encoder
 from bitring.registry import Registry
 
-encoders: Registry[Encoder] = Registry("encoder", "Encoder", "compression/encoders")
+encoders: Registry[Encoder] = Registry("encoder", Encoder, "compression/encoders")
 """The compressors that use the owner exchange. Naming them imports nothing."""
 
 

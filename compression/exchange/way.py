@@ -8,9 +8,8 @@ from typing import Any, Protocol
 from mpi4py import MPI
 
 from bitring.arrays import Array, device_of
-from bitring.collectives.execution.native import run
-from bitring.collectives.execution.portable import Progress, Steps
 from bitring.collectives.execution.runner import LaneRunner, lane_extent, lane_runner, make_runner
+from bitring.collectives.interop.steps import Progress, Steps, run
 from bitring.collectives.runtime.context import State
 from bitring.compression.exchange.layout import Piece
 from bitring.compression.exchange.owner_exchange import NativeOwnerExchange, OwnerExchange

@@ -11,12 +11,12 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
-from bitring.collectives.execution.portable import Progress
-from bitring.collectives.execution.transport import channel_of
 from bitring.collectives.interop.operators import op_name
+from bitring.collectives.interop.steps import Progress
 from bitring.collectives.plan import Plan, checked_flat, plan_exact, run_agreement
 from bitring.collectives.runtime.agreement import Request
 from bitring.collectives.runtime.context import State, given_comm, state_of
+from bitring.collectives.runtime.tags import channel_of
 from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import Compressor, parsed
 from bitring.compression.encoder import Encoder, compressors, residual_dtype

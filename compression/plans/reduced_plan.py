@@ -12,8 +12,8 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, device_of
-from bitring.collectives.execution.portable import Progress
 from bitring.collectives.interop.operators import op_name
+from bitring.collectives.interop.steps import Progress
 from bitring.collectives.plan import checked_flat, run_agreement
 from bitring.collectives.runtime.agreement import Request
 from bitring.collectives.runtime.context import State, state_of

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress, Steps
 from bitring.collectives.execution.runner import schedule_runner
+from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.context import State
 from bitring.compression.exchange.record import Record
 

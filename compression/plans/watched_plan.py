@@ -11,11 +11,11 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, device_of, xp_of
-from bitring.collectives.execution.portable import Progress, Steps
 from bitring.collectives.execution.runner import Runner, schedule_runner
-from bitring.collectives.execution.transport import channel_of
+from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import Plan
 from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.tags import channel_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.exchange.record import Record
 from bitring.compression.plans.telemetry import (

@@ -34,7 +34,7 @@ from bitring.compression.exchange.shared_random import uniform
 from bitring.compression.reducer import Reducer, Reduction, check_host, cut
 
 if TYPE_CHECKING:
-    from bitring.collectives.execution.portable import Progress, Steps
+    from bitring.collectives.interop.steps import Progress, Steps
     from bitring.compression.exchange.exchange import Exchange
 
 _BLOCK_VALUES = 16 << 10

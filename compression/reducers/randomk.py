@@ -23,7 +23,7 @@ from bitring.compression.exchange.shared_random import words
 from bitring.compression.reducer import Reducer, Reduction
 
 if TYPE_CHECKING:
-    from bitring.collectives.execution.portable import Progress, Steps
+    from bitring.collectives.interop.steps import Progress, Steps
     from bitring.compression.exchange.exchange import Exchange
 
 

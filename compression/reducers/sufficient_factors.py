@@ -25,7 +25,7 @@ from bitring.compression.factors import Factors
 from bitring.compression.reducer import Reducer, Reduction, check_host
 
 if TYPE_CHECKING:
-    from bitring.collectives.execution.portable import Progress, Steps
+    from bitring.collectives.interop.steps import Progress, Steps
     from bitring.compression.exchange.exchange import ExactSum, Exchange
 
 _DENSE = -1

@@ -122,13 +122,13 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"bitring.{_WHERE[name]}"), name)
     if name[:1].isupper():  # a registered class: its file alone makes it public
         for kind in _REGISTRIES:
-            registry = _registry(kind)
-            registered = registry.class_names().get(name)
+            registered = _registry(kind).named(name)
             if registered is not None:
-                return registry.get(registered)
+                return registered
     raise AttributeError(f"module 'bitring' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    classes = [name for kind in _REGISTRIES for name in _registry(kind).class_names()]
+    registries = [_registry(kind) for kind in _REGISTRIES]
+    classes = [registry.get(name).__name__ for registry in registries for name in registry.names()]
     return sorted({*globals(), *_WHERE, *classes})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -77,6 +78,22 @@ def unknown_to_mpich() -> str | None:
         "bitring: these ranks were started by Open MPI's mpirun, or otherwise through PMIx, and "
         f"MPICH {number} does not know it: start them by {sys.prefix}/bin/mpirun, or srun --mpi=pmi2"
     )
+
+
+def thread_share(cores: Sequence[set[int]], number: int) -> int:
+    """How many threads rank ``number`` of a node may use: its cores, shared with those that may use the same.
+
+    ``cores``: of each of the node's ranks that take part. Others count, too, where the launcher says how many there are
+    and binds none to cores. OMP_NUM_THREADS, where it is set, is the user's own answer.
+    """
+    mine = cores[number]
+    sharing = sum(1 for theirs in cores if theirs & mine)
+    if len(mine) == os.cpu_count():
+        sharing = max(sharing, launched_local_size())
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return max(1, len(mine) // sharing)
 
 
 def _first(variables: tuple[str, ...], otherwise: int) -> int:

@@ -26,7 +26,7 @@ def native() -> Any:
     if setting == "0":
         return None
     try:
-        from bitring import _native
+        import bitring._native as _native
     except ImportError as error:
         if setting == "1":
             raise

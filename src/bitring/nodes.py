@@ -8,7 +8,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from bitring import machine
+from bitring import launcher, machine
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.runtime.objects import allgather
 
@@ -36,7 +36,7 @@ def node_map(comm: MPI.Intracomm) -> list[list[int]]:
 
 
 def thread_share(comm: MPI.Intracomm) -> int:
-    """How many threads this rank may use, as ``machine.thread_share`` counts them. Collective."""
+    """How many threads this rank may use, as ``launcher.thread_share`` counts them. Collective."""
     cores = allgather(comm, os.sched_getaffinity(0), "thread_share")
     node = next(ranks for ranks in node_map(comm) if comm.Get_rank() in ranks)
-    return machine.thread_share([cores[rank] for rank in node], node.index(comm.Get_rank()))
+    return launcher.thread_share([cores[rank] for rank in node], node.index(comm.Get_rank()))

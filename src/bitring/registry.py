@@ -1,70 +1,92 @@
-"""Registered things are found by reading a folder: the next algorithm, compressor, model or mode is one new file.
+"""Registered things are found by looking into a folder: the next algorithm, compressor, model or mode is one new file.
 
-A file registers a class by deriving it from the registry's base: ``class Ring(Algorithm):`` in ``ring.py`` registers
-the name ``"ring"``. The file's text is enough to know that, so listing names imports nothing, neither MPI nor a GPU
-library; the file is imported when its class is first asked for.
+Every file of such a room registers one class under the file's stem: ``collectives/algorithms/ring.py`` holds
+``class Ring(Algorithm)``, the algorithm ``"ring"``. Names are known without importing anything; a file is imported when
+its class is first asked for. Packages outside register by entry points: the group ``bitring.algorithms``, say, and
+``star = "their_package.star:Star"``.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+_LIBRARY = Path(__file__).resolve().parent
+
 
 class Registry(Generic[T]):
-    """The classes of one kind, by name (the file's stem) and by class name.
+    """The classes of one kind, by name.
 
-    ``kind`` is the word used in messages, ``rooms`` the library folders that are scanned, ``base`` the name of the class that registered classes derive from.
+    ``kind``: the word used in messages. ``base``: what registered classes derive from. ``rooms``: the folders whose
+    files register, such as "collectives/algorithms". ``group``: the entry points of packages outside that do.
     """
 
-    def __init__(self, kind: str, base: str, *rooms: str) -> None:
+    def __init__(self, kind: str, base: type[Any], *rooms: str, group: str | None = None) -> None:
         self.kind = kind
+        self._base = base
         self._rooms = rooms
-        self._pattern = re.compile(rf"^class (\w+)\({base}\):", re.MULTILINE)
-        self._added: dict[str, type[T]] = {}
+        self._group = group
 
     @cached_property
-    def _found(self) -> dict[str, str]:
-        """Name -> class name, of every file in the folder that registers one."""
+    def _modules(self) -> dict[str, str]:
+        """Name -> module, of every file in the rooms."""
         found: dict[str, str] = {}
-        self._modules: dict[str, str] = {}
         for room in self._rooms:
-            for file in sorted((Path(__file__).resolve().parent / room).glob("*.py")):
-                classes = self._pattern.findall(file.read_text(encoding="utf-8"))
-                if len(classes) > 1:
-                    raise RuntimeError(
-                        f"{file.name} registers {len(classes)} {self.kind}s ({', '.join(classes)}); a file registers one"
-                    )
-                if classes:
-                    found[file.stem] = classes[0]
-                    self._modules[file.stem] = f"bitring.{room.replace('/', '.')}.{file.stem}"
+            for file in sorted((_LIBRARY / room).glob("[a-z]*.py")):
+                if file.stem in found:
+                    raise RuntimeError(f"the {self.kind} {file.stem!r} has two files, the second in {room}")
+                found[file.stem] = f"bitring.{room.replace('/', '.')}.{file.stem}"
+        return found
+
+    @cached_property
+    def _outside(self) -> dict[str, EntryPoint]:
+        """Name -> entry point, of the packages outside."""
+        found: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self._group) if self._group else ():
+            if point.name in self._modules or point.name in found:
+                raise RuntimeError(f"the {self.kind} {point.name!r} of {point.value} is registered already")
+            found[point.name] = point
         return found
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
-        return sorted({*self._found, *self._added})
-
-    def class_names(self) -> dict[str, str]:
-        """Class name -> registered name, of the folder's own files (for ``bitring.__getattr__``)."""
-        return {cls: name for name, cls in self._found.items()}
-
-    def add(self, name: str, cls: type[T]) -> None:
-        """Register a class that lives outside the folder. Raises ValueError when the name is taken."""
-        if name in self._found or name in self._added:
-            raise ValueError(f"the {self.kind} {name!r} is registered already")
-        self._added[name] = cls
+        return sorted({*self._modules, *self._outside})
 
     def get(self, name: str) -> type[T]:
         """The class registered as ``name``. Raises ValueError, listing the known names, when there is none."""
-        if name in self._added:
-            return self._added[name]
-        if name not in self._found:
-            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
-        module: Any = importlib.import_module(self._modules[name])
-        cls: type[T] = getattr(module, self._found[name])
-        return cls
+        if name in self._modules:
+            return self._class_of(self._modules[name])
+        if name in self._outside:
+            cls: Any = self._outside[name].load()
+            if not (isinstance(cls, type) and issubclass(cls, self._base)):
+                raise TypeError(f"the {self.kind} {name!r}, {self._outside[name].value}, is no {self._base.__name__}")
+            return cls
+        raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
+
+    def named(self, class_name: str) -> type[T] | None:
+        """The class of this name: ``BlockMomentum``, which ``block_momentum`` registers. None when there is none."""
+        for name in self.names():
+            if name.replace("_", "") == class_name.lower():
+                cls = self.get(name)
+                return cls if cls.__name__ == class_name else None
+        return None
+
+    def name_of(self, cls: type[Any]) -> str:
+        """The name that a class of the rooms is registered under; of others the class name."""
+        return next((name for name, module in self._modules.items() if module == cls.__module__), cls.__name__)
+
+    def _class_of(self, module: str) -> type[T]:
+        stem = module.rpartition(".")[2]
+        for name, x in vars(importlib.import_module(module)).items():
+            named = name.lower() == stem.replace("_", "")
+            if named and isinstance(x, type) and issubclass(x, self._base) and x.__module__ == module:
+                return x
+        raise RuntimeError(
+            f"{stem}.py must register a {self.kind}: a class derived from {self._base.__name__} and named as the file, "
+            f"such as {stem.title().replace('_', '')}"
+        )

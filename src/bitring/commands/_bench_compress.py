@@ -17,7 +17,7 @@ import click
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.execution.portable import Progress
+from bitring.collectives.interop.steps import Progress
 from bitring.collectives.runtime.context import state_of
 from bitring.commands._bench_allreduce import dtype_of
 from bitring.commands._pictures import COLORS, figure, plain

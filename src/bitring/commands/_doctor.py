@@ -18,6 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.cuda_aware import cuda_aware
+from bitring.collectives.interop.mpi_library import library_version
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._ranks import ending_together
@@ -25,7 +26,7 @@ from bitring.commands._terminal import terminal_width
 from bitring.compression.plans.plan import plan_allreduce
 from bitring.exit_codes import ExitCode
 from bitring.launcher import alone_by_mistake, launched_rank
-from bitring.machine import THREAD_LEVELS, mpi_library, package_version, processor, versions
+from bitring.machine import THREAD_LEVELS, package_version, processor, versions
 from bitring.native import native
 from bitring.nodes import node_map, thread_share
 
@@ -91,12 +92,12 @@ def _versions() -> str:
 
 
 def _library() -> Finding:
-    return Finding("MPI library", OK, f"{mpi_library()}, MPI {'.'.join(map(str, MPI.Get_version()))}")
+    return Finding("MPI library", OK, f"{library_version()}, MPI {'.'.join(map(str, MPI.Get_version()))}")
 
 
 def _world_is_whole() -> Finding:
     size = MPI.COMM_WORLD.Get_size()
-    mistake = alone_by_mistake(size, mpi_library())
+    mistake = alone_by_mistake(size, library_version())
     if mistake is not None:
         text, _, advice = mistake.partition("; ")
         return Finding("ranks", FAIL, text, advice)

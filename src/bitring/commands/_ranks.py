@@ -15,12 +15,12 @@ import click
 from mpi4py import MPI
 from threadpoolctl import threadpool_limits
 
+from bitring.collectives.interop.mpi_library import library_version
 from bitring.collectives.runtime.abort import abort_on_exception
 from bitring.collectives.runtime.objects import allgather
 from bitring.errors import MismatchError
 from bitring.exit_codes import ExitCode
 from bitring.launcher import alone_by_mistake
-from bitring.machine import mpi_library
 from bitring.nodes import thread_share
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def fail(comm: MPI.Intracomm, message: str, status: int = ExitCode.USAGE) -> NoR
 
 def refuse_if_alone() -> None:
     """End the command where several ranks were started that do not know each other: they would do the same work."""
-    mistake = alone_by_mistake(MPI.COMM_WORLD.Get_size(), mpi_library())
+    mistake = alone_by_mistake(MPI.COMM_WORLD.Get_size(), library_version())
     if mistake is not None:
         raise click.ClickException(mistake)  # which the first of them shows
 

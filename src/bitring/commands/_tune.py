@@ -12,6 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.communicator import Communicator
+from bitring.collectives.interop.mpi_library import library_version
 from bitring.collectives.plan import Plan, library_reduces
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.schedules.schedule import algorithms
@@ -22,7 +23,6 @@ from bitring.commands._ranks import ending_together, fail, limit_threads, togeth
 from bitring.commands._terminal import terminal_width
 from bitring.commands._timing import Contender, check_sums, sample
 from bitring.compression.plans.plan import plan_allreduce
-from bitring.machine import mpi_library
 from bitring.nodes import node_map
 
 _SAMPLES = 15
@@ -99,7 +99,7 @@ def _measure(
 
 def _rules(comm: Communicator, itemsize: int, resident: bool, measured: dict[int, dict[str, float]]) -> Rules:
     native = state_of(comm).topology.native
-    return Rules(mpi_library(), comm.size, len(node_map(comm)), itemsize, resident, native, crossovers(measured))
+    return Rules(library_version(), comm.size, len(node_map(comm)), itemsize, resident, native, crossovers(measured))
 
 
 def _ranges(rules: Rules) -> str:

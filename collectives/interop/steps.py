@@ -1,0 +1,69 @@
+"""What a job's work is to the engine: steps that never block, and how far they have come.
+
+Work waits for one of the library's requests (``wait_for``) or for a native operation (``run``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, TypeVar
+
+from mpi4py import MPI
+
+T = TypeVar("T")
+
+StepsTo = Generator[Any, None, T]
+"""Steps that return something."""
+
+Steps = StepsTo[None]
+"""A job's work: does what it can, and yields when it has to wait: a native operation that has begun, which the engine
+takes to its end without Python, or None. It is resumed when the operation is over, and now and then before."""
+
+_ENCODER_FAILED = {
+    -1: "a payload that came is not one of its values: it was damaged, or is of another encoder",
+    -2: "the encoder made a payload that is longer than its nbytes",
+}
+"""By the codes of native/owner_exchange.h."""
+
+
+class Progress:
+    """How far a running job has come, read by the engine: whether it moved, and which peers it waits for.
+
+    ``exchanging``: messages are under way, so that an error now leaves the communicator unusable. ``ends``: why all
+    ranks have agreed that no job may follow this one.
+    """
+
+    def __init__(self) -> None:
+        self.moves = 0
+        self.peers: frozenset[int] = frozenset()
+        self.exchanging = False
+        self.ends = ""
+
+
+def wait_for(request: MPI.Request, progress: Progress) -> Steps:
+    """Yield until one of the library's requests is complete."""
+    while not request.Test():
+        yield
+    progress.moves += 1
+
+
+def run(operation: Any, progress: Progress) -> Steps:
+    """Run a native operation, as a job's steps. Raises MPI.Exception for the MPI library's errors.
+
+    ValueError where an encoder failed.
+    """
+    operation.begin()
+    yield from finish(operation, progress)
+
+
+def finish(operation: Any, progress: Progress) -> Steps:
+    """The rest of a native operation that has begun."""
+    progress.exchanging = True
+    while not operation.over:
+        yield operation
+    progress.exchanging = False
+    if operation.error:
+        progress.exchanging = True
+        if operation.error in _ENCODER_FAILED:
+            raise ValueError(_ENCODER_FAILED[operation.error])
+        raise MPI.Exception(operation.error)
