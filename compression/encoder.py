@@ -34,9 +34,9 @@ _NAMES = ", ".join(dtype.name for dtype in VALUE_DTYPES)
 
 
 class Encoder(Compressor, ABC):
-    """Base of every encoder. A subclass in ``compression/NAME.py`` registers itself as ``NAME``.
+    """Base of every encoder. A subclass in ``compression/encoders/NAME.py`` is registered as ``NAME``.
 
-    Its kernels for host memory are in ``NAME_numba.py`` beside it (``functions.py`` says what they are given); where it
+    Its kernels for host memory are in ``kernels/NAME_numba.py`` (``functions.py`` says what they are given); where it
     has some for a device, it overrides ``device_kernels``.
 
     Arrays are 1-D and contiguous, all in host memory (NumPy) or all on one device (CuPy, in its current stream).

@@ -58,7 +58,7 @@ class Reduction(ABC):
 
 
 class Reducer(Compressor, ABC):
-    """Base of every reducer. A subclass in ``compression/NAME.py`` registers itself as ``NAME``.
+    """Base of every reducer. A subclass in ``compression/reducers/NAME.py`` is registered as ``NAME``.
 
     ``tests/test_reducers.py`` checks every registered reducer the moment its file exists.
     """

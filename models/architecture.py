@@ -91,7 +91,7 @@ class Builder:
 
 
 class Architecture(ABC):
-    """A published network. A subclass in ``models/NAME.py`` registers itself as ``NAME``."""
+    """A published network. A subclass in ``models/architectures/NAME.py`` is registered as ``NAME``."""
 
     @abstractmethod
     def layers(self) -> list[LayerTable]:

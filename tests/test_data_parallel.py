@@ -570,7 +570,8 @@ def test_the_learning_rate_may_change(comm, agree):
     w = np.zeros(3)
     trainer = DataParallel([w], SGD(lr=1.0), comm=comm)
     trainer.step([np.ones(3)])
-    trainer.optimizer = dataclasses.replace(trainer.optimizer, lr=0.5)
+    settings: Any = trainer.optimizer
+    trainer.optimizer = dataclasses.replace(settings, lr=0.5)
     trainer.step([np.ones(3)])
     agree(comm, np.allclose(w, -1.5))
     trainer.free()

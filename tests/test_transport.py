@@ -194,7 +194,7 @@ def test_mistakes_with_device_memory(comm, device, agree):
     agree(world, world.size == 1 or "ranks disagree on memory" in got, got)
     own = MPI.Op.Create(lambda a, b, _: None, commute=True)
     got = text(lambda: world.Allreduce(MPI.IN_PLACE, x, own))
-    agree(world, "TypeError: Allreduce: user is not defined for device memory of float64" in got, got)
+    agree(world, "TypeError: Allreduce: op must be a predefined operation for float64 in device memory" in got, got)
     own.Free()
     world.Free()
 

@@ -1,6 +1,6 @@
 """What a mode is: when ranks exchange, and what.
 
-A class ``class Name(Mode):`` in ``training/NAME.py`` registers itself as ``NAME``. A mode is a frozen dataclass of
+A class ``class Name(Mode):`` in ``training/modes/NAME.py`` is registered as ``NAME``. A mode is a frozen dataclass of
 settings. Its state is a dict that ``init`` makes: numbers, arrays, and dicts of these; the trainer keeps it, and
 checkpoints carry it. What a mode may ask of the trainer is :class:`Trainer`, no more.
 

@@ -1,7 +1,7 @@
 """What an optimizer is: settings in a frozen dataclass, state in plain dicts, the update in place.
 
-A class ``class Name(Optimizer):`` in ``training/NAME.py`` registers itself as ``NAME``. It says which arrays it keeps
-for a parameter (``slots``) and what happens to a run of values (``apply``); the walk over parameters is here.
+A class ``class Name(Optimizer):`` in ``training/optimizers/NAME.py`` is registered as ``NAME``. It says which arrays
+it keeps for a parameter (``slots``) and what happens to a run of values (``apply``); the walk over parameters is here.
 """
 
 from __future__ import annotations

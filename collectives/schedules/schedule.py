@@ -47,7 +47,7 @@ Schedule = Iterable[Round]
 
 
 class Algorithm(ABC):
-    """Base of every collective algorithm. A subclass in ``collectives/NAME.py`` registers itself as ``NAME``.
+    """Base of every collective algorithm. A subclass in ``collectives/algorithms/NAME.py`` is registered as ``NAME``.
 
     A subclass defines those of the collectives below that the algorithm has; each is a generator of the rounds of
     ``rank`` among ``size`` ranks. What each must achieve, for C = ``chunks(size)`` chunks:
