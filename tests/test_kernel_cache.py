@@ -108,7 +108,7 @@ def test_a_cache_of_another_numba_is_replaced_silently(folder: Path, caplog):
     loaded = fresh(folder)
     assert loaded(3) == 6
     assert sum(loaded.stats.cache_hits.values()) == 1
-    assert caplog.text == ""
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]  # but that kernels compile
 
 
 def test_what_fits_another_installation_only_is_compiled_again(folder: Path, caplog, monkeypatch):

@@ -86,6 +86,8 @@ def plan_allreduce(
             raise TypeError(f"plan_allreduce: compression is for {', '.join(_COMPRESSED_DTYPES)}; got {flat.dtype}")
         if op_name(op) != "SUM":
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
+        if device_of(flat) is not None:
+            encoder.device_kernels()
         places = _checked_boundaries(boundaries)
         request.terms = {
             **terms,
@@ -134,7 +136,8 @@ class CompressedPlan(WatchedPlan):
         self._encoder = encoder
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
-        once_a_node(state, lambda: _warm_up(encoder, flat), "plan_allreduce")
+        if device_of(flat) is None:
+            once_a_node(state, lambda: _warm_up(encoder, flat.dtype), "plan_allreduce")
         self._way = self._make_way(hierarchical, boundaries)
         self._runs = np.zeros(1, np.int64)
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
@@ -228,9 +231,6 @@ class CompressedPlan(WatchedPlan):
             self._to_add = mine["residual"]
 
 
-def _warm_up(encoder: Encoder, flat: Array) -> None:
-    if device_of(flat) is not None:
-        encoder.device_kernels()
-        return
-    for dtype in (flat.dtype, residual_dtype(flat.dtype)):
-        encoder.warm_up(dtype)
+def _warm_up(encoder: Encoder, dtype: Any) -> None:
+    for each in (dtype, residual_dtype(dtype)):
+        encoder.warm_up(each)
