@@ -41,7 +41,7 @@ from bitring.training.tree import is_array, leaves
 SAVE, LOAD = "save_checkpoint", "load_checkpoint"
 
 _KEPT_FILES = 2
-_DIGEST_NBYTES = 32
+_DIGEST_NBYTES = 20
 
 
 # Writing
@@ -143,8 +143,12 @@ def _described(trainer: DataParallel) -> tuple[dict[At, Any], dict[At, Any], byt
     for at, x in numbers.items():
         if not is_number(x):
             raise ValueError(f"{SAVE}: {'/'.join(at)} must be a number that is finite and >= 0; got {x!r}")
-    digests = (hashlib.blake2b(bytes_of(on_host(x)), digest_size=_DIGEST_NBYTES).digest() for x in kept.values())
-    return kept, numbers, b"".join(digests)
+    return kept, numbers, b"".join(map(_digest, kept.values()))
+
+
+def _digest(x: Any) -> bytes:
+    """SHA-1, which many processors have in hardware, and which nowhere takes longer than its safer successors."""
+    return hashlib.sha1(bytes_of(on_host(x)), usedforsecurity=False).digest()
 
 
 def _members(
@@ -200,11 +204,9 @@ def _append(
     """Rank 0 writes arrays that rank ``source`` has: ``entries`` are their names in the file, dtypes and shapes."""
     at_source = comm.Get_rank() == source
     values = _Bytes(arrays)
-
-    def taken(piece: Sequence[Segment]) -> Any:
-        if at_source:
-            return values.of(piece)
-        return None if writer is None else np.empty(nbytes_of(piece), np.uint8)
+    alike = (OSError,) if writer is not None else ()  # a disk's errors are everyone's
+    pieces = list(cut([math.prod(shape) * dtype.itemsize for _, dtype, shape in entries]))
+    room: list[Any] = []  # one piece's, in which each arrives: new memory costs more than copying does
 
     def written(piece: Sequence[Segment], data: Any) -> None:
         if writer is None:
@@ -216,10 +218,25 @@ def _append(
             writer.write(data[at : at + end - begin])
             at += end - begin
 
-    for piece in cut([math.prod(shape) * dtype.itemsize for _, dtype, shape in entries]):
-        data = jointly(comm, SAVE, partial(taken, piece))
+    def turned(before: tuple[Sequence[Segment], Any] | None, piece: Sequence[Segment]) -> Any:
+        """Write the piece before this one, and give the memory that holds this one, or will."""
+        if before is not None:
+            written(*before)
+        if at_source:
+            return values.of(piece)
+        if writer is None:
+            return None
+        if not room:
+            room.append(np.empty(max(map(nbytes_of, pieces)), np.uint8))
+        return room[0][: nbytes_of(piece)]
+
+    before: tuple[Sequence[Segment], Any] | None = None
+    for piece in pieces:
+        data = jointly(comm, SAVE, partial(turned, before, piece), alike)
         transfer(comm, data, SAVE, source, 0)
-        jointly(comm, SAVE, partial(written, piece, data), alike=(OSError,))
+        before = piece, data
+    if before is not None:
+        jointly(comm, SAVE, partial(written, *before), alike)
 
 
 def _gathered(comm: MPI.Intracomm, bucket: Bucket, plan: Any) -> tuple[np.dtype[Any], Any]:

@@ -16,6 +16,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from bitring.training.checkpoints.resharding import Share
 HEADER = "header.json"
 
 _SYNC_NBYTES = 32 << 20
-"""So much at a time is brought to the disk, so that the end is no long silence."""
+"""So much at a time is brought to the disk, beside what is written next, so that the end is no long silence."""
 
 _LOCAL_HEADER_NBYTES = 30
 _NPY_HEADER_NBYTES = 10_000
@@ -81,6 +82,8 @@ class CheckpointWriter:
         self._partial = path.with_name(f"{path.name}.partial")
         self._dtypes: dict[str, str] = {}
         self._unsynced = 0
+        self._sync: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(1, "bitring-disk")  # makes its thread when there is something to do
         self._member: Any = None
         self._file: Any = None
         self._zip: Any = None
@@ -117,7 +120,14 @@ class CheckpointWriter:
             if self._unsynced >= _SYNC_NBYTES:
                 self._unsynced = 0
                 self._file.flush()
-                os.fdatasync(self._file.fileno())
+                self._await_sync()
+                self._sync = self._threads.submit(os.fdatasync, self._file.fileno())
+
+    def _await_sync(self) -> None:
+        """Until the disk has what it was given before."""
+        if self._sync is not None:
+            sync, self._sync = self._sync, None
+            sync.result()
 
     def _end(self) -> None:
         if self._member is not None:
@@ -131,6 +141,7 @@ class CheckpointWriter:
             self._zip.writestr(HEADER, json.dumps({**header, "dtypes": self._dtypes}))
             self._zip.close()
             self._file.flush()
+            self._await_sync()
             os.fsync(self._file.fileno())
             self._file.close()
             _put_in_place(self._partial, self._path, self._keep)
@@ -140,6 +151,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()  # before the file that it has is closed
         if self._file is None:
             return
         for opened in (self._member, self._zip, self._file):
