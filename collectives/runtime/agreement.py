@@ -8,6 +8,7 @@ new to one rank may be known to another, so every call does this.
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.interop.library_steps import allgather_steps
-from bitring.collectives.interop.steps import Progress, Steps, run, wait_for
+from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run, wait_for
 from bitring.collectives.node.shared import Shared
+from bitring.collectives.runtime.tags import WORDS_TAG
 from bitring.errors import MismatchError, PeerError
 from bitring.native import native
 
@@ -145,7 +146,7 @@ def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: 
         return
     error = "" if request.error is None else f"{type(request.error).__name__}: {request.error}"
     terms = {name: str(value) for name, value in request.terms.items()}
-    everyone = yield from allgather_steps(comm, (request.function, terms, error, request.refused), progress)
+    everyone = yield from _words_of_all(comm, (request.function, terms, error, request.refused), progress)
     refused = [(r, text) for r, (_, _, text, is_refused) in enumerate(everyone) if is_refused]
     if refused:
         progress.ends = f"two threads of rank {refused[0][0]} were in its calls at the same time"
@@ -157,6 +158,30 @@ def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: 
     if bad and verdict.same_function:
         raise PeerError(f"{request.function}: rank {bad[0][0]} could not take part: {bad[0][1]}")
     raise MismatchError(_difference(everyone))
+
+
+def _words_of_all(comm: MPI.Intracomm, words: object, progress: Progress) -> StepsTo[list[Any]]:
+    """Every rank's words, in rank order, by messages: a collective of the library may be under way on some ranks.
+
+    So it is where a run of a plan began beside its agreement.
+    """
+    others = [rank for rank in range(comm.Get_size()) if rank != comm.Get_rank()]
+    mine = np.frombuffer(pickle.dumps(words), np.uint8)
+    length = np.array([mine.size], np.int64)
+    lengths = np.zeros((comm.Get_size(), 1), np.int64)
+    everyone: list[Any] = [words] * comm.Get_size()
+    before, progress.exchanging, progress.peers = progress.exchanging, True, frozenset(others)
+    due = [comm.Irecv(lengths[rank], rank, WORDS_TAG) for rank in others]
+    sent = [comm.Isend(x, rank, WORDS_TAG) for rank in others for x in (length, mine)]
+    for rank, request in zip(others, due, strict=True):
+        yield from wait_for(request, progress)
+        theirs = np.empty(int(lengths[rank, 0]), np.uint8)
+        yield from wait_for(comm.Irecv(theirs, rank, WORDS_TAG), progress)
+        everyone[rank] = pickle.loads(theirs.tobytes())
+    for request in sent:
+        yield from wait_for(request, progress)
+    progress.exchanging = before
+    return everyone
 
 
 def _difference(everyone: list[tuple[str, dict[str, str], str, bool]]) -> str:

@@ -13,6 +13,10 @@ PIECE_TAG = _TAGS - 1
 """The last tag of a channel is one that no message of a program has."""
 
 
+WORDS_TAG = 2 * _TAGS - 1
+"""What ranks say that do not agree; the last tag of another channel."""
+
+
 def channel_of(number: int) -> int:
     """The channel of plan ``number``, counted from 1; of a call without a plan for 0."""
     return 1 + (number - 1) % (CHANNELS - 1) if number else 0
