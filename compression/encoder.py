@@ -160,33 +160,6 @@ def residual_dtype(dtype: Any) -> Any:
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
-def check_whole(encoder: Encoder, setting: str, least: int, most: int) -> None:
-    """Raise unless the setting is an int from ``least`` to ``most``."""
-    name, x = type(encoder).__name__, getattr(encoder, setting)
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{name}: {setting} must be an int; got {type(x).__name__}")
-    if not least <= x <= most:
-        raise ValueError(f"{name}: {setting} must be {least} to {most}; got {x}")
-
-
-def check_positive(encoder: Encoder, setting: str, most: float) -> None:
-    """Raise unless the setting is a number above 0, up to ``most``."""
-    name, x = type(encoder).__name__, getattr(encoder, setting)
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{name}: {setting} must be a number; got {type(x).__name__}")
-    if not 0 < x <= most:
-        raise ValueError(f"{name}: {setting} must be above 0 and at most {most}; got {x}")
-
-
-def check_block(encoder: Encoder) -> None:
-    """Raise unless ``encoder.block`` is a positive multiple of 64."""
-    name, block = type(encoder).__name__, encoder.block
-    if isinstance(block, bool) or not isinstance(block, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{name}: block must be an int; got {type(block).__name__}")
-    if block < 64 or block % 64:
-        raise ValueError(f"{name}: block must be a positive multiple of 64; got {block}")
-
-
 def packed_nbytes(n: int, block: int, bits: int) -> int:
     """Bytes of ``n`` values of so many ``bits``, packed, with a float32 for each block."""
     blocks, rest = divmod(n, block)

@@ -71,9 +71,9 @@ def test_restart_keeps_the_squares():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"lr": -1}, "AdaGrad: lr must be finite and > 0, got -1"),
-        ({"eps": 0}, "AdaGrad: eps must be finite and > 0, got 0"),
-        ({"weight_decay": float("inf")}, "AdaGrad: weight_decay must be finite and >= 0, got inf"),
+        ({"lr": -1}, "AdaGrad: lr must be above 0 and finite; got -1"),
+        ({"eps": 0}, "AdaGrad: eps must be above 0 and finite; got 0"),
+        ({"weight_decay": float("inf")}, "AdaGrad: weight_decay must be at least 0 and finite; got inf"),
     ],
     ids=str,
 )

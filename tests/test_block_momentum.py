@@ -146,11 +146,11 @@ def test_what_scales_the_steps_stays(comm, agree):
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        ({"tau": 0}, ValueError, "BlockMomentum: tau must be at least 1 step, got 0"),
-        ({"momentum": 1.0}, ValueError, "BlockMomentum: momentum must be below 1, got 1.0"),
-        ({"momentum": -0.5}, ValueError, "BlockMomentum: momentum must be finite and >= 0, got -0.5"),
-        ({"zeta": 0}, ValueError, "BlockMomentum: zeta must be finite and > 0, got 0"),
-        ({"zeta": "1"}, TypeError, "BlockMomentum: zeta must be a number, got str"),
+        ({"tau": 0}, ValueError, "BlockMomentum: tau must be at least 1; got 0"),
+        ({"momentum": 1.0}, ValueError, "BlockMomentum: momentum must be at least 0 and below 1; got 1.0"),
+        ({"momentum": -0.5}, ValueError, "BlockMomentum: momentum must be at least 0 and below 1; got -0.5"),
+        ({"zeta": 0}, ValueError, "BlockMomentum: zeta must be above 0 and finite; got 0"),
+        ({"zeta": "1"}, TypeError, "BlockMomentum: zeta must be a number; got str"),
     ],
     ids=str,
 )

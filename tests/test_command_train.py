@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 import bitring
 from bitring import __main__
+from bitring.commands._settings import difference
 
 pytestmark = [pytest.mark.single, pytest.mark.timeout(120)]
 
@@ -297,6 +298,61 @@ def test_resume_compares_values_in_force(tmp_path: Path, mode: str):
         assert f"Error: --resume: the checkpoint was made with {option} {was}; got {got}\n" in result.output
 
 
+def test_settings_behind_the_name(tmp_path: Path):
+    """The summary spells modes and optimizers; what has an option of its own is there by itself, too."""
+    arguments = ["--model", "softmax", "--batch", 360, "--output", tmp_path, "--resume"]
+    named = ["--mode", "block_momentum:tau=2,zeta=0.5", "--optimizer", "sgd:nesterov=true,weight_decay=1e-3"]
+    assert train("--epochs", 1, *arguments, *named).exit_code == 0
+    kept = summary(tmp_path)
+    assert kept["mode"] == "block_momentum:tau=2,zeta=0.5"
+    assert kept["optimizer"] == "sgd:lr=0.02,momentum=0.9,nesterov=true,weight_decay=0.001"
+    assert (kept["tau"], kept["lr"], kept["momentum"], kept["nesterov"]) == (2, 0.02, 0.9, True)
+    # The same in other words.
+    again = ["--mode", "block_momentum:zeta=5e-1,nesterov=true", "--tau", 2, "--lr", 0.02, "--momentum", 0.9]
+    again += ["--optimizer", "sgd:momentum=0.90,weight_decay=0.001,nesterov=true"]
+    result = train("--epochs", 2, *arguments, *again)
+    assert result.exit_code == 0, result.output
+    assert len(history(tmp_path)) == 2
+    for changed, message in (
+        (["--mode", "block_momentum:tau=3,zeta=0.5"], "--tau 2; got 3"),
+        (["--mode", "block_momentum:tau=2"], "--mode block_momentum:tau=2,zeta=0.5; got block_momentum:tau=2"),
+        (["--mode", "sync"], None),
+        (["--optimizer", "sgd:nesterov=true"], f"--optimizer {kept['optimizer']}; got sgd:lr=0.02,momentum=0.9,"),
+        (["--optimizer", "sgd:nesterov=true,weight_decay=1e-3,lr=0.5"], "--lr 0.02; got 0.5"),
+    ):
+        result = train("--epochs", 3, *arguments, *named, *changed)
+        assert result.exit_code == 2
+        assert message is None or f"Error: --resume: the checkpoint was made with {message}" in result.output
+
+
+def test_each_setting_has_its_effect(tmp_path: Path):
+    """None is dropped on the way."""
+    digests: list[str] = []
+    for number, optimizer in enumerate(
+        ("sgd", "sgd:weight_decay=0.1", "sgd:nesterov=true", "adagrad", "adagrad:eps=1")
+    ):
+        arguments = ["--model", "softmax", "--batch", 720, "--epochs", 1, "--output", tmp_path / str(number)]
+        result = train(*arguments, "--optimizer", optimizer)
+        assert result.exit_code == 0, result.output
+        digests.append(summary(tmp_path / str(number))["digest"])
+    assert len(set(digests)) == len(digests)
+
+
+def test_checkpoints_from_before_modes_and_optimizers_were_spelled():
+    """They have the bare names, and the values in force of the three options."""
+    now = {"model": "mlp", "mode": "local", "tau": 50, "optimizer": "sgd:lr=0.02,momentum=0.9", "lr": 0.02}
+    now |= {"momentum": 0.9}
+    was = {**now, "optimizer": "sgd"}
+    assert difference(was, now) is None
+    assert difference(now, now) is None
+    assert difference({**was, "tau": 20}, now) == ("tau", 20, 50)
+    assert difference(was, {**now, "mode": "sync", "tau": None}) == ("mode", "local", "sync")
+    assert difference({**was, "model": "cnn"}, now) == ("model", "cnn", "mlp")
+    # What is no such thing differs, and is no error of its own.
+    for odd in ({}, {"mode": 3}, {"mode": "gone"}, {"tau": "x"}, {"lr": -1}, {"optimizer": None}):
+        assert difference({**was, **odd} if odd else {}, now) is not None
+
+
 def test_help_has_the_defaults_in_force():
     text = " ".join(train("--help").output.split())
     assert f"block_momentum. [default: {bitring.Local().tau}]" in text
@@ -325,6 +381,11 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
         (["--optimizer", "adam"], "Error: unknown optimizer 'adam'; known: adagrad, sgd"),
         (["--optimizer", "adagrad", "--momentum", "0.5"], "Error: --momentum is not for the optimizer adagrad"),
         (["--tau", "5"], "Error: --tau is not for the mode sync"),
+        (["--mode", "local:tua=5"], "Error: unknown setting 'tua' of the mode local; known: tau"),
+        (["--mode", "local:tau=5", "--tau", "6"], "Error: --mode local:tau=5 and --tau 6 differ in tau; give it once"),
+        (["--optimizer", "sgd:lr=1", "--lr", "0.5"], "--optimizer sgd:lr=1 and --lr 0.5 differ in lr; give it once"),
+        (["--optimizer", "adagrad:eps=0"], "Error: AdaGrad: eps must be above 0 and finite; got 0.0"),
+        (["--mode", "block_momentum:zeta=x"], "block_momentum:zeta=x: zeta must be a number; got 'x'"),
         (["--compression", "2bit:block=64"], "Error: unknown compressor '2bit'; known: none, "),
         (["--compression", "none:block=64"], "Error: --compression none:block=64: none has no settings"),
         (["--compression", "topk:k=9"], "Error: unknown setting 'k' of the compressor topk; known: density, sampled,"),
@@ -338,7 +399,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
         (["--checkpoint-every", "3days"], "expected such as 10min, 2epochs or 500steps"),
         (["--keep", "0"], "Error: --keep must be at least 1; got 0"),
         (["--resume", "--fresh"], "Error: --resume and --fresh exclude each other"),
-        (["--lr", "-1"], "SGD: lr must be finite and > 0, got -1.0"),
+        (["--lr", "-1"], "SGD: lr must be above 0 and finite; got -1.0"),
         (["--data", "nowhere.npz"], "nowhere.npz"),
         (["--output", "/proc/no"], "Error: --output /proc/no cannot be written: "),
     ],

@@ -14,6 +14,7 @@ from bitring.compression.factors import Factors
 from bitring.errors import MismatchError, NonFiniteError, PeerError
 from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from bitring.training.data_parallel import DataParallel
+from bitring.training.modes.block_momentum import BlockMomentum
 from bitring.training.modes.local import Local
 from bitring.training.optimizers.adagrad import AdaGrad
 from bitring.training.optimizers.sgd import SGD
@@ -470,14 +471,16 @@ SHARED = np.ones(6)
             TypeError,
             "optimizer must be a name (adagrad, sgd) or an instance of Optimizer, got the class SGD itself",
         ),
+        ({"optimizer": "sgd:eps=1"}, ValueError, "unknown setting 'eps' of the optimizer sgd; known: lr, momentum, "),
+        ({"mode": "local:tau=0"}, ValueError, "Local: tau must be at least 1; got 0"),
         ({"mode": "async"}, ValueError, "unknown mode 'async'; known: block_momentum, local, sync"),
         ({"mode": 3}, TypeError, "mode must be a name (block_momentum, local, sync) or an instance of Mode, got 3"),
         ({"compression": "twobit"}, ValueError, "'twobit'; known: "),
         ({"compression": "none"}, ValueError, "'none' is no compressor: compression=None is exact; known: "),
         ({"compression": "topk:densty=1"}, ValueError, "unknown setting 'densty' of the compressor topk; known: "),
-        ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0, got -1"),
-        ({"warmup_steps": 1.5}, TypeError, "warmup_steps must be an int, got float"),
-        ({"bucket_bytes": 0}, ValueError, "bucket_bytes must be at least 1, got 0"),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0; got -1"),
+        ({"warmup_steps": 1.5}, TypeError, "warmup_steps must be an int; got float"),
+        ({"bucket_bytes": 0}, ValueError, "bucket_bytes must be at least 1; got 0"),
     ],
 )
 def test_wrong_arguments(comm, agree, arguments, kind, text):
@@ -491,6 +494,16 @@ def test_wrong_arguments(comm, agree, arguments, kind, text):
         agree(comm, describes(error, kind, text), repr(error))
     else:
         agree(comm, describes(error, PeerError, text, f"rank {last} raised {kind.__name__}"), repr(error))
+
+
+def test_settings_as_text(comm, agree):
+    trainer = DataParallel([np.ones(3)], "adagrad:eps=1e-6", comm=comm, mode="block_momentum:tau=20,zeta=0.5")
+    agree(comm, trainer.optimizer == AdaGrad(eps=1e-6), str(trainer.optimizer))
+    agree(comm, trainer.mode == BlockMomentum(tau=20, zeta=0.5), str(trainer.mode))
+    trainer.optimizer, trainer.mode = "adagrad:lr=0.1", "block_momentum:tau=5"
+    agree(comm, trainer.optimizer == AdaGrad(lr=0.1), str(trainer.optimizer))
+    agree(comm, trainer.mode == BlockMomentum(tau=5), str(trainer.mode))
+    trainer.free()
 
 
 def test_unknown_algorithm(comm, agree):

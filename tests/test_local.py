@@ -191,9 +191,9 @@ def test_parameters_that_diverged_are_not_averaged(comm, agree):
 @pytest.mark.parametrize(
     ("tau", "error", "text"),
     [
-        (0, ValueError, "Local: tau must be at least 1 step, got 0"),
-        (2.5, TypeError, "Local: tau must be an int, a number of steps, got float"),
-        (True, TypeError, "Local: tau must be an int, a number of steps, got bool"),
+        (0, ValueError, "Local: tau must be at least 1; got 0"),
+        (2.5, TypeError, "Local: tau must be an int; got float"),
+        (True, TypeError, "Local: tau must be an int; got bool"),
     ],
 )
 def test_wrong_settings(tau, error, text):

@@ -88,12 +88,12 @@ def test_restart_forgets_the_velocity():
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        ({"lr": 0}, ValueError, "SGD: lr must be finite and > 0, got 0"),
-        ({"lr": float("nan")}, ValueError, "SGD: lr must be finite and > 0, got nan"),
-        ({"lr": "0.1"}, TypeError, "SGD: lr must be a number, got str"),
-        ({"momentum": -0.1}, ValueError, "SGD: momentum must be finite and >= 0, got -0.1"),
-        ({"momentum": 1}, ValueError, "SGD: momentum must be below 1, got 1"),
-        ({"weight_decay": -1}, ValueError, "SGD: weight_decay must be finite and >= 0, got -1"),
+        ({"lr": 0}, ValueError, "SGD: lr must be above 0 and finite; got 0"),
+        ({"lr": float("nan")}, ValueError, "SGD: lr must be above 0 and finite; got nan"),
+        ({"lr": "0.1"}, TypeError, "SGD: lr must be a number; got str"),
+        ({"momentum": -0.1}, ValueError, "SGD: momentum must be at least 0 and below 1; got -0.1"),
+        ({"momentum": 1}, ValueError, "SGD: momentum must be at least 0 and below 1; got 1"),
+        ({"weight_decay": -1}, ValueError, "SGD: weight_decay must be at least 0 and finite; got -1"),
         ({"nesterov": True}, ValueError, "SGD: nesterov=True needs momentum > 0, got momentum=0"),
     ],
     ids=str,

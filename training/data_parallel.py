@@ -21,6 +21,7 @@ from bitring.compression.compressor import Compressor, compressors, parsed
 from bitring.compression.factors import Factors
 from bitring.compression.reducers.sufficient_factors import SufficientFactors
 from bitring.errors import MismatchError, NonFiniteError, uncopyable
+from bitring.settings import Range, checked
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 from bitring.training.preemption import NOTICE, watching
@@ -30,7 +31,6 @@ from bitring.training.step.checks import (
     checked_unused,
     checked_weight,
     chosen,
-    count_of,
     difference,
     is_frozen,
     not_finite,
@@ -108,10 +108,11 @@ class DataParallel:
                 None if compression is None else chosen("compression", parsed(compression), compressors, Compressor)
             )
             self.algorithm = algorithm
-            self.warmup_steps = count_of("warmup_steps", warmup_steps, 0)
-            self.check_every = self._check_at = count_of("check_every", check_every, 0)
+            self.warmup_steps = checked("DataParallel", "warmup_steps", warmup_steps, int, Range(least=0))
+            self.check_every = checked("DataParallel", "check_every", check_every, int, Range(least=0))
+            self._check_at = self.check_every
             self._parameters = checked_parameters(parameters)
-            self._bucket_bytes = count_of("bucket_bytes", bucket_bytes, 1)
+            self._bucket_bytes = checked("DataParallel", "bucket_bytes", bucket_bytes, int, Range(least=1))
             self.unused = checked_unused(unused)
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from bitring.registry import Registry
+from bitring.settings import Settings
 
 State = dict[str, Any]
 
@@ -57,7 +58,7 @@ class Trainer(Protocol):
         ...
 
 
-class Mode(ABC):
+class Mode(Settings, ABC):
     """Base of every mode; instances are settings and hold no state."""
 
     @abstractmethod
@@ -111,11 +112,3 @@ def mean_changes(trainer: Trainer, state: State) -> Iterator[dict[str, Any]]:
         yield from trainer.exchange(trainer.parameters, state["weight"] / total, minus=state["start"])
     state["steps"] = 0
     state["weight"] = 0.0
-
-
-def require_tau(owner: str, tau: object) -> None:
-    """Raise unless ``tau`` is a whole number of steps."""
-    if isinstance(tau, bool) or not isinstance(tau, int):
-        raise TypeError(f"{owner}: tau must be an int, a number of steps, got {type(tau).__name__}")
-    if tau < 1:
-        raise ValueError(f"{owner}: tau must be at least 1 step, got {tau}")

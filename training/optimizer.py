@@ -6,7 +6,6 @@ it keeps for a parameter (``slots``) and what happens to a run of values (``appl
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from bitring.arrays import xp_of
 from bitring.registry import Registry
+from bitring.settings import Settings
 
 State = dict[str, dict[str, Any]]  # slot -> parameter's name -> array of the parameter's shape and dtype
 
@@ -27,7 +27,7 @@ _SMALL = 1 << 12
 """Arrays of up to so many values are copied together: what an operation costs at any size is most of it."""
 
 
-class Optimizer(ABC):
+class Optimizer(Settings, ABC):
     """Base of every optimizer; instances are settings and hold no state."""
 
     @property
@@ -112,11 +112,3 @@ class Optimizer(ABC):
 
 
 optimizers: Registry[Optimizer] = Registry("optimizer", Optimizer, "training/optimizers", group="bitring.optimizers")
-
-
-def require_number(owner: str, name: str, value: object, least: float, *, above: bool = False) -> None:
-    """Raise unless ``value`` is a finite number of at least ``least`` (or above it)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < least or (above and value == least):
-        raise ValueError(f"{owner}: {name} must be finite and {'>' if above else '>='} {least:g}, got {value}")

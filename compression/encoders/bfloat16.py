@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder, check_block
+from bitring.compression.encoder import Encoder
+from bitring.settings import setting
 
 
 @dataclass(frozen=True)
 class BFloat16(Encoder):
     """16 bits a value. Values share nothing: ``block`` (a multiple of 64) is only where pieces are cut."""
 
-    block: int = 1024
-
-    def __post_init__(self) -> None:
-        check_block(self)
+    block: int = setting(1024, multiple_of=64)
 
     def nbytes(self, n: int) -> int:
         """See Encoder."""

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder, check_block, check_whole, packed_nbytes
+from bitring.compression.encoder import Encoder, packed_nbytes
+from bitring.settings import setting
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,8 @@ class Fixed(Encoder):
 
     draws = True
 
-    bits: int = 8
-    block: int = 1024
-
-    def __post_init__(self) -> None:
-        check_whole(self, "bits", 3, 16)
-        check_block(self)
+    bits: int = setting(8, least=3, most=16)
+    block: int = setting(1024, multiple_of=64)
 
     def nbytes(self, n: int) -> int:
         """See Encoder."""

@@ -18,19 +18,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder, check_block, check_whole, packed_nbytes
+from bitring.compression.encoder import Encoder, packed_nbytes
+from bitring.settings import setting
 
 
 @dataclass(frozen=True)
 class Linear(Encoder):
     """``bits`` (2 to 8) a value, and a float32 step for every ``block`` values (a positive multiple of 64)."""
 
-    bits: int = 4
-    block: int = 1024
-
-    def __post_init__(self) -> None:
-        check_whole(self, "bits", 2, 8)
-        check_block(self)
+    bits: int = setting(4, least=2, most=8)
+    block: int = setting(1024, multiple_of=64)
 
     def nbytes(self, n: int) -> int:
         """See Encoder."""

@@ -22,17 +22,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bitring.compression.encoder import Encoder, check_block
+from bitring.compression.encoder import Encoder
+from bitring.settings import setting
 
 
 @dataclass(frozen=True)
 class OneBit(Encoder):
     """One bit a value, and two float32 levels for every ``block`` values (a positive multiple of 64)."""
 
-    block: int = 1024
-
-    def __post_init__(self) -> None:
-        check_block(self)
+    block: int = setting(1024, multiple_of=64)
 
     def nbytes(self, n: int) -> int:
         """See Encoder."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder, check_block, check_positive
+from bitring.compression.encoder import Encoder
 from bitring.compression.exchange.gaps import expected_nbytes, most_nbytes, over_blocks
+from bitring.settings import setting
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,16 @@ class Threshold(Encoder):
     multiple of 64.
     """
 
-    tau: float | None = None
-    density: float = 0.01
-    block: int = 1 << 16
+    tau: float | None = setting(None, above=0, most=3e38)
+    density: float = setting(0.01, above=0, most=1)
+    block: int = setting(1 << 16, multiple_of=64)
 
     fixed_size = False
 
     def __post_init__(self) -> None:
-        if self.tau is not None:
-            check_positive(self, "tau", 3e38)
-        check_positive(self, "density", 1)
+        super().__post_init__()
         if self.tau is not None and self.density != Threshold.density:
             raise ValueError(f"Threshold: expected tau or density; got both, {self.tau} and {self.density}")
-        check_block(self)
 
     @property
     def _tau_nbytes(self) -> int:

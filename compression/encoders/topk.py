@@ -15,25 +15,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder, check_block, check_positive
+from bitring.compression.encoder import Encoder
 from bitring.compression.exchange.gaps import expected_nbytes, most_nbytes, over_blocks
+from bitring.settings import setting
 
 
 @dataclass(frozen=True)
 class TopK(Encoder):
     """A part ``density`` (above 0, up to 1) of every ``block`` values (a positive multiple of 64), the largest."""
 
-    density: float = 0.01
+    density: float = setting(0.01, above=0, most=1)
     sampled: bool = False
-    block: int = 1 << 16
+    block: int = setting(1 << 16, multiple_of=64)
 
     fixed_size = False
-
-    def __post_init__(self) -> None:
-        check_positive(self, "density", 1)
-        if not isinstance(self.sampled, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"TopK: sampled must be a bool; got {type(self.sampled).__name__}")
-        check_block(self)
 
     def _sent(self, count: int) -> int:
         return max(int(self.density * count), 1)

@@ -32,6 +32,7 @@ from bitring.arrays import Array
 from bitring.compression.encoder import residual_dtype
 from bitring.compression.exchange.shared_random import uniform
 from bitring.compression.reducer import Reducer, Reduction, check_host, cut
+from bitring.settings import setting
 
 if TYPE_CHECKING:
     from bitring.collectives.interop.steps import Progress, Steps
@@ -45,16 +46,8 @@ _BLOCK_VALUES = 16 << 10
 class PowerSGD(Reducer):
     """Approximate each matrix of the gradients by one of rank ``matrix_rank`` (at least 1). Host memory only."""
 
-    matrix_rank: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("matrix_rank", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"PowerSGD: {name} must be an int; got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"PowerSGD: {name} must be at least {least}; got {value}")
+    matrix_rank: int = setting(4, least=1)
+    seed: int = setting(0, least=0)
 
     def check(self, flat: Array) -> None:
         """See Reducer."""

@@ -21,6 +21,7 @@ from bitring.arrays import Array, xp_of
 from bitring.compression.encoder import residual_dtype
 from bitring.compression.exchange.shared_random import words
 from bitring.compression.reducer import Reducer, Reduction
+from bitring.settings import setting
 
 if TYPE_CHECKING:
     from bitring.collectives.interop.steps import Progress, Steps
@@ -31,16 +32,8 @@ if TYPE_CHECKING:
 class RandomK(Reducer):
     """Send a random part of the values, ``density`` of them (0 < density <= 1), chosen anew in every run."""
 
-    density: float = 0.1
+    density: float = setting(0.1, above=0, most=1)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"RandomK: density must be a number; got {type(self.density).__name__}")
-        if not 0 < self.density <= 1:
-            raise ValueError(f"RandomK: density must be above 0 and at most 1; got {self.density}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"RandomK: seed must be an int; got {type(self.seed).__name__}")
 
     def check(self, flat: Array) -> None:
         """See Reducer; any memory will do."""

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitring.arrays import xp_of
-from bitring.training.mode import Mode, State, Trainer, copies, local_step, mean_changes, new_block, require_tau
-from bitring.training.optimizer import require_number
+from bitring.settings import setting
+from bitring.training.mode import Mode, State, Trainer, copies, local_step, mean_changes, new_block
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,10 @@ class BlockMomentum(Mode):
     0 ≤ ``momentum`` < 1, None for 1 − 1/N on N ranks; ``zeta`` > 0 scales the block's change; see the module.
     """
 
-    tau: int = 50
-    momentum: float | None = None
-    zeta: float = 1.0
+    tau: int = setting(50, least=1)
+    momentum: float | None = setting(None, least=0, below=1)
+    zeta: float = setting(1.0, above=0)
     nesterov: bool = True
-
-    def __post_init__(self) -> None:
-        require_tau("BlockMomentum", self.tau)
-        require_number("BlockMomentum", "zeta", self.zeta, 0, above=True)
-        if self.momentum is not None:
-            require_number("BlockMomentum", "momentum", self.momentum, 0)
-            if self.momentum >= 1:
-                raise ValueError(f"BlockMomentum: momentum must be below 1, got {self.momentum}")
 
     def init(self, trainer: Trainer) -> State:
         """The block's ``steps``, ``weight``, ``start``; the ``model`` W and its momentum ``delta`` (name -> array)."""

@@ -11,17 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitring.training.mode import Mode, State, Trainer, local_step, mean_changes, new_block, require_tau
+from bitring.settings import setting
+from bitring.training.mode import Mode, State, Trainer, local_step, mean_changes, new_block
 
 
 @dataclass(frozen=True)
 class Local(Mode):
     """Average the parameters every ``tau`` steps."""
 
-    tau: int = 50
-
-    def __post_init__(self) -> None:
-        require_tau("Local", self.tau)
+    tau: int = setting(50, least=1)
 
     def init(self, trainer: Trainer) -> State:
         """The block's ``steps``, ``weight`` and ``start`` (name -> array)."""

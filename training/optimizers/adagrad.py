@@ -16,21 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitring.arrays import xp_of
-from bitring.training.optimizer import Optimizer, require_number
+from bitring.settings import setting
+from bitring.training.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
 class AdaGrad(Optimizer):
     """Settings of AdaGrad. ``lr`` > 0; ``eps`` > 0 keeps the division finite; ``weight_decay`` ≥ 0 (L2)."""
 
-    lr: float = 0.01
-    eps: float = 1e-10
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_number("AdaGrad", "lr", self.lr, 0, above=True)
-        require_number("AdaGrad", "eps", self.eps, 0, above=True)
-        require_number("AdaGrad", "weight_decay", self.weight_decay, 0)
+    lr: float = setting(0.01, above=0)
+    eps: float = setting(1e-10, above=0)
+    weight_decay: float = setting(0.0, least=0)
 
     @property
     def slots(self) -> tuple[str, ...]:

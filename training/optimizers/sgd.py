@@ -17,24 +17,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitring.arrays import xp_of
-from bitring.training.optimizer import Optimizer, State, require_number
+from bitring.settings import setting
+from bitring.training.optimizer import Optimizer, State
 
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
     """Settings of SGD. ``lr`` > 0; 0 ≤ ``momentum`` < 1; ``nesterov`` needs momentum; ``weight_decay`` ≥ 0 (L2)."""
 
-    lr: float = 0.01
-    momentum: float = 0.0
+    lr: float = setting(0.01, above=0)
+    momentum: float = setting(0.0, least=0, below=1)
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, least=0)
 
     def __post_init__(self) -> None:
-        require_number("SGD", "lr", self.lr, 0, above=True)
-        require_number("SGD", "momentum", self.momentum, 0)
-        require_number("SGD", "weight_decay", self.weight_decay, 0)
-        if self.momentum >= 1:
-            raise ValueError(f"SGD: momentum must be below 1, got {self.momentum}")
+        super().__post_init__()
         if self.nesterov and self.momentum == 0:
             raise ValueError("SGD: nesterov=True needs momentum > 0, got momentum=0")
 

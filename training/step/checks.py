@@ -13,6 +13,7 @@ import numpy as np
 from bitring.arrays import BFLOAT16, as_array, is_dense, is_device, require_native, xp_of
 from bitring.compression.factors import Factors
 from bitring.registry import Registry
+from bitring.settings import make
 from bitring.training.tree import host_copy, is_array
 
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, BFLOAT16, np.float32, np.float64))
@@ -173,19 +174,13 @@ def is_frozen(settings: object) -> bool:
     return parameters is not None and bool(parameters.frozen)
 
 
-def count_of(name: str, value: object, least: int) -> int:
-    """``value``, a whole number of at least ``least``. Raises TypeError and ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"DataParallel: {name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"DataParallel: {name} must be at least {least}, got {value}")
-    return int(value)
-
-
 def chosen(argument: str, given: Any, registry: Registry[Any], base: type[Any]) -> Any:
-    """The instance that a name or an instance stands for. Raises TypeError, and ValueError for an unknown name."""
+    """The instance that a name, settings behind it or not, or an instance stands for.
+
+    Raises TypeError for anything else, and what ``make`` raises.
+    """
     if isinstance(given, str):
-        return registry.get(given)()
+        return make(given, registry)
     if isinstance(given, base):
         return given
     shown = f"the class {given.__name__} itself" if isinstance(given, type) else repr(given)

@@ -24,7 +24,6 @@ from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
 from bitring.commands._wire import wire
-from bitring.compression.compressor import make
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.exchange import Exchange
 from bitring.compression.exchange.once_a_node import once_a_node
@@ -32,6 +31,7 @@ from bitring.compression.exchange.owner_schedule import encoders
 from bitring.compression.reducer import cut
 from bitring.compression.reducers import powersgd
 from bitring.nodes import describe
+from bitring.settings import make
 from bitring.training.data_parallel import DataParallel
 from bitring.training.optimizers.sgd import SGD
 from bitring.training.prediction.cluster import Kernel, Machine, write_constants

@@ -15,10 +15,10 @@ from mpi4py import MPI
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
 from bitring.commands._tables import show_table
 from bitring.commands._units import traffic
-from bitring.compression.compressor import make, name_of
 from bitring.compression.encoder import compressors
 from bitring.models.architecture import layer_table
 from bitring.nodes import describe
+from bitring.settings import make, name_of
 from bitring.training.data_parallel import DataParallel
 from bitring.training.optimizers.sgd import SGD
 

@@ -1,10 +1,13 @@
-"""Compressors on the command line: how they are written, and lists of them."""
+"""Settings on the command line: how they are written, and lists of compressors."""
 
 from __future__ import annotations
 
 import re
 
-HOW = "NAME or NAME:KEY=VALUE,..., such as topk:density=0.001"
+
+def how(example: str) -> str:
+    """How a thing and its settings are written, in words."""
+    return f"NAME or NAME:KEY=VALUE,..., such as {example}"
 
 
 def split(text: str) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bitring.collectives.selection.selection import check_name
 from bitring.commands._units import Interval
-from bitring.compression.compressor import Compressor, compressors, make, name_of, spelled
+from bitring.compression.compressor import Compressor, compressors
 from bitring.registry import Registry
+from bitring.settings import make, name_of, read, spelled
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 
@@ -18,6 +21,9 @@ T = TypeVar("T")
 
 # Good for the networks and data sets that come with bitring.
 _DEFAULTS: dict[str, dict[str, float]] = {"sgd": {"lr": 0.02, "momentum": 0.9}}
+
+_OWN_OPTIONS = {"mode": ("tau",), "optimizer": ("lr", "momentum")}
+"""Settings that have options of their own beside that of the thing."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +60,12 @@ class Settings:
         check_name(self.algorithm)
 
     def make_mode(self) -> Mode:
-        """The mode. Raises ValueError for an unknown one, or an option that is not for it."""
-        return _make(modes, self.mode, tau=self.tau)
+        """The mode. Raises ValueError for an unknown one, and options that are not for it or say something else."""
+        return _made(modes, dataclasses.asdict(self))
 
     def make_optimizer(self) -> Optimizer:
         """The optimizer. Raises ValueError as ``make_mode`` does."""
-        given = {"lr": self.lr, "momentum": self.momentum}
-        defaults = _DEFAULTS.get(self.optimizer, {})
-        return _make(
-            optimizers,
-            self.optimizer,
-            **{name: defaults.get(name) if value is None else value for name, value in given.items()},
-        )
+        return _made(optimizers, dataclasses.asdict(self))
 
     def make_compression(self) -> Compressor | None:
         """The compressor, None for an exact exchange. Raises ValueError as ``make`` does."""
@@ -84,24 +84,54 @@ class Settings:
         The values in force, but for the default of ``warmup_steps``, None, which depends on how long the run is.
         """
         left_out = ("data_directory", "epochs", "output", "checkpoint_every", "keep", "resume", "fresh")
-        mode, optimizer, compressor = self.make_mode(), self.make_optimizer(), self.make_compression()
-        in_force = {
-            **dataclasses.asdict(self),
-            "tau": getattr(mode, "tau", None),
-            "compression": "none" if compressor is None else spelled(name_of(self.compression), compressor),
-            "lr": getattr(optimizer, "lr", None),
-            "momentum": getattr(optimizer, "momentum", None),
-        }
-        return {name: value for name, value in in_force.items() if name not in left_out}
+        compressor = self.make_compression()
+        compression = "none" if compressor is None else spelled(name_of(self.compression), compressor)
+        options = {**dataclasses.asdict(self), "compression": compression}
+        return {name: value for name, value in _in_force(options).items() if name not in left_out}
 
 
-def _make(registry: Registry[T], name: str, **options: Any) -> T:
-    """The thing registered as ``name``, with those ``options`` that are given."""
-    cls: Any = registry.get(name)
-    given = {option: value for option, value in options.items() if value is not None}
-    known = {field.name for field in dataclasses.fields(cls)}
-    for option in given:
+def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first option that differs between two runs' ``of_the_result``, with both values; None when nothing does.
+
+    ``was`` may be of an older version, which did not spell modes and optimizers, or of anything.
+    """
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # else compared as it stands there
+        was = _in_force(was)
+    for option, value in now.items():
+        before = was.get(option)
+        if before == value:
+            continue
+        own = [each for each in _OWN_OPTIONS.get(option, ()) if was.get(each) != now[each]]
+        if own and name_of(str(before)) == name_of(value):
+            option, before, value = own[0], was.get(own[0]), now[own[0]]
+        return option, before, value
+    return None
+
+
+def _in_force(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with mode and optimizer spelled, and what has options of its own as it is there."""
+    found = dict(options)
+    registries: list[Registry[Any]] = [modes, optimizers]
+    for registry in registries:
+        kind = registry.kind
+        made = _made(registry, options)
+        found[kind] = spelled(name_of(options[kind]), made)
+        found |= {option: getattr(made, option, None) for option in _OWN_OPTIONS[kind]}
+    return found
+
+
+def _made(registry: Registry[T], options: Mapping[str, Any]) -> T:
+    """The mode or the optimizer that the option of that name, and the settings' own options, ask for."""
+    text: str = options[registry.kind]
+    cls, given = read(text, registry)
+    name = name_of(text)
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for option in _OWN_OPTIONS[registry.kind]:
+        value = options[option]
+        if value is None:
+            continue
         if option not in known:
             raise ValueError(f"--{option} is not for the {registry.kind} {name}")
-    made: T = cls(**given)
-    return made
+        if given.setdefault(option, value) != value:
+            raise ValueError(f"--{registry.kind} {text} and --{option} {value} differ in {option}; give it once")
+    return cls(**{**_DEFAULTS.get(name, {}), **given})

@@ -23,7 +23,7 @@ from bitring.commands._going_on import PreemptedError, stop_for_now
 from bitring.commands._pictures import draw_curve
 from bitring.commands._progress import Progress
 from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, same_everywhere, together
-from bitring.commands._settings import Settings
+from bitring.commands._settings import Settings, difference
 from bitring.commands._units import traffic
 from bitring.compression.compressor import Compressor
 from bitring.compression.factors import Factors
@@ -272,11 +272,11 @@ def _go_on(course: _Course, path: Path) -> None:
     history, settings = extra.get("history"), extra.get("settings")
     if not isinstance(history, list) or not isinstance(settings, dict):
         raise ValueError(f"--resume: {path} was not made by bitring train")
-    for name, value in course.settings.of_the_result().items():
-        was = settings.get(name)
-        if was != value:
-            made, given = ("its default" if x is None else x for x in (was, value))
-            raise ValueError(f"--resume: the checkpoint was made with --{name.replace('_', '-')} {made}; got {given}")
+    differs = difference(settings, course.settings.of_the_result())
+    if differs is not None:
+        option, *values = differs
+        made, given = ("its default" if x is None else x for x in values)
+        raise ValueError(f"--resume: the checkpoint was made with --{option.replace('_', '-')} {made}; got {given}")
     each = len(course.parts.batches)
     done = trainer.steps - each * len(history)
     if not 0 <= done <= each:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bitring.commands._compression import HOW, split
+from bitring.commands._compression import how, split
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -94,7 +94,7 @@ def allreduce(
 @click.option(
     "--compressors",
     type=Names(),
-    help=f"Some of the registered encoders, separated by commas: {HOW}.  [default: all]",
+    help=f"Some of the registered encoders, separated by commas: {how('topk:density=0.001')}.  [default: all]",
 )
 @click.option(
     "--dtype",
@@ -129,7 +129,11 @@ def compress(
 @command.command("train")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here.")
 @click.option("--model", default="mlp", show_default=True, help="A model that predict knows, for its layers.")
-@click.option("--exchanges", type=Names(), help=f"Some of exact, mpi, and the compressors: {HOW}.  [default: all]")
+@click.option(
+    "--exchanges",
+    type=Names(),
+    help=f"Some of exact, mpi, and the compressors: {how('topk:density=0.001')}.  [default: all]",
+)
 @click.option(
     "--samples", type=click.IntRange(min=1), default=9, show_default=True, help="Steps that are timed with each."
 )

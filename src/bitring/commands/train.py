@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bitring.collectives.schedules.schedule import algorithms
-from bitring.commands._compression import HOW
+from bitring.commands._compression import how
 from bitring.commands._settings import Settings
 from bitring.commands._units import INTERVAL
 from bitring.compression.compressor import compressors
@@ -33,7 +33,12 @@ def _names(registry: Registry[Any]) -> str:
     help=f"One of: {_names(datasets)}; or a path ending in .npz.",
 )
 @click.option("--data-directory", type=click.Path(path_type=Path), help="Where the data set's files are.")
-@click.option("--mode", default="sync", show_default=True, help=f"One of: {_names(modes)}.")
+@click.option(
+    "--mode",
+    default="sync",
+    show_default=True,
+    help=f"{how('block_momentum:tau=20,zeta=1')}. One of: {_names(modes)}.",
+)
 @click.option(
     "--tau", type=int, help="Steps between two exchanges, for the modes local and block_momentum.  [default: 50]"
 )
@@ -41,13 +46,18 @@ def _names(registry: Registry[Any]) -> str:
     "--compression",
     default="none",
     show_default=True,
-    help=f"{HOW}. One of: none, {_names(compressors)}.",
+    help=f"{how('topk:density=0.001')}. One of: none, {_names(compressors)}.",
 )
 @click.option("--warmup-steps", type=int, help="Exact steps before compression begins.  [default: 1/64 of all]")
 @click.option(
     "--algorithm", default="auto", show_default=True, help=f"Of the exact exchange. One of: auto, {_names(algorithms)}."
 )
-@click.option("--optimizer", default="sgd", show_default=True, help=f"One of: {_names(optimizers)}.")
+@click.option(
+    "--optimizer",
+    default="sgd",
+    show_default=True,
+    help=f"{how('adagrad:eps=1e-6')}. One of: {_names(optimizers)}.",
+)
 @click.option(
     "--lr",
     type=float,
