@@ -15,7 +15,7 @@ from bitring.arrays import Array
 from bitring.collectives.interop.mpi_library import library_functions
 from bitring.collectives.interop.steps import Progress, Steps, run
 from bitring.collectives.runtime.tags import message_tag
-from bitring.collectives.schedules.program import WINDOW, Message, Program
+from bitring.collectives.schedules.program import WINDOW, Program
 from bitring.native import address_of, kernel, native
 
 
@@ -24,10 +24,6 @@ def _ragged(lists: Iterable[Iterable[int]]) -> tuple[Any, Any]:
     parts = [list(each) for each in lists]
     starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
     return starts, np.array([value for part in parts for value in part], np.int64)
-
-
-def _rest(m: Message, channel: int) -> tuple[int, int, int]:
-    return message_tag(channel, m.sequence), m.slot, m.waits
 
 
 class NativeTransport:

@@ -1,40 +1,14 @@
-"""The owner exchange as a schedule, and its time: encoding, wire and decoding overlap chunk by chunk.
-
-What travels is encoded; chunk c of a payload is what its owner, rank c, decodes and sums. Here it does so in the order
-of the messages, where ``owner_exchange`` does it in rank order; messages, bytes and owners are the same.
-"""
+"""Seconds of the owner exchange: encoding, wire and decoding overlap chunk by chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from bitring.collectives.schedules.schedule import Algorithm, Receive, Round, Send
 from bitring.compression.encoder import Encoder
 from bitring.registry import Registry
 
 encoders: Registry[Encoder] = Registry("encoder", Encoder, "compression/encoders")
 """The compressors that use the owner exchange. Naming them imports nothing."""
-
-
-class OwnerSchedule(Algorithm):
-    """To the owners in p−1 rounds, and back in p−1: 2(p−1)α + 2(p−1)/p·mβ for payloads of m bytes."""
-
-    def chunks(self, size: int) -> int:
-        """One chunk a rank."""
-        return size
-
-    def reduce_scatter(self, rank: int, size: int) -> Iterator[Round]:
-        """Rank r sends chunk r+k to its owner in round k, and takes in what rank r−k has for chunk r."""
-        for k in range(1, size):
-            owner = (rank + k) % size
-            yield Send(owner, owner, owner + 1), Receive((rank - k) % size, rank, rank + 1, reduce=True)
-
-    def allgather(self, rank: int, size: int) -> Iterator[Round]:
-        """Rank r sends its encoded sum to rank r+k in round k."""
-        for k in range(1, size):
-            source = (rank - k) % size
-            yield Send((rank + k) % size, rank, rank + 1), Receive(source, source, source + 1, reduce=False)
 
 
 class Times(NamedTuple):

@@ -1,8 +1,8 @@
 """Seconds a step of synchronous data-parallel training, predicted for every way to exchange the gradients.
 
 The exact exchange costs what ``collectives.cost`` finds for the schedules that run, the compressed one what
-``compression.owner_schedule`` does; both bucket by bucket, as ``DataParallel`` packs them. With C seconds to compute
-gradients, A to agree on the step, and for bucket k P_k to check and pack, T_k to exchange and U_k to update:
+``compression.exchange.owner_schedule`` does; both bucket by bucket, as ``DataParallel`` packs them. With C seconds to
+compute gradients, A to agree on the step, and for bucket k P_k to check and pack, T_k to exchange and U_k to update:
 
     packed_k  = max(packed_{k−1}, ready_k) + P_k
     there_k   = max(there_{k−1}, packed_k) + T_k         exchanges take turns on the wire
