@@ -1,4 +1,4 @@
-"""What can be asked for as ``compression=``: an encoder or a reducer, by name or as an instance.
+"""Compressors, which ``compression=`` asks for: an encoder or a reducer, by name or as an instance.
 
 Settings may follow the name: ``topk``, or ``topk:density=0.001,sampled=true``.
 """

@@ -32,7 +32,7 @@ class LayerTable:
 
     @property
     def values(self) -> int:
-        """How many values there are to learn."""
+        """Number of values to learn."""
         return sum(math.prod(shape) for _, shape in self.parameters)
 
 
@@ -101,7 +101,7 @@ class Architecture(ABC):
 architectures: Registry[Architecture] = Registry("architecture", Architecture, "models/architectures")
 
 OWN_INPUT, OWN_CLASSES = (28, 28), 10
-"""What bitring's own models are looked at with: Fashion-MNIST."""
+"""Input and classes that bitring's own models are looked at with: Fashion-MNIST."""
 
 
 def layer_tables() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a model is: named parameters, a loss, and gradients handed out layer by layer."""
+"""The base of models: named parameters, a loss, and gradients handed out layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mode is: when ranks exchange, and what.
+"""The base of modes, which say when ranks exchange, and what.
 
 A class ``class Name(Mode):`` in ``training/modes/NAME.py`` is registered as ``NAME``. A mode is a frozen dataclass of
 settings. Its state is a dict that ``init`` makes: numbers, arrays, and dicts of these; the trainer keeps it, and
@@ -33,7 +33,7 @@ class Trainer(Protocol):
         ...
 
     def agree(self, weight: float, check: Mapping[str, Any] | None = None) -> float:
-        """The sum of all ranks' weights. Collective: one small record a rank; must precede ``exchange``.
+        """The sum of all ranks' weights. Collective: one small record per rank; must precede ``exchange``.
 
         Raises on all ranks when any rank had bad arguments or NaN or Inf in a gradient since the last call, or has it
         in the arrays of ``check``, or is at another step.

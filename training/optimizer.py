@@ -1,4 +1,4 @@
-"""What an optimizer is: settings in a frozen dataclass, state in plain dicts, the update in place.
+"""The base of optimizers: settings in a frozen dataclass, state in plain dicts, the update in place.
 
 A class ``class Name(Optimizer):`` in ``training/optimizers/NAME.py`` is registered as ``NAME``. It says which arrays
 it keeps for a parameter (``slots``) and what happens to a run of values (``apply``); the walk over parameters is here.

@@ -23,7 +23,7 @@ class Rabenseifner(Algorithm):
     """Recursive halving (reduce-scatter), recursive doubling (allgather), and both (AllReduce)."""
 
     def chunks(self, size: int) -> int:
-        """One chunk a rank."""
+        """One chunk per rank."""
         return size
 
     def allreduce(self, rank: int, size: int) -> Iterator[Round]:

@@ -16,7 +16,7 @@ from bitring.collectives.schedules.schedule import Algorithm, Receive, Round, Se
 
 
 class RecursiveDoubling(Algorithm):
-    """Recursive-doubling AllReduce. (Its allgather needs a chunk a rank: ``rabenseifner`` has it.)"""
+    """Recursive-doubling AllReduce. (Its allgather needs a chunk per rank: ``rabenseifner`` has it.)"""
 
     def chunks(self, size: int) -> int:
         """The whole buffer travels as one."""

@@ -17,7 +17,7 @@ class Ring(Algorithm):
     """Ring AllReduce, reduce-scatter and allgather; chain broadcast and reduce."""
 
     def chunks(self, size: int) -> int:
-        """One chunk a rank."""
+        """One chunk per rank."""
         return size
 
     def reduce_scatter(self, rank: int, size: int) -> Iterator[Round]:

@@ -185,7 +185,7 @@ class _Sums:
     """Distinct sums, numbered: r is rank r's contribution, others are pairs of earlier ones, the lower rank's first."""
 
     def __init__(self, size: int) -> None:
-        self.masks = [1 << rank for rank in range(size)]  # the contributions in each, a bit a rank
+        self.masks = [1 << rank for rank in range(size)]  # the contributions in each, a bit per rank
         self._numbers: dict[tuple[int, int], int] = {}
 
     def add(self, lower: int, higher: int) -> int | None:

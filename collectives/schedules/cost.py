@@ -1,4 +1,4 @@
-"""What a schedule costs in the alpha-beta-gamma model: one clock a rank, one a message.
+"""Seconds of a schedule in the alpha-beta-gamma model: one clock a rank, one a message.
 
 A message of m bytes takes alpha + m·beta seconds, adding m bytes gamma·m. A rank sends one message at a time, receives
 one at a time and adds one at a time, all three at once; it starts whatever can start first. A message starts as soon as
@@ -35,9 +35,10 @@ def cost(
 ) -> float:
     """Seconds from the common start to the end of the last rank, for ``nbytes`` bytes on ``size`` ranks.
 
-    ``alpha`` is in seconds a message, ``beta`` in seconds a byte sent, ``gamma`` in seconds a byte reduced. Messages
-    longer than ``segment_nbytes`` are cut into segments of at most that many bytes; None sends each whole. Empty
-    messages cost nothing. Raises ValueError when the algorithm has no such collective or a number is out of range.
+    ``alpha`` is in seconds per message, ``beta`` in seconds per byte sent, ``gamma`` in seconds per byte reduced.
+    Messages longer than ``segment_nbytes`` are cut into segments of at most that many bytes; None sends each whole.
+    Empty messages cost nothing. Raises ValueError when the algorithm has no such collective, or a number is out of
+    range.
     """
     if nbytes < 0 or (segment_nbytes is not None and segment_nbytes < 1) or min(alpha, beta, gamma) < 0:
         raise ValueError(
@@ -112,7 +113,7 @@ def _one_for_all(
 
 
 class _Habits:
-    """What a rank does in each round, in words that are the same for ranks that do the same."""
+    """The work of a rank in each round, in words that are the same for ranks that do the same."""
 
     def __init__(self, chunks: int, ordered: bool) -> None:
         self._arrange: Callable[[Iterable[tuple[int, int]]], object] = list if ordered else sorted

@@ -1,4 +1,4 @@
-"""What reductions communicate by: exact sums inside another plan's run, and an allgather."""
+"""Communication for reductions: exact sums inside another plan's run, and an allgather."""
 
 from __future__ import annotations
 

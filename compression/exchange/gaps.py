@@ -1,4 +1,4 @@
-"""How many bytes indexes take, at most and on average; ``gaps_numba.py`` says how they are coded."""
+"""Bytes that indexes take, at most and on average; ``gaps_numba.py`` says how they are coded."""
 
 from __future__ import annotations
 

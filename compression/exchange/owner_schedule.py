@@ -26,9 +26,9 @@ def owner_seconds(
     """Seconds of an owner exchange among ``size`` ranks.
 
     ``encode``, ``decode``: seconds of encoding and of decoding a whole buffer. ``nbytes``: of its payload. ``alpha``:
-    seconds a message; ``beta``: seconds a byte. Chunks are sent in ``pieces``. All ranks do the same at the same time,
-    so what a rank sends in a round arrives, at the same moment, from another. With E, D, w for encoding, decoding and
-    sending one of the P = p·pieces pieces, a rank's processor and its wire are two clocks:
+    seconds per message; ``beta``: seconds per byte. Chunks are sent in ``pieces``. All ranks do the same at the same
+    time, so what a rank sends in a round arrives, at the same moment, from another. With E, D, w for encoding, decoding
+    and sending one of the P = p·pieces pieces, a rank's processor and its wire are two clocks:
 
     1. it encodes the p−1 others' chunks: piece i ends at iE and is with its owner at A_i = max(A_{i−1}, iE) + w;
     2. it encodes and decodes its own, then decodes those that arrive: C_i = max(C_{i−1}, A_i) + D;

@@ -72,7 +72,7 @@ def _kept(settings: tuple[float, ...]) -> Any:
 
 @functools.cache
 def settings_address(settings: tuple[float, ...]) -> int:
-    """Where these numbers lie, as long as the process lives."""
+    """The address of these numbers, valid as long as the process lives."""
     address: int = _kept(settings).ctypes.data
     return address
 

@@ -7,7 +7,7 @@ each multiplies them out, the samples in rank order: Σ_r u_rᵀ·v_r.
 
 All ranks send (p−1)·ΣK·(M+N) values in that allgather, and 2(p−1)·M·N in a dense AllReduce. So a parameter travels as
 factors where ΣK·(M+N) < 2·M·N and every rank has handed factors over (a rank without samples hands over K = 0), which
-the ranks find out by exchanging their K's, eight bytes a parameter. Any other is multiplied out, and summed densely.
+the ranks find out by exchanging their K's, eight bytes per parameter. Any other is multiplied out, and summed densely.
 
 The product is the BLAS library's: bits are equal on ranks with the same library, kind of CPU, and number of threads.
 """

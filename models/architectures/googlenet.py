@@ -19,7 +19,7 @@ MODULES = {
 
 
 class GoogLeNet(Architecture):
-    """Without the auxiliary classifiers: 6,998,552 parameters, 1.6 G multiply-adds a sample."""
+    """Without the auxiliary classifiers: 6,998,552 parameters, 1.6 G multiply-adds per sample."""
 
     def layers(self) -> list[LayerTable]:
         """See Architecture."""

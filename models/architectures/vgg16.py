@@ -6,7 +6,7 @@ from bitring.models.architecture import Architecture, Builder, LayerTable
 
 
 class VGG16(Architecture):
-    """138,357,544 parameters, 15.5 G multiply-adds a sample."""
+    """138,357,544 parameters, 15.5 G multiply-adds per sample."""
 
     def layers(self) -> list[LayerTable]:
         """See Architecture."""

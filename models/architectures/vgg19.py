@@ -7,7 +7,7 @@ from bitring.models.architectures.vgg16 import vgg
 
 
 class VGG19(Architecture):
-    """143,667,240 parameters, 19.6 G multiply-adds a sample."""
+    """143,667,240 parameters, 19.6 G multiply-adds per sample."""
 
     def layers(self) -> list[LayerTable]:
         """See Architecture."""

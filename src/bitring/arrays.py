@@ -40,7 +40,7 @@ _SCALARS: tuple[Any, ...] = (
     np.clongdouble,
 )
 NUMERIC_DTYPES: tuple[np.dtype[Any], ...] = tuple(map(np.dtype, _SCALARS))
-"""What bitring moves and reduces, in the order of native/kernels.h."""
+"""The dtypes that bitring moves and reduces, in the order of native/kernels.h."""
 
 _NUMERIC = frozenset(NUMERIC_DTYPES)
 
@@ -58,7 +58,7 @@ Surroundings = Callable[[], AbstractContextManager[Any]]
 
 
 class Device(Protocol):
-    """What bitring asks of a device."""
+    """The operations that bitring needs of a device."""
 
     xp: Any  # array module: empty, ufuncs with out=
 
@@ -83,7 +83,7 @@ class Device(Protocol):
         ...
 
     def capture(self) -> Surroundings:
-        """What is current in the calling thread (device, stream), to be entered in another thread."""
+        """The context that is current in the calling thread (device, stream), to be entered in another thread."""
         ...
 
 
@@ -160,7 +160,7 @@ def _home(x: Any) -> str:
 
 
 def surroundings() -> Surroundings | None:
-    """What of the calling thread a job must find in the thread that runs it; None while no device is in use."""
+    """The calling thread's context, for the thread that runs its job; None while no device is in use."""
     captured = [device.capture() for device in _made.values()]
     if not captured:
         return None

@@ -1,4 +1,4 @@
-"""What the commands exit with: one table, which help and documentation show and batch scripts decide by."""
+"""The commands' exit codes: one table, which help and documentation show and batch scripts decide by."""
 
 from __future__ import annotations
 

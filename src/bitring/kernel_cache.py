@@ -40,7 +40,7 @@ def with_cache(made: Any, function: Callable[..., Any], *, parts: str = "") -> A
 
 
 def open_to(folder: Path) -> str | None:
-    """Who else can put files into ``folder``, whose files this process executes; None when nobody can."""
+    """Others who can put files into ``folder``, whose files this process executes; None when nobody can."""
     for place in (folder, *folder.parents):
         with contextlib.suppress(FileNotFoundError):
             found = place.stat()

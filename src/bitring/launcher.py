@@ -1,4 +1,4 @@
-"""What the launcher (mpirun, srun) told this process, without MPI, which may not work yet."""
+"""The launcher's (mpirun, srun) word to this process, read without MPI, which may not work yet."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def launched_rank() -> int:
 
 
 def launched_size() -> int:
-    """How many processes were started together; 1 for one started by itself."""
+    """Number of processes that were started together; 1 for one started by itself."""
     mpirun = _first(SIZE_VARIABLES[:2], 0)
     # Slurm's number alone may be of a job's script; a process that srun has started has its own number too.
     return mpirun or (_first(SIZE_VARIABLES[2:], 1) if "SLURM_PROCID" in os.environ else 1)
 
 
 def launched_local_size() -> int:
-    """How many of them were started on this node; 1 where the launcher does not say."""
+    """Number of them that were started on this node; 1 where the launcher does not say."""
     return _first(LOCAL_SIZE_VARIABLES, 1)
 
 
 def launch_words(size: int) -> list[str]:
-    """What to type before a command that ``size`` processes shall run, started as these were; nothing for one alone."""
+    """The words before a command that ``size`` processes shall run, started as these were; nothing for one alone."""
     if "MPI_LOCALNRANKS" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
         beside = str(Path(sys.prefix) / "bin" / "mpirun")
         elsewhere = os.path.exists(beside) and shutil.which("mpirun") != beside
@@ -43,7 +43,7 @@ def launch_words(size: int) -> list[str]:
 
 
 def alone_by_mistake(world_size: int, library: str) -> str | None:
-    """What is wrong, and what to type, where several processes were started and each is a world of its own.
+    """A message, and what to type, where several processes were started and each is a world of its own.
 
     ``library`` names the MPI library. None where all is well, and where BITRING_ALONE=1 says that it is meant.
     """
@@ -67,7 +67,7 @@ def _own_mpirun() -> str:
 
 
 def unknown_to_mpich() -> str | None:
-    """What to say where the launcher offers PMIx, and the MPI library is MPICH's wheel, which it ends in MPI_Init."""
+    """A message for where the launcher offers PMIx, and the MPI library is MPICH's wheel, which it ends in MPI_Init."""
     if "PMIX_NAMESPACE" not in os.environ:
         return None
     try:
@@ -81,7 +81,7 @@ def unknown_to_mpich() -> str | None:
 
 
 def thread_share(cores: Sequence[set[int]], number: int) -> int:
-    """How many threads rank ``number`` of a node may use: its cores, shared with those that may use the same.
+    """Number of threads that rank ``number`` of a node may use: its cores, shared with those that may use the same.
 
     ``cores``: of each of the node's ranks that take part. Others count, too, where the launcher says how many there are
     and binds none to cores. OMP_NUM_THREADS, where it is set, is the user's own answer.

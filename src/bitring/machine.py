@@ -1,4 +1,4 @@
-"""What a result was made with: the processor, the MPI library, versions. No host names and no paths, so that results
+"""The origin of a result: the processor, the MPI library, versions. No host names and no paths, so that results
 may be published."""
 
 from __future__ import annotations

@@ -70,5 +70,5 @@ def kernel(ufunc: str | None, dtype: np.dtype[Any]) -> int:
 
 
 def address_of(x: Any) -> int:
-    """Where the NumPy array ``x`` begins."""
+    """The address of the NumPy array ``x``."""
     return int(x.__array_interface__["data"][0])

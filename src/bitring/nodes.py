@@ -1,4 +1,4 @@
-"""Where the ranks of a communicator are, and what they may use there; as all of them find out together."""
+"""The nodes of a communicator's ranks, and what they may use there; as all of them find out together."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def node_map(comm: MPI.Intracomm) -> list[list[int]]:
 
 
 def thread_share(comm: MPI.Intracomm) -> int:
-    """How many threads this rank may use, as ``launcher.thread_share`` counts them. Collective."""
+    """Number of threads that this rank may use, as ``launcher.thread_share`` counts them. Collective."""
     cores = allgather(comm, os.sched_getaffinity(0), "thread_share")
     node = next(ranks for ranks in node_map(comm) if comm.Get_rank() in ranks)
     return launcher.thread_share([cores[rank] for rank in node], node.index(comm.Get_rank()))

@@ -161,7 +161,7 @@ def make(text: str, registry: Registry[T]) -> T:
 
 
 def spelled(name: str, settings: Any) -> str:
-    """How ``settings`` of the class registered as ``name`` are asked for: the same text for equal settings."""
+    """The text that asks for ``settings`` of the class registered as ``name``: the same for equal settings."""
     fields = [field for field in dataclasses.fields(settings) if getattr(settings, field.name) != field.default]
     given = (f"{field.name}={str(getattr(settings, field.name)).lower()}" for field in fields)
     return f"{name}:{','.join(given)}" if fields else name

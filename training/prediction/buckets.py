@@ -1,4 +1,4 @@
-"""How parameters are dealt out to buckets, by their sizes alone."""
+"""Dealing out parameters to buckets, by their sizes alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prediction needs to know: the ranks and the network between them, and how fast one machine computes.
+"""The facts that a prediction needs: the ranks and the network between them, and how fast one machine computes.
 
 A :class:`Machine` comes from the file that ``bitring bench compress --json`` writes, or is the built-in one.
 """
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Cluster:
-    """``ranks`` spread evenly over ``nodes``. ``bandwidth``: bytes a second out of a node, and as many into it;
-    ``latency``: seconds a message between nodes. On one node, neither counts.
+    """``ranks`` spread evenly over ``nodes``. ``bandwidth``: bytes per second out of a node, and as many into it;
+    ``latency``: seconds per message between nodes. On one node, neither counts.
 
     Raises ValueError for numbers that are out of range, and ranks that the nodes cannot share evenly.
     """
@@ -40,7 +40,7 @@ class Cluster:
 
     @property
     def ranks_per_node(self) -> int:
-        """How many ranks share a node's memory and its network interface."""
+        """Number of ranks that share a node's memory and its network interface."""
         return self.ranks // self.nodes
 
 
@@ -53,18 +53,18 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast one machine is. Where ranks compute at once they share its memory, so there are two figures.
+    """The speed of one machine. Where ranks compute at once they share its memory, so there are two figures.
 
-    ``flops``: float32 operations a second of one rank, in a matrix product. ``add``: bytes a second reduced by one rank
-    (γ is its inverse). ``copy``: bytes a second read and written by a copy, of one rank alone; ``copy_together``: of
-    all ranks at once, together. ``step``, ``step_together``: seconds a value of what a step of ``DataParallel`` does
-    beside exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``: seconds that each
-    parameter adds, whatever its size. ``powersgd``, ``powersgd_together``, ``powersgd_array``: of what PowerSGD
-    computes, likewise. ``cores``: of a node. ``kernels``, ``kernels_together``: by encoder, of a rank alone and of each
-    of ``together`` at once. ``wire``: the part of a network's bandwidth that payloads get. ``local_latency``: seconds
-    to meet the ranks of the same node. ``latency``, ``bandwidth``: seconds a message between nodes, and bytes a second
-    of payload that each node sends to the next while all do; None where they were not measured. ``wire_work``: seconds
-    of its processor for a byte that a rank sends and one that it receives.
+    ``flops``: float32 operations per second of one rank, in a matrix product. ``add``: bytes per second reduced by one
+    rank (γ is its inverse). ``copy``: bytes per second read and written by a copy, of one rank alone;
+    ``copy_together``: of all ranks at once, together. ``step``, ``step_together``: seconds per value of what a step of
+    ``DataParallel`` does beside exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``:
+    seconds that each parameter adds, whatever its size. ``powersgd``, ``powersgd_together``, ``powersgd_array``: of
+    what PowerSGD computes, likewise. ``cores``: of a node. ``kernels``, ``kernels_together``: by encoder, of a rank
+    alone and of each of ``together`` at once. ``wire``: the part of a network's bandwidth that payloads get.
+    ``local_latency``: seconds to meet the ranks of the same node. ``latency``, ``bandwidth``: seconds per message
+    between nodes, and bytes per second of payload that each node sends to the next while all do; None where they were
+    not measured. ``wire_work``: seconds of its processor for a byte that a rank sends and one that it receives.
     ``emulated``: nodes share this machine's cores, so all ranks compute at once whatever their nodes.
     """
 
@@ -165,7 +165,7 @@ def read_machine(path: Path) -> Machine:
 
 
 def write_constants(machine: Machine) -> dict[str, Any]:
-    """What ``read_machine`` reads under ``constants``."""
+    """The object that ``read_machine`` reads under ``constants``."""
     plain = dataclasses.asdict(machine)
     for name in ("kernels", "kernels_together"):
         plain[name] = {encoder: kernel._asdict() for encoder, kernel in getattr(machine, name).items()}

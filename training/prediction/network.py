@@ -1,4 +1,4 @@
-"""What the exact collectives take on a cluster, by the schedules that would run there."""
+"""Seconds of the exact collectives on a cluster, by the schedules that would run there."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Network:
             return self.node_seconds(nbytes), "shared_memory"
         if p == nodes:
             return self._flat(nodes, nbytes)
-        # The lanes together carry the buffer between nodes as one rank a node would, if by the ring.
+        # The lanes together carry the buffer between nodes as one rank per node would, if by the ring.
         return self.node_seconds(nbytes) + self._seconds("ring", nodes, nbytes), "multilane"
 
     def library(self, nbytes: int) -> tuple[float, str]:
@@ -62,7 +62,7 @@ class Network:
         return ways[name] + inside, f"{name}{TEXTBOOK}"
 
     def sent(self, how: str, size: int) -> float:
-        """How many times the buffer the busiest of ``size`` ranks sends, by what ``exact`` or ``library`` named."""
+        """The times that the busiest of ``size`` ranks sends the buffer, by what ``exact`` or ``library`` named."""
         name = how.removesuffix(TEXTBOOK)
         if size == 1 or name in ("ring", "shared_memory", "multilane"):
             return 2 * (size - 1) / size

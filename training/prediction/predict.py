@@ -77,7 +77,7 @@ def predict(
 ) -> list[Prediction]:
     """A prediction for each exchange that there is, ``exact`` first.
 
-    ``batch``: samples a rank in a step. ``compute``: seconds a rank takes for the gradients; by default, from the
+    ``batch``: samples per rank in a step. ``compute``: seconds a rank takes for the gradients; by default, from the
     layers' multiply-adds and the machine's speed. ``overlap``: buckets are exchanged as back-propagation completes
     them; ``DataParallel.step`` begins when all gradients are there, which is the default. Raises ValueError for no
     layers, and numbers that are out of range.

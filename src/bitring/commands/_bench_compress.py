@@ -41,7 +41,7 @@ STEP, STEP_ARRAYS = "step without exchange", "step without exchange, many arrays
 POWERSGD, POWERSGD_ARRAYS = "powersgd", "powersgd, many arrays"
 """In place, no line of memory is read only to be overwritten: this comes closest to what the memory can do."""
 
-_YARDSTICKS = {ADD: 12, IN_PLACE: 12, COPY: 8}  # bytes a value
+_YARDSTICKS = {ADD: 12, IN_PLACE: 12, COPY: 8}  # bytes per value
 _PRODUCT_SIDE = 768
 _ARRAYS = 256  # of one value each
 _MATRICES, _MATRIX = 64, (16, 16)
@@ -129,7 +129,7 @@ def _compile(chosen: Iterable[Encoder], dtypes: Iterable[Any]) -> None:
 
 
 def _contenders(comm: MPI.Intracomm, chosen: Mapping[str, Encoder], dtypes: Iterable[Any], n: int) -> list[_Contender]:
-    """What is timed, each checked; all arrays but the encoders' settings are shared."""
+    """The contenders that are timed, each checked; all arrays but the encoders' settings are shared."""
     random = np.random.default_rng(comm.rank)
     x, y, z = (random.standard_normal(n, np.float32) for _ in range(3))
     zeros = np.zeros_like(x)
@@ -160,7 +160,7 @@ def _step(gradients: list[Any]) -> Callable[[], None]:
 
 
 def _low_rank(random: np.random.Generator, shapes: Sequence[tuple[int, int]]) -> Callable[[], object]:
-    """What PowerSGD computes in a run, without its exchanges."""
+    """The computation of PowerSGD in a run, without its exchanges."""
     flat = random.standard_normal(sum(map(math.prod, shapes)), np.float32)
     exchange = Exchange(state_of(MPI.COMM_SELF), "auto")
     reduction = powersgd.PowerSGD().bind(flat, cut(flat, shapes), exchange)
@@ -289,7 +289,7 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def constants(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]], values: int) -> Machine:
-    """What ``bitring predict --machine`` needs."""
+    """The constants that ``bitring predict --machine`` needs."""
     ranks = int(machine["ranks"])
     emulated = bool(os.environ.get("BITRING_HOSTS"))
     sharing = ranks if emulated else ranks // int(machine["nodes"])  # a machine's cores and memory

@@ -6,7 +6,7 @@ import re
 
 
 def how(example: str) -> str:
-    """How a thing and its settings are written, in words."""
+    """The way that a thing and its settings are written, for help."""
     return f"NAME or NAME:KEY=VALUE,..., such as {example}"
 
 

@@ -37,7 +37,7 @@ def stop_for_now(comm: MPI.Intracomm, preempted: PreemptedError) -> NoReturn:
 
 
 def _command_line(size: int, resume: bool) -> str:
-    """What to type to run the current command again on ``size`` ranks: as it was typed, or with ``--resume``."""
+    """The words to type to run the current command again on ``size`` ranks: as it was typed, or with ``--resume``."""
     arguments = sys.argv[1:]
     if resume:
         arguments = [*(word for word in arguments if word not in _BEGINNINGS), "--resume"]
@@ -45,7 +45,7 @@ def _command_line(size: int, resume: bool) -> str:
 
 
 def _program() -> list[str]:
-    """What was typed for ``bitring``."""
+    """The word that was typed for ``bitring``."""
     typed = Path(sys.argv[0])
     if typed.name == "__main__.py":
         return [sys.executable, "-m", "bitring"]

@@ -24,14 +24,14 @@ PAYS_FROM = 1.1
 """A compressed step must be so many times as fast to be worth it: it changes training, and predictions are rough."""
 
 DECADES = 1.5, 1.5
-"""How far the picture reaches below and above the bandwidth."""
+"""Decades that the picture reaches below and above the bandwidth."""
 _POINTS_A_DECADE = 4
 _LATENCY = 50e-6
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The options, None where not given; ``bandwidth`` in bytes a second, ``latency`` and ``compute`` in seconds."""
+    """The options, None where not given; ``bandwidth`` in bytes per second, ``latency`` and ``compute`` in seconds."""
 
     model: str
     ranks: int
@@ -98,7 +98,7 @@ def run(asked: Asked, json_path: Path | None, plot: Path | None) -> None:
 
 
 def _cluster(asked: Asked, machine: Machine) -> Cluster:
-    """What was asked for; what was not said of the network is as the machine's file has it."""
+    """The cluster that was asked for; what was not said of the network is as the machine's file has it."""
     ranks, nodes = asked.ranks, asked.nodes
     if ranks % nodes:
         raise ValueError(
@@ -147,7 +147,7 @@ def advice(predictions: Sequence[Prediction], cluster: Cluster) -> str:
 
 
 def _assumed(asked: Asked, machine: Machine) -> str:
-    """What the advice rests on, where nobody said how fast the ranks are."""
+    """The assumptions that the advice rests on, where nobody said how fast the ranks are."""
     if asked.ranks == 1 or any(told is not None for told in (asked.flops, asked.compute, asked.machine)):
         return ""
     return (
@@ -215,7 +215,7 @@ def _kept(
     bandwidths: Sequence[float],
     curves: Sequence[Sequence[Prediction]],
 ) -> dict[str, Any]:
-    """Bandwidths in bytes a second, null for one node's; times in seconds."""
+    """Bandwidths in bytes per second, null for one node's; times in seconds."""
     kept: dict[str, Any] = {
         "prediction": {
             "model": asked.model,
@@ -252,7 +252,7 @@ def draw(
     curves: Sequence[Sequence[Prediction]],
     path: Path,
 ) -> None:
-    """Draw seconds a step by bandwidth, a line an exchange. Raises ImportError without matplotlib, OSError."""
+    """Draw seconds per step by bandwidth, a line per exchange. Raises ImportError without matplotlib, OSError."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     picture = figure(8, 4.8)
@@ -294,7 +294,7 @@ def _time_tick(seconds: float, position: int | None) -> str:
 
 
 def rate(bandwidth: float) -> str:
-    """Bytes a second as bits a second, as networks are sold."""
+    """Bytes per second as bits per second, as networks are sold."""
     for unit, scale in (("Gbit/s", 1e9), ("Mbit/s", 1e6)):
         if bandwidth * 8 >= scale:
             return f"{bandwidth * 8 / scale:.3g} {unit}"

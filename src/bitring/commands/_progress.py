@@ -1,4 +1,4 @@
-"""How a training run shows itself: a bar on a terminal, else a line an epoch."""
+"""The display of a training run: a bar on a terminal, else a line per epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that use MPI share: ranks that fail together, end together, and leave each other's cores alone."""
+"""The part that commands with MPI share: ranks that fail together, end together, and leave each other's cores alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def meet(comm: MPI.Intracomm) -> None:
 
 
 def together(comm: MPI.Intracomm, prepare: Callable[[], T]) -> T:
-    """What ``prepare`` returns. A mistake that any rank finds in it ends the command on all. Collective."""
+    """The result of ``prepare``. A mistake that any rank finds in it ends the command on all. Collective."""
     result: list[T] = []
     problem: str | None = None
     try:

@@ -1,4 +1,4 @@
-"""What ``bitring train`` was asked for, and the objects that stand for it."""
+"""The options of ``bitring train``, and the objects that stand for it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Settings:
         return make(self.compression, compressors)
 
     def of_the_result(self) -> dict[str, Any]:
-        """What must be the same for a run to go on as it began; not how long it is to go on.
+        """The options that must be the same for a run to go on as it began; not how long it is to go on.
 
         The values in force, but for the default of ``warmup_steps``, None, which depends on how long the run is.
         """

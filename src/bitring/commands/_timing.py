@@ -1,4 +1,4 @@
-"""How the commands that measure collectives take a time. Importing this initialises MPI."""
+"""Timing, for the commands that measure collectives. Importing this initialises MPI."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def seconds_of(comm: MPI.Intracomm, call: Callable[[], None], calls: int) -> flo
 
 
 def pattern(n: int, dtype: np.dtype[Any], rank: int) -> Any:
-    """What rank ``rank`` adds: small whole numbers, so that every order of summation gives the same bits."""
+    """The values that rank ``rank`` adds: small whole numbers, so that every order of summation gives the same bits."""
     return (np.arange(n) % 7 + rank % 2).astype(dtype)
 
 

@@ -57,7 +57,7 @@ WARMUP_SHARE = 64
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the settings stand for."""
+    """The objects that the settings stand for."""
 
     data: Data
     model: Model
@@ -71,7 +71,7 @@ class _Parts:
 
 @dataclass
 class _Epoch:
-    """How far an epoch has come that is not over."""
+    """Progress in an epoch that is not over."""
 
     steps: int = 0
     seconds: float = 0.0  # rank 0's clock
@@ -101,7 +101,7 @@ class _Course:
 
     @property
     def place(self) -> str:
-        """Where training is, in words."""
+        """The place that training has come to, in words."""
         if self.epoch.steps:
             return f"step {self.epoch.steps} of epoch {len(self.history) + 1}"
         return f"epoch {len(self.history)}"
@@ -162,7 +162,7 @@ def run(settings: Settings) -> None:
 
 
 def _left(settings: Settings, courses: list[_Course]) -> str:
-    """What an interrupted run leaves to go on from."""
+    """The words for what an interrupted run leaves to go on from."""
     if courses and courses[0].saved is not None:
         return f"; --resume goes on after {courses[0].saved}"
     return _as_it_was(settings) or " before the first checkpoint"
@@ -415,7 +415,7 @@ def _epochs(number: int) -> str:
 
 
 def _mean_speed(history: list[Record]) -> float:
-    """Samples a second over all epochs."""
+    """Samples per second over all epochs."""
     return float(len(history) / sum(1 / record["samples_per_second"] for record in history))
 
 

@@ -37,13 +37,13 @@ def _prefixed(unit: str, size: float) -> dict[str, float]:
 BANDWIDTH = Quantity(
     "bandwidth", {**_prefixed("bit", 1 / 8), **_prefixed("bit/s", 1 / 8), **_prefixed("B/s", 1)}, "10Gbit or 1.25GB/s"
 )
-"""In bytes a second."""
+"""In bytes per second."""
 
 DURATION = Quantity("duration", {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}, "50us or 0.2s")
 """In seconds."""
 
 FLOPS = Quantity("speed", {**_prefixed("flops", 1), **_prefixed("flop/s", 1)}, "10Tflops")
-"""In operations a second."""
+"""In operations per second."""
 
 
 class Interval(NamedTuple):

@@ -20,7 +20,7 @@ _NAP_SECONDS = 2e-3
 
 
 class Wire(NamedTuple):
-    """``latency``: seconds a message. ``bandwidth``: bytes a second out of each node and into it. ``wire_work``:
+    """``latency``: seconds per message. ``bandwidth``: bytes per second out of each node and into it. ``wire_work``:
     seconds of a node's processors for a byte that it sends and one that it receives, by a Communicator.
     """
 

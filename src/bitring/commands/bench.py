@@ -116,7 +116,7 @@ def compress(
 ) -> None:
     """Encoding, and decoding-and-adding, by every encoder, against the memory's own speed.
 
-    The roofline is the bandwidth of np.add, to a third array and in place (12 bytes a value), or of a copy (8), the
+    The roofline is the bandwidth of np.add, to a third array and in place (12 bytes per value), or of a copy (8), the
     largest, as measured in the same run; a kernel's bandwidth counts what its algorithm has to move, once. First one
     rank is timed, while the others sleep, then all at once, each the slowest rank's. Each kernel is checked before it
     is timed; they take turns, and a time is the median of its samples. The file is for predict --machine, too.

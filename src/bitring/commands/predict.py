@@ -1,4 +1,4 @@
-"""Will compression pay, and which exchange is the best? A prediction of seconds a step.
+"""Will compression pay, and which exchange is the best? A prediction of seconds per step.
 
 Needs no MPI.
 """

@@ -30,7 +30,7 @@ _ROUNDS_SHOWN = 40
 @click.option("--root", type=click.IntRange(min=0), default=0, show_default=True, help="Root of reduce and broadcast.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw a space-time picture to this file.")
 def command(algorithm: str, ranks: int, collective: str | None, root: int, plot: Path | None) -> None:
-    """Show and check the schedule of ALGORITHM: a line a round, then the verdict and the traffic.
+    """Show and check the schedule of ALGORITHM: a line per round, then the verdict and the traffic.
 
     A round is a step in which every message takes one unit of time. "0->1:+2" is a message from rank 0 to rank 1 that
     is added to chunk 2 there; "0->1:=2-3" replaces chunks 2 and 3.
@@ -73,7 +73,7 @@ def command(algorithm: str, ranks: int, collective: str | None, root: int, plot:
 
 
 def _table(algorithm: Algorithm, collective: str, ranks: int, root: int, steps: int) -> Iterator[str]:
-    """A line a round; of many rounds the first and the last, of many messages the first."""
+    """A line per round; of many rounds the first and the last, of many messages the first."""
     by_step: list[list[Message]] = [[] for _ in range(steps)]
     for event in walk(algorithm, collective, ranks, root):
         if isinstance(event, Message):
