@@ -26,7 +26,7 @@ from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.context import State, state_of
+from bitring.collectives.runtime.context import State, check_alive, state_of
 from bitring.collectives.runtime.objects import jointly
 from bitring.collectives.selection.selection import check_name
 from bitring.errors import uncopyable
@@ -81,26 +81,31 @@ class Communicator(MPI.Intracomm):
 
     def Dup(self, info: MPI.Info | None = None) -> Self:
         """As mpi4py's; returns a Communicator."""
+        check_alive(self, "Dup")
         derived: Self = self._derived(super().Dup(info))
         return derived
 
     def Clone(self) -> Self:
         """As mpi4py's; returns a Communicator."""
+        check_alive(self, "Clone")
         derived: Self = self._derived(super().Clone())
         return derived
 
     def Split(self, color: int = 0, key: int = 0) -> Self:
         """As mpi4py's; returns a Communicator."""
+        check_alive(self, "Split")
         derived: Self = self._derived(super().Split(color, key))
         return derived
 
     def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Self:
         """As mpi4py's; returns a Communicator."""
+        check_alive(self, "Split_type")
         derived: Self = self._derived(super().Split_type(split_type, key, info))
         return derived
 
     def Create(self, group: MPI.Group) -> Self:
         """As mpi4py's; returns a Communicator."""
+        check_alive(self, "Create")
         derived: Self = self._derived(super().Create(group))
         return derived
 

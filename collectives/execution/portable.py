@@ -6,12 +6,14 @@ operands of each reduction are ordered by rank, so that two ranks that reduce th
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
 from bitring.arrays import Event
 from bitring.collectives.interop.steps import Progress, Steps
+from bitring.collectives.runtime.contact import ports
 from bitring.collectives.schedules.program import WINDOW
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
     arrived: set[int] = set()  # received into scratch, waiting for their turn to be taken over
     requests: list[MPI.Request] = []
     request_of: list[int] = []  # the message of each request
+    held: deque[int] = deque()  # messages to be sent when what has come is read; they must not overtake each other
     events: list[tuple[Event, int, bool]] = []  # the message, and whether it begins then, or ends
 
     def may_begin(index: int) -> bool:
@@ -42,6 +45,14 @@ def execute(transport: Transport, progress: Progress) -> Steps:
             return free
         in_turn = turn == len(in_order) or m.stream <= in_order[turn]
         return in_turn and (free or m.slot >= 0)
+
+    def start(index: int) -> None:
+        """Hand a message to the library. Nothing is sent while there is unread news: its receiver may be dead."""
+        if messages[index].sends and (held or ports().unread()):
+            held.append(index)
+            return
+        requests.append(transport.begin(index))
+        request_of.append(index)
 
     def begin(stream: int) -> None:
         """Begin as many of the stream's messages as may begin now, and of the streams that this lets in."""
@@ -63,8 +74,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
                 under_way[stream] += 1
                 event = transport.prepare(index)
                 if event is None:
-                    requests.append(transport.begin(index))
-                    request_of.append(index)
+                    start(index)
                 else:
                     events.append((event, index, True))
             before = turn
@@ -107,6 +117,10 @@ def execute(transport: Transport, progress: Progress) -> Steps:
     for stream in range(len(streams)):
         begin(stream)
     while unfinished:
+        waiting_to_be_sent = list(held)
+        held.clear()
+        for index in waiting_to_be_sent:
+            start(index)
         completed = MPI.Request.Testsome(requests) if requests else None
         landed = [request_of[k] for k in completed or ()]
         for k in sorted(completed or (), reverse=True):
@@ -130,8 +144,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
                     events.append((event, index, begins))
         for index, begins in reached:
             if begins:
-                requests.append(transport.begin(index))
-                request_of.append(index)
+                start(index)
             else:
                 finish(index)
         if landed or reached:

@@ -72,6 +72,7 @@ def make_runner(
     if algorithm == "multilane":
 
         def ring(comm: MPI.Intracomm, values: Array) -> Runner:
+            state.lane.meets(comm)
             return schedule_runner(comm, "allreduce", "ring", values, op, 0, channel, persistent=True)
 
         runner = lane_runner(state, flat, op, signature, ring, persistent=number > 0)

@@ -18,6 +18,7 @@
 #include "lane_allreduce.h"
 #include "memory.h"
 #include "mpi_wire.h"
+#include "news.h"
 #include "node.h"
 #include "owner_exchange.h"
 #include "presence.h"
@@ -94,13 +95,14 @@ std::shared_ptr<OwnerExchange> make_owner_exchange(const MpiLibrary& library, in
 }
 
 // Takes the first of `operations` that has something to do further, again and again, without Python's lock, until one
-// is over (its index is returned), `seconds` have passed without anything moving, or `wake` asks for a return (-1).
+// is over (its index is returned), `seconds` have passed without anything moving, `wake` asks for a return, or there is
+// something to be read before any of them sends (-1).
 int drive(const std::vector<Operation*>& operations, std::atomic<int>& wake, double seconds, bool gentle) {
     nb::gil_scoped_release released;
     const Crew::Waiting waiting(!gentle);
     Patience patience(gentle);
     const auto limit = std::uint64_t(seconds * 1e9);
-    while (wake.load(std::memory_order_relaxed) == 0) {
+    while (wake.load(std::memory_order_relaxed) == 0 && !News::of_process().unread_lately()) {
         bool moved = false;
         for (std::size_t k = 0; k < operations.size(); ++k) {
             const Status status = operations[k]->advance();
@@ -150,6 +152,8 @@ NB_MODULE(_native, m) {
     m.def("with_count", &with_count);
     m.def("limit_threads", [](int threads) { Crew::of_process().limit(threads); });
     m.def("set_crowded", [](bool value) { crowded() = value; });
+    m.def("news_comes_to", [](int descriptor) { News::of_process().comes_to(descriptor); });
+    m.def("unread_news", [] { return News::of_process().unread(); });
 
     nb::class_<Memory>(m, "Memory")
         .def_static("make", &Memory::make)

@@ -2,8 +2,11 @@
 
 #include <dlfcn.h>
 
+#include <deque>
 #include <stdexcept>
 #include <vector>
+
+#include "news.h"
 
 namespace bitring {
 
@@ -21,6 +24,9 @@ MpiLibrary::MpiLibrary(const std::string& path) {
 }
 
 namespace {
+
+// To send so many bytes takes longer than a look for news.
+constexpr std::size_t kLarge = 8192;
 
 template <class Handle>
 struct Abi;
@@ -51,15 +57,22 @@ public:
           indices_(std::size_t(room)) {}
 
     int start(bool sends, void* memory, std::size_t nbytes, int peer, int tag, int message) override {
-        Handle* request = &requests_[std::size_t(active_)];
-        const int code = sends ? isend_(memory, int(nbytes), byte_, peer, tag, comm_, request)
-                               : irecv_(memory, int(nbytes), byte_, peer, tag, comm_, request);
-        if (code == 0) messages_[std::size_t(active_++)] = message;
-        return code;
+        const Started started{memory, nbytes, peer, tag, message};
+        if (!sends) return begin(false, started);
+        if (!held_.empty() || told(nbytes)) {
+            held_.push_back(started);  // messages must not overtake each other
+            return 0;
+        }
+        return begin(true, started);
     }
 
     int complete(int* messages, int room, int* count) override {
         *count = 0;
+        while (!held_.empty() && !told(held_.front().nbytes)) {
+            const int code = begin(true, held_.front());
+            if (code != 0) return code;
+            held_.pop_front();
+        }
         if (active_ == 0) return 0;
         int found = 0;
         const int code = testsome_(active_, requests_.data(), &found, indices_.data(),
@@ -86,6 +99,26 @@ private:
     using Irecv = int (*)(void*, int, Handle, int, int, Handle, Handle*);
     using Testsome = int (*)(int, Handle*, int*, int*, void*);
 
+    struct Started {
+        void* memory;
+        std::size_t nbytes;
+        int peer, tag, message;
+    };
+
+    // Whether there is something to be read before a message of `nbytes` is sent: its receiver may be dead.
+    static bool told(std::size_t nbytes) {
+        News& news = News::of_process();
+        return nbytes < kLarge ? news.unread_lately() : news.unread();
+    }
+
+    int begin(bool sends, const Started& m) {
+        Handle* request = &requests_[std::size_t(active_)];
+        const int code = sends ? isend_(m.memory, int(m.nbytes), byte_, m.peer, m.tag, comm_, request)
+                               : irecv_(m.memory, int(m.nbytes), byte_, m.peer, m.tag, comm_, request);
+        if (code == 0) messages_[std::size_t(active_++)] = m.message;
+        return code;
+    }
+
     Isend isend_;
     Irecv irecv_;
     Testsome testsome_;
@@ -94,6 +127,7 @@ private:
     std::vector<Handle> requests_;
     std::vector<int> messages_;
     std::vector<int> indices_;
+    std::deque<Started> held_;  // to be sent when what has come is read, and this goes on
     int active_ = 0;
 };
 

@@ -6,6 +6,9 @@ sleeps wait there. To the second others connect, and nobody has to take the conn
 host closes it when the process dies, and not while it is merely slow. So nothing that is said or watched can block, or
 harm the one who does it.
 
+Before anything is sent through the library, what has come here must have been read: a job that goes on reads first, and
+whoever is to send in the middle of one looks whether there is anything ``unread``, and waits for that (``read_news``).
+
 Where this does not get through, nobody is taken for dead or silent: only what has been heard counts.
 """
 
@@ -15,14 +18,19 @@ import contextlib
 import fcntl
 import functools
 import os
+import resource
 import secrets
 import select
 import socket
 import struct
+import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from bitring.collectives.interop.steps import Steps
+from bitring.native import native
 
 HELLO = 0
 """Nothing but that its sender can be heard."""
@@ -42,6 +50,9 @@ _CARD = struct.Struct("!16s16sHHB24s")  # see Card
 CARD_NBYTES = _CARD.size
 _ADDRESSES = 6
 _TEXT_NBYTES = 200
+
+_HIGH_NUMBER = 1000
+"""Of a file: the kernel closes a dying process's in descending order."""
 
 _SIOCGIFADDR = 0x8915
 _FAREWELL = b"L"
@@ -97,15 +108,18 @@ class Ports:
         self.contacts: dict[bytes, Contact] = {}
         self.dead: set[Process] = set()
         self.left: set[Process] = set()  # in good order; what they had to do before may be done
+        self.places: dict[Process, int] = {}  # ranks in MPI.COMM_WORLD
         self._early: deque[tuple[bytes, str]] = deque(maxlen=1024)  # for communicators not made yet
         self._watched: dict[int, tuple[socket.socket, Process]] = {}  # by file number
         self._connected: set[Process] = set()
+        self._reading = threading.Lock()
         self._words = self._door = self._events = None
         with contextlib.suppress(OSError):  # nobody can be reached, then
-            self._words, self._door = _port(socket.SOCK_DGRAM), _port(socket.SOCK_STREAM)
+            self._words, self._door = _port(socket.SOCK_DGRAM), _closed_early(_port(socket.SOCK_STREAM))
             self._door.listen(4096)
             self._events = select.epoll()
             self._events.register(self._words.fileno(), select.EPOLLIN)
+            _look_at(self._events.fileno())
 
     def card(self) -> Card:
         """This process's."""
@@ -141,18 +155,35 @@ class Ports:
             self._connected.add(process)
             self._events.register(line.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
 
+    def unread(self) -> bool:
+        """Whether something has come that is to be read."""
+        module = native()
+        if module is not None:  # which keeps the interpreter's lock: it may take long to get it back
+            return bool(module.unread_news())
+        return self._events is not None and bool(self._events.poll(0, 1))
+
     def read(self) -> None:
         """Take what has come."""
-        if self._events is None or self._words is None:
+        if self._events is None or self._words is None or not self.unread():
             return
-        for number, _ in self._events.poll(0):
-            if number in self._watched:
-                self._hear_the_end(number)
-                continue
-            with contextlib.suppress(OSError):  # there is no more
-                while True:
-                    data, (address, _) = self._words.recvfrom(2048)
-                    self._take(data, address)
+        with self._reading:
+            for number, _ in self._events.poll(0):
+                if number in self._watched:
+                    self._hear_the_end(number)
+                    continue
+                with contextlib.suppress(OSError):  # there is no more
+                    while True:
+                        data, (address, _) = self._words.recvfrom(2048)
+                        self._take(data, address)
+
+    def gone(self, places: Sequence[int], left: bool) -> list[int]:
+        """Which of the processes with these ranks in MPI.COMM_WORLD are dead, by their positions in ``places``.
+
+        ``left``: or have left.
+        """
+        processes = self.dead | self.left if left else self.dead
+        gone = {self.places[process] for process in processes if process in self.places}
+        return [rank for rank, place in enumerate(places) if place in gone] if gone else []
 
     def _hear_the_end(self, number: int) -> None:
         line, process = self._watched[number]
@@ -189,6 +220,7 @@ class Ports:
         """Keep nothing open."""
         for line, _ in self._watched.values():
             line.close()
+        _look_at(-1)
         for each in (self._words, self._door, self._events):
             if each is not None:
                 each.close()
@@ -201,6 +233,36 @@ def _port(kind: socket.SocketKind) -> socket.socket:
     port.setblocking(False)
     port.bind(("", 0))
     return port
+
+
+def _closed_early(port: socket.socket) -> socket.socket:
+    """The port as a file that the kernel closes early when the process dies: before the MPI library's connections.
+
+    So nobody sees those closed who could not know of the death.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError):  # there is no such number
+        again = socket.socket(fileno=fcntl.fcntl(port, fcntl.F_DUPFD_CLOEXEC, min(_HIGH_NUMBER, limit - 16)))
+        again.setblocking(False)
+        port.close()
+        return again
+    return port
+
+
+def _look_at(descriptor: int) -> None:
+    """Let native operations look whether there is anything unread."""
+    module = native()
+    if module is not None:
+        module.news_comes_to(descriptor)
+
+
+def read_news() -> Steps:
+    """Steps of a job that end when what has come is read: whoever drives it reads, and ends it where it must not go on.
+
+    To be taken before anything is sent in the middle of a step.
+    """
+    while ports().unread():
+        yield
 
 
 @functools.cache
@@ -243,10 +305,13 @@ def _addresses() -> tuple[str, ...]:
 class Contact:
     """One communicator's ranks, as far as this one has heard of them.
 
-    ``cards``: one for each rank, in order. ``answer`` says where this rank is: a job's number, and its name.
+    ``cards``: one for each rank, in order; ``places``: their ranks in MPI.COMM_WORLD. ``answer`` says where this rank
+    is: a job's number, and its name.
     """
 
-    def __init__(self, rank: int, cards: list[Card], answer: Callable[[], tuple[int, str] | None]) -> None:
+    def __init__(
+        self, rank: int, cards: list[Card], places: Sequence[int], answer: Callable[[], tuple[int, str] | None]
+    ) -> None:
         self.name = cards[0].secret
         self.rank = rank
         self.failed: set[int] = set()  # ranks that said that they have given up in the middle of a job
@@ -257,6 +322,9 @@ class Contact:
         self._reached: dict[int, int] = {}  # the last job that a rank said it waits in
         self._waits: dict[int, str] = {}  # where the ranks are that have answered since the last question
         self._ranks = {card.process: rank for rank, card in enumerate(cards) if card.words}
+        for card, place in zip(cards, places, strict=True):
+            if card.words and place >= 0:
+                ports().places[card.process] = place
         size = len(cards)
         steps = [1 << k for k in range((size - 1).bit_length())]
         self._neighbours = {(rank + step) % size for step in steps} | {(rank - step) % size for step in steps}
@@ -330,6 +398,13 @@ class Contact:
     def left(self) -> set[int]:
         """Other ranks whose processes have left the job; they may have done their part before."""
         return self._among(ports().left)
+
+    def meet(self, ranks: Collection[int]) -> None:
+        """Hear of the ends of these ranks, too, which do the same: they exchange messages."""
+        new = set(ranks) - self._neighbours - {self.rank}
+        self._neighbours |= new
+        self._tell(new, HELLO)
+        self.watch(new)
 
     def watch(self, awaited: Collection[int]) -> None:
         """Hear of the end of these ranks, too; of the neighbours' it is heard anyway."""

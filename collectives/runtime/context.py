@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from mpi4py import MPI
@@ -21,10 +21,12 @@ from bitring.collectives.interop.steps import Progress, Steps, StepsTo, wait_for
 from bitring.collectives.node.shared import Shared, make_shared
 from bitring.collectives.runtime.abort import abort_on_exception
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.engine import Lane, engine
+from bitring.collectives.runtime.contact import ports
+from bitring.collectives.runtime.engine import Lane, engine, gone_in_words, numbers_in
 from bitring.collectives.runtime.turn import Turn, Turns
 from bitring.collectives.selection.table import BUILT_IN, load_table, path_of_table
 from bitring.collectives.selection.topology import Topology
+from bitring.errors import DeadRankError
 from bitring.launcher import alone_by_mistake, launched_rank, thread_share
 from bitring.native import native
 
@@ -39,10 +41,14 @@ class State:
     ``node`` is the state of the ranks of this node, those that share memory; ``nodes`` the ranks of each node.
     """
 
-    def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, size: int) -> None:
-        """``comm`` is private to bitring; ``made`` the request that makes it, if it is not there yet."""
-        self.lane = Lane(comm, made, rank)
+    def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, places: Sequence[int]) -> None:
+        """``comm`` is private to bitring; ``made`` the request that makes it, if it is not there yet.
+
+        ``places``: the ranks' numbers in MPI.COMM_WORLD.
+        """
+        self.lane = Lane(comm, made, rank, places)
         self.rank = rank
+        size = len(places)
         self.size = size
         self.plans = 0
         self.cache: dict[Any, Any] = {}
@@ -134,7 +140,7 @@ class State:
         everyone = yield from allgather_steps(self.comm, mine, progress)
         self.table, engines = everyone[0][0], all(native for _, native, _ in everyone)
         part = yield from beside(lambda: node_of(self.comm), progress)
-        node = State(part, None, part.Get_rank(), part.Get_size())
+        node = State(part, None, part.Get_rank(), numbers_in(MPI.COMM_WORLD, part))
         mates = yield from allgather_steps(part, self.rank, progress)
         found: list[list[int]] = yield from allgather_steps(self.comm, mates, progress)
         nodes = [ranks for rank, ranks in enumerate(found) if ranks[0] == rank]
@@ -202,6 +208,21 @@ def state_of(comm: MPI.Intracomm) -> State:
     return state
 
 
+def check_alive(comm: MPI.Intracomm, function: str) -> list[int]:
+    """The ranks' numbers in MPI.COMM_WORLD; to be called before the first message of a communicator.
+
+    Raises DeadRankError, naming ``function``, when it is known that a rank has died or left the job.
+    """
+    places = numbers_in(MPI.COMM_WORLD, comm)
+    if len(places) > 1:
+        engine.hear()
+        gone = ports().gone(places, left=True)
+        if gone:
+            engine.bereaved = True
+            raise DeadRankError(f"{function}: {gone_in_words(gone)}", gone)
+    return places
+
+
 _first_use = threading.RLock()
 
 
@@ -212,11 +233,12 @@ def _first_state_of(comm: MPI.Intracomm) -> State:
             engine.check("the first collective of a communicator")
             abort_on_exception()
             _warn_if_alone()
+            places = check_alive(comm, "the first collective of a communicator")
             # Nonblocking: a nonblocking collective may be the first, and ranks may come to it in different orders.
             private, made = MPI.Intracomm(comm).Idup()
             if comm.Get_size() == 1:
                 made.Wait()  # nobody to wait for; and plans of one rank run no job that would
-            state = State(private, made, comm.Get_rank(), comm.Get_size())
+            state = State(private, made, comm.Get_rank(), places)
             comm.Set_attr(_keyval(), state)
         assert isinstance(state, State)
         return state

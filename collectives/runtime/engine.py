@@ -51,6 +51,9 @@ ADVICE = "all ranks can go on with a new one (comm.Dup()), or begin again from t
 _ANSWER_SECONDS = 2.0
 """So long before it warns, a rank asks the others where they are."""
 
+_FEW = 64
+"""So many ranks are watched of those that all exchange messages; of others' ends words tell."""
+
 _LAST_WORDS_SECONDS = 1.0
 _GENTLE_SECONDS = 1e-3
 _SPINS = 200
@@ -66,11 +69,13 @@ _POLL_REST_SECONDS = 1e-3
 class Lane:
     """The jobs of one communicator, in order. ``comm`` is bitring's private duplicate of it.
 
-    ``made``: the request that makes ``comm``, for which the first job waits; None when it is there.
+    ``made``: the request that makes ``comm``, for which the first job waits; None when it is there. ``places``: the
+    ranks' numbers in MPI.COMM_WORLD.
     """
 
-    def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int) -> None:
+    def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, places: Sequence[int]) -> None:
         self.comm = comm
+        self._places = places
         self._made = made
         self.rank = rank
         self.jobs: deque[Job] = deque()
@@ -160,6 +165,7 @@ class Lane:
     def close(self) -> None:
         """The communicator is freed. Silent where it is broken."""
         # What others still exchange may be under way: the library may give the next communicator this one's number.
+        engine.hear()
         keep = bool(self.broken or self.jobs or self._made is not None) or self.hears_of_trouble()
         self.breaks("it was freed")
         if self.contact is not None:
@@ -230,7 +236,15 @@ class Lane:
             yield
         self._meeting = None
         progress.moves += 1
-        self.contact = Contact(self.rank, [Card.unpack(card.tobytes()) for card in cards], self._where)
+        self.contact = Contact(self.rank, [Card.unpack(card.tobytes()) for card in cards], self._places, self._where)
+
+    def meets(self, comm: MPI.Intracomm) -> None:
+        """The ranks of ``comm``, who are among the lane's, exchange messages: they watch each other where they are few.
+
+        Those at a distance of a power of two do so anyway.
+        """
+        if self.contact is not None and comm.Get_size() <= _FEW:
+            self.contact.meet(numbers_in(self.comm, comm))
 
     def _where(self) -> tuple[int, str] | None:
         """The job that this rank waits in, and its name; number 0 for another communicator's. None when in none."""
@@ -249,6 +263,8 @@ class Lane:
             gone |= self.contact.dead | self.contact.quitters
             if seconds > LEFT_SECONDS:
                 gone |= self.contact.left
+        else:
+            gone |= set(ports().gone(self._places, left=seconds > LEFT_SECONDS))
         return sorted(gone)
 
     @property
@@ -256,12 +272,18 @@ class Lane:
         """The ranks that have given up in the middle of a job; this one among them, for the jobs that are left."""
         return set() if self.contact is None else self.contact.failed
 
-    def hears_of_trouble(self) -> bool:
-        """Whether a rank is said to be gone, or to have failed."""
-        if self.contact is None:
+    def hears_of_death(self) -> bool:
+        """Whether a rank is said to be gone."""
+        if len(self._places) == 1:
             return False
         ports().read()
-        return bool(self.contact.failed or self.contact.dead)
+        if self.contact is None:
+            return bool(ports().gone(self._places, left=False))
+        return bool(self.contact.dead)
+
+    def hears_of_trouble(self) -> bool:
+        """Whether a rank is said to be gone, or to have failed."""
+        return self.hears_of_death() or bool(self.failed)
 
     def ask(self, job: Job) -> None:
         """Ask the others where they are; this rank waits in the job."""
@@ -321,8 +343,10 @@ class Job:
         return True
 
     def _advance(self) -> bool:
-        if not self._begun and self.lane.hears_of_trouble() and self._bereaved(0):
-            return True  # before anything is sent to whoever is gone
+        # Before anything is sent to whoever is gone. That a rank has failed may be in what comes later.
+        hears = self.lane.hears_of_death if self._begun else self.lane.hears_of_trouble
+        if hears() and self._bereaved(0):
+            return True
         self._begun = True
         if self.operation is not None and not self.operation.over:
             self.operation.advance()
@@ -357,7 +381,7 @@ class Job:
 
     def _death(self, gone: Sequence[int]) -> DeadRankError:
         self.lane.loses(gone, self)
-        return DeadRankError(f"{self.what}: {_are(gone)} gone: the process has ended or left the job", gone)
+        return DeadRankError(f"{self.what}: {gone_in_words(gone)}", gone)
 
     def _mind_silence(self, now: float) -> None:
         seconds = now - self._seen[1]
@@ -447,6 +471,21 @@ class Job:
         return self.done
 
 
+def gone_in_words(ranks: Sequence[int]) -> str:
+    """That these ranks are gone, and what that may mean."""
+    return f"{_are(ranks)} gone: the process has ended or left the job"
+
+
+def numbers_in(other: MPI.Intracomm, comm: MPI.Intracomm) -> list[int]:
+    """What the ranks of ``comm`` are called in the other; MPI.UNDEFINED, a negative number, where it has them not."""
+    groups = comm.Get_group(), other.Get_group()
+    try:
+        return list(groups[0].Translate_ranks(None, groups[1]))
+    finally:
+        for group in groups:
+            group.Free()
+
+
 def _are(ranks: Sequence[int]) -> str:
     if not ranks:
         return "a rank is"
@@ -500,12 +539,17 @@ class Engine:
             job.lane.jobs.append(job)
             if job.lane not in self._lanes:
                 self._lanes.append(job.lane)
-        self._call_back()
+        self.call_back()
 
-    def _call_back(self) -> None:
+    def call_back(self) -> None:
         """Ask the thread that is inside native operations to look at the engine again."""
         if self._wake_driver is not None:
             self._wake_driver.set()
+
+    def hear(self) -> None:
+        """Read what has come, in a thread that drives no job: the one that does is to look at it."""
+        ports().read()
+        self.call_back()
 
     def give_up(self, lane: Lane, number: int, what: str, error: BaseException) -> None:
         """End the lane's jobs after ``number``, of a caller who was interrupted."""
@@ -567,7 +611,7 @@ class Engine:
         """Run jobs in the calling thread until ``job`` is over."""
         with self._wake:
             self._drivers += 1
-        self._call_back()
+        self.call_back()
         try:
             idle = 0
             while not job.done:
@@ -603,7 +647,7 @@ class Engine:
         rest = self._idle_polls > 20 and now - self._rested > _POLL_SECONDS / 4  # there may be many requests to poll
         polling = self._polling()
         if polling:
-            self._call_back()
+            self.call_back()
         if self._lock.acquire(timeout=_POLL_REST_SECONDS if rest and polling else 0):
             try:
                 if self._advance_all():
@@ -646,7 +690,7 @@ class Engine:
         with self._wake:
             self.stopped = why
             self._wake.notify_all()
-        self._call_back()
+        self.call_back()
         self._close_native_ways()
         leave()
         if self._thread is not None:

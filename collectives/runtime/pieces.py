@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, wait_for
 from bitring.collectives.runtime.agreement import Request, agree
+from bitring.collectives.runtime.contact import read_news
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.runtime.tags import PIECE_TAG
 
@@ -70,6 +71,7 @@ def transfer(comm: MPI.Intracomm, piece: Any, function: str, source: int, target
     def steps(progress: Progress) -> Steps:
         request = Request(function, {"source": source, "target": target})
         yield from agree(state.comm, state.common, request, progress)
+        yield from read_news()
         progress.exchanging = True
         if target is None:
             progress.peers = frozenset({source} - {state.rank})

@@ -29,7 +29,8 @@ from mpi4py import MPI
 from bitring.arrays import Array, Event, device_of, xp_of
 from bitring.collectives.interop.cuda_aware import cuda_aware
 from bitring.collectives.interop.mpi_library import library_functions
-from bitring.collectives.interop.steps import Progress, Steps, run
+from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
+from bitring.collectives.runtime.contact import read_news
 from bitring.collectives.runtime.tags import message_tag
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.layout import Piece, cut, segments
@@ -213,7 +214,7 @@ class PortableOwnerExchange(OwnerExchange):
             self._encode(message, self._x, self.residual, 0, self._seed(), self.record.norms)
             if owner != self._rank:
                 yield from _reached(message.out(), progress)
-                sends += self._send(message, owner, 0)
+                sends += yield from self._send(message, owner, 0)
             MPI.Request.Testall(sends)  # lets the library push on what is under way
             progress.moves += 1
         begin = self.owned[0]
@@ -226,7 +227,7 @@ class PortableOwnerExchange(OwnerExchange):
         self._encode(summed, self._sum, self.owner_residual, begin, ~self._seed(), self.record.owner_norms)
         yield from _reached(summed.out(), progress)
         for r in others:
-            sends += self._send(summed, r, 1)
+            sends += yield from self._send(summed, r, 1)
         self._decode(summed, self._x, 0, accumulate=False)
         for r in others:
             yield from self._arrived(sums[r], r, progress)
@@ -275,7 +276,8 @@ class PortableOwnerExchange(OwnerExchange):
     def _receive(self, message: _Message, source: int, kind: int) -> MPI.Request:
         return self._comm.Irecv(message.wire, source, self._tags[kind]) if message.bytes.size else MPI.REQUEST_NULL
 
-    def _send(self, message: _Message, to: int, kind: int) -> list[MPI.Request]:
+    def _send(self, message: _Message, to: int, kind: int) -> StepsTo[list[MPI.Request]]:
+        yield from read_news()
         self.record.bytes_sent += message.nbytes
         sent = message.wire[: message.nbytes]
         return [self._comm.Isend(sent, to, self._tags[kind])] if message.bytes.size else []

@@ -155,6 +155,7 @@ class CompressedPlan(WatchedPlan):
         state, flat, channel = self.state, self._flat, channel_of(self.number)
 
         def make(comm: MPI.Intracomm, like: Array, first: int) -> OwnerExchange:
+            state.lane.meets(comm)
             inside = [b - first for b in boundaries if first < b < first + like.size]
             return exchange_for(like, state.topology.native)(comm, like, self._encoder, inside, channel)
 
