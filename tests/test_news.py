@@ -39,7 +39,7 @@ def test_nothing_is_sent_before_what_has_come_is_read(comm, agree, monkeypatch, 
     call = kind(world, x)
     call()
     comm.Barrier()
-    read, deaf_until = Ports.read, time.monotonic() + 0.3
+    read, deaf_until = Ports.read, time.monotonic() + 0.2
     read_at: list[float] = []
 
     def read_later(self: Ports) -> None:

@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run, wait_for
 from bitring.collectives.node.shared import Shared
+from bitring.collectives.runtime.contact import read_news
 from bitring.collectives.runtime.tags import WORDS_TAG
 from bitring.errors import MismatchError, PeerError
 from bitring.native import native
@@ -172,6 +173,7 @@ def _words_of_all(comm: MPI.Intracomm, words: object, progress: Progress) -> Ste
     everyone: list[Any] = [words] * comm.Get_size()
     before, progress.exchanging, progress.peers = progress.exchanging, True, frozenset(others)
     due = [comm.Irecv(lengths[rank], rank, WORDS_TAG) for rank in others]
+    yield from read_news()
     sent = [comm.Isend(x, rank, WORDS_TAG) for rank in others for x in (length, mine)]
     for rank, request in zip(others, due, strict=True):
         yield from wait_for(request, progress)
