@@ -299,7 +299,7 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
     """Reduce(sendbuf, recvbuf, root): in place on the root's ``recvbuf``, on a copy of ``sendbuf`` elsewhere."""
 
     def read(call: Call) -> None:
-        _check_root(state, "Reduce", root)
+        require_root(root, state.size, "Reduce")
         at_root = state.rank == root
         if is_in_place(sendbuf) and not at_root:
             raise ValueError(f"Reduce: sendbuf may be MPI.IN_PLACE on rank {root}, the root, only")
@@ -388,7 +388,7 @@ def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
     """Bcast(buf, root): in place, as bytes."""
 
     def read(call: Call) -> None:
-        _check_root(state, "Bcast", root)
+        require_root(root, state.size, "Bcast")
         values = parse(buf, "Bcast", "buf", writable=state.rank != root)
         if values is not None:
             call.recvbuf = values.spec
@@ -400,9 +400,12 @@ def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
     return Call("Bcast", "broadcast", algorithm, root, recvbuf=buf).read(read)
 
 
-def _check_root(state: State, function: str, root: int) -> None:
-    if not 0 <= root < state.size:
-        raise ValueError(f"{function}: root must be a rank from 0 to {state.size - 1}; got {root}")
+def require_root(root: object, size: int, function: str) -> None:
+    """Raise TypeError or ValueError, naming ``function``, unless ``root`` is one of ``size`` ranks."""
+    if not isinstance(root, (int, np.integer)):
+        raise TypeError(f"{function}: root must be a rank, an int; got {type(root).__name__}")
+    if not 0 <= root < size:
+        raise ValueError(f"{function}: root must be a rank from 0 to {size - 1}; got {root}")
 
 
 def direct_of(state: State) -> Any:

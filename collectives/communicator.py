@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,23 @@ from bitring.collectives.selection.selection import check_name
 from bitring.errors import uncopyable
 
 
+def _shape(given: Any) -> tuple[int, ...]:
+    """A shape as NumPy takes it: a whole number or several. Raises ValueError."""
+    wrong = f"empty: shape must be made of whole numbers from 0 on; got {given!r}"
+    try:
+        shape = tuple(map(operator.index, given if isinstance(given, Iterable) else (given,)))
+    except TypeError:
+        raise ValueError(wrong) from None
+    if min(shape, default=0) < 0:
+        raise ValueError(wrong)
+    return shape
+
+
 def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     require_native(dtype, "empty", "dtype")
-    if any(not isinstance(length, (int, np.integer)) or length < 0 for length in shape):
-        raise ValueError(f"empty: shape must be made of whole numbers from 0 on; got {shape}")
     if dtype.hasobject or dtype.subdtype is not None or not dtype.itemsize:
         raise TypeError(f"empty: dtype must be of plain values; got {dtype}")
-    return int(math.prod(shape)) * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize
 
 
 class Communicator(MPI.Intracomm):
@@ -122,13 +133,13 @@ class Communicator(MPI.Intracomm):
         Raises TypeError or ValueError for what NumPy cannot make an array of, MismatchError where ranks differ.
         """
         request = Request("empty")
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
         nbytes = 0
         try:
+            shape = _shape(shape)
             dtype = np.dtype(dtype)
             nbytes = _nbytes(shape, dtype)
             request.terms = {"shape": shape, "dtype": dtype}
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             request.error = error
         state = state_of(self)
         with state.turn("empty"):

@@ -339,5 +339,7 @@ def memory_name(flat: Array) -> str:
 
 
 def explain(plan: Plan) -> str:
-    """What was chosen for a plan, and why, in one line."""
+    """What was chosen for a plan, and why, in one line. Raises TypeError for anything but a plan."""
+    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"explain: plan must be what plan_allreduce returns; got {type(plan).__name__}")
     return f"{plan.algorithm}: {plan.why}"

@@ -89,6 +89,24 @@ def test_ranks_that_differ(world, agree, function: str, after: int):
         everyone_raises(world, agree, lambda arguments=arguments: call(**arguments), "MismatchError", text)
 
 
+@pytest.mark.parametrize("wrong", [None, "0", 0.5, np.zeros(2), -1], ids=repr)
+def test_a_root_that_is_no_rank(world, agree, wrong):
+    last = world.rank == world.size - 1
+    root: Any = wrong if last else 0
+    kind = ("ValueError" if isinstance(wrong, int) else "TypeError") if last else "PeerError"
+    everyone_raises(world, agree, lambda: world.Bcast(np.zeros(3), root), kind, "Bcast: root must be a rank")
+    x, y = np.zeros(3), np.zeros(3)
+    everyone_raises(world, agree, lambda: world.Reduce(x, y, root=root), kind, "Reduce: root must be a rank")
+
+
+def test_no_operation(world, agree):
+    from mpi4py import MPI
+
+    x = np.zeros(3)
+    for call in calls(world).values():
+        everyone_raises(world, agree, lambda call=call: call(x, op=MPI.OP_NULL), "ValueError", "got MPI.OP_NULL")
+
+
 def test_roots_that_differ(world, agree):
     if world.size == 1:
         return

@@ -380,10 +380,16 @@ def test_without_hard_links(comm, agree, path, monkeypatch):
     trainer.free()
 
 
-def test_extra_must_be_json(comm, agree, path):
+class CannotBeListed(dict[str, int]):
+    def items(self):
+        raise KeyError("items")
+
+
+@pytest.mark.parametrize("extra", [np.arange(3), CannotBeListed(a=1)], ids=["array", "raises"])
+def test_extra_must_be_json(comm, agree, path, extra):
     trainer = new_trainer(comm)
     last = comm.size - 1
-    error = raised(save_checkpoint, path, trainer, order=np.arange(3) if comm.rank == last else 1)
+    error = raised(save_checkpoint, path, trainer, order=extra if comm.rank == last else 1)
     kind = TypeError if comm.rank == last else PeerError
     agree(comm, type(error) is kind and "save_checkpoint: extra must be what JSON holds" in str(error), repr(error))
     agree(comm, not path.exists())

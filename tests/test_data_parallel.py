@@ -480,6 +480,7 @@ SHARED = np.ones(6)
         ({"compression": "topk:densty=1"}, ValueError, "unknown setting 'densty' of the compressor topk; known: "),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0; got -1"),
         ({"warmup_steps": 1.5}, TypeError, "warmup_steps must be an int; got float"),
+        ({"algorithm": lambda: "ring"}, ValueError, "unknown algorithm <function"),
         ({"bucket_bytes": 0}, ValueError, "bucket_bytes must be at least 1; got 0"),
     ],
 )
@@ -511,6 +512,63 @@ def test_unknown_algorithm(comm, agree):
     agree(comm, isinstance(error, ValueError) and "rign" in str(error) and "ring" in str(error), repr(error))
 
 
+class WithoutTextError(Exception):
+    def __str__(self):
+        raise KeyError("text")
+
+
+@dataclasses.dataclass(frozen=True)
+class FailingOptimizer(SGD):
+    """Raises in ``method`` on the last rank of the world."""
+
+    method: str = ""
+
+    def _fail(self, method):
+        from mpi4py import MPI
+
+        if method == self.method and MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:
+            raise WithoutTextError
+
+    def init(self, parameters):
+        self._fail("init")
+        return super().init(parameters)
+
+    def update(self, parameters, gradients, state):
+        self._fail("update")
+        super().update(parameters, gradients, state)
+
+    def __repr__(self):
+        self._fail("repr")
+        return "FailingOptimizer()"
+
+
+@dataclasses.dataclass(frozen=True)
+class FailingMode(Local):
+    def init(self, trainer):
+        if trainer.rank == trainer.size - 1:
+            raise WithoutTextError
+        return super().init(trainer)
+
+
+@pytest.mark.parametrize("where", ["mode", "init", "repr", "update"])
+def test_callbacks_that_raise_without_a_text(comm, agree, where):
+    """When the trainer is made, and in a step; whatever a user's exception says of itself."""
+    optimizer = FailingOptimizer(method=where)
+
+    def train():
+        trainer = DataParallel(
+            {"w": np.ones(3)}, optimizer, comm=comm, mode=FailingMode() if where == "mode" else "sync"
+        )
+        trainer.step({"w": np.ones(3)})
+
+    error = raised(train)
+    if comm.rank == comm.size - 1:
+        agree(comm, type(error) is WithoutTextError)
+    else:
+        text = f"rank {comm.size - 1} raised WithoutTextError: (no text: its __str__ raised KeyError)"
+        agree(comm, describes(error, PeerError, text), repr(error))
+
+
 @pytest.mark.parametrize("comm_given", ["world", 3])
 def test_wrong_comm(comm_given):
     with pytest.raises(
@@ -537,6 +595,7 @@ def test_wrong_comm(comm_given):
         ({"compression": "onebit"}, "compression is OneBit("),
         ({"algorithm": "ring"}, "algorithm is ring, not auto"),
         ({"warmup_steps": 2}, "warmup_steps is 2, not 0"),
+        ({"check_every": 3}, "check_every is 3, not 0"),
         ({"bucket_bytes": 8}, "bucket_bytes is 8, not"),
     ],
 )

@@ -245,6 +245,21 @@ def test_native_operations_leave_python_to_other_threads() -> None:
     pytest.fail("no other thread ran in the middle of native code")
 
 
+@pytest.mark.parametrize("compression", ["onebit", "powersgd"])
+@pytest.mark.parametrize("argument", ["check_finite", "hierarchical"])
+def test_flags_must_be_bools(comm: MPI.Intracomm, agree: Any, compression: str, argument: str) -> None:
+    last = comm.rank == comm.size - 1
+    wrong: dict[str, Any] = {argument: np.ones(2)} if last else {}
+    x = np.ones((8, 8), np.float32)
+    try:
+        bitring.plan_allreduce(x, comm=comm, compression=compression, **wrong)
+        text = ""
+    except (TypeError, bitring.PeerError) as error:
+        text = f"{type(error).__name__}: {error}"
+    said = text.startswith("TypeError" if last else "PeerError") and f"{argument} must be True" in text
+    agree(comm, said, text)
+
+
 def test_boundaries_must_be_ints(comm: MPI.Intracomm, agree: Any) -> None:
     wrong: list[Any] = [["a"], [2.5]]
     for boundaries in wrong:

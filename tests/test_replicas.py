@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.errors import MismatchError
+from bitring.errors import MismatchError, PeerError
 from bitring.training.data_parallel import DataParallel
 from bitring.training.optimizer import Optimizer
 
@@ -76,8 +76,10 @@ def test_broadcast(comm, agree, mode):
     trainer.broadcast(root=root)
     agree(comm, all((w == root).all() for w in (*tree["parameters"].values(), *tree["optimizer"]["velocity"].values())))
     agree(comm, tree["mode"].get("weight", 10.0 + root) == 10.0 + root)
-    error = raised(trainer.broadcast, comm.size)
-    agree(comm, type(error) is ValueError and "root must be a rank from 0 to" in str(error), repr(error))
+    for wrong, kind in ((comm.size, ValueError), (0.0, TypeError), ("0", TypeError), (np.zeros(2), TypeError)):
+        error = raised(trainer.broadcast, wrong if comm.rank == root else 0)
+        kind = kind if comm.rank == root else PeerError
+        agree(comm, type(error) is kind and "broadcast: root must be a rank" in str(error), repr(error))
     trainer.step(ones(trainer))
     trainer.free()
 

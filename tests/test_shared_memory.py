@@ -84,7 +84,7 @@ def is_shared(world, x) -> bool:
     return world.size == 1 or (shared is not None and shared.region_of(x.reshape(-1)) is not None)
 
 
-@pytest.mark.parametrize("shape", [5, 0, (3, 4), (2, 0, 3), (), (np.int64(2), 7)])
+@pytest.mark.parametrize("shape", [5, 0, (3, 4), (2, 0, 3), (), (np.int64(2), 7), np.int64(6), [2, 3]])
 def test_empty(world, agree, shape):
     for dtype in (np.float32, "i2", complex, np.dtype("f8")):
         x = world.empty(shape, dtype)
@@ -106,7 +106,8 @@ def test_bad_arguments_of_empty(world, agree):
         everyone_raises(world, agree, lambda: world.empty(4 if odd else 3), MismatchError, "shape", "(4,)", "(3,)")
         everyone_raises(world, agree, lambda: world.empty(3, "f8" if odd else "f4"), MismatchError, "dtype", "float64")
         kind = ValueError if odd else PeerError
-        everyone_raises(world, agree, lambda: world.empty(-1 if odd else 3), kind, "empty: shape")
+        for wrong in (-1, None, 1.5, "x", object()):
+            everyone_raises(world, agree, lambda wrong=wrong: world.empty(wrong if odd else 3), kind, "empty: shape")
 
 
 def test_memory_is_given_back(world, agree):

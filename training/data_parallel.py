@@ -15,8 +15,11 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import is_device
+from bitring.collectives.calls import require_root
 from bitring.collectives.runtime.context import given_comm, one_call
+from bitring.collectives.runtime.jointly import jointly
 from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import Compressor, compressors, parsed
 from bitring.compression.factors import Factors
 from bitring.compression.reducers.sufficient_factors import SufficientFactors
@@ -101,12 +104,14 @@ class DataParallel:
         self._waits = Waits()
 
         error: Exception | None = None
+        mine: dict[str, Any] = {}
         try:
             self._optimizer = chosen("optimizer", optimizer, optimizers, Optimizer)
             self._mode = chosen("mode", mode, modes, Mode)
             self.compression = (
                 None if compression is None else chosen("compression", parsed(compression), compressors, Compressor)
             )
+            check_name(algorithm)
             self.algorithm = algorithm
             self.warmup_steps = checked("DataParallel", "warmup_steps", warmup_steps, int, Range(least=0))
             self.check_every = checked("DataParallel", "check_every", check_every, int, Range(least=0))
@@ -114,13 +119,13 @@ class DataParallel:
             self._parameters = checked_parameters(parameters)
             self._bucket_bytes = checked("DataParallel", "bucket_bytes", bucket_bytes, int, Range(least=1))
             self.unused = checked_unused(unused)
+            mine = self.describe()
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
         raise_everywhere(self.comm, "DataParallel", error)
 
         global _trainers_made
         _trainers_made += 1
-        mine = self.describe()
         theirs, self._id = broadcast(self.comm, (mine, _trainers_made), "DataParallel")
         for rank, text in enumerate(allgather(self.comm, difference(mine, theirs), "DataParallel")):
             if text is not None:
@@ -139,8 +144,8 @@ class DataParallel:
         self._exchange.broadcast(self._parameters, root=0)
         self.buckets, self.plans = self._exchange.buckets, self._exchange.plans
         self._transaction = Transaction(self.comm, self._meeting, self._exchange, self._waits)
-        self._optimizer_state = self._optimizer.init(self._parameters)
-        self._mode_state = self._mode.init(self)
+        self._optimizer_state = jointly(self.comm, "DataParallel", lambda: self._optimizer.init(self._parameters))
+        self._mode_state = jointly(self.comm, "DataParallel", lambda: self._mode.init(self))
         self._numbers = Numbers(self._mode_state)
         self._changes = self._arrays_that_change()
 
@@ -283,8 +288,10 @@ class DataParallel:
         Residuals stay: they are each rank's own. Raises as ``step`` does.
         """
         error: Exception | None = None
-        if root not in range(self.size):
-            error = ValueError(f"DataParallel.broadcast: root must be a rank from 0 to {self.size - 1}, got {root!r}")
+        try:
+            require_root(root, self.size, "DataParallel.broadcast")
+        except (TypeError, ValueError) as problem:
+            error = problem
         self.meet("broadcast", error)
         broadcast_tree(self.comm, self._exchange, self.live(), root)
 
@@ -431,6 +438,7 @@ class DataParallel:
             "compression": text_of(self.compression),
             "algorithm": self.algorithm,
             "warmup_steps": self.warmup_steps,
+            "check_every": self.check_every,
             "bucket_bytes": self._bucket_bytes,
             "device": any(map(is_device, self._parameters.values())),
             "ranks": self.size,

@@ -46,10 +46,12 @@ _BY_KIND = {
 def op_name(op: MPI.Op) -> str:
     """The operation's name in messages between ranks and in errors; "user" for one made by ``MPI.Op.Create``.
 
-    Raises TypeError for what is no operation.
+    Raises TypeError or ValueError for what is no operation.
     """
     if not isinstance(op, MPI.Op):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"op must be an MPI.Op such as MPI.SUM; got {type(op).__name__}")
+    if op == MPI.OP_NULL:
+        raise ValueError("op must be an operation such as MPI.SUM; got MPI.OP_NULL")
     return _PREDEFINED.get(op.handle, "user")
 
 

@@ -20,7 +20,7 @@ from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run, wai
 from bitring.collectives.node.shared import Shared
 from bitring.collectives.runtime.contact import read_news
 from bitring.collectives.runtime.tags import WORDS_TAG
-from bitring.errors import MismatchError, PeerError
+from bitring.errors import MismatchError, PeerError, text_of
 from bitring.native import native
 
 _LIBRARY = 1
@@ -145,7 +145,7 @@ def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: 
     request.library, request.flag = verdict.library, verdict.flag
     if verdict.same_function and not verdict.bad and (verdict.same or verdict.library):
         return
-    error = "" if request.error is None else f"{type(request.error).__name__}: {request.error}"
+    error = "" if request.error is None else f"{type(request.error).__name__}: {text_of(request.error)}"
     terms = {name: str(value) for name, value in request.terms.items()}
     everyone = yield from _words_of_all(comm, (request.function, terms, error, request.refused), progress)
     refused = [(r, text) for r, (_, _, text, is_refused) in enumerate(everyone) if is_refused]

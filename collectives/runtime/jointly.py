@@ -8,7 +8,7 @@ from typing import TypeVar
 from mpi4py import MPI
 
 from bitring.collectives.runtime.objects import allgather
-from bitring.errors import PeerError
+from bitring.errors import PeerError, text_of
 
 T = TypeVar("T")
 
@@ -43,4 +43,4 @@ def _described(
     # Classes that other ranks know, too.
     known = (kind for kind in type(problem).__mro__ if kind in alike or kind.__module__ == "builtins")
     kind = next((kind for kind in known if issubclass(kind, alike)), None) if alike else None
-    return kind, type(problem).__name__, str(problem).encode(errors="replace").decode()
+    return kind, type(problem).__name__, text_of(problem)

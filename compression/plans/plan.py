@@ -25,7 +25,7 @@ from bitring.compression.exchange.owner_exchange import OwnerExchange, exchange_
 from bitring.compression.exchange.record import Record
 from bitring.compression.exchange.way import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
 from bitring.compression.plans.reduced_plan import plan_reduced, reducer_of
-from bitring.compression.plans.watched_plan import WatchedPlan, add_owed
+from bitring.compression.plans.watched_plan import WatchedPlan, add_owed, check_flags
 
 
 def plan_allreduce(
@@ -75,6 +75,7 @@ def plan_allreduce(
     try:
         flat, terms = checked_flat(x, "plan_allreduce")
         check_name(algorithm)
+        check_flags(hierarchical, check_finite)
         made = parsed(compression)
         if not isinstance(made, Encoder):
             raise TypeError(

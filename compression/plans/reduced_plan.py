@@ -23,7 +23,7 @@ from bitring.compression.encoder import VALUE_DTYPES
 from bitring.compression.exchange.exchange import Exchange
 from bitring.compression.exchange.record import Record, sample
 from bitring.compression.factors import Factors
-from bitring.compression.plans.watched_plan import WatchedPlan
+from bitring.compression.plans.watched_plan import WatchedPlan, check_flags
 from bitring.compression.reducer import Reducer, cut
 
 
@@ -55,6 +55,7 @@ def plan_reduced(
     try:
         flat, terms = checked_flat(x, "plan_allreduce")
         check_name(algorithm)
+        check_flags(hierarchical, check_finite)
         if flat.dtype not in VALUE_DTYPES:
             names = ", ".join(dtype.name for dtype in VALUE_DTYPES)
             raise TypeError(f"plan_allreduce: compression is for {names}; got {flat.dtype}")

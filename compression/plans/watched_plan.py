@@ -48,6 +48,14 @@ def add_owed(x: Array, owed: Array) -> bool:
     return bool(owed.any())
 
 
+def check_flags(hierarchical: object, check_finite: object) -> None:
+    """Raise TypeError unless these arguments of ``plan_allreduce`` are what they may be."""
+    if not (hierarchical is None or isinstance(hierarchical, bool)):
+        raise TypeError(f"plan_allreduce: hierarchical must be True, False or None; got {type(hierarchical).__name__}")
+    if not isinstance(check_finite, bool):
+        raise TypeError(f"plan_allreduce: check_finite must be True or False; got {type(check_finite).__name__}")
+
+
 class Before:
     """What a plan carries from run to run, as it was before a run. The arrays' copies stay, for the next time."""
 

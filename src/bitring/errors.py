@@ -42,3 +42,11 @@ def uncopyable(thing: object, instead: str) -> TypeError:
 
 class RefusedError(Exception):
     """Inside a job: the MPI library refuses this rank's arguments; nothing is under way. The job raises the cause."""
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says, also one of a user's class whose own text cannot be had or holds no characters."""
+    try:
+        return str(error).encode(errors="replace").decode()
+    except Exception as problem:
+        return f"(no text: its __str__ raised {type(problem).__name__})"

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from bitring.collectives.plan import plan_exact
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.runtime.objects import allgather
-from bitring.errors import MismatchError, NonFiniteError, PeerError
+from bitring.errors import MismatchError, NonFiniteError, PeerError, text_of
 
 OPERATIONS = ("step", "synchronize", "save_checkpoint", "load_checkpoint", "broadcast")
 """What ranks can be doing when they meet; the record holds the index."""
@@ -136,7 +136,7 @@ def _odd_one_out(asked: Sequence[tuple[float, ...]]) -> str:
 
 def common_error(comm: MPI.Intracomm, where: str, error: BaseException | None) -> BaseException | None:
     """What every rank is to raise when any has an ``error``: that rank its own, others what names it. Collective."""
-    mine = None if error is None else (isinstance(error, NonFiniteError), type(error).__name__, str(error))
+    mine = None if error is None else (isinstance(error, NonFiniteError), type(error).__name__, text_of(error))
     everyone = allgather(comm, mine, where)
     if error is not None:
         return error
