@@ -6,8 +6,11 @@ An encoder object is settings, a frozen dataclass; residuals are state, and belo
 from __future__ import annotations
 
 import functools
+import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +23,7 @@ from bitring.compression.kernels.functions import (
     address_of,
     decode_function,
     encode_function,
+    kernel_file,
     settings_address,
 )
 
@@ -34,24 +38,43 @@ _NAMES = ", ".join(dtype.name for dtype in VALUE_DTYPES)
 
 
 class Encoder(Compressor, ABC):
-    """Base of every encoder. A subclass in ``compression/encoders/NAME.py`` is registered as ``NAME``.
+    """Base of every encoder: a frozen dataclass of settings with ``nbytes``, and ``encode`` and ``decode`` in NumPy.
 
-    Its kernels for host memory are in ``kernels/NAME_numba.py`` (``functions.py`` says what they are given); where it
-    has some for a device, it overrides ``device_kernels``.
+    A subclass in ``compression/encoders/NAME.py`` is registered as ``NAME``; that file is enough. Plans exchange its
+    payloads in Python then, with the same guarantees. For speed, kernels can be added beside it, which give the same
+    bits; they are found by name (``kernel_file``) and called in place of the class's own two methods:
 
-    Arrays are 1-D and contiguous, all in host memory (NumPy) or all on one device (CuPy, in its current stream).
-    ``block`` values share levels: what is encoded piece by piece is cut at multiples of it. Encoding k blocks gives the
-    bytes that encoding each of them gives, one behind the other.
+    - ``kernels/NAME_numba.py`` for host memory: ``encode`` and ``decode`` as ``functions.py`` describes them, compiled
+      to C functions, with which the native engine exchanges;
+    - ``kernels/NAME_cuda.py`` for CuPy arrays: ``encode(encoder, values, residual, payload, seed)``, which returns the
+      bytes used, and ``decode(encoder, payload, out, accumulate)``.
+
+    The arguments of a class's ``encode`` and ``decode`` are checked before they reach it. Arrays are 1-D and
+    contiguous, all in host memory (NumPy) or all on one device (CuPy, in its current stream).
     ``tests/test_encoders.py`` checks every registered encoder the moment its file exists.
     """
 
-    block: int
+    block: int = 1024
+    """So many values share levels: what is encoded piece by piece is cut at multiples of it.
+
+    Encoding k blocks gives the bytes that encoding each of them gives, one behind the other.
+    """
 
     fixed_size: ClassVar[bool] = True
     """Whether a payload's length depends on the number of values alone; it is ``nbytes(n)`` then."""
 
     draws: ClassVar[bool] = False
     """Whether payloads depend on ``seed``."""
+
+    def __init_subclass__(cls) -> None:
+        """Put the checks, and the kernels where there are some, before the class's own ``encode`` and ``decode``."""
+        super().__init_subclass__()
+        for name, before in (("encode", _encoding), ("decode", _decoding)):
+            method = cls.__dict__.get(name)
+            if method is not None and method not in _modules:
+                checked = before(method)
+                _modules[checked] = method.__module__
+                setattr(cls, name, checked)
 
     @abstractmethod
     def nbytes(self, n: int) -> int:
@@ -62,18 +85,6 @@ class Encoder(Compressor, ABC):
         return self.nbytes(n)
 
     @abstractmethod
-    def settings(self) -> tuple[float, ...]:
-        """What the kernels are told of the object's settings, the same for one object always."""
-
-    def device_kernels(self) -> Any:
-        """What has ``encode(values, residual, payload, block)`` and ``decode(payload, out, block, accumulate)``.
-
-        Both for device arrays, and unchecked. Raises TypeError where there is none.
-        """
-        raise TypeError(
-            f"{type(self).__name__}: arrays must be in host memory, it has no kernels for a device; got device arrays"
-        )
-
     def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
         """Encode v = values + residual into ``payload``; ``residual`` becomes v - decoded. Returns the bytes used.
 
@@ -82,74 +93,167 @@ class Encoder(Compressor, ABC):
         the used ones stay as they are. ``seed``: of what is drawn, in encoders that draw; the same seed, values and
         residual give the same bytes. Raises TypeError for anything but such arrays, or for device arrays without a
         kernel, ValueError for a wrong size, layout or a read-only array.
-        """
-        check_encode(self, values, residual, payload)
-        if is_device(values):
-            self.device_kernels().encode(values, residual, payload, self.block)
-            return self.nbytes(values.size)
-        used = encode_function(_kernels(self), values.dtype)(
-            *(values.ctypes.data, residual.ctypes.data, values.size),
-            *(payload.ctypes.data, payload.size, seed, settings_address(self.settings())),
-        )
-        assert used >= 0, "a payload outgrew nbytes"
-        return used
 
+        What a subclass defines is given such arrays only, one value or more, and a payload of ``nbytes(n)`` bytes;
+        ``seed`` where it draws. Scratch is the subclass's to allocate.
+        """
+
+    @abstractmethod
     def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
         """Out = decoded, or out += decoded.
 
         ``payload``: exactly the bytes that ``encode`` used; ``out``: as many values as were encoded, of any of the four
-        dtypes, whichever was encoded. Sums are made in float32 (float64: in float64) and rounded once.
-        Raises as ``encode`` does, and ValueError for a payload that does not fit ``out``, that names values which are
-        not there, or has ones behind its last value; ``out`` may have changed then. A payload has no checksum: one that
-        is damaged otherwise decodes to other values.
+        dtypes, whichever was encoded. Sums are made in float32 (float64: in float64) and rounded once; ``write_out``
+        does that. Raises as ``encode`` does, and ValueError for a payload that does not fit ``out``, that names values
+        which are not there, or has ones behind its last value; ``out`` may have changed then. A payload has no
+        checksum: one that is damaged otherwise decodes to other values.
+
+        What a subclass defines is given such arrays only, one value or more; where its payloads have a fixed size, of
+        that size. It raises ValueError or IndexError for others that do not fit.
         """
-        check_decode(self, payload, out)
-        if self.fixed_size:
-            check_size(self, payload, out, self.nbytes(out.size))
-        if is_device(out):
-            self.device_kernels().decode(payload, out, self.block, accumulate)
-            return
-        refused = decode_function(_kernels(self), out.dtype)(
-            *(payload.ctypes.data, payload.size, out.ctypes.data, out.size),
-            *(int(accumulate), settings_address(self.settings())),
-        )
-        if refused:
-            raise ValueError(
-                f"{type(self).__name__}.decode: payload must have been encoded for {out.size} values; "
-                f"got {payload.size} bytes that have not"
-            )
+
+    def settings(self) -> tuple[float, ...]:
+        """The numbers that the Numba kernels are given beside the arrays, the same for one object always."""
+        return ()
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether there are C functions that do what this object's ``encode`` and ``decode`` do."""
+        modules = {_modules.get(getattr(type(self), name), "") for name in ("encode", "decode")}
+        return len(modules) == 1 and kernel_file(*modules, "numba") is not None
 
     def functions(self, dtype: Any) -> Functions:
         """The kernels for host arrays of ``dtype`` as C functions, compiled or loaded; see ``Functions``.
 
-        Sums of other ranks' payloads are made by the ``decode`` of ``functions(residual_dtype(dtype))``.
+        Sums of other ranks' payloads are made by the ``decode`` of ``functions(residual_dtype(dtype))``. Raises
+        TypeError where there are no kernels.
         """
         residual_dtype(dtype)
-        kernels, dtype = _kernels(self), np.dtype(dtype)
+        kernels = next(iter(self._kernel_files("numba")), None)
+        if kernels is None:
+            raise TypeError(f"{type(self).__name__}.functions: it has no kernels that are C functions")
         return Functions(
-            address_of(encode_function(kernels, dtype)),
-            address_of(decode_function(kernels, dtype)),
+            address_of(encode_function(kernels, np.dtype(dtype))),
+            address_of(decode_function(kernels, np.dtype(dtype))),
             settings_address(self.settings()),
         )
 
+    def device_kernels(self) -> Any:
+        """The module with the kernels for device arrays. Raises TypeError where there is none."""
+        files = self._kernel_files("cuda")
+        if not files:
+            name = type(self).__name__
+            raise TypeError(f"{name}: arrays must be in host memory, it has no kernels for a device; got device arrays")
+        return importlib.import_module(files[0])
+
     def warm_up(self, dtype: Any) -> None:
-        """Compile, or load from the cache, what encodes and decodes host arrays of ``dtype``.
+        """Compile, or load from the cache, the kernels that encode and decode host arrays of ``dtype``.
 
         Where ranks share a cache of compiled code, one calls this and the others after it: one compiles, they load.
+        Raises TypeError for other dtypes.
         """
-        decode_function(_kernels(self), residual_dtype(dtype))
-        self.functions(dtype)
+        dtypes = {np.dtype(dtype), residual_dtype(dtype)}
+        for kernels in self._kernel_files("numba"):
+            encode_function(kernels, np.dtype(dtype))
+            for each in dtypes:
+                decode_function(kernels, each)
+
+    def _kernel_files(self, kind: str) -> list[str]:
+        """Of this class and those it derives from, whose methods it may call."""
+        methods = (each.__dict__.get("encode") for each in type(self).__mro__)
+        files = (kernel_file(_modules[each], kind) for each in methods if each in _modules)
+        return [file for file in files if file is not None]
 
 
-def _kernels(encoder: Encoder) -> str:
-    return _kernels_of(type(encoder))
+_modules: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""The module in which a checked ``encode`` or ``decode`` was written, beside which its kernels are."""
 
 
-@functools.cache
-def _kernels_of(kind: type[Encoder]) -> str:
-    """The kernel file beside the class that is registered, which ``kind`` may derive from."""
-    registered = next(each for each in kind.__mro__ if Encoder in each.__bases__)
-    return f"bitring.compression.kernels.{registered.__module__.rpartition('.')[2]}_numba"
+def _encoding(written: Callable[..., int]) -> Callable[..., int]:
+    module = written.__module__
+
+    @functools.wraps(written)
+    def encode(self: Encoder, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
+        check_encode(self, values, residual, payload)
+        n = values.size
+        if n == 0:
+            return 0
+        on_device = is_device(values)
+        kernels = kernel_file(module, "cuda" if on_device else "numba")
+        if on_device:
+            of_device = self.device_kernels()  # may be of a class that this one derives from, and calls
+            if kernels is not None:
+                used: int = of_device.encode(self, values, residual, payload, seed)
+                return used
+        elif kernels is not None:
+            used = encode_function(kernels, values.dtype)(
+                *(values.ctypes.data, residual.ctypes.data, n),
+                *(payload.ctypes.data, payload.size, seed, settings_address(self.settings())),
+            )
+            assert used >= 0, "a payload outgrew nbytes"
+            return used
+        most = self.nbytes(n)
+        returned: Any = written(self, values, residual, payload[:most], *((seed,) if self.draws else ()))
+        used = int(returned) if isinstance(returned, (int, np.integer)) else -1
+        if not (used == most if self.fixed_size else 0 <= used <= most):
+            what = f"{most}, which is nbytes({n})" if self.fixed_size else f"0 to nbytes({n}), {most}"
+            raise RuntimeError(
+                f"{type(self).__name__}.encode: it must return the bytes used, {what}; it returned {returned!r}"
+            )
+        return used
+
+    return encode
+
+
+def _decoding(written: Callable[..., None]) -> Callable[..., None]:
+    module = written.__module__
+
+    @functools.wraps(written)
+    def decode(self: Encoder, payload: Array, out: Array, accumulate: bool = False) -> None:
+        check_decode(self, payload, out)
+        if self.fixed_size:
+            check_size(self, payload, out, self.nbytes(out.size))
+        if out.size == 0 and payload.size == 0:
+            return
+        on_device = is_device(out)
+        kernels = kernel_file(module, "cuda" if on_device else "numba")
+        if on_device:
+            of_device = self.device_kernels()
+            if kernels is not None:
+                of_device.decode(self, payload, out, accumulate)
+                return
+        reason: Exception | None = None
+        if kernels is not None:
+            refused = decode_function(kernels, out.dtype)(
+                *(payload.ctypes.data, payload.size, out.ctypes.data, out.size),
+                *(int(accumulate), settings_address(self.settings())),
+            )
+        elif out.size == 0:
+            refused = 1
+        else:
+            try:
+                written(self, payload, out, accumulate)
+                refused = 0
+            except (ValueError, IndexError) as error:
+                refused, reason = 1, error
+        if refused:
+            raise ValueError(
+                f"{type(self).__name__}.decode: payload must have been encoded for {out.size} values; "
+                f"got {payload.size} bytes that have not"
+            ) from reason
+
+    return decode
+
+
+def write_out(decoded: Array, out: Array, accumulate: bool) -> None:
+    """Out = decoded, or out += decoded, as ``Encoder.decode`` has it: in float32 (float64: in float64), rounded once.
+
+    Both have one shape; for a part of a larger array, ``out`` is a view of it.
+    """
+    wide = residual_dtype(out.dtype)
+    x = decoded.astype(wide)
+    with np.errstate(all="ignore"):
+        out[...] = (out.astype(wide) + x if accumulate else x).astype(out.dtype)
 
 
 def residual_dtype(dtype: Any) -> Any:

@@ -56,7 +56,7 @@ unsigned short (*round_to_float16)(float);
 static float float16_to_float(unsigned short bits) { return float16_values[bits]; }
 static unsigned short float_to_float16(float x) { return round_to_float16(x); }
 
-#include "../compression/onebit.cu"
+#include "../compression/kernels/onebit.cu"
 
 static void (*kernel5)(const void*, void*, void*, long long, long long);
 static void (*kernel4)(const void*, void*, long long, long long);

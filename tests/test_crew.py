@@ -31,7 +31,7 @@ n = 300_001
 found = {}
 for name in compressors.names():
     encoder = compressors.get(name)()
-    if not isinstance(encoder, Encoder):
+    if not isinstance(encoder, Encoder) or not encoder.has_functions:
         continue
     sums = []
     for kind in (owner_exchange.NativeOwnerExchange, owner_exchange.PortableOwnerExchange):

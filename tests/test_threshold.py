@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitring.compression.encoders.threshold import Threshold
-from bitring.compression.reference.gaps_reference import decode_block
+from bitring.compression.exchange.gaps import decode_gaps
 
 pytestmark = pytest.mark.single
 
@@ -21,7 +21,7 @@ def encode(codec: Threshold, values: Any, residual: Any) -> Any:
 def test_values_that_reach_tau_by_hand() -> None:
     codec, residual = Threshold(tau=2), np.array([0, 1, 0, 0, 0], np.float32)
     payload = encode(codec, np.array([1.5, 1, -2, 7, -1.9], np.float32), residual)
-    assert decode_block(payload, 1) == ([1, 2, 3], [0, 1, 0], payload.size)
+    assert decode_gaps(payload, 5, 1) == ([1, 2, 3], [0, 1, 0], payload.size)
     assert residual.tolist() == np.array([1.5, 0, 0, 5, -1.9], np.float32).tolist()
     out = np.full(5, 7, np.float32)
     codec.decode(payload, out)

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder
+import ml_dtypes
+
+from bitring.compression.encoder import Array, Encoder, write_out
+from bitring.compression.encoders.float16 import encode_halves
 from bitring.settings import setting
 
 
@@ -25,6 +28,10 @@ class BFloat16(Encoder):
         """See Encoder."""
         return 2 * n
 
-    def settings(self) -> tuple[float, ...]:
+    def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
         """See Encoder."""
-        return ()
+        return encode_halves(values, residual, payload, ml_dtypes.bfloat16)
+
+    def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
+        """See Encoder."""
+        write_out(payload.copy().view(ml_dtypes.bfloat16), out, accumulate)

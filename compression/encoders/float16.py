@@ -11,8 +11,12 @@ Payload: the n numbers, 2n bytes, little-endian.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from bitring.compression.encoder import Encoder
+import ml_dtypes
+import numpy as np
+
+from bitring.compression.encoder import Array, Encoder, write_out
 from bitring.settings import setting
 
 
@@ -26,6 +30,21 @@ class Float16(Encoder):
         """See Encoder."""
         return 2 * n
 
-    def settings(self) -> tuple[float, ...]:
+    def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
         """See Encoder."""
-        return ()
+        return encode_halves(values, residual, payload, np.float16)
+
+    def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
+        """See Encoder."""
+        write_out(payload.copy().view(np.float16), out, accumulate)
+
+
+@np.errstate(all="ignore")
+def encode_halves(values: Array, residual: Array, payload: Array, half: Any) -> int:
+    """``encode``; ``half`` is float16 or bfloat16."""
+    largest = float(ml_dtypes.finfo(half).max)
+    v = values.astype(residual.dtype) + residual
+    halves = np.clip(v, -largest, largest).astype(np.float32).astype(half)
+    residual[:] = v - halves.astype(residual.dtype)
+    payload[: halves.nbytes] = halves.view(np.uint8)
+    return int(halves.nbytes)

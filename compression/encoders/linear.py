@@ -16,9 +16,18 @@ A block of b values takes 4 + ceil(b · bits / 8) bytes, the last one of an arra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder, packed_nbytes
+import numpy as np
+
+from bitring.compression.encoder import (
+    Array,
+    Encoder,
+    packed_nbytes,
+    residual_dtype,
+    write_out,
+)
 from bitring.settings import setting
 
 
@@ -36,3 +45,55 @@ class Linear(Encoder):
     def settings(self) -> tuple[float, ...]:
         """See Encoder."""
         return (self.block, self.bits)
+
+    def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
+        """See Encoder."""
+        return encode_steps(values, residual, payload, self.block, self.bits, _quantized)
+
+    def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
+        """See Encoder."""
+        decode_steps(payload, out, self.block, self.bits, accumulate)
+
+
+def _quantized(v: Array, most: int) -> tuple[np.float32, Array]:
+    step = np.float32(np.abs(v).max() / np.float64(most))
+    if step < np.float32(2.0**-126):
+        return np.float32(0), np.zeros_like(v)
+    return step, np.rint(v * v.dtype.type(1 / np.float64(step)))
+
+
+@np.errstate(all="ignore")
+def encode_steps(
+    values: Array,
+    residual: Array,
+    payload: Array,
+    block: int,
+    bits: int,
+    quantized: Callable[[Array, int], tuple[np.float32, Array]],
+) -> int:
+    """``encode``, with a step and whole numbers that ``quantized`` makes of a block and the largest such number."""
+    used, most = 0, 2 ** (bits - 1) - 1
+    for first in range(0, values.size, block):
+        v = values[first : first + block].astype(residual.dtype) + residual[first : first + block]
+        step, q = quantized(v, most)
+        q = np.clip(q, -most, most) + v.dtype.type(0)  # no -0
+        residual[first : first + block] = v - q * step
+        codes = (q.astype(np.int64)[:, None] >> np.arange(bits) & 1).astype(np.uint8)
+        encoded = np.concatenate([step.reshape(1).view(np.uint8), np.packbits(codes, bitorder="little")])
+        payload[used : used + encoded.size] = encoded
+        used += encoded.size
+    return used
+
+
+@np.errstate(all="ignore")
+def decode_steps(payload: Array, out: Array, block: int, bits: int, accumulate: bool) -> None:
+    """``decode`` of what ``encode_steps`` wrote."""
+    at, wide = 0, residual_dtype(out.dtype)
+    weights = 2.0 ** np.arange(bits) * np.where(np.arange(bits) == bits - 1, -1, 1)
+    for first in range(0, out.size, block):
+        here = out[first : first + block]
+        step = payload[at : at + 4].copy().view(np.float32)[0]
+        end = at + 4 + -(-here.size * bits // 8)
+        codes = np.unpackbits(payload[at + 4 : end], count=here.size * bits, bitorder="little").reshape(-1, bits)
+        write_out((codes @ weights).astype(wide) * step, here, accumulate)
+        at = end

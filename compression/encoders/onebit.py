@@ -13,8 +13,11 @@ Payload, block after block, without gaps, little-endian::
 A block of b values takes 8 + ceil(b / 8) bytes, the last one of an array being as short as its values. Encoding k
 blocks gives k times the bytes that encoding each of them gives, so payloads of pieces are pieces of the payload.
 
-Sums are made in one fixed order (``onebit_reference.py``) that no vector width, thread or alignment changes: NumPy,
-Numba and CUDA give the same bits.
+Sums are made in one fixed order that no vector width, thread or alignment changes: NumPy, Numba and CUDA give the same
+bits (a NaN's own bits aside). Within a block, lane k of 32 adds values k, k + 32, ... in that order, in the residual's
+dtype (negative and other values each have their lanes; a value of the other class counts as zero); then float64 adds
+the lanes pairwise: k and k + 16, then k and k + 8, down to k and k + 1. A level is that sum divided by the class's
+count, rounded to float32. Where that is not finite, the lanes add in float64 instead.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bitring.compression.encoder import Encoder
+import numpy as np
+
+from bitring.compression.encoder import Array, Encoder, write_out
 from bitring.settings import setting
 
 
@@ -41,8 +46,50 @@ class OneBit(Encoder):
         """See Encoder."""
         return (self.block,)
 
-    def device_kernels(self) -> Any:
+    @np.errstate(all="ignore")
+    def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
         """See Encoder."""
-        from bitring.compression.kernels import onebit_cuda
+        used = 0
+        for first in range(0, values.size, self.block):
+            block = slice(first, first + self.block)
+            v = values[block].astype(residual.dtype) + residual[block]
+            is_high = v >= 0
+            levels = np.array([_mean(v, ~is_high), _mean(v, is_high)])
+            residual[block] = v - np.where(is_high, levels[1], levels[0])
+            encoded = np.concatenate([levels.view(np.uint8), np.packbits(is_high, bitorder="little")])
+            payload[used : used + encoded.size] = encoded
+            used += encoded.size
+        return used
 
-        return onebit_cuda
+    def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
+        """See Encoder."""
+        at = 0
+        for first in range(0, out.size, self.block):
+            here = out[first : first + self.block]
+            low, high = payload[at : at + 8].copy().view(np.float32)
+            end = at + 8 + -(-here.size // 8)
+            is_high = np.unpackbits(payload[at + 8 : end], count=here.size, bitorder="little").astype(bool)
+            write_out(np.where(is_high, high, low), here, accumulate)
+            at = end
+
+
+def _mean(x: Array, members: Array) -> np.float32:
+    """Mean of those ``x`` where ``members`` is true; 0 if there are none."""
+    if not members.any():
+        return np.float32(0)
+    padded = np.zeros((-(-x.size // 32) + 1, 32), x.dtype)  # the first row stays zero, so that no sum is -0.0
+    padded.reshape(-1)[32 : 32 + x.size] = np.where(members, x, 0)
+    return mean_of_lanes(padded, int(np.count_nonzero(members)))
+
+
+def mean_of_lanes(padded: Array, count: int) -> np.float32:
+    """The sum of the columns of ``padded``, which are lanes, over ``count``."""
+    mean = np.float32(0)
+    for dtype in (padded.dtype, np.float64):
+        lanes: Any = np.add.accumulate(padded.astype(dtype))[-1].astype(np.float64)
+        while lanes.size > 1:
+            lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+        mean = np.float32(lanes[0] / count)
+        if np.isfinite(mean):
+            break
+    return mean

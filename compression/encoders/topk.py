@@ -15,8 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitring.compression.encoder import Encoder
-from bitring.compression.exchange.gaps import expected_nbytes, most_nbytes, over_blocks
+import numpy as np
+
+from bitring.compression.encoder import Array, Encoder, residual_dtype, write_out
+from bitring.compression.encoders.threshold import sampled_kth_largest
+from bitring.compression.exchange.gaps import decode_gaps, encode_gaps, expected_nbytes, most_nbytes, over_blocks
 from bitring.settings import setting
 
 
@@ -49,3 +52,37 @@ class TopK(Encoder):
     def settings(self) -> tuple[float, ...]:
         """See Encoder."""
         return (self.block, self.density, self.sampled)
+
+    @np.errstate(all="ignore")
+    def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
+        """See Encoder."""
+        used = 0
+        for first in range(0, values.size, self.block):
+            block = slice(first, first + self.block)
+            v = values[block].astype(residual.dtype) + residual[block]
+            k = self._sent(v.size)
+            if self.sampled:
+                sent = np.flatnonzero((np.abs(v) >= sampled_kth_largest(v, k)) & (v != 0))[: 2 * k]
+            else:
+                sent = np.sort(np.argsort(-np.abs(v), kind="stable")[:k])
+                sent = sent[v[sent] != 0]
+            x = v[sent].astype(np.float32)
+            encoded = encode_gaps(sent, x.view(np.uint32).tolist(), 32)
+            v[sent] -= x
+            residual[block] = v
+            payload[used : used + encoded.size] = encoded
+            used += encoded.size
+        return used
+
+    def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
+        """See Encoder."""
+        at = 0
+        for first in range(0, out.size, self.block):
+            here = out[first : first + self.block]
+            indexes, items, nbytes = decode_gaps(payload[at:], here.size, 32)
+            x = np.zeros(here.size, residual_dtype(out.dtype))
+            x[indexes] = np.array(items, np.uint32).view(np.float32)
+            write_out(x, here, accumulate)
+            at += nbytes
+        if at != payload.size:
+            raise ValueError("bytes behind the last value")

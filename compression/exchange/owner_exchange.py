@@ -10,7 +10,8 @@ Encoded payloads cannot be summed, so every chunk has an owner:
 
 With payloads of m bytes for the whole buffer, each rank sends 2(p−1)/p·m bytes. Chunks are cut into segments; in the
 native engine each of them is a message, so that encoding, wire and decoding overlap. The portable exchange, in Python,
-sends whole chunks; it serves device buffers, and is the reference: both give the same bits.
+sends whole chunks; it serves device buffers and encoders that have no kernels, and is the reference: both give the same
+bits.
 
 A message is the payloads of its pieces, after their lengths as uint32 where these depend on the values.
 """
@@ -290,7 +291,10 @@ class PortableOwnerExchange(OwnerExchange):
 
 
 def exchange_for(like: Array, all_native: bool) -> type[OwnerExchange]:
-    """The kind for arrays such as ``like``: in the native engine for host memory, where all ranks have one."""
+    """The kind for arrays such as ``like``: in the native engine for host memory, where ``all_native``.
+
+    That is: all ranks have that engine, and the encoder's C functions.
+    """
     return NativeOwnerExchange if all_native and device_of(like) is None else PortableOwnerExchange
 
 

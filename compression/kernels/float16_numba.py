@@ -1,4 +1,4 @@
-"""Kernels of ``float16.py`` for host memory. What they compute: ``cast_reference.py``, bit for bit."""
+"""Kernels of ``float16.py`` for host memory. What they compute: its NumPy code, bit for bit."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ A payload may begin at any address; values, residual and out at one that suits t
 the ``nbytes`` bytes, and writes nothing but the n values, of which some may have changed when it returns -1.
 
 They are the functions ``encode`` and ``decode`` of the encoder's kernel file, ``NAME_numba.py``, and ``Encoder`` calls
-the same machine code.
+the same machine code. An encoder without such a file runs its own NumPy code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,6 +43,25 @@ class Functions(NamedTuple):
     encode: int
     decode: int
     settings: int
+
+
+_ENCODERS = "bitring.compression.encoders."
+
+
+@functools.cache
+def kernel_file(module: str, kind: str) -> str | None:
+    """The module with the kernels of the encoder that was written in ``module``; None where there is none.
+
+    ``kind``: "numba" or "cuda". Of ``compression/encoders/NAME.py`` it is ``compression/kernels/NAME_KIND.py``; in
+    packages outside, ``their_package/NAME_KIND.py`` beside ``their_package/NAME.py``.
+    """
+    name = f"{module}_{kind}"
+    if name.startswith(_ENCODERS):
+        name = f"bitring.compression.kernels.{name.removeprefix(_ENCODERS)}"
+    try:
+        return name if importlib.util.find_spec(name) is not None else None
+    except ModuleNotFoundError:  # what it is in is no package
+        return None
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bitring.compression.encoder import Array
+from bitring.compression.encoder import Array, Encoder
 
 WARPS_PER_BLOCK = 8
 MOST_BLOCKS = 1 << 16  # of threads; each warp takes quantization blocks in turn until none is left
@@ -46,11 +46,12 @@ def _launch(name: str, values: Array, block: int, arguments: tuple[Any, ...]) ->
         kernel((blocks,), (32 * WARPS_PER_BLOCK,), (*arguments, np.int64(values.size), np.int64(block)))
 
 
-def encode(values: Array, residual: Array, payload: Array, block: int) -> None:
-    """See ``OneBit.encode``; unchecked but for alignment."""
-    _launch("encode", values, block, (values, residual, payload))
+def encode(encoder: Encoder, values: Array, residual: Array, payload: Array, seed: int) -> int:
+    """See ``OneBit.encode``; unchecked but for alignment. Draws nothing."""
+    _launch("encode", values, encoder.block, (values, residual, payload))
+    return encoder.nbytes(values.size)
 
 
-def decode(payload: Array, out: Array, block: int, accumulate: bool) -> None:
+def decode(encoder: Encoder, payload: Array, out: Array, accumulate: bool) -> None:
     """See ``OneBit.decode``; unchecked but for alignment."""
-    _launch("accumulate" if accumulate else "decode", out, block, (payload, out))
+    _launch("accumulate" if accumulate else "decode", out, encoder.block, (payload, out))

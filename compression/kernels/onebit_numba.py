@@ -1,4 +1,4 @@
-"""1-bit encode and decode on host memory, compiled by Numba. What they compute: ``onebit_reference.py``, bit for bit.
+"""1-bit encode and decode on host memory, compiled by Numba. What they compute: ``onebit.py``, bit for bit.
 
 Values are taken in groups of 32, written as vectors of 8 lanes: a comparison of 8 lanes is a byte of payload bits.
 Inside, arrays are addresses of any alignment; ``like`` is a pointer that tells a kernel the type of its values.

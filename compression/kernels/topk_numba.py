@@ -1,4 +1,4 @@
-"""Kernels of ``topk.py`` for host memory. What they compute: ``topk_reference.py``, bit for bit."""
+"""Kernels of ``topk.py`` for host memory. What they compute: its NumPy code, bit for bit."""
 
 from __future__ import annotations
 

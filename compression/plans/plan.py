@@ -83,6 +83,7 @@ def plan_allreduce(
                 f"encoder or a reducer; got {type(made).__name__}"
             )
         encoder = made
+        request.flag = not encoder.has_functions
         if flat.dtype.name not in _COMPRESSED_DTYPES:
             raise TypeError(f"plan_allreduce: compression is for {', '.join(_COMPRESSED_DTYPES)}; got {flat.dtype}")
         if op_name(op) != "SUM":
@@ -103,7 +104,8 @@ def plan_allreduce(
     with state.turn("plan_allreduce"):
         run_agreement(state, request)
         assert encoder is not None
-        return CompressedPlan(state, flat, encoder, hierarchical, places, check_finite)
+        all_native = state.topology.native and not request.flag
+        return CompressedPlan(state, flat, encoder, hierarchical, places, check_finite, all_native)
 
 
 def _checked_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
@@ -132,9 +134,12 @@ class CompressedPlan(WatchedPlan):
         hierarchical: bool | None,
         boundaries: tuple[int, ...],
         check_finite: bool,
+        all_native: bool,
     ) -> None:
+        """``all_native``: whether all ranks have the native engine and the encoder's C functions."""
         super().__init__(state, flat, encoder, check_finite)
         self._encoder = encoder
+        self._all_native = all_native
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
         if device_of(flat) is None:
@@ -158,14 +163,14 @@ class CompressedPlan(WatchedPlan):
         def make(comm: MPI.Intracomm, like: Array, first: int) -> OwnerExchange:
             state.lane.meets(comm)
             inside = [b - first for b in boundaries if first < b < first + like.size]
-            return exchange_for(like, state.topology.native)(comm, like, self._encoder, inside, channel)
+            return exchange_for(like, self._all_native)(comm, like, self._encoder, inside, channel)
 
         if not hierarchical or state.size == 1:
             return DirectWay(state, flat, make)
         if state.topology.nodes == 1:
             return NodeWay(state, flat, self.number, self._run.kind)
         lanes = None
-        if state.shared is not None and device_of(flat) is None:
+        if state.shared is not None and device_of(flat) is None and self._all_native:
             lanes = make_lane_way(state, flat, self._run.kind, make)
         return LeaderWay(state, flat, self.number, make) if lanes is None else lanes
 
