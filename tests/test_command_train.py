@@ -316,21 +316,17 @@ def test_settings_behind_the_name(tmp_path: Path):
     for changed, message in (
         (["--mode", "block_momentum:tau=3,zeta=0.5"], "--tau 2; got 3"),
         (["--mode", "block_momentum:tau=2"], "--mode block_momentum:tau=2,zeta=0.5; got block_momentum:tau=2"),
-        (["--mode", "sync"], None),
         (["--optimizer", "sgd:nesterov=true"], f"--optimizer {kept['optimizer']}; got sgd:lr=0.02,momentum=0.9,"),
-        (["--optimizer", "sgd:nesterov=true,weight_decay=1e-3,lr=0.5"], "--lr 0.02; got 0.5"),
     ):
         result = train("--epochs", 3, *arguments, *named, *changed)
         assert result.exit_code == 2
-        assert message is None or f"Error: --resume: the checkpoint was made with {message}" in result.output
+        assert f"Error: --resume: the checkpoint was made with {message}" in result.output
 
 
 def test_each_setting_has_its_effect(tmp_path: Path):
     """None is dropped on the way."""
     digests: list[str] = []
-    for number, optimizer in enumerate(
-        ("sgd", "sgd:weight_decay=0.1", "sgd:nesterov=true", "adagrad", "adagrad:eps=1")
-    ):
+    for number, optimizer in enumerate(("sgd", "sgd:weight_decay=0.1", "adagrad", "adagrad:eps=1")):
         arguments = ["--model", "softmax", "--batch", 720, "--epochs", 1, "--output", tmp_path / str(number)]
         result = train(*arguments, "--optimizer", optimizer)
         assert result.exit_code == 0, result.output
