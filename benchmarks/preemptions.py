@@ -3,11 +3,11 @@
     python benchmarks/preemptions.py --count 100 --json FILE
 
 ``--count`` signals (SIGTERM or SIGUSR1, to the launcher or to one rank) and as many SIGKILLs (of one rank or of all)
-come to ``bitring train`` on two ranks, exact and onebit, sync and local, at moments drawn by ``--seed`` from the
-launcher's start to the training's end. Each time it is started again with ``--resume``. A signal must lose no step, a
+come to ``bitring train`` on two ranks, exact and onebit, sync and local, at moments drawn by ``--seed``, from the
+launcher's start to its end. Each time it is started again with ``--resume``. A signal must lose no step, a
 SIGKILL at most one checkpoint interval, and the run must end with the parameters and the records of an undisturbed one,
-bit for bit. Interrupted, the same command goes on: FILE keeps the
-runs that have ended.
+bit for bit. Three of four moments are soon after a step drawn beforehand. Interrupted, the same command goes on: FILE
+keeps the runs that have ended.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Run:
         self.folder, self.output = folder, folder / "run"
         folder.mkdir()
         (mode, compression), self.launcher, self.openmpi = case, *mpirun()
-        self.command = [*self.launcher, sys.executable, "-c", RANK, str(folder), "train", "--model", "softmax"]
+        self.command = [*self.launcher, sys.executable, "-c", RANK, str(folder), "train", "--model", "mlp"]
         self.command += ["--mode", mode, "--compression", compression, "--epochs", str(epochs), "--resume"]
         self.command += ["--checkpoint-every", f"{INTERVAL_STEPS}steps", "--output", str(self.output)]
         self.command += ["--tau", str(TAU)] * (mode != "sync")
@@ -168,19 +168,23 @@ def disturb(
         before = run.saved()
         process = run.start()
         begin, sent = time.monotonic(), ""
-        moment = rng.uniform(0.0, seconds * (1 - 0.6 * before / total))  # some of the seconds are the start's
+        # Most of the time goes by before the first step and after the last.
+        step = rng.randint(before + 1, total) if rng.random() < 0.75 else 0
+        moment = rng.uniform(0.0, 0.02 if step else seconds)
         while process.poll() is None:
+            if run.made() < step:
+                begin = time.monotonic()
             if kinds and time.monotonic() - begin > moment and (kinds[0] != "kill" or run.pids()):
                 sent = deliver(kinds[0], process, run, rng)
                 break
-            time.sleep(0.002)
+            time.sleep(0.001)
         status = ended(process, run)
         if sent:
             made, saved = max(run.made(), before), run.saved()
             kind, most = kinds.pop(0), 0
             if kind == "kill":
                 most = INTERVAL_STEPS
-            event = {"kind": kind, "sent": sent, "after_seconds": moment, "status": status}
+            event = {"kind": kind, "sent": sent, "after_step": step, "after_seconds": moment, "status": status}
             events.append(event | {"steps_made": made, "steps_saved": saved, "before": before})
             assert 0 <= made - saved <= most, f"{events[-1]}: at most {most} steps may be lost\n{run.log()}"
             assert kind == "kill" or status in (0, 75) or made == before, f"{events[-1]}: not saved\n{run.log()}"
