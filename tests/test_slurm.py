@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ["PATH"] += os.pathsep + "/usr/sbin"  # where Debian puts daemons, and not every PATH looks
@@ -21,7 +23,7 @@ os.environ["PATH"] += os.pathsep + "/usr/sbin"  # where Debian puts daemons, and
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "mpirun") if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.single,
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),  # jobs of all tests run beside each other
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd wants root"),
 ]
@@ -35,6 +37,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
+SchedulerParameters=batch_sched_delay=0,sched_interval=2
+KillWait=20
 CredType=cred/munge
 SlurmctldPort={controller_port}
 SlurmdPort={daemon_port}
@@ -48,7 +52,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs=64 State=UNKNOWN
 PartitionName=test Nodes={host} Default=YES State=UP
 """
 
@@ -118,16 +122,17 @@ class Slurm:
 
     def until_ended(self, job: str) -> tuple[str, str]:
         """The job's final state and exit code, as STATE CODE:SIGNAL, and what it printed."""
-        found = self.until(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=90)
+        found = self.until(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=250)
         return f"{found['JobState']} {found['ExitCode']}", self.output(job)
 
     def until_exists(self, *files: Path) -> None:
-        wait_until(f"{files}", lambda: all(file.exists() for file in files), 60, self.logs)
+        wait_until(f"{files}", lambda: all(file.exists() for file in files), 200, self.logs)
 
     def start_again_now(self, job: str) -> None:
-        """Slurm holds a job that was queued again for two minutes."""
-        self.until(job, "PENDING")
-        self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Slurm holds a job that was queued again for two minutes. The new start has all the time that it wants."""
+        self.until(job, "PENDING", seconds=150)
+        time.sleep(2)  # slurmd refuses a job that has ended in the same second
+        self.command("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +182,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Slurm, None, No
         )
         yield cluster
         cluster.command("scancel", "--user=root")
+        wait_until("the jobs' end", lambda: cluster.command("squeue", "--noheader") == "", 60, cluster.logs)
 
 
 def stop(daemon: subprocess.Popen[bytes]) -> None:
@@ -188,14 +194,155 @@ def stop(daemon: subprocess.Popen[bytes]) -> None:
         daemon.wait()
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_the_script_trains_on_two_ranks(slurm: Slurm, launcher: str, tmp_path: Path):
-    run = tmp_path / "a run"
-    job = slurm.submit("--model", "softmax", "--epochs", "1", "--output", str(run), LAUNCHER=launcher)
-    state, output = slurm.until_ended(job)
+# bitring train, which waits for a signal at its step 30 when MARK names a folder, and says there that it is so far; but
+# not when the run goes on. FAIL: rank 1 ends before it has begun.
+TRAIN = f"""#!{sys.executable}
+import os, sys, time
+from pathlib import Path
+mark, rank = os.environ.get("MARK"), os.environ["PMI_RANK"]
+if "FAIL" in os.environ and rank == "1":
+    sys.exit("rank 1: no such data set")
+from bitring.__main__ import main
+from bitring.training import preemption
+from bitring.training.data_parallel import DataParallel
+step = DataParallel.step
+def waiting(self, *arguments, **named):
+    step(self, *arguments, **named)
+    if self.steps == 30:
+        (Path(mark) / f"up-{{rank}}").touch()
+        while not any(each.noted for each in preemption._active):
+            time.sleep(0.02)
+if mark and "--resume" not in sys.argv:
+    DataParallel.step = waiting
+sys.argv[0] = "bitring"
+main()
+"""
+
+MODES = {
+    "sync": ["--mode", "sync"],
+    "local": ["--mode", "local", "--tau", "4"],
+    "local onebit": ["--mode", "local", "--tau", "4", "--compression", "onebit"],
+    "sync onebit": ["--mode", "sync", "--compression", "onebit"],
+}
+
+# What is sent to the job, and how its ranks train. With this limit the signal of 120 s before is due at once: Slurm
+# looks for such jobs every half minute.
+PREEMPTED = {
+    "TERM": (["scancel", "--signal=TERM", "{}"], "sync"),
+    "USR1": (["scancel", "--signal=USR1", "{}"], "local onebit"),
+    "time limit": (["scontrol", "update", "JobId={}", "TimeLimit=2"], "sync onebit"),
+}
+FAILED = {"INT": (["scancel", "--signal=INT", "{}"], "local"), "KILL": (["scancel", "--signal=KILL", "{}.0"], "sync")}
+
+
+@pytest.fixture(scope="module")
+def environment_of_slow_training(slurm: Slurm) -> str:
+    folder = slurm.folder / "slow" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "bitring").write_text(TRAIN, encoding="utf-8")
+    (folder / "bitring").chmod(0o755)
+    return str(folder.parent)
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Slurm, environment_of_slow_training: str) -> dict[str, str]:
+    """All jobs that train, by name; a folder of that name has their output. They run, and are waited for, together."""
+    venv, jobs = environment_of_slow_training, dict[str, str]()
+
+    def submit(name: str, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> None:
+        words = ["--model", "mlp", "--epochs", "3", "--output", str(slurm.folder / name), *arguments]
+        jobs[name] = slurm.submit(*words, options=options, **variables)
+
+    submit("whole sync", *MODES["sync"], LAUNCHER="srun")
+    submit("whole local onebit", *MODES["local onebit"], LAUNCHER="mpirun")
+    submit("whole sync onebit", *MODES["sync onebit"], LAUNCHER="srun")
+    for name, (_, mode) in {**PREEMPTED, **FAILED}.items():
+        (slurm.folder / name).mkdir()
+        submit(name, *MODES[mode], "--fresh", VENV=venv, MARK=str(slurm.folder / name))
+    submit("fail", VENV=venv, FAIL="yes")
+    options = ("--array=0-2", f"--output={slurm.folder}/%A_%a.log", "--ntasks=2")
+    submit("array", "--seed", "%a", options=options)
+    for name, (words, _) in {**PREEMPTED, **FAILED}.items():
+        slurm.until_exists(*(slurm.folder / name / f"up-{rank}" for rank in range(2)))
+        slurm.command(*(word.format(jobs[name]) for word in words))
+    slurm.until_ended(jobs["KILL"])
+    slurm.command("scontrol", "requeue", jobs["KILL"])
+    for name in (*PREEMPTED, "KILL"):
+        slurm.start_again_now(jobs[name])
+    return jobs
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return found
+
+
+def same_as_undisturbed(slurm: Slurm, jobs: dict[str, str], name: str, mode: str) -> str:
+    """What the job ``name`` printed, whose second start has ended with the same bits as one that was left alone."""
+    output, whole = slurm.folder / name, slurm.folder / f"whole {mode}"
+    for each in (name, whole.name):
+        state, said = slurm.until_ended(jobs[each])
+        assert state == "COMPLETED 0:0", said
+    assert slurm.shown(jobs[name])["Restarts"] == "1"
+    assert summary(output)["digest"] == summary(whole)["digest"]
+    with np.load(output / "checkpoint.npz") as one, np.load(whole / "checkpoint.npz") as other:
+        assert set(one.files) == set(other.files)
+        for array in set(one.files) - {"header.json"}:
+            np.testing.assert_array_equal(one[array], other[array], err_msg=array)
+    assert [file.name for file in output.glob(".*")] == []
+    return slurm.output(jobs[name])
+
+
+@pytest.mark.parametrize("name", list(PREEMPTED))
+def test_a_preempted_job_is_queued_again_and_ends_as_an_undisturbed_one(slurm: Slurm, jobs: dict[str, str], name: str):
+    said = same_as_undisturbed(slurm, jobs, name, PREEMPTED[name][1])
+    assert "checkpoint.npz holds all that was trained, up to step " in said
+    assert f"job {jobs[name]}: queued again to go on" in said
+    assert "checkpoint.npz: going on after step " in said
+
+
+def test_what_a_killed_job_has_left_in_dev_shm_is_not_in_the_way_of_its_next_start(slurm: Slurm, jobs: dict[str, str]):
+    """Queued again it has the same number, by which MPICH would name its files."""
+    said = same_as_undisturbed(slurm, jobs, "KILL", "sync")
+    assert "run-slurm.sbatch: training failed with status 137" in said
+
+
+@pytest.mark.parametrize(("name", "launcher"), [("whole sync", "srun"), ("whole local onebit", "mpirun")])
+def test_the_script_trains_on_two_ranks(slurm: Slurm, jobs: dict[str, str], name: str, launcher: str):
+    state, output = slurm.until_ended(jobs[name])
     assert state == "COMPLETED 0:0", output
     assert f"2 ranks on {socket.gethostname().split('.')[0]}, by {launcher}" in output
-    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["ranks"] == 2
+    assert summary(slurm.folder / name)["ranks"] == 2
+
+
+def test_an_interrupted_job_has_failed(slurm: Slurm, jobs: dict[str, str]):
+    state, output = slurm.until_ended(jobs["INT"])
+    assert state in ("FAILED 130:0", "FAILED 137:0"), (
+        output
+    )  # whichever srun sees first: a rank's end, or its MPI_Abort
+    assert "interrupted; --resume goes on after epoch 1" in output
+    assert {"checkpoint.npz", "metrics.jsonl"} <= {file.name for file in (slurm.folder / "INT").iterdir()}
+    assert not (slurm.folder / "INT" / "summary.json").exists()
+
+
+def test_a_rank_that_fails_at_once_ends_the_job_with_the_cause(slurm: Slurm, jobs: dict[str, str]):
+    """The other would wait for it until the time limit."""
+    state, output = slurm.until_ended(jobs["fail"])
+    assert state.startswith("FAILED "), output
+    assert state != "FAILED 0:0"
+    assert "rank 1: no such data set" in output
+    assert not (slurm.folder / "fail" / "summary.json").exists()
+
+
+def test_each_task_of_an_array_has_a_folder_of_its_own(slurm: Slurm, jobs: dict[str, str]):
+    digests = set()
+    for task in range(3):
+        state, output = slurm.until_ended(f"{jobs['array']}_{task}")
+        assert state == "COMPLETED 0:0", output
+        found = summary(slurm.folder / "array" / str(task))
+        assert found["seed"] == task
+        digests.add(found["digest"])
+    assert len(digests) == 3
 
 
 def test_an_unknown_launcher_is_named(slurm: Slurm, tmp_path: Path):
@@ -204,31 +351,20 @@ def test_an_unknown_launcher_is_named(slurm: Slurm, tmp_path: Path):
     assert "LAUNCHER is 'orterun'; known: srun, mpirun" in output
 
 
-# What Slurm and the script make of a rank's end, shown by a stand-in for bitring train: it fails, or waits for a signal
-# and then saves, unless it goes on from what was saved.
+# What the script makes of a signal, shown by a stand-in for bitring train that waits for one and then saves.
 STAND_IN = f"""#!{sys.executable}
 import os, signal, sys, time
 from pathlib import Path
-rank, arguments = os.environ["SLURM_PROCID"], sys.argv[1:]
-if "--fail" in arguments and rank == "1":
-    sys.exit("rank 1: no such data set")
+rank, output = os.environ["SLURM_PROCID"], Path(sys.argv[sys.argv.index("--output") + 1])
 received = []
-for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: received.append(number))
-output = Path(arguments[arguments.index("--output") + 1])
-if rank == "0":
-    print(*arguments, flush=True)
-if "--wait" in arguments and "--resume" not in arguments:
-    (output / f"up-{{rank}}").touch()
-    while not received:
-        time.sleep(0.01)
-    if signal.SIGINT in received:
-        sys.exit(130)
-    time.sleep(0.5 if rank == "1" else 0)  # saving takes one rank longer than the other
-    (output / f"saved-{{rank}}").touch()
-    sys.exit(75)
-if rank == "0":
-    (output / "summary.json").write_text("{{}}")
+(output / f"up-{{rank}}").touch()
+while not received:
+    time.sleep(0.01)
+time.sleep(0.5 if rank == "1" else 0)  # saving takes one rank longer than the other
+(output / f"saved-{{rank}}").touch()
+sys.exit(75)
 """
 
 
@@ -241,27 +377,8 @@ def stand_in(slurm: Slurm) -> str:
     return str(folder.parent)
 
 
-@pytest.mark.parametrize("words", [["--signal=TERM"], ["--signal=USR1"], ["time limit"]])
-def test_a_job_that_saved_is_queued_again_and_goes_on(slurm: Slurm, stand_in: str, tmp_path: Path, words: list[str]):
-    """At the time limit Slurm sends what "scancel --batch --signal=USR1" does; its seconds are exact to a minute."""
-    options = ("--time=00:02:00", "--signal=B:USR1@118") if words == ["time limit"] else ()
-    job = slurm.submit("--output", str(tmp_path), "--wait", "--fresh", options=options, VENV=stand_in)
-    if words != ["time limit"]:
-        slurm.until_exists(tmp_path / "up-0", tmp_path / "up-1")
-        slurm.command("scancel", *words, job)
-    slurm.until_exists(tmp_path / "saved-0", tmp_path / "saved-1")
-    slurm.start_again_now(job)
-    state, output = slurm.until_ended(job)
-    assert state == "COMPLETED 0:0", output
-    assert slurm.shown(job)["Restarts"] == "1"
-    assert f"job {job}: queued again to go on" in output
-    assert f"train --output {tmp_path} --wait --fresh" in output
-    assert f"train --output {tmp_path} --wait --resume" in output
-    assert [file.name for file in tmp_path.glob(".*")] == []
-
-
 def test_a_job_is_queued_again_a_bounded_number_of_times(slurm: Slurm, stand_in: str, tmp_path: Path):
-    job = slurm.submit("--output", str(tmp_path), "--wait", VENV=stand_in, REQUEUES="0")
+    job = slurm.submit("--output", str(tmp_path), VENV=stand_in, REQUEUES="0")
     slurm.until_exists(tmp_path / "up-0", tmp_path / "up-1")
     slurm.command("scancel", "--signal=TERM", job)
     state, output = slurm.until_ended(job)
@@ -270,38 +387,10 @@ def test_a_job_is_queued_again_a_bounded_number_of_times(slurm: Slurm, stand_in:
 
 
 def test_a_cancelled_job_saves_and_is_not_queued_again(slurm: Slurm, stand_in: str, tmp_path: Path):
-    job = slurm.submit("--output", str(tmp_path), "--wait", VENV=stand_in)
+    job = slurm.submit("--output", str(tmp_path), VENV=stand_in)
     slurm.until_exists(tmp_path / "up-0", tmp_path / "up-1")
     slurm.command("scancel", job)
     slurm.until_exists(tmp_path / "saved-0", tmp_path / "saved-1")
     state, output = slurm.until_ended(job)
     assert state.startswith("CANCELLED"), output
     wait_until("the script's end", lambda: "--resume goes on from there" in slurm.output(job), 20, slurm.logs)
-
-
-def test_an_interrupted_job_has_failed(slurm: Slurm, stand_in: str, tmp_path: Path):
-    job = slurm.submit("--output", str(tmp_path), "--wait", VENV=stand_in)
-    slurm.until_exists(tmp_path / "up-0", tmp_path / "up-1")
-    slurm.command("scancel", "--signal=INT", job)
-    state, output = slurm.until_ended(job)
-    assert state == "FAILED 130:0", output
-
-
-def test_a_rank_that_fails_at_once_ends_the_job_with_the_cause(slurm: Slurm, stand_in: str, tmp_path: Path):
-    """The other would wait for it until the time limit."""
-    job = slurm.submit("--output", str(tmp_path), "--wait", "--fail", VENV=stand_in)
-    state, output = slurm.until_ended(job)
-    assert state.startswith("FAILED "), output
-    assert state != "FAILED 0:0"
-    assert "rank 1: no such data set" in output
-
-
-def test_each_task_of_an_array_has_a_folder_of_its_own(slurm: Slurm, stand_in: str, tmp_path: Path):
-    options = ("--array=0-2", f"--output={tmp_path}/%A_%a.log")
-    job = slurm.submit("--seed", "%a", "--output", str(tmp_path / "run"), options=options, VENV=stand_in)
-    summaries = [tmp_path / "run" / str(task) / "summary.json" for task in range(3)]
-    slurm.until_exists(*summaries)
-    for task in range(3):
-        log = (tmp_path / f"{job}_{task}.log").read_text(encoding="utf-8")
-        assert f"train --seed {task} --output {tmp_path}/run/{task}" in log
-    slurm.command("scancel", job)
