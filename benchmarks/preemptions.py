@@ -159,7 +159,7 @@ def deliver(kind: str, process: subprocess.Popen[str], run: Run, rng: random.Ran
 
 
 def disturb(
-    kinds: list[str], reference: tuple[list[Any], float, float], run: Run, rng: random.Random
+    kinds: list[str], reference: tuple[list[Any], int, float], run: Run, rng: random.Random
 ) -> list[dict[str, Any]]:
     """Train with an event of each kind as long as training goes on; what came of each. Raises AssertionError."""
     expected, total, seconds = reference
@@ -196,7 +196,7 @@ def disturb(
     raise AssertionError(f"the run does not end: {events}\n{run.log()}")
 
 
-def undisturbed(folder: Path, case: tuple[str, str], epochs: int) -> tuple[list[Any], float, float]:
+def undisturbed(folder: Path, case: tuple[str, str], epochs: int) -> tuple[list[Any], int, float]:
     """What a run ends with, its steps, and its seconds from start to end."""
     run = Run(folder, case, epochs)
     begin = time.monotonic()
