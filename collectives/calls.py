@@ -14,7 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
-from bitring.collectives.execution.runner import Runner, make_runner
+from bitring.collectives.execution.runner import Runner, Task, make_runner
 from bitring.collectives.interop.buffers import Values, is_in_place, parse
 from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.operators import REDUCTIONS, op_name, require_defined, ufunc_name
@@ -22,6 +22,8 @@ from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
 from bitring.collectives.plan import HOST, library_reduces, memory_name
 from bitring.collectives.runtime.agreement import Request, agree, conclude, verdict_of
 from bitring.collectives.runtime.context import State
+from bitring.collectives.schedules.query import Query
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.selection.selection import check_name, choose, direct_limits
 from bitring.errors import PeerError, RefusedError
 from bitring.native import operation_number, type_number
@@ -43,7 +45,8 @@ class Call:
     """One collective call as this rank understands it.
 
     ``work`` is None where only the library reads this rank's arguments; ``sendbuf`` and ``recvbuf`` are what its call
-    is given. ``own`` says whether bitring has the operation, ``library`` whether the MPI library has it.
+    is given. ``own`` says whether bitring has the operation, ``library`` whether the MPI library has it. Once settled,
+    ``choice`` is the algorithm, and ``handed_on`` says whether it is the library's own call; neither where all is done.
     ``plain`` returns instead of ``sendbuf`` and ``recvbuf`` arrays that the library cannot refuse.
     """
 
@@ -68,7 +71,8 @@ class Call:
         self.after: Callable[[], None] | None = None
         self.own = True
         self.library = True
-        self.choice = ""
+        self.choice: str | None = None
+        self.handed_on = False
         self.plain: Callable[[], tuple[Any, Any]] | None = None
         self.runner: Runner | None = None
 
@@ -88,7 +92,7 @@ class Call:
         self.request.terms = {**terms, "algorithm": self.algorithm, "memory": memory_name(work)}
 
     def settle(self, state: State, progress: Progress, blocking: bool = True) -> Steps:
-        """Agree with all ranks and choose the algorithm; ``"mpi"`` is the library's own call.
+        """Agree with all ranks and choose the algorithm.
 
         ``blocking``: this rank does nothing else meanwhile, and may take part in setting up what runs it.
         """
@@ -102,35 +106,35 @@ class Call:
         """As ``settle``, for a rank that has arrived by ``operation`` already, which may do all that is to be done."""
         yield from finish(operation, progress)
         if not operation.disagrees:
-            self.choice = ""
+            self.choice, self.handed_on = None, False
             return
         yield from conclude(state.comm, self.request, verdict_of(operation.verdict), progress)
         self._choose(state, blocking=True)
 
     def _choose(self, state: State, blocking: bool) -> None:
         if self.request.library or self.work is None:
-            self.choice = "mpi"
-        else:
-            self.choice = choose(
-                self.collective,
-                self.algorithm,
-                self.work.nbytes,
-                state.topology,
-                self.own,
-                self.library,
-                device_of(self.work) is None,
-                blocking,
-                self.work.dtype.itemsize,
-                table=state.table,
-            ).name
+            self.choice, self.handed_on = None, True
+            return
+        query = Query(
+            collective=self.collective,
+            nbytes=self.work.nbytes,
+            topology=state.topology,
+            own=self.own,
+            library=self.library,
+            itemsize=self.work.dtype.itemsize,
+            host=device_of(self.work) is None,
+            blocking=blocking,
+        )
+        self.choice = choose(self.algorithm, query, state.table).name
+        self.handed_on = algorithms.get(self.choice).library
 
     def take_runner(self, state: State) -> None:
         """Have what runs the chosen algorithm on the call's buffer: one kept from an earlier call, or a new one.
 
-        Collective for algorithms that need setting up; none is left to be had for ``"mpi"``.
+        Collective for algorithms that need setting up; none is to be had for the library's own call.
         """
         work = self.work
-        if self.choice in ("", "mpi") or work is None:
+        if self.choice is None or self.handed_on or work is None:
             return
         self._key = (self.collective, self.choice, work.size, work.dtype, op_name(self.op), self.root, type(work))
         idle: list[Runner] = state.cache.pop(self._key, [])
@@ -139,7 +143,7 @@ class Call:
             self.runner = idle.pop()
             self.runner.bind(work)
         else:
-            self.runner = make_runner(state, self.collective, self.choice, work, self.op, self.root)
+            self.runner = make_runner(state, self.choice, Task(self.collective, work, self.op, self.root))
 
     def run(self, state: State, progress: Progress) -> Steps:
         """Run the chosen algorithm, with the copies before and after it."""
@@ -178,7 +182,7 @@ class Call:
         self.take_runner(state)
         if self.runner is not None:
             state.lane.call(lambda progress: self.steps(state, progress), self.request.function)
-        elif self.choice == "mpi":
+        elif self.handed_on:
             state.lane.call(lambda progress: self.library_steps(state, library, progress), self.request.function)
 
     def library_steps(self, state: State, library: Library, progress: Progress) -> Steps:
@@ -212,7 +216,7 @@ class Call:
     def whole(self, state: State, library: Library, progress: Progress) -> Steps:
         """All of a call that does not block its caller."""
         yield from self.settle(state, progress, blocking=False)
-        if self.choice == "mpi":
+        if self.handed_on:
             yield from self.library_steps(state, library, progress)
             return
         self.take_runner(state)

@@ -22,7 +22,7 @@ from bitring.collectives.calls import (
     reduce_scatter_block_call,
 )
 from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
-from bitring.collectives.execution.runner import make_runner
+from bitring.collectives.execution.runner import Task, make_runner
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
@@ -197,8 +197,8 @@ class Communicator(MPI.Intracomm):
             call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
             state.lane.call(lambda progress: call.settle(state, progress), "Allreduce_init")
             runner, number = None, state.new_plan()
-            if call.choice != "mpi" and call.work is not None:
-                runner = make_runner(state, "allreduce", call.choice, call.work, op, number=number)
+            if call.choice is not None and not call.handed_on and call.work is not None:
+                runner = make_runner(state, call.choice, Task("allreduce", call.work, op, number=number))
                 call.runner = runner
             run = Request("a run of a request of Allreduce_init", {"request": number})
 

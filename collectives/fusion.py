@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -65,9 +66,7 @@ def _fits(group: list[ExactPlan], plan: ExactPlan) -> bool:
     first = group[0]
     if first.state is not plan.state or first.algorithm != plan.algorithm:
         return False
-    if plan.algorithm == "shared_memory":
-        return bool(total <= native().SharedAllreduce.small(plan.state.size))
-    return first.op == plan.op and bool(first.flat.dtype == plan.flat.dtype)
+    return _KINDS[plan.fusion].fit(first, plan, total)
 
 
 def _start(group: list[ExactPlan]) -> None:
@@ -77,14 +76,13 @@ def _start(group: list[ExactPlan]) -> None:
         key = tuple(plan.number for plan in group)
         fused = group[0].fused
         if fused is None or fused.key != key:
-            kind = SharedFusion if group[0].algorithm == "shared_memory" else PackedFusion
-            group[0].fused = fused = kind(key, group)
+            group[0].fused = fused = _KINDS[group[0].fusion](key, group)
         job = group[0].state.lane.submit(fused.steps, fused.what)
         for plan in group:
             plan.take_job(job)
 
 
-class _Fusion:
+class _Fusion(ABC):
     """Plans that travel as one. The first of them keeps it for the next time."""
 
     def __init__(self, key: tuple[int, ...], plans: list[ExactPlan]) -> None:
@@ -92,6 +90,15 @@ class _Fusion:
         self.plans = plans
         self.state = plans[0].state
         self.what = " + ".join(plan.what for plan in plans)
+
+    @staticmethod
+    @abstractmethod
+    def fit(first: ExactPlan, plan: ExactPlan, nbytes: int) -> bool:
+        """Whether ``plan`` may travel with ``first``, when all together have ``nbytes`` bytes."""
+
+    @abstractmethod
+    def steps(self, progress: Progress) -> Steps:
+        """One run."""
 
     def count(self) -> None:
         for plan in self.plans:
@@ -109,8 +116,13 @@ class SharedFusion(_Fusion):
         pieces = [piece for plan in plans for piece in plan.pieces()]
         self._operation = native().SharedAllreduce(shared.node, self._request.kind, pieces, None)
 
+    @staticmethod
+    def fit(first: ExactPlan, plan: ExactPlan, nbytes: int) -> bool:
+        """See _Fusion."""
+        return bool(nbytes <= native().SharedAllreduce.small(plan.state.size))
+
     def steps(self, progress: Progress) -> Steps:
-        """One run."""
+        """See _Fusion."""
         self._operation.begin()
         yield from finish(self._operation, progress)
         if self._operation.disagrees:
@@ -127,8 +139,13 @@ class PackedFusion(_Fusion):
         self._flat: Any = np.empty(sum(plan.flat.size for plan in plans), first.flat.dtype)
         self._plan = ExactPlan(self.state, self._flat, first.op, Choice(first.algorithm, first.why))
 
+    @staticmethod
+    def fit(first: ExactPlan, plan: ExactPlan, nbytes: int) -> bool:
+        """See _Fusion."""
+        return first.op == plan.op and bool(first.flat.dtype == plan.flat.dtype)
+
     def steps(self, progress: Progress) -> Steps:
-        """One run."""
+        """See _Fusion."""
         np.concatenate([plan.flat for plan in self.plans], out=self._flat)
         yield from self._plan.checked_steps(progress)
         start = 0
@@ -136,3 +153,7 @@ class PackedFusion(_Fusion):
             plan.flat[...] = self._flat[start : start + plan.flat.size]
             start += plan.flat.size
         self.count()
+
+
+_KINDS: Mapping[str | None, type[_Fusion]] = {"pieces": SharedFusion, "values": PackedFusion}
+"""By ``Algorithm.fusion``."""

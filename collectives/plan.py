@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
 from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
-from bitring.collectives.execution.runner import Runner, SharedRunner, make_runner
+from bitring.collectives.execution.runner import PieceRunner, Runner, Task, make_runner
 from bitring.collectives.interop.operators import op_name, require_defined, ufunc_name
-from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
+from bitring.collectives.interop.steps import Progress, Steps, finish
 from bitring.collectives.runtime.agreement import Check, Request, agree, conclude, verdict_of
 from bitring.collectives.runtime.context import State, state_of
 from bitring.collectives.runtime.engine import Job, engine
 from bitring.collectives.runtime.objects import gather
+from bitring.collectives.schedules.query import Query
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.selection.selection import Choice, check_name, choose
 from bitring.errors import uncopyable
 
@@ -171,18 +173,16 @@ class ExactPlan(Plan):
         self.algorithm, self.why = choice
         self.flat = flat
         self.op = op
+        algorithm = algorithms.get(choice.name)
+        self.fusion = algorithm.fusion
         self.fused: Any = None  # with which plans it was last started, and how
         self._runner: Runner | None = None
         self._direct: Any = None  # a native operation that is a whole run and finds out itself whether all mean it
         self._way: Any = None  # past the engine, for it
-        if choice.name == "mpi":
-            self._nbytes = 2 * flat.nbytes * (state.size - 1) // state.size
-            return
-        self._runner = make_runner(
-            state, "allreduce", choice.name, flat, op, number=self.number, signature=self._run.kind
-        )
+        task = Task("allreduce", flat, op, number=self.number, signature=self._run.kind)
+        self._runner = make_runner(state, choice.name, task)
         self._nbytes = self._runner.nbytes_sent
-        if choice.name == "shared_memory":
+        if algorithm.self_checking:
             self._direct, self._way = self._runner.operation, state.lane.direct
 
     def __call__(self) -> None:
@@ -214,12 +214,11 @@ class ExactPlan(Plan):
     @property
     def fusible(self) -> bool:
         """Whether a run may travel with other plans' runs."""
-        return self.state.size > 1 and device_of(self.flat) is None and self.algorithm != "multilane"
+        return self.state.size > 1 and device_of(self.flat) is None and self.fusion is not None
 
     def pieces(self) -> list[tuple[int, int, int, int]]:
-        """What a native run through shared memory reduces."""
-        assert isinstance(self._runner, SharedRunner)
-        return self._runner.pieces
+        """What a run reduces, for fusion by pieces."""
+        return cast(PieceRunner, self._runner).pieces
 
     def count_run(self) -> None:
         """A run is over that something else has made."""
@@ -241,10 +240,8 @@ class ExactPlan(Plan):
             yield from self._finish(progress)
 
     def _steps(self, progress: Progress) -> Steps:
-        if self._runner is not None:
-            yield from self._runner.steps(progress)
-        elif self.state.size > 1:
-            yield from wait_for(self.state.comm.Iallreduce(MPI.IN_PLACE, self.flat, self.op), progress)
+        assert self._runner is not None
+        yield from self._runner.steps(progress)
         self.bytes_sent += self._nbytes
 
     def free(self) -> None:
@@ -300,19 +297,21 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
         request.error = error
     with state.turn(function):
         run_agreement(state, request)
-        choice = choose(
-            "allreduce",
-            algorithm,
-            flat.nbytes,
-            state.topology,
-            own=ufunc_name(op, flat.dtype) is not None,
-            library=library_reduces(flat, op),
-            host=device_of(flat) is None,
-            itemsize=flat.dtype.itemsize,
-            resident=resident(state, flat),
-            table=state.table,
-        )
-        return ExactPlan(state, flat, op, choice)
+        return ExactPlan(state, flat, op, choose(algorithm, query_of(state, flat, op), state.table))
+
+
+def query_of(state: State, flat: Array, op: MPI.Op) -> Query:
+    """What an algorithm of a plan for the AllReduce of ``flat`` is chosen for. Collective: see ``resident``."""
+    return Query(
+        collective="allreduce",
+        nbytes=flat.nbytes,
+        topology=state.topology,
+        own=ufunc_name(op, flat.dtype) is not None,
+        library=library_reduces(flat, op),
+        itemsize=flat.dtype.itemsize,
+        host=device_of(flat) is None,
+        resident=resident(state, flat),
+    )
 
 
 def library_reduces(flat: Array, op: MPI.Op) -> bool:

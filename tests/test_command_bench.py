@@ -12,7 +12,6 @@ from click.testing import CliRunner
 
 from bitring import __main__
 from bitring.collectives.schedules.schedule import algorithms
-from bitring.collectives.selection.selection import NATIVE
 from bitring.native import native
 
 pytestmark = pytest.mark.single
@@ -28,7 +27,11 @@ TORCH = importlib.util.find_spec("torch") is not None
 
 
 def contenders(nbytes: int, *levels: str) -> list[str]:
-    own = [name for name in algorithms.names() if name not in (NATIVE if native() is None else ("multilane",))]
+    own = [
+        name
+        for name in algorithms.names()
+        if name not in (("shared_memory", "multilane") if native() is None else ("multilane",))
+    ]
     library = [f"{name}, {level}" for level in levels for name in ("library", "library out of place")]
     limit = native() is not None and nbytes >= 64 << 10
     return [*own, "auto, resident", "auto", "plain call", *library, *["gloo"] * TORCH, *["limit"] * limit]

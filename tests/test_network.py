@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from bitring.collectives.algorithms.ring import Ring
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.training.prediction.cluster import BUILT_IN, Cluster
 from bitring.training.prediction.network import Network
@@ -18,7 +19,7 @@ N = 64 << 20
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8, 64])
 def test_the_ring_s_wire_time_without_latency(ranks: int):
     network = Network(Cluster(ranks, ranks, bandwidth=1e9, latency=0.0), PLAIN)
-    seconds = network._seconds("ring", ranks, N)
+    seconds = network.clock(Ring(), ranks, N)
     assert seconds == pytest.approx(2 * (ranks - 1) / ranks * N / 1e9, rel=1e-4)
     assert network.exact(N)[0] == pytest.approx(seconds, rel=1e-4)  # none is better
     assert network.library(N)[0] == pytest.approx(seconds, rel=1e-4)
@@ -30,7 +31,7 @@ def test_the_best_is_the_best_of_all(ranks: int, nbytes: int):
     """Though not all are clocked."""
     network = Network(Cluster(ranks, ranks, bandwidth=1e9, latency=2e-5), BUILT_IN)
     ways = {
-        name: network._seconds(name, ranks, nbytes)
+        name: network.clock(algorithms.get(name)(), ranks, nbytes)
         for name in algorithms.names()
         if "allreduce" in algorithms.get(name).collectives()
     }
@@ -57,7 +58,7 @@ def test_lanes_share_a_node_s_network():
     one, eight = (Network(Cluster(4 * q, 4, bandwidth=1e9), PLAIN) for q in (1, 8))
     seconds, name = eight.exact(N)
     assert name == "multilane"
-    assert seconds == pytest.approx(one._seconds("ring", 4, N) + eight.node_seconds(N))
+    assert seconds == pytest.approx(one.clock(Ring(), 4, N) + eight.node_seconds(N))
     assert eight.library(N)[0] == pytest.approx(one.library(N)[0] + eight.node_seconds(N))
 
 

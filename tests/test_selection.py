@@ -6,22 +6,25 @@ from typing import Any
 
 import pytest
 
+from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
-from bitring.collectives.selection.selection import (
-    NATIVE,
-    NETWORK_FROM_NBYTES,
-    RING_FROM_NBYTES,
-    check_name,
-    choose,
-    direct_limits,
-    segment_values,
-)
+from bitring.collectives.schedules.topology import Topology
+from bitring.collectives.selection.defaults import NETWORK_FROM_NBYTES, RING_FROM_NBYTES
+from bitring.collectives.selection.selection import Choice, check_name, choose, direct_limits, segment_values
 from bitring.collectives.selection.table import BUILT_IN, Rules, Table
-from bitring.collectives.selection.topology import Topology
 
 pytestmark = pytest.mark.single
 
+NATIVE = ("shared_memory", "multilane")
+
 KNOWN = "binomial_tree, double_binary_tree, mpi, multilane, rabenseifner, recursive_doubling, ring, shared_memory"
+
+
+def choice_of(
+    asked: str, nbytes: int, topology: Topology, table: Table = BUILT_IN, collective: str = "allreduce", **options: Any
+) -> Choice:
+    query: dict[str, Any] = {"own": True, "library": True, **options}
+    return choose(asked, Query(collective=collective, nbytes=nbytes, topology=topology, **query), table)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,7 @@ KNOWN = "binomial_tree, double_binary_tree, mpi, multilane, rabenseifner, recurs
     ],
 )
 def test_choices(asked, collective, nbytes, size, own, library, name, why):
-    choice = choose(collective, asked, nbytes, Topology(size), own, library)
+    choice = choice_of(asked, nbytes, Topology(size), collective=collective, own=own, library=library)
     assert choice.name == name
     assert why in choice.why
 
@@ -73,8 +76,7 @@ FOUR_HOSTS = Topology(4, nodes=4, lanes=1, shared=False, native=True)
     ],
 )
 def test_choices_of_the_native_engine(asked, topology, options, name, why):
-    arguments: dict[str, Any] = {"collective": "allreduce", "nbytes": 1 << 30, "own": True, "library": True, **options}
-    choice = choose(asked=asked, topology=topology, **arguments)
+    choice = choice_of(asked, 1 << 30, topology, **options)
     assert choice.name == name
     assert why in choice.why
 
@@ -90,9 +92,9 @@ def test_choices_of_the_native_engine(asked, topology, options, name, why):
 )
 def test_where_the_default_changes(topology, below, above):
     name, nbytes = below
-    choice = choose("allreduce", "auto", nbytes - 1, topology, own=True, library=True)
+    choice = choice_of("auto", nbytes - 1, topology)
     assert choice == (name, f"{nbytes - 1} bytes are fewer than {nbytes} (built-in default)")
-    assert choose("allreduce", "auto", nbytes, topology, own=True, library=True).name == above
+    assert choice_of("auto", nbytes, topology).name == above
 
 
 def rules(topology: Topology, *best: tuple[int, str], itemsize: int = 4, resident: bool = False) -> Rules:
@@ -135,15 +137,15 @@ MEASURED = Table(
     ],
 )
 def test_choices_from_a_measured_table(topology, nbytes, options, name):
-    arguments: dict[str, Any] = {"asked": "auto", "collective": "allreduce", "own": True, "library": True, **options}
-    choice = choose(nbytes=nbytes, topology=topology, table=MEASURED, **arguments)
+    arguments: dict[str, Any] = {"asked": "auto", **options}
+    choice = choice_of(nbytes=nbytes, topology=topology, table=MEASURED, **arguments)
     if topology.size == 2 and topology.native:  # shared memory is missing
         assert choice.why.endswith("(built-in default)")
     assert choice.name == name
 
 
 def test_why_says_what_was_measured():
-    choice = choose("allreduce", "auto", 70, ONE_NODE._replace(size=3), True, True, resident=True, table=MEASURED)
+    choice = choice_of("auto", 70, ONE_NODE._replace(size=3), MEASURED, resident=True)
     assert choice.name == "rabenseifner"
     assert choice.why == (
         "measured on this machine to be the best of 70 bytes with 4 ranks on 1 node, 4-byte values, resident"
@@ -164,7 +166,11 @@ def test_what_is_chosen_can_be_run():
                 for own, library in ((True, True), (True, False), (False, True)):
                     for topology in (Topology(1), Topology(2), Topology(5), ONE_NODE, TWO_NODES, FOUR_HOSTS):
                         for table in (BUILT_IN, MEASURED):
-                            name = choose(collective, asked, nbytes, topology, own, library, table=table).name
+                            query = Query(
+                                collective=collective, nbytes=nbytes, topology=topology, own=own, library=library
+                            )
+                            name = choose(asked, query, table).name
+                            assert algorithms.get(name).missing(query) is None
                             if name == "mpi":
                                 assert library
                             elif name in NATIVE:
@@ -180,7 +186,7 @@ def test_unknown_names_list_the_known_ones():
         with pytest.raises(ValueError, match=f"unknown algorithm '{name}'; known: {KNOWN}"):
             check_name(name)
         with pytest.raises(ValueError, match=f"unknown algorithm '{name}'; known: {KNOWN}"):
-            choose("allreduce", name, 1, Topology(2), True, True)
+            choice_of(name, 1, Topology(2))
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16, 32])

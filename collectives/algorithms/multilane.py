@@ -8,12 +8,47 @@ nodes. Träff and Hunold, 2020, "Decomposing MPI collectives for exploiting mult
 
 from __future__ import annotations
 
-from bitring.collectives.schedules.schedule import Algorithm
+from typing import ClassVar
+
+from bitring.collectives.schedules.query import Query
+from bitring.collectives.schedules.schedule import Algorithm, Estimate, Network, algorithms
 
 
 class Multilane(Algorithm):
     """AllReduce for ranks on several nodes, with the native engine."""
 
+    runner = "bitring.collectives.execution.multilane:make_multilane"
+    fusion = None
+
+    between: ClassVar[str] = "ring"
+    """The algorithm between the nodes."""
+
     def chunks(self, size: int) -> int:
         """One for each rank, at most."""
         return size
+
+    @classmethod
+    def serves(cls) -> tuple[str, ...]:
+        """AllReduce."""
+        return ("allreduce",)
+
+    @classmethod
+    def missing(cls, query: Query) -> str | None:
+        """It needs several nodes, some of several ranks, and a setting up that all ranks take part in."""
+        missing = super().missing(query) or query.unshared()
+        if missing is not None:
+            return missing
+        if query.topology.nodes == 1:
+            return "all ranks are on one node"
+        if not query.blocking:
+            return "a nonblocking call cannot set it up"
+        return None
+
+    def estimate(self, network: Network, nbytes: int) -> Estimate:
+        """The sums on the nodes; the lanes together carry the buffer between nodes as one rank a node would."""
+        between = network.clock(algorithms.get(self.between)(), network.topology.nodes, nbytes)
+        return Estimate(network.node_seconds(nbytes) + between)
+
+    def sent(self, size: int) -> float | None:
+        """What a ring among the nodes sends."""
+        return algorithms.get(self.between)().sent(size)

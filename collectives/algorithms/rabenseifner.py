@@ -22,6 +22,9 @@ from bitring.collectives.schedules.schedule import Algorithm, Receive, Round, Se
 class Rabenseifner(Algorithm):
     """Recursive halving (reduce-scatter), recursive doubling (allgather), and both (AllReduce)."""
 
+    alike = True
+    pipelined = False
+
     def chunks(self, size: int) -> int:
         """One chunk per rank."""
         return size

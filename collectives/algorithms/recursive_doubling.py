@@ -18,6 +18,8 @@ from bitring.collectives.schedules.schedule import Algorithm, Receive, Round, Se
 class RecursiveDoubling(Algorithm):
     """Recursive-doubling AllReduce. (Its allgather needs a chunk per rank: ``rabenseifner`` has it.)"""
 
+    alike = True
+
     def chunks(self, size: int) -> int:
         """The whole buffer travels as one."""
         return 1

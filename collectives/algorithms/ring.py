@@ -16,6 +16,8 @@ from bitring.collectives.schedules.schedule import Algorithm, Receive, Round, Se
 class Ring(Algorithm):
     """Ring AllReduce, reduce-scatter and allgather; chain broadcast and reduce."""
 
+    alike = True
+
     def chunks(self, size: int) -> int:
         """One chunk per rank."""
         return size
@@ -51,3 +53,7 @@ class Ring(Algorithm):
             yield (Receive(rank - 1, 0, size, reduce=False),)
         if rank < size - 1:
             yield (Send(rank + 1, 0, size),)
+
+    def sent(self, size: int) -> float:
+        """Two chunks of each ``size`` but one."""
+        return 2 * (size - 1) / size

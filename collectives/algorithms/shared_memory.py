@@ -10,12 +10,38 @@ collectives (Jain et al., 2018, "Framework for scalable intra-node collective op
 
 from __future__ import annotations
 
-from bitring.collectives.schedules.schedule import Algorithm
+from bitring.collectives.schedules.query import Query
+from bitring.collectives.schedules.schedule import Algorithm, Estimate, Network
 
 
 class SharedMemory(Algorithm):
     """AllReduce through the node's memory; for ranks on one node, with the native engine."""
 
+    runner = "bitring.collectives.execution.shared_memory:SharedRunner"
+    self_checking = True
+    fusion = "pieces"
+
     def chunks(self, size: int) -> int:
         """One for each rank."""
         return size
+
+    @classmethod
+    def serves(cls) -> tuple[str, ...]:
+        """AllReduce."""
+        return ("allreduce",)
+
+    @classmethod
+    def missing(cls, query: Query) -> str | None:
+        """It needs all ranks on one node."""
+        missing = super().missing(query) or query.unshared()
+        if missing is None and query.topology.nodes > 1:
+            return f"the ranks are on {query.topology.nodes} nodes"
+        return missing
+
+    def estimate(self, network: Network, nbytes: int) -> Estimate:
+        """The sum on the node."""
+        return Estimate(network.node_seconds(nbytes))
+
+    def sent(self, size: int) -> float:
+        """What a ring sends, through memory."""
+        return 2 * (size - 1) / size

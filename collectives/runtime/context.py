@@ -24,8 +24,8 @@ from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.contact import ports
 from bitring.collectives.runtime.engine import Lane, engine, gone_in_words, numbers_in
 from bitring.collectives.runtime.turn import Turn, Turns
+from bitring.collectives.schedules.topology import Topology
 from bitring.collectives.selection.table import BUILT_IN, load_table, path_of_table
-from bitring.collectives.selection.topology import Topology
 from bitring.errors import DeadRankError
 from bitring.launcher import alone_by_mistake, launched_rank, thread_share
 from bitring.native import native

@@ -17,10 +17,13 @@ that complete only when they are received). The same schedule is run by an execu
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
+from bitring.collectives.schedules.query import Query
+from bitring.collectives.schedules.topology import Topology
 from bitring.registry import Registry
 
 
@@ -46,6 +49,36 @@ Round = tuple[Transfer, ...]
 Schedule = Iterable[Round]
 
 
+class Estimate(NamedTuple):
+    """What an AllReduce takes: ``seconds``; ``how``: by what, where that is more than the algorithm's name.
+
+    It begins with the name of the algorithm that sends as much, before a comma.
+    """
+
+    seconds: float
+    how: str = ""
+
+
+class Network(Protocol):
+    """What an algorithm's estimate is made from.
+
+    A message of m bytes takes ``alpha`` + m·``beta`` seconds, reducing m bytes ``gamma``·m.
+    """
+
+    topology: Topology
+    alpha: float
+    beta: float
+    gamma: float
+
+    def clock(self, algorithm: Algorithm, size: int, nbytes: int) -> float:
+        """Seconds of the schedule of an AllReduce of ``nbytes`` among ``size`` ranks, one a node."""
+        ...
+
+    def node_seconds(self, nbytes: int) -> float:
+        """Seconds of a sum of ``nbytes`` of each of a node's ranks through the memory they share."""
+        ...
+
+
 class Algorithm(ABC):
     """Base of every collective algorithm. A subclass in ``collectives/algorithms/NAME.py`` is registered as ``NAME``.
 
@@ -60,7 +93,29 @@ class Algorithm(ABC):
 
     Roots other than 0 are served by renumbering ranks. ``tests/test_schedule.py`` checks every registered algorithm
     for 1 to 64 ranks the moment its file exists.
+
+    That is all that most algorithms need. What else a choice, a run and a prediction ask of each is below, with the
+    answers of one that has a schedule; one that is run in another way gives its own.
     """
+
+    runner: ClassVar[str | None] = None
+    """What runs it, ``"module:name"``, called as ``execution.runner.MakeRunner``; None: an executor, its schedule."""
+
+    library: ClassVar[bool] = False
+    """Whether it hands calls on to the MPI library, which reads the caller's own arguments."""
+
+    self_checking: ClassVar[bool] = False
+    """Whether ranks find out in a run itself that all mean the same, so that nothing need come before it."""
+
+    fusion: ClassVar[Literal["values", "pieces"] | None] = "values"
+    """How small plans started together travel as one: by their values, copied together; as pieces, where they are, by
+    a runner that has ``pieces``; None: they do not."""
+
+    alike: ClassVar[bool] = False
+    """Whether all ranks do the same in each round, at least if they are a power of two: it is quick to clock then."""
+
+    pipelined: ClassVar[bool] = True
+    """Whether it gains from cutting messages into segments; without, a round waits for whole messages anyway."""
 
     @abstractmethod
     def chunks(self, size: int) -> int:
@@ -88,12 +143,43 @@ class Algorithm(ABC):
         raise NotImplementedError
 
     @classmethod
+    @functools.cache
     def collectives(cls) -> tuple[str, ...]:
-        """Names of the collectives that this algorithm has a schedule for; empty for ``mpi``, the library's own."""
+        """Names of the collectives that this algorithm has a schedule for; empty where something else runs it."""
         own = {name for name in COLLECTIVES if getattr(cls, name) is not getattr(Algorithm, name)}
         if {"reduce_scatter", "allgather"} <= own:
             own.add("allreduce")
         return tuple(name for name in COLLECTIVES if name in own)
+
+    @classmethod
+    def serves(cls) -> tuple[str, ...]:
+        """Names of the collectives that it can run, by a schedule or otherwise."""
+        return cls.collectives()
+
+    @classmethod
+    def missing(cls, query: Query) -> str | None:
+        """Why it cannot run there, as what follows its name and "but"; None: it can."""
+        if not query.own:
+            return "only the MPI library serves this operation on this dtype"
+        if query.collective not in cls.serves():
+            return f"has no {query.collective}"
+        return None
+
+    def estimate(self, network: Network, nbytes: int) -> Estimate | None:
+        """What an AllReduce of ``nbytes`` takes there.
+
+        None where that is not known: of schedules where nodes have several ranks, as no messages inside a node are.
+        """
+        if network.topology.lanes > 1:
+            return None
+        return Estimate(network.clock(self, network.topology.size, nbytes))
+
+    def sent(self, size: int) -> float | None:
+        """How many times the buffer the busiest of ``size`` ranks sends in an AllReduce; None: see its schedule.
+
+        Of an algorithm that sums inside the nodes first, ``size`` is the number of nodes.
+        """
+        return None
 
 
 COLLECTIVES = ("allreduce", "reduce_scatter", "allgather", "reduce", "broadcast")

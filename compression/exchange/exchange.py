@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 
-from bitring.arrays import Array, device_of
+from bitring.arrays import Array
 from bitring.collectives.interop.steps import Progress, Steps, wait_for
-from bitring.collectives.plan import ExactPlan, library_reduces, resident
+from bitring.collectives.plan import ExactPlan, query_of
 from bitring.collectives.runtime.context import State
 from bitring.collectives.selection.selection import choose
 from bitring.compression.exchange.once_a_node import once_a_node
@@ -35,18 +35,7 @@ class Exchange:
     def sum(self, flat: Array) -> ExactSum:
         """An exact sum of ``flat``, 1-D, over all ranks in place. Collective."""
         state = self._state
-        choice = choose(
-            "allreduce",
-            self._algorithm,
-            flat.nbytes,
-            state.topology,
-            own=True,
-            library=library_reduces(flat, MPI.SUM),
-            host=device_of(flat) is None,
-            itemsize=flat.dtype.itemsize,
-            resident=resident(state, flat),
-            table=state.table,
-        )
+        choice = choose(self._algorithm, query_of(state, flat, MPI.SUM), state.table)
         self.sums.append(ExactSum(state, flat, MPI.SUM, choice))
         return self.sums[-1]
 

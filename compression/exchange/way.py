@@ -8,9 +8,12 @@ from typing import Any, Protocol
 from mpi4py import MPI
 
 from bitring.arrays import Array, device_of
-from bitring.collectives.execution.runner import LaneRunner, lane_extent, lane_runner, make_runner
+from bitring.collectives.execution.multilane import LaneRunner, lane_extent, lane_runner
+from bitring.collectives.execution.runner import Task, make_runner
 from bitring.collectives.interop.steps import Progress, Steps, run
 from bitring.collectives.runtime.context import State
+from bitring.collectives.schedules.query import Query
+from bitring.collectives.selection.selection import choose
 from bitring.compression.exchange.layout import Piece
 from bitring.compression.exchange.owner_exchange import NativeOwnerExchange, OwnerExchange
 
@@ -61,10 +64,18 @@ class NodeWay:
         self.exchange: OwnerExchange | None = None
         self.extent: Piece = (0, 0)
         self.owned: Piece = (0, 0)
-        self.algorithm = "ring" if state.common is None or device_of(flat) is not None else "shared_memory"
-        self._runner = make_runner(
-            state, "allreduce", self.algorithm, flat, MPI.SUM, number=number, signature=signature
+        query = Query(
+            collective="allreduce",
+            nbytes=flat.nbytes,
+            topology=state.topology,
+            own=True,
+            library=False,
+            itemsize=flat.dtype.itemsize,
+            host=device_of(flat) is None,
         )
+        self.algorithm = choose("auto", query).name
+        task = Task("allreduce", flat, MPI.SUM, number=number, signature=signature)
+        self._runner = make_runner(state, self.algorithm, task)
         self.nbytes_sent = self._runner.nbytes_sent
         self.steps = self._runner.steps
 
@@ -115,8 +126,8 @@ class LeaderWay:
     """Nodes sum by messages; their leaders, the first ranks, exchange. For what cannot share memory."""
 
     def __init__(self, state: State, flat: Array, number: int, make: MakeExchange) -> None:
-        self._reduce = make_runner(state.node, "reduce", "binomial_tree", flat, number=number)
-        self._broadcast = make_runner(state.node, "broadcast", "binomial_tree", flat, number=number)
+        self._reduce = make_runner(state.node, "binomial_tree", Task("reduce", flat, number=number))
+        self._broadcast = make_runner(state.node, "binomial_tree", Task("broadcast", flat, number=number))
         self.exchange: OwnerExchange | None = None
         self.extent = self.owned = (0, 0)
         if state.leaders != MPI.COMM_NULL:

@@ -31,6 +31,7 @@ class Registry(Generic[T]):
         self._base = base
         self._rooms = rooms
         self._group = group
+        self._found: dict[str, type[T]] = {}
 
     @cached_property
     def _modules(self) -> dict[str, str]:
@@ -59,6 +60,12 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> type[T]:
         """The class registered as ``name``. Raises ValueError, listing the known names, when there is none."""
+        found = self._found.get(name)  # every choice of an algorithm asks several
+        if found is None:
+            found = self._found[name] = self._load(name)
+        return found
+
+    def _load(self, name: str) -> type[T]:
         if name in self._modules:
             return self._class_of(self._modules[name])
         if name in self._outside:

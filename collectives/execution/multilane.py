@@ -1,0 +1,123 @@
+"""AllReduce across nodes in parallel lanes: by the native engine, with a runner between the nodes in each lane."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mpi4py import MPI
+
+from bitring.arrays import Array
+from bitring.collectives.algorithms.multilane import Multilane
+from bitring.collectives.execution.runner import Runner, Task, make_runner, schedule_runner
+from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.interop.operators import op_name, ufunc_name
+from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
+from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.objects import jointly
+from bitring.native import address_of, kernel, native
+
+
+def make_multilane(state: State, task: Task) -> Runner:
+    """A runner of the lanes; of what goes between nodes, among all ranks, where a node has no room. Collective."""
+
+    def between(comm: MPI.Intracomm, values: Array) -> Runner:
+        state.lane.meets(comm)
+        return schedule_runner(comm, "allreduce", Multilane.between, values, task.op, 0, task.channel, persistent=True)
+
+    runner = lane_runner(state, task.flat, task.op, task.signature, between, task.persistent)
+    return make_runner(state, Multilane.between, task) if runner is None else runner
+
+
+class LaneRunner:
+    """The reduction inside the nodes, between them in parallel lanes, and inside them again."""
+
+    def __init__(
+        self, state: State, region: Any, lane: Runner | None, flat: Array, op: MPI.Op, signature: int, staged: bool
+    ) -> None:
+        assert state.shared is not None
+        self._state = state
+        self._node = state.shared.node
+        self._region = region
+        self._lane = lane
+        self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
+        assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
+        self._signature = signature
+        inside = state.node.size
+        self.scratch_nbytes = region.nbytes if staged else 0
+        self.nbytes_sent = 2 * (inside - 1) * flat.nbytes // inside + (0 if lane is None else lane.nbytes_sent)
+        self.bind(flat)
+
+    def bind(self, buffer: Array) -> None:
+        """See Runner."""
+        module = native()
+        self._buffer = buffer
+        self.operation = module.LaneAllreduce(
+            self._node,
+            self._signature,
+            address_of(buffer),
+            buffer.size,
+            buffer.itemsize,
+            self._kernel,
+            self._region,
+            self._state.topology.lanes,
+            None if self._lane is None else self._lane.operation,
+        )
+        if self._lane is not None:
+            self._lane.operation.bind(self.operation.lane_values)
+
+    def unbind(self) -> None:
+        """See Runner."""
+        self._buffer = self.operation = None
+
+    def steps(self, progress: Progress) -> Steps:
+        """See Runner."""
+        yield from run(self.operation, progress)
+
+    def close(self) -> None:
+        """See Runner."""
+
+
+def lane_runner(
+    state: State,
+    flat: Array,
+    op: MPI.Op,
+    signature: int,
+    between: Callable[[MPI.Intracomm, Array], Runner],
+    persistent: bool,
+) -> LaneRunner | None:
+    """A runner of a node's exact reduction, and of one ``between`` nodes in each lane. Collective.
+
+    ``between`` makes a runner with a native operation, which is bound later, for the communicator of a lane and an
+    array such as its values. None on all ranks where some node has no room for the values.
+    """
+    module, shared, node = native(), state.shared, state.node
+    assert module is not None and shared is not None
+
+    def common(progress: Progress) -> StepsTo[tuple[Any, bool]]:
+        """A region of all ranks of the node, and whether it is there to stage the values in."""
+        region = shared.region_of(flat) if persistent else None
+        place = 0 if region is None else region.where(address_of(flat))
+        places = yield from allgather_steps(node.comm, place, progress)
+        staged = region is None or places.count(places[0]) < len(places)
+        if staged:
+            region = yield from shared.new_region(node.comm, flat.nbytes, progress)
+        everywhere = yield from allgather_steps(state.comm, region is not None, progress)
+        return region if all(everywhere) else None, staged
+
+    region, staged = jointly(state, common, "multilane")
+    if region is None:
+        return None
+    lane = None
+    if state.lane_comm != MPI.COMM_NULL:
+        lane = between(state.lane_comm, flat[slice(*lane_extent(state, flat.size))])
+    return LaneRunner(state, region, lane, flat, op, signature, staged)
+
+
+def lane_extent(state: State, n: int) -> tuple[int, int]:
+    """Of n values those in this rank's lane: the first, and the one after the last."""
+    lanes, number = state.topology.lanes, state.node.rank
+    if number >= lanes:
+        return n, n
+    start = native().LaneAllreduce.chunk_start
+    return start(n, lanes, number), start(n, lanes, number + 1)

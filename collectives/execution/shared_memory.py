@@ -1,0 +1,48 @@
+"""AllReduce through the memory that all ranks share, by the native engine."""
+
+from __future__ import annotations
+
+from bitring.arrays import Array
+from bitring.collectives.execution.runner import Task
+from bitring.collectives.interop.operators import op_name, ufunc_name
+from bitring.collectives.interop.steps import Progress, Steps, run
+from bitring.collectives.runtime.context import State
+from bitring.native import address_of, kernel, native
+
+
+class SharedRunner:
+    """The reduction of the ranks' buffers through their shared memory."""
+
+    scratch_nbytes = 0
+
+    def __init__(self, state: State, task: Task) -> None:
+        assert state.common is not None
+        flat, op = task.flat, task.op
+        self._shared = state.common
+        self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
+        assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
+        self._signature = task.signature
+        module = native()
+        small = flat.nbytes <= module.SharedAllreduce.small(state.size)
+        self.nbytes_sent = (state.size - 1) * flat.nbytes // (1 if small else state.size) * (1 if small else 2)
+        self.bind(flat)
+
+    def bind(self, buffer: Array) -> None:
+        """See Runner."""
+        module = native()
+        self._buffer = buffer
+        self.pieces = [(address_of(buffer), buffer.size, buffer.itemsize, self._kernel)]
+        self.operation = module.SharedAllreduce(
+            self._shared.node, self._signature, self.pieces, self._shared.region_of(buffer)
+        )
+
+    def unbind(self) -> None:
+        """See Runner."""
+        self._buffer = self.operation = None
+
+    def steps(self, progress: Progress) -> Steps:
+        """See Runner."""
+        yield from run(self.operation, progress)
+
+    def close(self) -> None:
+        """See Runner."""

@@ -1,0 +1,68 @@
+"""The built-in default, as data: which algorithm is taken where this machine was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bitring.collectives.schedules.query import Query
+
+RING_FROM_NBYTES = 16 << 20
+"""From about here on the portable executor's ring beats the library's own AllReduce. With 2 and with 4 ranks on 2 cores
+it has 1.2 and 0.9 times its speed at 16 MiB, 2.8 and 2.9 times at 64 MiB (benchmarks/results/allreduce-portable-*)."""
+
+NETWORK_FROM_NBYTES = 2 << 20
+"""The same for the native executor between nodes. On 4 hosts at 1 Gbit/s its ring has 0.3 times the library's speed at
+64 KiB and 1.1 times at 4 MiB."""
+
+LIBRARY = "mpi"
+"""What serves that bitring does not have, and what one rank alone does."""
+
+ANYWHERE = "ring"
+"""What stands in for an algorithm that cannot run: it runs whatever bitring serves, anywhere."""
+
+NO_LIBRARY = "the MPI library does not serve this operation, dtype or memory"
+
+
+class Preference(NamedTuple):
+    """``algorithm`` is the one, unless it cannot run there, if ``why`` says why; None: the next ones are better."""
+
+    algorithm: str
+    why: Callable[[Query], str | None]
+
+
+def _enough(query: Query) -> int:
+    """The bytes from which the library's own AllReduce is no longer the best."""
+    between = query.topology.native and query.topology.nodes > 1 and query.host
+    return NETWORK_FROM_NBYTES if between else RING_FROM_NBYTES
+
+
+def _one_node(query: Query) -> str:
+    return "all ranks share memory"
+
+
+def _no_library(query: Query) -> str | None:
+    return None if query.library else NO_LIBRARY
+
+
+def _few(query: Query) -> str | None:
+    enough = _enough(query)
+    return f"{query.nbytes} bytes are fewer than {enough}" if query.nbytes < enough else None
+
+
+def _many(query: Query) -> str:
+    return f"{query.nbytes} bytes are at least {_enough(query)}"
+
+
+def _lanes(query: Query) -> str:
+    return f"{query.topology.lanes} lanes between {query.topology.nodes} nodes"
+
+
+PREFERENCES = (
+    Preference("shared_memory", _one_node),
+    Preference("ring", _no_library),
+    Preference("mpi", _few),
+    Preference("multilane", _lanes),
+    Preference("ring", _many),
+)
+"""The first that can run, and has a why, is taken. At any size or at none: an algorithm whose runs check themselves."""
