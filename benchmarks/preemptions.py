@@ -169,7 +169,7 @@ def disturb(
         process = run.start()
         begin, sent = time.monotonic(), ""
         # Most of the time goes by before the first step and after the last.
-        step = rng.randint(before + 1, total) if rng.random() < 0.75 else 0
+        step = rng.randint(min(before + 1, total), total) if rng.random() < 0.75 else 0
         moment = rng.uniform(0.0, 0.02 if step else seconds)
         while process.poll() is None:
             if run.made() < step:
