@@ -251,8 +251,8 @@ def write_out(decoded: Array, out: Array, accumulate: bool) -> None:
     Both have one shape; for a part of a larger array, ``out`` is a view of it.
     """
     wide = residual_dtype(out.dtype)
-    x = decoded.astype(wide)
     with np.errstate(all="ignore"):
+        x = decoded.astype(wide)
         out[...] = (out.astype(wide) + x if accumulate else x).astype(out.dtype)
 
 

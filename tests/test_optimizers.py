@@ -1,0 +1,86 @@
+"""What every registered optimizer must do; a new file in training/optimizers/ is covered the moment it exists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from bitring.training.optimizer import optimizers
+
+pytestmark = pytest.mark.single
+
+each_optimizer = pytest.mark.parametrize("name", optimizers.names())
+SHAPES = {"scalar": (), "none": (0,), "small": (7, 3), "large": (70_001,)}
+
+
+def gradients_of(step: int, dtype: Any = np.float64) -> dict[str, Any]:
+    random = np.random.default_rng(step)
+    return {name: np.array(random.standard_normal(shape)).astype(dtype) for name, shape in SHAPES.items()}
+
+
+@each_optimizer
+def test_settings_are_frozen_and_equal_by_value(name: str) -> None:
+    make: Any = optimizers.get(name)
+    assert make() == make() and hash(make()) == hash(make())
+    with pytest.raises(AttributeError):
+        make().lr = 1
+
+
+@each_optimizer
+def test_update_is_apply_value_by_value(name: str) -> None:
+    """Small arrays together, large ones piece by piece, or each value alone: the same."""
+    optimizer: Any = optimizers.get(name)()
+    parameters = gradients_of(0)
+    state = optimizer.init(parameters)
+    alone = {parameter: w.reshape(-1)[:5].copy() for parameter, w in parameters.items()}
+    slots = {parameter: {slot: np.zeros_like(w) for slot in optimizer.slots} for parameter, w in alone.items()}
+    for step in range(1, 5):
+        gradients = gradients_of(step)
+        kept = {parameter: g.copy() for parameter, g in gradients.items()}
+        optimizer.update(parameters, gradients, state)
+        assert all(np.array_equal(g, kept[parameter]) for parameter, g in gradients.items()), "they are only read"
+        for parameter, w in alone.items():
+            for i in range(w.size):
+                one = slice(i, i + 1)
+                of_one = {slot: array[one] for slot, array in slots[parameter].items()}
+                optimizer.apply(w[one], kept[parameter].reshape(-1)[one], of_one, np.empty(1), np.empty(1))
+    for parameter, w in alone.items():
+        np.testing.assert_allclose(parameters[parameter].reshape(-1)[:5], w, rtol=1e-13, atol=1e-15)
+        for slot, array in slots[parameter].items():
+            np.testing.assert_allclose(state[slot][parameter].reshape(-1)[:5], array, rtol=1e-13, atol=1e-15)
+
+
+@each_optimizer
+def test_goes_down(name: str) -> None:
+    """Half the squared distance to a target becomes smaller."""
+    optimizer: Any = optimizers.get(name)()
+    parameters = {"w": np.zeros(50)}
+    state = optimizer.init(parameters)
+    for _ in range(30):
+        optimizer.update(parameters, {"w": parameters["w"] - 1}, state)
+    assert (parameters["w"] > 0).all() and (parameters["w"] < 2).all()
+
+
+@each_optimizer
+def test_zeros_change_nothing_and_restart_keeps_shapes(name: str) -> None:
+    optimizer: Any = optimizers.get(name)()
+    parameters, before = gradients_of(0), gradients_of(0)
+    state = optimizer.init(parameters)
+    optimizer.update(parameters, {parameter: np.zeros_like(w) for parameter, w in parameters.items()}, state)
+    assert all(np.array_equal(w, before[parameter]) for parameter, w in parameters.items())
+    optimizer.restart(state)
+    for slot in optimizer.slots:
+        assert {parameter: x.shape for parameter, x in state[slot].items()} == SHAPES
+
+
+@each_optimizer
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32, np.float64])
+def test_keeps_the_dtype(name: str, dtype: Any) -> None:
+    optimizer: Any = optimizers.get(name)()
+    parameters = gradients_of(0, dtype)
+    state = optimizer.init(parameters)
+    optimizer.update(parameters, gradients_of(1, dtype), state)
+    assert all(x.dtype == dtype for arrays in (parameters, *state.values()) for x in arrays.values())
