@@ -178,19 +178,20 @@ class ExactPlan(Plan):
         self.fused: Any = None  # with which plans it was last started, and how
         self._runner: Runner | None = None
         self._direct: Any = None  # a native operation that is a whole run and finds out itself whether all mean it
-        self._way: Any = None  # past the engine, for it
+        self._past_engine: Any = None  # runs it past the engine, and says what became of that
         task = Task("allreduce", flat, op, number=self.number, signature=self._run.kind)
         self._runner = make_runner(state, choice.name, task)
         self._nbytes = self._runner.nbytes_sent
         if algorithm.self_checking:
-            self._direct, self._way = self._runner.operation, state.lane.direct
+            self._direct = self._runner.operation
+            self._past_engine = state.lane.direct.runs(self._direct, _ALONE_SECONDS).run
 
     def __call__(self) -> None:
         """Run the collective in the calling thread, in place on the buffer."""
-        direct, outcome = self._direct, DECLINED
-        if direct is not None and self._job is None:
+        run, outcome = self._past_engine, DECLINED
+        if run is not None and self._job is None:
             try:
-                outcome = self._way.run(direct, _ALONE_SECONDS)
+                outcome = run()
             except BaseException as error:  # an interrupt, with the run half done
                 self.state.lane.cut_short(self.what, error)
                 raise
@@ -247,7 +248,7 @@ class ExactPlan(Plan):
     def free(self) -> None:
         """See Plan."""
         super().free()
-        self._direct = self.fused = None
+        self._direct = self._past_engine = self.fused = None
         if self._runner is not None:
             self._runner.close()
 

@@ -264,6 +264,26 @@ def test_on_one_rank_the_communicator_can_be_used_on(world):
     alone.Free()
 
 
+def test_a_call_made_of_others_goes_past_the_engine(world, comm, agree):
+    """In the thread that is in it, and in no other."""
+    plan, state = bitring.plan_allreduce(np.ones(10), comm=world), state_of(world)
+    if plan.algorithm != "shared_memory":
+        return
+    before = state.lane.count
+    with state.turn("a call"):
+        for _ in range(3):
+            plan()
+    agree(comm, state.lane.count == before, f"{state.lane.count - before} jobs")
+    told: list[str] = []
+    with state.turn("a call"):
+        other = threading.Thread(target=lambda: told.append(outcome(plan)))
+        other.start()
+        other.join()
+    agree(comm, "called it while thread 'MainThread' was in a call" in told[0], told[0])
+    then = outcome(lambda: world.Allreduce(None, np.ones(3)))
+    agree(comm, "this communicator is unusable since two threads" in then, then)
+
+
 SCRIPT = """
 import threading, numpy as np
 from mpi4py import MPI

@@ -114,7 +114,7 @@ void Direct::remove(std::uint64_t number) {
 }
 
 Outcome Direct::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
-    if (busy != 0 || inside_ != 0 || Py_TYPE(recvbuf.ptr()) != reinterpret_cast<PyTypeObject*>(ndarray_.ptr())) {
+    if (closed() || Py_TYPE(recvbuf.ptr()) != reinterpret_cast<PyTypeObject*>(ndarray_.ptr())) {
         return Outcome::declined;
     }
     View receive, send;

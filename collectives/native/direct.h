@@ -45,10 +45,17 @@ public:
     // Run an operation of the node from its begin for up to `seconds`. After any outcome but done and declined this
     // stays closed until the thread that called has said taken_over().
     Outcome run(Operation& operation, double seconds) {
-        if (busy != 0 || inside_ != 0) return Outcome::declined;
+        if (closed()) return Outcome::declined;
         in_allreduce_ = false;
         return run_open(operation, seconds);
     }
+
+    // As run(), of one operation, with as little around it as can be.
+    struct Runs {
+        std::shared_ptr<Direct> direct;
+        std::shared_ptr<Operation> operation;
+        double seconds;
+    };
 
     // The thread that is inside; 0: none.
     std::uint64_t inside() const { return inside_; }
@@ -70,10 +77,14 @@ public:
 
     std::shared_ptr<SharedAllreduce> operation() const { return operation_; }
 
-    // The engine uses the node, a thread is in a call that goes by it, or the node was closed: calls are declined.
-    int busy = 0;
+    // Calls are declined while `busy`, when the engine uses the node or has given it up, as it is until it says
+    // otherwise; and those of any other thread but `thread`, if that is not 0.
+    void keep_to(bool busy, std::uint64_t thread) {
+        busy_ = busy;
+        thread_ = thread;
+    }
 
-    // Give the node's memory back, a run under way at its end; `busy` stays set from now on.
+    // Give the node's memory back, a run under way at its end; it stays busy from now on.
     void close() {
         if (inside_ == 0) operation_.reset();
         node_.reset();
@@ -86,6 +97,9 @@ private:
         std::array<Reduce, type_count> kernels{};
     };
 
+    bool closed() const {
+        return busy_ || inside_ != 0 || (thread_ != 0 && thread_ != PyThread_get_thread_ident());
+    }
     Outcome run_open(Operation& operation, double seconds);
 
     std::shared_ptr<Node> node_;
@@ -95,6 +109,8 @@ private:
     std::vector<const Region*> regions_;
     std::shared_ptr<SharedAllreduce> operation_;
     std::size_t from_ = 0, to_ = 0;
+    bool busy_ = true;
+    std::uint64_t thread_ = 0;
     std::uint64_t inside_ = 0;
     bool in_allreduce_ = false;
     bool refused_ = false;

@@ -294,6 +294,11 @@ NB_MODULE(_native, m) {
             exchange.bind(reinterpret_cast<void*>(buffer));
         })
         .def("prepare", &OwnerExchange::prepare)
+        .def("keep", [](OwnerExchange& exchange, std::uintptr_t residual, std::uintptr_t owner_residual) {
+            exchange.keep(reinterpret_cast<void*>(residual), reinterpret_cast<void*>(owner_residual));
+        })
+        .def("forget", &OwnerExchange::forget)
+        .def("bring_back", &OwnerExchange::bring_back)
         .def_prop_ro("record", &OwnerExchange::record, nb::rv_policy::copy);
 
     nb::class_<Direct>(m, "Direct")
@@ -307,8 +312,8 @@ NB_MODULE(_native, m) {
         .def("allreduce", [](Direct& direct, nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
             return int(direct.allreduce(sendbuf, recvbuf, op));
         }, nb::arg().none(), nb::arg().none(), nb::arg().none())
-        .def("run", [](Direct& direct, Operation& operation, double seconds) {
-            return int(direct.run(operation, seconds));
+        .def("runs", [](std::shared_ptr<Direct> direct, std::shared_ptr<Operation> operation, double seconds) {
+            return Direct::Runs{std::move(direct), std::move(operation), seconds};
         })
         .def_prop_ro("inside", &Direct::inside)
         .def_prop_ro("in_allreduce", &Direct::in_allreduce)
@@ -316,5 +321,9 @@ NB_MODULE(_native, m) {
         .def("taken_over", &Direct::taken_over)
         .def("close", &Direct::close)
         .def_prop_ro("operation", &Direct::operation)
-        .def_rw("busy", &Direct::busy);
+        .def("keep_to", &Direct::keep_to);
+
+    nb::class_<Direct::Runs>(m, "Runs").def("run", [](Direct::Runs& runs) {
+        return int(runs.direct->run(*runs.operation, runs.seconds));
+    });
 }

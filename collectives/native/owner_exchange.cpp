@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "copy.h"
 #include "crew.h"
 #include "wait.h"
 
@@ -142,6 +143,7 @@ OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Typ
             if (k < owner.size()) order_.push_back(owner[k]);
         }
     }
+    for (auto& kept : kept_) kept.resize(segments_.size());
     missing_.resize(mine_.size());
     arrived_.reserve(segments_.size());
     messages_.reserve(landed_.size());
@@ -182,6 +184,27 @@ void OwnerExchange::send(std::size_t s, bool summed, int peer, std::vector<std::
     error_ = wire_->start(true, payload.data(), nbytes, peer, tags_[summed], int(messages_.size()) - 1);
 }
 
+std::size_t OwnerExchange::residual_at(std::size_t s, bool sum, char** residual, char** kept) {
+    const auto& pieces = segments_[s].pieces;
+    const std::size_t at = std::size_t(pieces.front().start - (sum ? owned_ : 0)) * wide_;
+    *residual = (sum ? owner_residual_ : residual_) + at;
+    char* copy = sum ? kept_owner_residual_ : kept_residual_;
+    *kept = copy == nullptr ? nullptr : copy + at;
+    return std::size_t(pieces.back().stop - pieces.front().start) * wide_;
+}
+
+void OwnerExchange::bring_back() {
+    for (const bool sum : {false, true}) {
+        for (std::size_t s = 0; s < segments_.size(); ++s) {
+            if (kept_[sum][s] == 0) continue;
+            char *residual, *kept;
+            const std::size_t nbytes = residual_at(s, sum, &residual, &kept);
+            copy_bytes(residual, kept, nbytes);
+        }
+    }
+    forget();
+}
+
 // Encode the task's segment of the buffer, or its sum.
 void OwnerExchange::encode(Task& task, bool sum, std::vector<std::uint8_t>& payload) {
     const std::size_t every = std::min(kSample, order_.size());
@@ -190,10 +213,15 @@ void OwnerExchange::encode(Task& task, bool sum, std::vector<std::uint8_t>& payl
     const std::int64_t first = pieces.front().start;
     const auto n = std::size_t(pieces.back().stop - first);
     const char* whole = sum ? sums_[task.place].data() : values(first);
-    char* residual = sum ? owner_residual_ + std::size_t(first - owned_) * wide_ : residual_ + std::size_t(first) * wide_;
+    char *residual, *kept;
+    const std::size_t nbytes = residual_at(task.s, sum, &residual, &kept);
     const Type wide = type_ == Type::f64 ? Type::f64 : Type::f32, type = sum ? wide : type_;
     if (sampled) adder(type)(whole, residual, n, &task.norms.values, &task.norms.sums);
     const auto begin = std::int64_t(now_nanoseconds());
+    if (kept != nullptr && kept_[sum][task.s] == 0) {
+        copy_past_cache(kept, residual, nbytes);  // and the residual is in the cache, where it is needed next
+        kept_[sum][task.s] = 1;
+    }
     std::size_t at = header(task.s);
     for (std::size_t k = 0; k < pieces.size(); ++k) {
         const EncodedPiece& piece = pieces[k];

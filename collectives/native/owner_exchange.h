@@ -4,6 +4,7 @@
 // are free, several segments are encoded, summed and decoded at once (crew.h), which changes no bits.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -63,6 +64,21 @@ public:
     // Work on the values at `buffer` from the next begin() on.
     void bind(void* buffer) { buffer_ = static_cast<char*>(buffer); }
 
+    // From now on residuals are copied, to arrays as large, before a run changes them for the first time since forget().
+    void keep(void* residual, void* owner_residual) {
+        kept_residual_ = static_cast<char*>(residual);
+        kept_owner_residual_ = static_cast<char*>(owner_residual);
+    }
+
+    // What there is by now stays.
+    void forget() {
+        std::fill(kept_[0].begin(), kept_[0].end(), 0);
+        std::fill(kept_[1].begin(), kept_[1].end(), 0);
+    }
+
+    // Copy back what was copied since forget(); not during a run.
+    void bring_back();
+
     // The number of the next run, and what its random numbers depend on.
     void prepare(std::int64_t run, std::int64_t seed) { run_ = run, seed_ = seed; }
 
@@ -102,6 +118,8 @@ private:
     };
 
     std::size_t header(std::size_t s) const { return fixed_ ? 0 : segments_[s].pieces.size() * sizeof(std::uint32_t); }
+    // Where the segment's residual is, or that of its sum, or the copy of either; and how many bytes it has.
+    std::size_t residual_at(std::size_t s, bool sum, char** residual, char** kept);
     char* values(std::int64_t index) { return buffer_ + std::size_t(index) * itemsize_; }
     void send(std::size_t s, bool summed, int peer, std::vector<std::uint8_t>& payload, std::size_t nbytes);
     void encode(Task& task, bool sum, std::vector<std::uint8_t>& payload);
@@ -120,6 +138,9 @@ private:
     std::vector<ExchangeSegment> segments_;
     char* residual_;
     char* owner_residual_;
+    char* kept_residual_ = nullptr;
+    char* kept_owner_residual_ = nullptr;
+    std::vector<char> kept_[2];  // by segment: whether its residual was copied; and that of its sum
     std::int64_t owned_;
     int tags_[2];
 

@@ -44,7 +44,6 @@ class Shared:
         self.ranks = ranks
         self._presences = presences
         self.direct = module.Direct(node, np.ndarray, MPI.IN_PLACE)
-        self.direct.busy = 1  # until the engine says that nobody else is at it
         self.direct_serves = False  # it has been told what it may do
         self._regions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._count = 0

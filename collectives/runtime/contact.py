@@ -392,7 +392,8 @@ class Contact:
     @property
     def dead(self) -> set[int]:
         """Other ranks whose processes have died, or will take part in nothing any more, as far as it is known."""
-        return self._among(ports().dead)
+        dead = ports().dead
+        return self._among(dead) if dead else set()
 
     @property
     def left(self) -> set[int]:

@@ -86,8 +86,7 @@ class Lane:
         self.contact: Contact | None = None  # past the MPI library; made by the first job
         self._meeting: tuple[MPI.Request, Any] | None = None  # while it is made
         self._shared: Shared | None = None
-        self.idle = False
-        self._occupied = False  # a thread is in a call that goes by the engine
+        self._occupier = 0  # the thread that is in a call that goes by the engine
         self._ended = False  # all ranks have agreed that what comes now must not run
         self.last_word: Job | None = None  # by which the others are to learn that this rank ends the communicator
         self._resting = threading.Lock()
@@ -109,15 +108,16 @@ class Lane:
         return None if self._shared is None else self._shared.direct
 
     def rest(self) -> None:
-        """Note whether there is nothing to do, so that a native operation may be run past the engine: ``idle``."""
+        """Note whether there is nothing to do, so that a native operation may be run past the engine, and by whom."""
+        if self._shared is None:
+            return
         with self._resting:
-            self.idle = not (self.jobs or self._occupied or self.broken or self._made is not None or engine.stopped)
-            if self._shared is not None:
-                self._shared.direct.busy = 0 if self.idle else 1
+            busy = bool(self.jobs or self.broken or self._made is not None or engine.stopped)
+            self._shared.direct.keep_to(busy, self._occupier)
 
-    def occupy(self, occupied: bool) -> None:
-        """Note whether a thread is in a call that goes by the engine."""
-        self._occupied = occupied
+    def occupy(self, thread: int) -> None:
+        """Note which thread is in a call, 0 for none: until its end no other may run anything past the engine."""
+        self._occupier = thread
         self.rest()
 
     def check(self, what: str) -> None:
@@ -418,7 +418,10 @@ class Job:
         Whether it is.
         """
         gone = self.lane.gone(self._progress.peers, seconds)
-        if gone:
+        if gone and self is self.lane.last_word and not self.lane.gone((), 0.0):
+            self.lane.breaks(self.what, self)
+            self.end(None)  # they have left in good order, and need not hear it
+        elif gone:
             self.end(self._death(gone))
         elif self.lane.failed:
             failed = f"rank {min(self.lane.failed)} has failed in it, or in what came before"

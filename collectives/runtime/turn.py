@@ -39,21 +39,21 @@ class Turns:
         me, lane = threading.get_ident(), self._state.lane
         with self._lock:
             lane.check(call)
+            direct = lane.direct
+            if direct is not None and direct.inside == me:
+                direct.taken_over()
+                if not continues:
+                    lane.cut_short("a run", KeyboardInterrupt())
+                    lane.check(call)
             if self._thread == me:
                 self._depth += 1
                 return
             inside, doing = self._thread, self._call
             if not inside:
-                lane.occupy(True)  # from now on nothing begins past the engine
-                direct = lane.direct
-                if direct is not None and direct.inside == me:
-                    direct.taken_over()
-                    if not continues:
-                        lane.cut_short("a run", KeyboardInterrupt())
-                        lane.check(call)
-                elif direct is not None and direct.refuse():
+                lane.occupy(me)  # from now on no other thread begins anything past the engine
+                if direct is not None and direct.refuse():
                     inside, doing = direct.inside, "Allreduce" if direct.in_allreduce else "a run of a plan"
-                    lane.occupy(False)
+                    lane.occupy(0)
             if not inside:
                 self._thread, self._call, self._depth = me, call, 1
                 return
@@ -76,7 +76,7 @@ class Turns:
                     self._tell(refused)
             finally:
                 self._thread = 0
-                self._state.lane.occupy(False)
+                self._state.lane.occupy(0)
 
     def _tell(self, refused: Request) -> None:
         state, lane = self._state, self._state.lane
