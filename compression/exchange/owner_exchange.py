@@ -50,6 +50,8 @@ class OwnerExchange(ABC):
     """
 
     operation: Any = None
+    keeps = False
+    """Whether residuals are copied on the way, before a run changes them, so that ``bring_back`` can."""
     nbytes_sent = 0  # nobody knows before a run
     scratch_nbytes = 0
 
@@ -82,6 +84,12 @@ class OwnerExchange(ABC):
     def steps(self, progress: Progress) -> Steps:
         """One exchange; ``record`` is about it afterwards."""
 
+    def forget(self) -> None:
+        """The residuals stay as they are now, where they are kept."""
+
+    def bring_back(self) -> None:
+        """Give the residuals the values of the last ``forget``, where they are kept; not during a run."""
+
     def close(self) -> None:
         """Nothing is kept that MPI would want back."""
 
@@ -92,6 +100,8 @@ class OwnerExchange(ABC):
 
 class NativeOwnerExchange(OwnerExchange):
     """Of host buffers, without Python per message; the encoder's kernels are called as C functions."""
+
+    keeps = True
 
     def __init__(
         self, comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
@@ -121,6 +131,7 @@ class NativeOwnerExchange(OwnerExchange):
             self.owned[0],
             *self._tags,
         )
+        self._kept: tuple[Array, Array] | None = None
         self._buffer: Array = None
 
     def bind(self, buffer: Array) -> None:
@@ -130,7 +141,18 @@ class NativeOwnerExchange(OwnerExchange):
 
     def prepare(self) -> None:
         """The operation's next run is another one."""
+        if self._kept is None:
+            self._kept = np.empty_like(self.residual), np.empty_like(self.owner_residual)
+            self.operation.keep(*map(address_of, self._kept))
         self.operation.prepare(self.runs, self._seed())
+
+    def forget(self) -> None:
+        """See OwnerExchange."""
+        self.operation.forget()
+
+    def bring_back(self) -> None:
+        """See OwnerExchange."""
+        self.operation.bring_back()
 
     def note(self) -> None:
         """The operation has been run."""

@@ -190,10 +190,24 @@ class CompressedPlan(WatchedPlan):
         self.bytes_sent += nbytes
         return None if isinstance(self._way, NodeWay) else dataclasses.replace(record, bytes_sent=nbytes)
 
-    def _carried(self) -> list[Array]:
-        exchange = self._way.exchange
-        arrays = [self._runs] if exchange is None else [self._runs, exchange.residual, exchange.owner_residual]
-        return arrays if self._to_add is None else [*arrays, self._to_add]
+    def _carried(self, outside: bool) -> dict[str, Array]:
+        exchange, arrays = self._way.exchange, {"runs": self._runs}
+        if exchange is not None and (outside or not exchange.keeps):
+            arrays |= {"residual": exchange.residual, "owner_residual": exchange.owner_residual}
+        if self._to_add is not None:
+            arrays["to_add"] = self._to_add
+        return arrays
+
+    def _forget(self) -> None:
+        super()._forget()
+        if self._way.exchange is not None:
+            self._way.exchange.forget()
+
+    def undo(self) -> None:
+        """See Plan."""
+        super().undo()
+        if self._way.exchange is not None:  # what it kept is older than what was copied since
+            self._way.exchange.bring_back()
 
     def _owed(self) -> list[tuple[Array, Array]]:
         owed = [] if self._to_add is None else [(self._flat, self._to_add)]

@@ -132,8 +132,8 @@ class ReducedPlan(WatchedPlan):
     def _refuse(self) -> None:
         self._reduction.drop()
 
-    def _carried(self) -> list[Array]:
-        return list(self._reduction.state.values())
+    def _carried(self, outside: bool) -> dict[str, Array]:
+        return dict(self._reduction.state)
 
     def _owed(self) -> list[tuple[Array, Array]]:
         residual = self._reduction.state.get("residual")

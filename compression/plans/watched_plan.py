@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,35 +62,36 @@ class Before:
     _OTHER = ("_watch", "_warned", "_exact", "_owes", "_to_add", "_runs", "telemetry", "algorithm", "why")
 
     def __init__(self) -> None:
-        self._copies: list[Array] = []
-        self._arrays: list[Array] | None = None
+        self._copies: dict[str, Array] = {}
+        self._arrays: dict[str, Array] = {}
         self._other: dict[str, Any] = {}
 
     def forget(self) -> None:
         """There is nothing to bring back."""
-        self._arrays = None
+        self._arrays.clear()
+        self._other.clear()
 
-    def keep(self, plan: WatchedPlan, arrays: list[Array]) -> None:
-        """Copy ``arrays``, unless that was done already and not forgotten."""
-        if self._arrays is not None:
-            return
-        if [(copy.shape, copy.dtype) for copy in self._copies] != [(array.shape, array.dtype) for array in arrays]:
-            self._copies = [xp_of(array).empty_like(array) for array in arrays]
-        for kept, array in zip(self._copies, arrays, strict=True):
+    def keep(self, plan: WatchedPlan, arrays: Mapping[str, Array]) -> None:
+        """Copy ``arrays``, but for those that were copied already and not forgotten."""
+        for name, array in arrays.items():
+            if name in self._arrays:
+                continue
+            kept = self._copies.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (array.shape, array.dtype):
+                kept = self._copies[name] = xp_of(array).empty_like(array)
             kept[...] = array
-        self._arrays = arrays
-        self._other = {name: getattr(plan, name) for name in self._OTHER if hasattr(plan, name)}
-        self._other["_watch"] = self._other["_watch"].copy()
+            self._arrays[name] = array
+        if not self._other:
+            self._other = {name: getattr(plan, name) for name in self._OTHER if hasattr(plan, name)}
+            self._other["_watch"] = self._other["_watch"].copy()
 
     def bring_back(self, plan: WatchedPlan) -> None:
         """Give ``plan`` what was kept, if anything was."""
-        if self._arrays is None:
-            return
-        for kept, array in zip(self._copies, self._arrays, strict=True):
-            array[...] = kept
+        for name, array in self._arrays.items():
+            array[...] = self._copies[name]
         for name, value in self._other.items():
             setattr(plan, name, value)
-        self._arrays = None
+        self.forget()
 
 
 class _Part(Protocol):
@@ -131,8 +132,15 @@ class WatchedPlan(Plan):
         """One compressed run; returns its record, None where sums are exact. Adds to ``bytes_sent``."""
 
     @abstractmethod
-    def _carried(self) -> list[Array]:
-        """The arrays that runs change in place, but for x and scratch."""
+    def _carried(self, outside: bool) -> Mapping[str, Array]:
+        """The arrays that runs change in place, by name, but for x and scratch, and what the exchange keeps by itself.
+
+        ``outside``: residuals change outside the exchange, too.
+        """
+
+    def _forget(self) -> None:
+        """What runs have changed by now stays."""
+        self._before.forget()
 
     @abstractmethod
     def _owed(self) -> list[tuple[Array, Array]]:
@@ -155,7 +163,7 @@ class WatchedPlan(Plan):
     def mark(self) -> None:
         """See Plan. Without it, a run that fails takes back its own changes."""
         self._marked = True
-        self._before.forget()
+        self._forget()
 
     def undo(self) -> None:
         """See Plan."""
@@ -172,13 +180,13 @@ class WatchedPlan(Plan):
 
     def _steps(self, progress: Progress) -> Steps:
         if not self._marked:
-            self._before.forget()
+            self._forget()
         bad = self._check_finite and not self._finite()
         if self.state.size == 1:
             if bad:
                 self._refuse()
                 raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank 0; nothing was changed")
-            self._before.keep(self, self._carried())
+            self._before.keep(self, self._carried(self._owes))
             self._settle()
             return
         # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
@@ -188,8 +196,9 @@ class WatchedPlan(Plan):
             raise NonFiniteError(
                 f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
             )
-        self._before.keep(self, self._carried())
-        if self._verdict.worst == DIVERGED and self._exact is None:
+        gives_up = self._verdict.worst == DIVERGED and self._exact is None
+        self._before.keep(self, self._carried(gives_up))
+        if gives_up:
             self._give_up()
         elif self._verdict.worst == BEHIND and not self._warned:
             self._warned = True
@@ -251,7 +260,7 @@ class WatchedPlan(Plan):
         if self._exact is not None:
             self.algorithm, self.why = self._chosen
         self._exact, self._watch, self._owes = None, Watch(), True
-        self._before.forget()
+        self._forget()
         return mine
 
     def free(self) -> None:
