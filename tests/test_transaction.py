@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from bitring.errors import MismatchError, NonFiniteError, PeerError
 from bitring.training.data_parallel import DataParallel
 from bitring.training.modes.block_momentum import BlockMomentum
 from bitring.training.modes.local import Local
+from bitring.training.optimizer import cannot_raise
+from bitring.training.optimizers.adagrad import AdaGrad
 from bitring.training.optimizers.sgd import SGD
 from bitring.training.step.undo import arrays_in
 
@@ -223,3 +226,100 @@ def test_modes_that_differ_are_named(comm, agree):
     if comm.size > 1:
         agree(comm, type(error) is MismatchError and "the mode Local(tau=" in str(error), repr(error))
     trainer.free()
+
+
+def test_nothing_is_copied_for_an_optimizer_that_cannot_raise(comm, agree):
+    """What one of a user's changes is."""
+
+    class Mine(SGD):
+        def apply(self, w: Any, g: Any, slots: Any, t: Any, u: Any) -> None:
+            w -= g
+
+    for mode, optimizer, copied in [
+        ("sync", SGD(momentum=0.9), False),
+        ("sync", AdaGrad(), False),
+        ("sync", Mine(), True),
+        (Local(tau=3), SGD(), False),
+        (Local(tau=3), Mine(), True),
+    ]:
+        parameters = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
+        trainer = DataParallel(parameters, optimizer, comm=comm, mode=mode)
+        for step in range(2):
+            trainer.step(gradients_of(comm, step))
+        agree(comm, bool(trainer._transaction.undo._copies) == copied, f"{mode} {optimizer}")
+        trainer.free()
+
+
+@pytest.mark.parametrize("mode", ["sync", Local(tau=3)], ids=name_of)
+def test_an_interrupt_in_the_middle_of_an_update_waits_for_its_end(comm, agree, monkeypatch, mode):
+    trainer, twin = new_trainer(comm, mode, "onebit"), new_trainer(comm, mode, "onebit")
+    apply, calls = SGD.apply, []
+
+    @cannot_raise
+    def interrupted(self: Any, *arguments: Any) -> None:
+        apply(self, *arguments)
+        if not calls:
+            signal.raise_signal(signal.SIGINT)
+        calls.append(1)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() if comm.rank == 0 else contextlib.nullcontext() as patch:
+        if patch is not None:
+            patch.setattr(SGD, "apply", interrupted)
+        try:
+            trainer.step(gradients_of(comm, 0))
+            came = False
+        except KeyboardInterrupt:
+            came = True
+    twin.step(gradients_of(comm, 0))
+    agree(comm, came == (comm.rank == 0) and signal.getsignal(signal.SIGINT) is before)
+    agree(comm, everything(trainer) == everything(twin) and trainer.steps == 1, "the step is not whole")
+    for step in (1, 2):
+        for each in (trainer, twin):
+            each.step(gradients_of(comm, step))
+    agree(comm, everything(trainer) == everything(twin))
+
+
+def test_a_parameter_that_was_made_read_only_is_found_before_anything_changes(comm, agree):
+    trainer = new_trainer(comm, "sync", "onebit")
+    trainer.step(gradients_of(comm, 0))
+    before, last = everything(trainer), trainer.parameters["d"]
+    last.flags.writeable = comm.rank != 0
+    error = raised(trainer.step, gradients_of(comm, 1))
+    text = "the parameter 'd' must be writable, and was made read-only"
+    agree(comm, type(error) is (PeerError if comm.rank else ValueError) and text in str(error), repr(error))
+    agree(comm, everything(trainer) == before, "something has changed")
+    last.flags.writeable = True
+    trainer.step(gradients_of(comm, 1))
+    agree(comm, len(set(comm.allgather(trainer.digest()))) == 1)
+
+
+def test_numbers_that_overflow_do_not_end_an_update_in_the_middle(comm, agree):
+    """Whatever NumPy was told to do about them."""
+    trainer = new_trainer(comm, "sync", None)
+    largest = {name: np.full(shape, 3e38, np.float32) for name, shape in SHAPES.items()}
+    trainer.optimizer = SGD(lr=100.0, momentum=0.9)
+    with np.errstate(over="raise"):
+        error = raised(trainer.step, largest)
+    agree(comm, error is None and trainer.steps == 1, repr(error))
+    agree(comm, all(np.isinf(x).all() for x in trainer.parameters.values()))
+
+
+def test_what_an_exchange_between_nodes_keeps(two_nodes, agree):
+    """Each rank has the residual of its lane of the values."""
+    import bitring
+
+    rng = np.random.default_rng(two_nodes.rank)
+    x = rng.standard_normal(20_000).astype(np.float32)
+    plan = bitring.plan_allreduce(x, comm=two_nodes, compression="onebit", hierarchical=True)
+    plan()
+    before = {key: value.tobytes() for key, value in plan.state_dict().items()}
+    plan.mark()
+    for _ in range(2):
+        x[...] = rng.standard_normal(x.shape)
+        plan()
+    after = {key: value.tobytes() for key, value in plan.state_dict().items()}
+    plan.undo()
+    agree(two_nodes, plan._way.exchange is None or after["residual"] != before["residual"])  # it may have no lane
+    agree(two_nodes, {key: value.tobytes() for key, value in plan.state_dict().items()} == before)
+    plan.free()

@@ -41,6 +41,7 @@ from bitring.training.step.checks import (
     text_of,
 )
 from bitring.training.step.gradient_exchange import GradientExchange
+from bitring.training.step.interrupts import HeldBack
 from bitring.training.step.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, hash_of, raise_everywhere
 from bitring.training.step.replicas import broadcast_tree, compare
 from bitring.training.step.transaction import Transaction
@@ -101,6 +102,7 @@ class DataParallel:
         """Bits that any rank told in the last step; equal on all ranks, 0 where the step did not make them meet."""
         self._problem: Exception | None = None
         self._operation = "step"
+        self._updates: dict[str, Any] = {}  # gradients that the optimizer is to see at the step's end
         self._waits = Waits()
 
         error: Exception | None = None
@@ -117,6 +119,7 @@ class DataParallel:
             self.check_every = checked("DataParallel", "check_every", check_every, int, Range(least=0))
             self._check_at = self.check_every
             self._parameters = checked_parameters(parameters)
+            self._on_device = any(map(is_device, self._parameters.values()))
             self._bucket_bytes = checked("DataParallel", "bucket_bytes", bucket_bytes, int, Range(least=1))
             self.unused = checked_unused(unused)
             mine = self.describe()
@@ -251,24 +254,23 @@ class DataParallel:
         parameters, optimizer, residuals and the mode's state are as before, and the step can be made again.
         """
         self._operation = "step"
+        where = self._where()
         self.notices = 0
         problem = self._problem
         taken: dict[str, Any] = {}
         try:
-            taken, weight = self._checked(gradients, weight)
+            taken, weight = self._checked(gradients, weight, where)
         except Exception as error:  # whatever it is, the other ranks must not wait
             self._problem = self._problem or error
             weight = 0.0
         try:
-            self._transact(lambda: self._mode.step(self, self._mode_state, taken, weight))
+            self._transact(lambda: self._mode.step(self, self._mode_state, taken, weight), where, steps=1)
         except Exception as error:
             if self._transaction.came:
                 self._problem = self._problem and problem  # what was found in this step is over, but not what waits
                 raise
             self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
-            self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0))
-        where = self._where()
-        self.steps += 1
+            self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0), where, steps=1)
         for preemption in watching(self.comm):
             preemption.answer_is_new = True
         if self.check_every and self._transaction.met and self.steps >= self._check_at:
@@ -279,7 +281,7 @@ class DataParallel:
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks, as the mode does it. Collective, but for ``sync``."""
         self._operation = "synchronize"
-        self._transact(lambda: self._mode.synchronize(self, self._mode_state))
+        self._transact(lambda: self._mode.synchronize(self, self._mode_state), self._where())
 
     @one_call("DataParallel.broadcast")
     def broadcast(self, root: int = 0) -> None:
@@ -360,7 +362,9 @@ class DataParallel:
 
         def heard(records: Any) -> None:
             self.notice &= ~told
-            self.notices = int(np.bitwise_or.reduce(records[:, TOLD].astype(np.int64)))
+            self.notices = 0
+            for bits in records[:, TOLD].tolist():
+                self.notices |= int(bits)
             for preemption in preemptions:
                 preemption.learn(bool(self.notices & NOTICE))
 
@@ -388,14 +392,23 @@ class DataParallel:
         self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
     ) -> Iterator[dict[str, Any]]:
         """See :class:`bitring.training.mode.Trainer`."""
-        return self._exchange.run(arrays, scale, minus, self.steps < self.warmup_steps, self._save)
+        beside = self._save if self._mode.writes or self._update_may_raise else lambda: None
+        return self._exchange.run(arrays, scale, minus, self.steps < self.warmup_steps, beside)
 
-    def update(self, gradients: Mapping[str, Any]) -> None:
+    def update(self, gradients: Mapping[str, Any], at_end: bool = False) -> None:
         """See :class:`bitring.training.mode.Trainer`."""
-        self._save()
         dense = gradients
         if self._has_factors(gradients):
             dense = {name: g.product() if isinstance(g, Factors) else g for name, g in gradients.items()}
+        if at_end and not self._update_may_raise:
+            for name in dense:
+                if not self._parameters[name].flags.writeable:
+                    raise ValueError(
+                        f"{self._where()}: the parameter {name!r} must be writable, and was made read-only"
+                    )
+            self._updates.update(dense)
+            return
+        self._save()
         self._optimizer.update({name: self._parameters[name] for name in dense}, dense, self._optimizer_state)
 
     def restart_optimizer(self) -> None:
@@ -440,14 +453,29 @@ class DataParallel:
             "warmup_steps": self.warmup_steps,
             "check_every": self.check_every,
             "bucket_bytes": self._bucket_bytes,
-            "device": any(map(is_device, self._parameters.values())),
+            "device": self._on_device,
             "ranks": self.size,
         }
 
     # Inside
 
-    def _transact(self, body: Callable[[], None]) -> None:
-        self._transaction.run(body, self._numbers, lambda failed: self._record(failed, ends=True), self._where())
+    def _transact(self, body: Callable[[], None], where: str, steps: int = 0) -> None:
+        """Make ``body``, and what is left to its end, whole or not at all; ``steps`` have been made then."""
+        try:
+            self._transaction.run(body, self._numbers, lambda failed: self._record(failed, ends=True), where)
+            if not self._updates:
+                self.steps += steps
+                return
+            changed = {name: self._parameters[name] for name in self._updates}
+            with HeldBack(), np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
+                self._optimizer.update(changed, self._updates, self._optimizer_state)
+                self.steps += steps
+        finally:
+            self._updates.clear()
+
+    @property
+    def _update_may_raise(self) -> bool:
+        return self._on_device or self._optimizer.may_raise
 
     def _arrays_that_change(self) -> list[tuple[Any, list[Any]]]:
         """The arrays of a step's undo, those of one bucket and slot together, each with a key."""
@@ -487,8 +515,7 @@ class DataParallel:
     def _has_factors(self, arrays: Mapping[str, Any]) -> bool:
         return any(type(array) is Factors for array in arrays.values())
 
-    def _checked(self, gradients: Any, weight: Any) -> tuple[dict[str, Any], float]:
-        where = self._where()
+    def _checked(self, gradients: Any, weight: Any, where: str) -> tuple[dict[str, Any], float]:
         number = checked_weight(weight, where)
         if not number:
             return {}, number

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from bitring.registry import Registry
 from bitring.settings import Settings
@@ -49,8 +49,12 @@ class Trainer(Protocol):
         """
         ...
 
-    def update(self, gradients: Mapping[str, Any]) -> None:
-        """Let the optimizer change the parameters that ``gradients`` names, in place. ``gradients`` are only read."""
+    def update(self, gradients: Mapping[str, Any], at_end: bool = False) -> None:
+        """Let the optimizer change the parameters that ``gradients`` names, in place. ``gradients`` are only read.
+
+        ``at_end``: nothing else of the step comes of it, so it may be made at the step's end, which saves copies of
+        what it changes; ``gradients`` must stay as they are until then.
+        """
         ...
 
     def restart_optimizer(self) -> None:
@@ -60,6 +64,9 @@ class Trainer(Protocol):
 
 class Mode(Settings, ABC):
     """Base of every mode; instances are settings and hold no state."""
+
+    writes: ClassVar[bool] = True
+    """Whether a step changes parameters, or arrays of the state, in other ways than ``trainer.update``."""
 
     @abstractmethod
     def init(self, trainer: Trainer) -> State:
@@ -97,10 +104,10 @@ def new_block(trainer: Trainer) -> State:
     return {"steps": 0, "weight": 0.0, "start": copies(trainer.parameters)}
 
 
-def local_step(trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
-    """A step of this rank alone; nothing changes when ``weight`` is 0."""
+def local_step(trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float, tau: int) -> None:
+    """A step of this rank alone, in a block of ``tau``; nothing changes when ``weight`` is 0."""
     if weight:
-        trainer.update(gradients)
+        trainer.update(gradients, at_end=state["steps"] + 1 < tau)
     state["steps"] += 1
     state["weight"] += weight
 

@@ -7,8 +7,8 @@ it keeps for a parameter (``slots``) and what happens to a run of values (``appl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,8 +27,26 @@ _SMALL = 1 << 12
 """Arrays of up to so many values are copied together: what an operation costs at any size is most of it."""
 
 
+_Apply = TypeVar("_Apply", bound=Callable[..., None])
+
+
+def cannot_raise(apply: _Apply) -> _Apply:
+    """A decorator for an ``apply`` that is arithmetic on its arguments and nothing else, and so comes to its end.
+
+    A trainer's step need not copy what such an optimizer changes on the host. Any other ``apply`` may raise.
+    """
+    apply.cannot_raise = True  # type: ignore[attr-defined]  # of this very function: one that overrides it has its own
+    return apply
+
+
 class Optimizer(Settings, ABC):
     """Base of every optimizer; instances are settings and hold no state."""
+
+    @property
+    def may_raise(self) -> bool:
+        """Whether an update of host arrays, which match and are writable, may end in the middle of it."""
+        own = type(self)
+        return own.update is not Optimizer.update or not getattr(own.apply, "cannot_raise", False)
 
     @property
     @abstractmethod

@@ -56,7 +56,7 @@ class BlockMomentum(Mode):
 
     def step(self, trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
         """A step alone; at the block's end, the filtered change."""
-        local_step(trainer, state, gradients, weight)
+        local_step(trainer, state, gradients, weight, self.tau)
         if state["steps"] >= self.tau:
             self._end_block(trainer, state, look_ahead=self.nesterov)
 

@@ -27,7 +27,7 @@ class Local(Mode):
 
     def step(self, trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
         """A step alone; at the block's end, the average."""
-        local_step(trainer, state, gradients, weight)
+        local_step(trainer, state, gradients, weight, self.tau)
         if state["steps"] >= self.tau:
             self.synchronize(trainer, state)
 

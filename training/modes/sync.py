@@ -17,6 +17,8 @@ from bitring.training.mode import Mode, State, Trainer
 class Sync(Mode):
     """Exchange gradients in every step."""
 
+    writes = False
+
     def init(self, trainer: Trainer) -> State:
         """No state."""
         return {}
@@ -26,7 +28,7 @@ class Sync(Mode):
         total = trainer.agree(weight)
         if total:
             for means in trainer.exchange(gradients, weight / total):
-                trainer.update(means)
+                trainer.update(means, at_end=True)
 
     def synchronize(self, trainer: Trainer, state: State) -> None:
         """Replicas are equal already; ranks do not meet."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from bitring.arrays import xp_of
 from bitring.settings import setting
-from bitring.training.optimizer import Optimizer
+from bitring.training.optimizer import Optimizer, cannot_raise
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class AdaGrad(Optimizer):
         """``squares``: the sum of squared gradients."""
         return ("squares",)
 
+    @cannot_raise
     def apply(self, w: Any, g: Any, slots: Mapping[str, Any], t: Any, u: Any) -> None:
         """One step on a run of values; see the module's formulas."""
         xp = xp_of(w)

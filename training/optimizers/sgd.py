@@ -18,7 +18,7 @@ from typing import Any
 
 from bitring.arrays import xp_of
 from bitring.settings import setting
-from bitring.training.optimizer import Optimizer, State
+from bitring.training.optimizer import Optimizer, State, cannot_raise
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class SGD(Optimizer):
         """``velocity``, when there is momentum."""
         return ("velocity",) if self.momentum else ()
 
+    @cannot_raise
     def apply(self, w: Any, g: Any, slots: Mapping[str, Any], t: Any, u: Any) -> None:
         """One step on a run of values; see the module's formulas."""
         xp = xp_of(w)

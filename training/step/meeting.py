@@ -28,6 +28,7 @@ TRAINER, OPERATION, ENDS, STEPS, SETTINGS, WRONG, WEIGHT, TOLD, WAITED = range(9
 whether something is wrong, the weight, bits for the others, and how long this rank waited for the last records."""
 
 _PLACE = slice(TRAINER, STEPS + 1)
+_ALIKE = slice(TRAINER, SETTINGS + 1)
 _WIDTH = WAITED + 1
 
 
@@ -67,15 +68,17 @@ class Meeting:
             return self._records
         self._end_interrupted(where)
         records = self._run(record, where)
-        if not _alike(records, _PLACE):
+        alike = _alike(records, _ALIKE)
+        if not alike and not _alike(records, _PLACE):
             # A rank whose wait was interrupted had sent its record all the same. By now it may mean what the others do.
             records = self._run(record, where)
+            alike = _alike(records, _ALIKE)
         heard(records)
+        if alike:
+            return records
         if not _alike(records, slice(SETTINGS, SETTINGS + 1)) and _alike(records, slice(TRAINER, TRAINER + 1)):
             raise MismatchError(self._different_settings())
-        if not _alike(records, _PLACE):
-            raise MismatchError(_odd_one_out([tuple(record) for record in records[:, _PLACE].tolist()]))
-        return records
+        raise MismatchError(_odd_one_out([tuple(record) for record in records[:, _PLACE].tolist()]))
 
     def _run(self, record: Sequence[float], where: str) -> Any:
         self._records[...] = 0.0
