@@ -98,7 +98,11 @@ class Plan(ABC):
         self._job = job
 
     def _submit(self) -> None:
-        self.check_startable()
+        try:
+            self.check_startable()
+        except RuntimeError as error:  # the other ranks must not wait for this one's run
+            self.state.refuse(self._run.function, error)
+            raise
         self._job = self.state.lane.submit(self.checked_steps, self.what)
 
     def wait(self) -> None:

@@ -289,3 +289,91 @@ def test_operations_without_meaning_for_the_dtype(world, agree):
 def test_the_errors_are_what_users_catch():
     assert issubclass(MismatchError, ValueError)
     assert issubclass(PeerError, RuntimeError)
+
+
+@pytest.mark.parametrize("other", ["Allreduce", "Allreduce_init", "plan_allreduce"])
+def test_first_calls_that_differ(world, comm, agree, other: str):
+    """Iallreduce does not wait until the communicator is prepared, as the others do."""
+    if world.size == 1:
+        return
+    last = world.size - 1
+    call = calls(world)[other if world.rank == last else "Iallreduce"]
+    text = f"ranks called different collectives: Iallreduce, but rank {last} called {other}"
+    everyone_raises(world, agree, lambda: call(np.zeros(3)), "MismatchError", text)
+
+
+@pytest.mark.parametrize("algorithm", ["mpi", "ring", "auto"])
+def test_a_run_of_a_plan_beside_another_call(world, agree, algorithm: str):
+    from mpi4py import MPI
+
+    if world.size == 1:
+        return
+    last = world.size - 1
+    plan = plan_exact(np.ones(100), world, MPI.SUM, algorithm)
+    odd = world.rank == last
+    said = said_of(lambda: world.Iallgather(np.zeros(1), np.zeros(world.size)).Wait() if odd else plan())
+    text = "MismatchError: ranks called different collectives: a run of a plan, but "
+    agree(world, said == f"{text}rank {last} called Iallgather", said)
+
+
+def said_of(call) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ring"])
+@pytest.mark.parametrize("again", ["start", "call", "freed"])
+def test_a_plan_that_one_rank_cannot_run(world, comm, agree, algorithm: str, again: str):
+    """The others hear of it, and wait for no run that does not come."""
+    from mpi4py import MPI
+
+    if world.size == 1:
+        return
+    x, odd = np.ones(100), world.rank == world.size - 1
+    plans = [plan_exact(x, world, MPI.SUM, algorithm) for _ in range(2)]
+    if again != "freed":
+        plans[0].start()
+    elif odd:
+        plans[0].free()
+    plan = plans[0] if odd or again == "freed" else plans[1]
+    said = said_of(plan if again == "call" else plan.start)
+    if said == "done" and again != "call":
+        said = said_of(plan.wait)
+    first = said_of(plans[0].wait) if again != "freed" else "done"
+    agree(comm, first == "done", first)
+    number = plans[0].what
+    why = "the plan was freed" if again == "freed" else "the last run must be waited for first"
+    mine = f"RuntimeError: {number}: start: {why}"
+    theirs = f"PeerError: a run of a plan: rank {world.size - 1} could not take part: {mine}"
+    wanted = mine if odd else theirs
+    if not odd and again != "freed":
+        wanted = theirs.replace(plans[1].what, number)
+    agree(comm, said == wanted, f"{said} instead of {wanted}")
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ring"])
+def test_an_interrupt_between_two_parts_of_a_call(world, comm, agree, monkeypatch, algorithm: str):
+    """All ranks have agreed, and the others are in the exchange."""
+    from bitring.collectives.calls import Call
+
+    if world.size == 1:
+        return
+    ours = Communicator(world, algorithm=algorithm)
+    x = np.ones(200_000)
+    ours.Allgather(x, np.ones(200_000 * world.size))  # what is made is there
+
+    def interrupt(call, state) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if world.rank == 0:
+            patch.setattr(Call, "take_runner", interrupt)
+        try:
+            ours.Allreduce(None, x)
+            said = "done"
+        except (PeerError, KeyboardInterrupt) as error:
+            said = type(error).__name__
+    agree(comm, said == ("KeyboardInterrupt" if world.rank == 0 else "PeerError"), said)

@@ -77,6 +77,10 @@ class State:
         """
         return Turn(self._turns, function, continues)
 
+    def refuse(self, function: str, error: Exception) -> None:
+        """Let the other ranks hear that this one cannot make the call, ``function``, that is its turn's."""
+        self._turns.tell(Request(function, error=error))
+
     def new_plan(self) -> int:
         """The number of the next plan, from 1."""
         self.plans += 1
@@ -131,9 +135,11 @@ class State:
         ``function`` is what a complaint names.
         """
         if not self._prepared:
-            self.lane.call(self._preparation, function)
+            self.lane.call(lambda progress: self._preparation(progress, function), function)
 
-    def _preparation(self, progress: Progress) -> Steps:
+    def _preparation(self, progress: Progress, function: str) -> Steps:
+        # Another rank's first call may be one that does not prepare.
+        yield from agree(self.comm, self.common, Request(function), progress)
         progress.exchanging = True  # nothing comes of it unless all ranks come to its end
         table = load_table(path_of_table()).of(library_version()) if self.rank == 0 else BUILT_IN
         mine = table, native() is not None, os.sched_getaffinity(0)

@@ -29,6 +29,7 @@ class Turns:
         self._thread = 0  # the one inside; 0: none
         self._call = ""
         self._depth = 0  # calls are made of others
+        self._before = 0  # jobs that the lane had when it came
         self._refused: Request | None = None
 
     def enter(self, call: str, continues: bool) -> None:
@@ -55,7 +56,7 @@ class Turns:
                     inside, doing = direct.inside, "Allreduce" if direct.in_allreduce else "a run of a plan"
                     lane.occupy(0)
             if not inside:
-                self._thread, self._call, self._depth = me, call, 1
+                self._thread, self._call, self._depth, self._before = me, call, 1, lane.count
                 return
             error = RuntimeError(
                 f"{call}: {_name(me)} called it while {_name(inside)} was in {doing} on the same communicator; one "
@@ -64,25 +65,37 @@ class Turns:
             self._refused = Request(call, error=error, refused=True)
         raise error
 
-    def leave(self) -> None:
-        """End the call; whoever was refused meanwhile takes part as such in what all ranks do next."""
+    def leave(self, error: BaseException | None) -> None:
+        """End the call; whoever was refused meanwhile takes part as such in what all ranks do next.
+
+        An ``error`` that is an interrupt, between two jobs of the call, ends the communicator: others may be in the
+        second one. A job that is left goes on.
+        """
         with self._lock:
             self._depth -= 1
             if self._depth:
                 return
+            lane = self._state.lane
             refused, self._refused = self._refused, None
             try:
-                if refused is not None and self._state.size > 1 and not self._state.lane.broken:
-                    self._tell(refused)
+                interrupted = error is not None and not isinstance(error, Exception)
+                if interrupted and lane.count > self._before and not lane.jobs:
+                    lane.cut_short(self._call, error)
+                if refused is not None:
+                    self.tell(refused)
             finally:
                 self._thread = 0
-                self._state.lane.occupy(0)
+                lane.occupy(0)
 
-    def _tell(self, refused: Request) -> None:
+    def tell(self, request: Request) -> None:
+        """Take part in what all ranks do next as one that cannot make the call; nobody here waits for it."""
         state, lane = self._state, self._state.lane
-        what = f"{refused.function}, which was refused"
-        job = lane.last_word = lane.submit(lambda p: agree(state.comm, state.common, refused, p), what)
-        lane.breaks(f"two threads were in its calls at the same time: {refused.error}")
+        if state.size == 1 or lane.broken:
+            return
+        what = f"{request.function}, which was refused"
+        job = lane.last_word = lane.submit(lambda p: agree(state.comm, state.common, request, p), what)
+        if request.refused:
+            lane.breaks(f"two threads were in its calls at the same time: {request.error}")
         if not engine.start_thread():
             engine.drive(job)
 
@@ -103,7 +116,7 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._turns.leave()
+        self._turns.leave(error)
 
 
 def _name(ident: int) -> str:
