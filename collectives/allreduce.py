@@ -47,8 +47,8 @@ def allreduce(
         return comm.Iallreduce(MPI.IN_PLACE, reduction.work, op)
 
     with state.turn("allreduce"):
-        state.prepare("allreduce")
         call = Call("allreduce", "allreduce", algorithm).read(lambda call: reduction.read(call, x, out, op, mean))
+        state.prepare("allreduce", call.request.error)
         call.run_now(state, library)
     if mean:
         reduction.divide(state.size)

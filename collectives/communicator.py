@@ -166,10 +166,10 @@ class Communicator(MPI.Intracomm):
         with state.turn("Allreduce", continues=outcome != DECLINED):
             if outcome == REFUSED:
                 return
-            state.prepare("Allreduce")
+            call = allreduce_call(state, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
+            state.prepare("Allreduce", call.request.error)
             if direct is None and self._algorithm == "auto":
                 self._direct = direct_of(state)
-            call = allreduce_call(state, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
             arrival = None if direct is None or outcome == DECLINED else direct.operation
             call.run_now(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), arrival)
 
@@ -193,8 +193,8 @@ class Communicator(MPI.Intracomm):
         """
         state = state_of(self)
         with state.turn("Allreduce_init"):
-            state.prepare("Allreduce_init")
             call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
+            state.prepare("Allreduce_init", call.request.error)
             state.lane.call(lambda progress: call.settle(state, progress), "Allreduce_init")
             runner, number = None, state.new_plan()
             if call.choice is not None and not call.handed_on and call.work is not None:
@@ -264,6 +264,6 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         state = state_of(self)
         with state.turn(function):
-            state.prepare(function)
             call = make(state)
+            state.prepare(function, call.request.error)
             call.run_now(state, lambda comm: library(call, comm))

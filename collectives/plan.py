@@ -282,7 +282,7 @@ def run_agreement(state: State, request: Request, gentle: bool = False) -> None:
         if request.error is not None:
             raise request.error
         return
-    state.prepare(request.function)
+    state.prepare(request.function, request.error)
     state.lane.call(lambda progress: agree(state.comm, state.common, request, progress), request.function, gentle)
 
 

@@ -129,17 +129,18 @@ class State:
         """Some ranks are a call ahead in the spare duplicate: it is of no use any more, nor can it be freed."""
         self._spare = None
 
-    def prepare(self, function: str) -> None:
+    def prepare(self, function: str, error: Exception | None = None) -> None:
         """Find out where the ranks are, and make what those of a node share. Collective and blocking; once.
 
-        ``function`` is what a complaint names.
+        ``function`` is what a complaint names; ``error`` what is wrong with this rank's arguments, which all raise.
         """
         if not self._prepared:
-            self.lane.call(lambda progress: self._preparation(progress, function), function)
+            request = Request(function, error=error)
+            self.lane.call(lambda progress: self._preparation(progress, request), function)
 
-    def _preparation(self, progress: Progress, function: str) -> Steps:
+    def _preparation(self, progress: Progress, request: Request) -> Steps:
         # Another rank's first call may be one that does not prepare.
-        yield from agree(self.comm, self.common, Request(function), progress)
+        yield from agree(self.comm, self.common, request, progress)
         progress.exchanging = True  # nothing comes of it unless all ranks come to its end
         table = load_table(path_of_table()).of(library_version()) if self.rank == 0 else BUILT_IN
         mine = table, native() is not None, os.sched_getaffinity(0)
