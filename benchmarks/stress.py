@@ -457,7 +457,8 @@ class Ranks:
             return begun[0]()
 
         def strike() -> None:
-            while not (self._inside() or waits.is_set()):
+            # What goes on beside its caller is interrupted in its wait: it has been begun by then.
+            while not (waits.is_set() or (call.function not in BESIDE and self._inside())):
                 time.sleep(1e-4)
             time.sleep(10 * step.seconds[self.rank])
             os.kill(os.getpid(), signal.SIGINT)

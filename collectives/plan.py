@@ -44,6 +44,9 @@ class Plan(ABC):
     why: str
     """Why it was chosen."""
 
+    by_library = False
+    """Whether a run is a collective of the MPI library's, which another rank's must not meet while they find out."""
+
     def __init__(self, state: State, what: str) -> None:
         self.state = state
         self.number = state.new_plan()
@@ -61,7 +64,7 @@ class Plan(ABC):
         """One run; all ranks find out that they are at the same plan, before it or beside it."""
         if self.state.size == 1:
             yield from self._steps(progress)
-        elif self.state.common is not None:
+        elif self.state.common is not None or self.by_library:
             yield from agree(self.state.comm, self.state.common, self._run, progress)
             yield from self._steps(progress)
         else:
@@ -186,6 +189,7 @@ class ExactPlan(Plan):
         task = Task("allreduce", flat, op, number=self.number, signature=self._run.kind)
         self._runner = make_runner(state, choice.name, task)
         self._nbytes = self._runner.nbytes_sent
+        self.by_library = algorithm.library
         if algorithm.self_checking:
             self._direct = self._runner.operation
             self._past_engine = state.lane.direct.runs(self._direct, _ALONE_SECONDS).run

@@ -544,7 +544,7 @@ class FailingOptimizer(SGD):
 
 @dataclasses.dataclass(frozen=True)
 class FailingMode(Local):
-    def init(self, trainer):
+    def init(self, trainer: Any):
         if trainer.rank == trainer.size - 1:
             raise WithoutTextError
         return super().init(trainer)

@@ -364,7 +364,8 @@ def test_device_arrays_need_a_kernel(make: Any, monkeypatch: pytest.MonkeyPatch)
 
 def compiled() -> list[Any]:
     """Encoders with kernels, in the settings that are compared with their NumPy code; test_onebit.py has more."""
-    encoders: list[Encoder] = [Linear(bits, 128) for bits in range(2, 9)] + [Fixed(bits, 128) for bits in (3, 8, 13)]
+    encoders: list[Encoder] = [Linear(bits, 128) for bits in range(2, 9)]
+    encoders += [Fixed(bits, 128) for bits in (3, 8, 13)]
     encoders += [Threshold(tau, 0.01, 4160) for tau in (0.5, 1e-4, None)] + [Threshold(None, 0.4, 4160)]
     encoders += [TopK(density, sampled, 4160) for density in (0.01, 0.2) for sampled in (False, True)]
     encoders += [Fixed(9, 128), Fixed(16, 128), Sign(192)]

@@ -311,7 +311,7 @@ def test_what_an_exchange_between_nodes_keeps(two_nodes, agree):
 
     rng = np.random.default_rng(two_nodes.rank)
     x = rng.standard_normal(20_000).astype(np.float32)
-    plan = bitring.plan_allreduce(x, comm=two_nodes, compression="onebit", hierarchical=True)
+    plan: Any = bitring.plan_allreduce(x, comm=two_nodes, compression="onebit", hierarchical=True)
     plan()
     before = {key: value.tobytes() for key, value in plan.state_dict().items()}
     plan.mark()

@@ -35,7 +35,9 @@ class LibraryRunner:
     def steps(self, progress: Progress) -> Steps:
         """See Runner."""
         if self._size > 1:
+            progress.exchanging = True
             yield from wait_for(self._comm.Iallreduce(MPI.IN_PLACE, self._buffer, self._op), progress)
+            progress.exchanging = False
 
     def close(self) -> None:
         """See Runner."""

@@ -17,6 +17,6 @@ class Stripes(Dataset):
         """See Dataset."""
         random = np.random.default_rng(0)
         y: Any = np.arange(480) % 8
-        x = random.random((480, 8, 8)).astype(np.float32) / 2
+        x: Any = random.random((480, 8, 8)).astype(np.float32) / 2
         x[np.arange(480), y] += np.float32(0.5)
         return Data(x[:360], y[:360], x[360:], y[360:])

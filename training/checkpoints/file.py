@@ -7,6 +7,7 @@ be told now and then that it goes on, and that memory is bounded, whatever the f
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -221,9 +222,11 @@ class CheckpointFile:
             try:
                 self._members = _members(self._file)
                 self._read_header()
-            except (CheckpointError, OSError):
+            except CheckpointError:
                 raise
             except Exception as problem:  # zipfile and json raise many kinds for a damaged file
+                if isinstance(problem, OSError) and problem.errno != errno.EINVAL:  # this one: a place no file has
+                    raise
                 raise CheckpointError(f"is no checkpoint, or is truncated or damaged: {problem!r}") from None
         except CheckpointError as problem:
             self._file.close()
