@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from bitring.arrays import is_device
 from bitring.collectives.calls import require_root
-from bitring.collectives.runtime.context import given_comm, one_call
+from bitring.collectives.runtime.context import given_comm, one_call, state_of
 from bitring.collectives.runtime.jointly import jointly
 from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.collectives.selection.selection import check_name
@@ -273,7 +273,7 @@ class DataParallel:
             self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0), where, steps=1)
         for preemption in watching(self.comm):
             preemption.answer_is_new = True
-        if self.check_every and self._transaction.met and self.steps >= self._check_at:
+        if self._compares_after(0):
             self._check_at = self.steps + self.check_every
             compare(self.comm, self._parameters, where)
 
@@ -467,11 +467,17 @@ class DataParallel:
                 self.steps += steps
                 return
             changed = {name: self._parameters[name] for name in self._updates}
+            if not self._compares_after(steps):
+                state_of(self.comm).exchanged()
             with HeldBack(), np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
                 self._optimizer.update(changed, self._updates, self._optimizer_state)
                 self.steps += steps
         finally:
             self._updates.clear()
+
+    def _compares_after(self, steps: int) -> bool:
+        """Whether the replicas are compared when so many steps more have been made."""
+        return bool(self.check_every) and self._transaction.met and self.steps + steps >= self._check_at
 
     @property
     def _update_may_raise(self) -> bool:

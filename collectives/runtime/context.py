@@ -77,6 +77,10 @@ class State:
         """
         return Turn(self._turns, function, continues)
 
+    def exchanged(self) -> None:
+        """All that this turn's call has to exchange is over: an interrupt from now on is this rank's alone."""
+        self._turns.exchanged()
+
     def refuse(self, function: str, error: Exception) -> None:
         """Let the other ranks hear that this one cannot make the call, ``function``, that is its turn's."""
         self._turns.tell(Request(function, error=error))

@@ -87,6 +87,10 @@ class Turns:
                 self._thread = 0
                 lane.occupy(0)
 
+    def exchanged(self) -> None:
+        """All that the call has to exchange is over: an interrupt from now on is this rank's alone."""
+        self._before = self._state.lane.count
+
     def tell(self, request: Request) -> None:
         """Take part in what all ranks do next as one that cannot make the call; nobody here waits for it."""
         state, lane = self._state, self._state.lane
