@@ -168,6 +168,7 @@ class Lane:
         engine.hear()
         keep = bool(self.broken or self.jobs or self._made is not None) or self.hears_of_trouble()
         self.breaks("it was freed")
+        engine.drop(self)
         if self.contact is not None:
             self.contact.close()
         if self._shared is not None:
@@ -594,6 +595,14 @@ class Engine:
                     for job in [lane.jobs[0] for lane in list(self._lanes) if lane.jobs]:
                         job.end(error)
         return moved
+
+    def drop(self, lane: Lane) -> None:
+        """End what is left of a lane that is closed: it would keep all others from native operations for ever."""
+        with self._lock:
+            for job in list(lane.jobs):
+                lane.wrecks.append(job)
+                job.end(RuntimeError(f"{job.what}: the communicator was freed"), refused=True)
+            self._advance(lane)
 
     def _advance(self, lane: Lane) -> bool:
         """Advance the lane's first job, with the lock in hand. Whether anything moved."""
