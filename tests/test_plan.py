@@ -277,7 +277,6 @@ def test_the_second_call_allocates_nothing_big(world, agree, algorithm: str):
     plan.free()
 
 
-@pytest.mark.timeout(180)
 def test_plans_leave_no_requests_behind(world, agree):
     x = np.zeros(64)
     for _ in range(300):
