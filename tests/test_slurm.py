@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,7 @@ VENV = Path(sys.executable).parent.parent
 CONFIGURATION = """
 ClusterName=bitring-test
 SlurmctldHost={host}(127.0.0.1)
+FirstJobId={first_job}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
@@ -148,6 +150,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Slurm, None, No
         folder=folder,
         controller_port=free_port(),
         daemon_port=free_port(),
+        # MPICH names its files in /dev/shm by a job's number: what another cluster's jobs have left is in nobody's way.
+        first_job=secrets.randbelow(60_000_000) + 1,
     )
     (folder / "slurm.conf").write_text(configuration, encoding="utf-8")
     version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, timeout=10, check=True).stdout
