@@ -65,7 +65,7 @@ def measure(compression: str | None, nbytes: int, repeats: int, folder: Path) ->
     from mpi4py import MPI
 
     import bitring
-    from bitring.training.checkpoints import checkpoint, file
+    from bitring.training.checkpoints import file, saving
 
     comm = MPI.COMM_WORLD
     copies = 2 if compression is None else 3 + comm.size  # parameters, velocity; the owners' residuals, and each rank's
@@ -79,7 +79,7 @@ def measure(compression: str | None, nbytes: int, repeats: int, folder: Path) ->
     trainer.step([rng.standard_normal(n, dtype=np.float32) for _ in range(ARRAYS)])
 
     phases = Phases()
-    phases.time(checkpoint, "_digest", "digest")
+    phases.time(saving, "_digest", "digest")
     phases.time(zipfile, "crc32", "crc")
     phases.time(file.CheckpointWriter, "write", "write")
     phases.time(file.CheckpointWriter, "_await_sync", "sync")

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from bitring.errors import PeerError
-from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from bitring.training.checkpoints.header import CheckpointError
+from bitring.training.checkpoints.loading import load_checkpoint
+from bitring.training.checkpoints.saving import save_checkpoint
 from bitring.training.data_parallel import DataParallel
 from bitring.training.modes.block_momentum import BlockMomentum
 from bitring.training.modes.local import Local

@@ -12,9 +12,10 @@ import pytest
 
 from bitring.collectives.runtime import pieces
 from bitring.errors import PeerError
-from bitring.training.checkpoints import checkpoint
-from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint, write_checkpoint
+from bitring.training.checkpoints import loading, saving
 from bitring.training.checkpoints.file import CheckpointFile, CheckpointWriter
+from bitring.training.checkpoints.loading import load_checkpoint
+from bitring.training.checkpoints.saving import save_checkpoint, write_checkpoint
 from bitring.training.data_parallel import DataParallel
 from bitring.training.modes.local import Local
 from bitring.training.optimizers.sgd import SGD
@@ -64,9 +65,9 @@ def test_any_name_of_a_parameter(comm, agree, path, name):
         (CheckpointFile, "__init__"),
         (CheckpointFile, "check"),
         (CheckpointFile, "read"),
-        (checkpoint, "kept_by"),
-        (checkpoint._Bytes, "of"),
-        (checkpoint, "_restore"),
+        (saving, "kept_by"),
+        (saving._Bytes, "of"),
+        (loading, "_restore"),
     ],
     ids=lambda part: getattr(part, "__name__", part),
 )
@@ -124,7 +125,8 @@ def test_one_rank_s_mistakes(comm, agree, path):
 
 
 def test_arrays_of_several_pieces(comm, agree, path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "cut", functools.partial(pieces.cut, limit=1000))
+    for module in (saving, loading):
+        monkeypatch.setattr(module, "cut", functools.partial(pieces.cut, limit=1000))
     trainer, other = (new_trainer(comm, compression="onebit") for _ in range(2))
     save_checkpoint(path, trainer)
     other.step([np.ones_like(w) for w in trainer.parameters.values()])

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from bitring.training.checkpoints.header import CheckpointError
+from bitring.training.checkpoints.loading import load_checkpoint
+from bitring.training.checkpoints.saving import save_checkpoint
 from bitring.training.data_parallel import DataParallel
 from bitring.training.modes.local import Local
 from bitring.training.optimizers.sgd import SGD

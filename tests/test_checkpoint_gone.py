@@ -24,7 +24,7 @@ from mpi4py import MPI
 import bitring
 from bitring.collectives.runtime import engine
 from bitring.collectives.runtime import pieces
-from bitring.training.checkpoints import checkpoint
+from bitring.training.checkpoints import loading, saving
 
 fault, call, at, victim, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])
 comm = MPI.COMM_WORLD
@@ -33,11 +33,11 @@ trainer = bitring.DataParallel(
     compression="onebit",
 )
 trainer.step([np.full_like(w, trainer.rank + 1) for w in trainer.parameters.values()])
-checkpoint.cut = functools.partial(pieces.cut, limit=16384)
+saving.cut = loading.cut = functools.partial(pieces.cut, limit=16384)
 bitring.save_checkpoint(folder / "run.npz", trainer)
 os.environ["BITRING_TIMEOUT"] = "3"  # from now on: loading kernels may take long
 engine._timeout.cache_clear()
-calls, jointly = itertools.count(), checkpoint.jointly
+calls, jointly = itertools.count(), saving.jointly
 
 def failing(comm, function, work, *rest, **named):
     def works():
@@ -48,7 +48,7 @@ def failing(comm, function, work, *rest, **named):
         return work()
     return jointly(comm, function, works, *rest, **named)
 
-checkpoint.jointly = failing
+saving.jointly = loading.jointly = failing
 (folder / f"pid-{comm.rank}").write_text(str(os.getpid()))
 begin, error = time.monotonic(), None
 try:

@@ -12,7 +12,8 @@ from other_libraries import Immutable
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.compression.factors import Factors
 from bitring.errors import MismatchError, NonFiniteError, PeerError
-from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from bitring.training.checkpoints.loading import load_checkpoint
+from bitring.training.checkpoints.saving import save_checkpoint
 from bitring.training.data_parallel import DataParallel
 from bitring.training.modes.block_momentum import BlockMomentum
 from bitring.training.modes.local import Local

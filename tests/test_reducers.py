@@ -12,7 +12,8 @@ import bitring
 from bitring.compression.compressor import compressors
 from bitring.compression.encoder import VALUE_DTYPES, Encoder
 from bitring.compression.reducer import Reducer
-from bitring.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from bitring.training.checkpoints.loading import load_checkpoint
+from bitring.training.checkpoints.saving import save_checkpoint
 from bitring.training.data_parallel import DataParallel
 from bitring.training.optimizers.sgd import SGD
 

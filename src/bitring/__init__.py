@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from bitring.models.networks.softmax import Softmax as Softmax
     from bitring.training.batches import Batches as Batches
     from bitring.training.batches import shard as shard
-    from bitring.training.checkpoints.checkpoint import load_checkpoint as load_checkpoint
-    from bitring.training.checkpoints.checkpoint import save_checkpoint as save_checkpoint
     from bitring.training.checkpoints.header import CheckpointError as CheckpointError
+    from bitring.training.checkpoints.loading import load_checkpoint as load_checkpoint
+    from bitring.training.checkpoints.saving import save_checkpoint as save_checkpoint
     from bitring.training.data_parallel import DataParallel as DataParallel
     from bitring.training.mode import Mode as Mode
     from bitring.training.modes.block_momentum import BlockMomentum as BlockMomentum
@@ -78,9 +78,9 @@ _WHERE = {
     "allreduce": "collectives.allreduce",
     "explain": "collectives.plan",
     "load": "models.dataset",
-    "load_checkpoint": "training.checkpoints.checkpoint",
+    "load_checkpoint": "training.checkpoints.loading",
     "plan_allreduce": "compression.plans.plan",
-    "save_checkpoint": "training.checkpoints.checkpoint",
+    "save_checkpoint": "training.checkpoints.saving",
     "shard": "training.batches",
     "start": "collectives.fusion",
 }

@@ -34,8 +34,9 @@ from bitring.machine import versions
 from bitring.models.dataset import Data, load
 from bitring.models.model import Model, models
 from bitring.training.batches import Batches, shard
-from bitring.training.checkpoints.checkpoint import load_checkpoint, write_checkpoint
 from bitring.training.checkpoints.file import previous, remove_checkpoints
+from bitring.training.checkpoints.loading import load_checkpoint
+from bitring.training.checkpoints.saving import write_checkpoint
 from bitring.training.data_parallel import DataParallel
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer
