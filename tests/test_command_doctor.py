@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from bitring import __main__
+from bitring.commands._findings import Finding, show_plainly
 
 pytestmark = pytest.mark.single
 
@@ -31,14 +34,13 @@ def rows(output: str) -> dict[str, str]:
 
 @pytest.fixture
 def doctor(monkeypatch: pytest.MonkeyPatch):
-    """The module behind the command, to be made worse, and a run of it on one rank."""
-    from bitring.commands import _doctor
+    """A run of the command on one rank, and what makes it worse."""
 
     def run() -> tuple[int, dict[str, str], str]:
         result = CliRunner().invoke(__main__._bitring, ["doctor"], prog_name="bitring")
         return result.exit_code, rows(result.output), result.output
 
-    return _doctor, run, monkeypatch
+    return run, monkeypatch
 
 
 def test_two_ranks(on_ranks):
@@ -81,7 +83,9 @@ def test_mpich_under_a_launcher_that_it_does_not_know(clean_environment):
 
 
 def test_a_wrong_sum_fails(doctor):
-    module, run, monkeypatch = doctor
+    from bitring.commands import _doctor_self_test
+
+    run, monkeypatch = doctor
 
     def wrong(*arguments: object, **options: object):
         plan = right(*arguments, **options)
@@ -90,8 +94,8 @@ def test_a_wrong_sum_fails(doctor):
             x += 1  # pyright: ignore
         return plan
 
-    right = module.plan_allreduce
-    monkeypatch.setattr(module, "plan_allreduce", wrong)
+    right = _doctor_self_test.plan_allreduce
+    monkeypatch.setattr(_doctor_self_test, "plan_allreduce", wrong)
     status, found, output = run()
     assert status == 1
     assert found["allreduce ring"].startswith("FAIL rank 0: the sum of 1 values is off by 1"), output
@@ -100,8 +104,10 @@ def test_a_wrong_sum_fails(doctor):
 
 
 def test_a_low_thread_level_is_explained(doctor):
-    module, run, monkeypatch = doctor
-    monkeypatch.setattr(module.MPI, "Query_thread", lambda: module.MPI.THREAD_SINGLE)
+    from mpi4py import MPI
+
+    run, monkeypatch = doctor
+    monkeypatch.setattr(MPI, "Query_thread", lambda: MPI.THREAD_SINGLE)
     status, found, _ = run()
     assert status == 0
     assert "note single: a started plan or request moves only while it is waited for" in found["thread level"]
@@ -118,14 +124,14 @@ def test_processes_that_do_not_know_each_other(on_ranks):
 
 
 def test_small_shared_memory_and_few_files_are_noted(doctor):
-    module, run, monkeypatch = doctor
+    run, monkeypatch = doctor
     real = os.statvfs("/dev/shm")
 
     class Small:
         f_frsize, f_blocks, f_bavail = real.f_frsize, (64 << 20) // real.f_frsize, (60 << 20) // real.f_frsize
 
-    monkeypatch.setattr(module.os, "statvfs", lambda path: Small)
-    monkeypatch.setattr(module.resource, "getrlimit", lambda what: (256, 4096))
+    monkeypatch.setattr(os, "statvfs", lambda path: Small)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (256, 4096))
     status, found, output = run()
     assert status == 0, output
     assert found["/dev/shm"].startswith("note 64 MiB, too small")
@@ -135,12 +141,12 @@ def test_small_shared_memory_and_few_files_are_noted(doctor):
 
 
 def test_a_cache_that_cannot_be_written(doctor, tmp_path):
-    module, run, monkeypatch = doctor
+    run, monkeypatch = doctor
 
     def refuse(self: object, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module.Path, "touch", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
     status, found, _ = run()
     assert status == 0
     assert found["kernel cache"].startswith("note cannot be written")
@@ -148,7 +154,7 @@ def test_a_cache_that_cannot_be_written(doctor, tmp_path):
 
 
 def test_a_cache_that_others_can_write_to(doctor, tmp_path, monkeypatch):
-    _, run, _ = doctor
+    run, _ = doctor
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o777)
     status, found, _ = run()
@@ -166,28 +172,28 @@ def test_a_cache_that_others_can_write_to(doctor, tmp_path, monkeypatch):
         (False, False, "ok", "staged through pinned memory"),
     ],
 )
-def test_the_cuda_probe(doctor, asked: bool, works: bool, status: str, text: str):
+def test_the_cuda_probe(monkeypatch, asked: bool, works: bool, status: str, text: str):
     """The child is replaced by one that only ends well or badly: there need be no GPU."""
-    module, _, monkeypatch = doctor
-    monkeypatch.setattr(module, "_devices", lambda: 2)
-    monkeypatch.setattr(module, "_PROBE", f"raise SystemExit({int(not works)})")
-    finding = module._probed(asked)
+    from bitring.commands import _doctor_cuda
+
+    monkeypatch.setattr(_doctor_cuda, "_devices", lambda: 2)
+    monkeypatch.setattr(_doctor_cuda, "_PROBE", f"raise SystemExit({int(not works)})")
+    finding = _doctor_cuda._probed(asked)
     assert finding.status == status
     assert text in f"{finding.text} {finding.advice}"
 
 
 @pytest.mark.gpu
-def test_the_cuda_probe_on_a_gpu(doctor):
-    module, _, _ = doctor
+def test_the_cuda_probe_on_a_gpu():
     from bitring.collectives.interop.cuda_aware import cuda_aware
+    from bitring.commands import _doctor_cuda
 
-    finding = module._probed(cuda_aware())
+    finding = _doctor_cuda._probed(cuda_aware())
     assert finding.status != "FAIL", finding
 
 
-def test_the_plain_table(doctor, capsys):
-    module, _, _ = doctor
-    module._show_plainly([module.Finding("what", "note", "found", "do this")])
+def test_the_plain_table(capsys):
+    show_plainly([Finding("what", "note", "found", "do this")])
     assert capsys.readouterr().out.splitlines() == [
         f"{'what':<28} note  found",
         f"{'':<34} → do this",

@@ -84,3 +84,8 @@ def traffic(nbytes: float) -> str:
     if nbytes < 1e5:
         return f"{nbytes / 1e3:.1f} kB"
     return f"{nbytes / 1e6:,.{1 if nbytes < 1e8 else 0}f} MB"
+
+
+def count(number: int, thing: str) -> str:
+    """Such as "1 rank", "2 ranks"."""
+    return f"{number} {thing}{'s' * (number != 1)}"

@@ -14,6 +14,7 @@ import click
 from bitring.collectives.schedules.check import Message, ScheduleError, Verdict, check, walk
 from bitring.collectives.schedules.drawing import draw
 from bitring.collectives.schedules.schedule import COLLECTIVES, Algorithm, algorithms
+from bitring.commands._units import count
 
 _MESSAGES_SHOWN = 8  # a round
 _ROUNDS_SHOWN = 40
@@ -55,7 +56,7 @@ def command(algorithm: str, ranks: int, collective: str | None, root: int, plot:
     if root and not rooted:
         raise click.BadParameter(f"{collective} has no root; it is for reduce and broadcast", param_hint="--root")
 
-    click.echo(f"{algorithm} {collective}, {_count(ranks, 'rank')}{f', root {root}' * rooted}")
+    click.echo(f"{algorithm} {collective}, {count(ranks, 'rank')}{f', root {root}' * rooted}")
     try:
         verdict = check(made, collective, ranks, root)
     except ScheduleError as error:
@@ -81,7 +82,7 @@ def _table(algorithm: Algorithm, collective: str, ranks: int, root: int, steps: 
     for step, messages in enumerate(by_step):
         if steps > _ROUNDS_SHOWN and _ROUNDS_SHOWN // 2 <= step < steps - _ROUNDS_SHOWN // 2:
             if step == _ROUNDS_SHOWN // 2:
-                yield f"  ... {_count(steps - _ROUNDS_SHOWN, 'more round')}"
+                yield f"  ... {count(steps - _ROUNDS_SHOWN, 'more round')}"
             continue
         messages.sort(key=lambda message: (message.sender, message.receiver, message.first))
         shown = [
@@ -121,7 +122,3 @@ def _share(share: Fraction) -> str:
         return "0"
     top = "" if share.numerator == 1 else str(share.numerator)
     return f"{top}n" if share.denominator == 1 else f"{share.numerator}/{share.denominator} n"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
