@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from run import launcher
 
 from bitring import __main__
-from bitring.commands import _train
+from bitring.commands import _course, _train
 from bitring.training.data_parallel import DataParallel
 
 pytestmark = [pytest.mark.single, pytest.mark.timeout(120)]
@@ -102,7 +102,7 @@ def with_a_signal(of: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
         (_train, "_begin", 1, "nothing was trained yet"),
         (DataParallel, "step", 2, "run/checkpoint.npz holds all that was trained, up to step 2 of epoch 1"),
         (_train, "_accuracy", 1, "run/checkpoint.npz holds all that was trained, up to epoch 1"),
-        (_train, "write_checkpoint", 2, "run/checkpoint.npz holds all that was trained, up to epoch 2"),
+        (_course, "write_checkpoint", 2, "run/checkpoint.npz holds all that was trained, up to epoch 2"),
     ],
 )
 def test_wherever_the_signal_comes(tmp_path: Path, monkeypatch, where: Any, part: str, at: int, kept: str):
@@ -119,9 +119,9 @@ def test_wherever_the_signal_comes(tmp_path: Path, monkeypatch, where: Any, part
     assert [record["epoch"] for record in history(tmp_path / "run")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("where", "part"), [(DataParallel, "step"), (_train, "_accuracy"), (_train, "_conclude")])
+@pytest.mark.parametrize(("where", "part"), [(DataParallel, "step"), (_train, "_accuracy"), (_train, "conclude")])
 def test_a_run_whose_last_step_is_made_is_finished(tmp_path: Path, monkeypatch, where: Any, part: str):
-    at = {"step": 8, "_accuracy": 2, "_conclude": 1}[part]
+    at = {"step": 8, "_accuracy": 2, "conclude": 1}[part]
     monkeypatch.setattr(where, part, with_a_signal(getattr(where, part), at))
     result = train(tmp_path, "--epochs", 2)
     assert result.exit_code == 0, result.output
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_failure(tmp_path: Path, monkey
     def full(*arguments: object, **named: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(_train, "write_checkpoint", full)
+    monkeypatch.setattr(_course, "write_checkpoint", full)
     monkeypatch.setattr(DataParallel, "step", with_a_signal(DataParallel.step))
     result = train(tmp_path)
     assert result.exit_code == 1

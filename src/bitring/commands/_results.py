@@ -1,0 +1,87 @@
+"""The files that a run of ``bitring train`` leaves beside its checkpoints: metrics, summary and curve.
+
+All of this is for rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from mpi4py import MPI
+
+from bitring.commands._course import Course, Record
+from bitring.commands._pictures import draw_curve
+from bitring.commands._units import count, traffic
+from bitring.machine import versions
+
+_METRICS = "metrics.jsonl"
+
+
+def begin_metrics(folder: Path, history: Sequence[Record]) -> None:
+    """Write ``metrics.jsonl`` anew: a line for each of the epochs that are over."""
+    _write(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in history))
+
+
+def append_metrics(folder: Path, record: Record) -> None:
+    """Append an epoch's line to ``metrics.jsonl``."""
+    with (folder / _METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def conclude(course: Course) -> None:
+    """Write the summary, draw the curve, and say how it went."""
+    settings, comm, parts, history = course.settings, course.comm, course.parts, course.history
+    last = history[-1]
+    optimizer: Any = parts.optimizer
+    summary = {
+        **{name: last[name] for name in ("test_accuracy", "train_loss", "seconds", "samples_per_second", "bytes_sent")},
+        "samples_per_second": round(_mean_speed(history), 3),
+        "bytes_exact": last["bytes_exact"],
+        "digest": last["digest"],
+        "ranks": comm.size,
+        "epochs": len(history),
+        **settings.of_the_result(),
+        **dataclasses.asdict(optimizer),
+        "warmup_steps": parts.warmup_steps,
+        "algorithms": sorted(set(course.trainer.algorithms)),
+        "versions": versions(),
+    }
+    _write(settings.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    click.echo(
+        f"test accuracy  {last['test_accuracy']:.4f} after {count(len(history), 'epoch')}, {last['seconds']:.1f} s"
+    )
+    click.echo(f"bytes sent     {_traffic(comm, last)}")
+    curve = settings.output / "curve.png"
+    title = f"{settings.model} on {settings.data}, {comm.size} rank{'s' * (comm.size != 1)}, {settings.mode}"
+    title += f", {'exact' if settings.compression == 'none' else settings.compression}"
+    try:
+        draw_curve(history, curve, title)
+    except ImportError as error:
+        click.echo(f"curve          not drawn: {error}")
+    else:
+        click.echo(f"curve          {curve}")
+
+
+def _mean_speed(history: list[Record]) -> float:
+    """Samples per second over all epochs."""
+    return float(len(history) / sum(1 / record["samples_per_second"] for record in history))
+
+
+def _traffic(comm: MPI.Intracomm, last: Mapping[str, Any]) -> str:
+    if comm.size == 1:
+        return "none, there is one rank"
+    sent, exact = last["bytes_sent"], last["bytes_exact"]
+    ratio = f"1/{exact / sent:.1f} of it" if sent else "nothing"
+    return f"{traffic(sent)} a rank; an exact exchange in each step sends {traffic(exact)}: {ratio}"
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
