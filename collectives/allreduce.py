@@ -12,6 +12,7 @@ from bitring.collectives.calls import Call, set_operation
 from bitring.collectives.interop.operators import op_name
 from bitring.collectives.plan import array_terms
 from bitring.collectives.runtime.context import given_comm, state_of
+from bitring.settings import checked
 
 
 def allreduce(
@@ -102,8 +103,7 @@ class _Reduction:
 
 
 def _check_mean(mean: object, op: MPI.Op, dtype: np.dtype[Any]) -> None:
-    if not isinstance(mean, bool):
-        raise TypeError(f"allreduce: mean must be True or False; got {mean!r}")
+    checked("allreduce", "mean", mean, bool)
     if mean and op_name(op) != "SUM":
         raise ValueError(f"allreduce: mean=True is for op=MPI.SUM; got {op_name(op)}")
     if mean and dtype.kind in "iub":

@@ -28,7 +28,7 @@ from bitring.collectives.plan import run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import State, check_alive, state_of
-from bitring.collectives.runtime.objects import jointly
+from bitring.collectives.runtime.objects import agreed_job
 from bitring.collectives.selection.selection import check_name
 from bitring.errors import uncopyable
 
@@ -146,7 +146,7 @@ class Communicator(MPI.Intracomm):
             run_agreement(state, request)
             if state.shared is not None:
                 shared, node = state.shared, state.node.comm
-                part = jointly(state, lambda progress: shared.new_part(node, nbytes, progress), "empty")
+                part = agreed_job(state, lambda progress: shared.new_part(node, nbytes, progress), "empty")
                 if part is not None:
                     return np.asarray(part)[:nbytes].view(dtype).reshape(shape)
         return np.empty(shape, dtype)

@@ -11,6 +11,7 @@ import numpy as np
 
 from bitring.models.layers import Array, Backward, Layer, Workspace
 from bitring.registry import Registry
+from bitring.settings import Range, checked
 
 
 class Model(ABC):
@@ -34,13 +35,11 @@ class Model(ABC):
         self.input_shape = tuple(int(side) for side in input_shape)
         if not self.input_shape or min(self.input_shape) < 1:
             raise ValueError(f"{name}: input_shape must be one or more positive sizes, got {input_shape!r}")
-        if classes < 2:
-            raise ValueError(f"{name}: classes must be at least 2, got {classes!r}")
+        self.classes = checked(name, "classes", classes, int, Range(least=2))
         if np.dtype(dtype).name not in ("float32", "float64"):
             raise ValueError(f"{name}: dtype must be float32 or float64, got {np.dtype(dtype)}")
-        if seed < 0:
-            raise ValueError(f"{name}: seed must not be negative, got {seed!r}")
-        self.classes, self.dtype, self.xp = int(classes), np.dtype(dtype), xp
+        checked(name, "seed", seed, int, Range(least=0))
+        self.dtype, self.xp = np.dtype(dtype), xp
         self._layers = self.layers()
         self._workspace = Workspace(xp)
         random = np.random.default_rng(seed)

@@ -133,18 +133,18 @@ def test_parts_of_other_iterables_are_views() -> None:
             "Batches: expected arrays with a first axis of samples, got",
         ),
         (lambda: Batches(np.ones(()), np.ones(2)), TypeError, "with a first axis of samples, got ndarray"),
-        (lambda: Batches(np.ones(2), np.ones(2), size=0), ValueError, "Batches: size must be at least 1, got 0"),
+        (lambda: Batches(np.ones(2), np.ones(2), size=0), ValueError, "Batches: size must be at least 1; got 0"),
         (
             lambda: shard([], Rank(0, 1), seed=-1),
             ValueError,
-            "shard: seed must not be negative, got -1",
+            "shard: seed must be at least 0; got -1",
         ),
         (
             lambda: shard([], Rank(0, 1), epoch=-2),
             ValueError,
-            "shard: epoch must not be negative, got -2",
+            "shard: epoch must be at least 0; got -2",
         ),
-        (lambda: shard([], Rank(0, 1), start=-3), ValueError, "shard: start must not be negative, got -3"),
+        (lambda: shard([], Rank(0, 1), start=-3), ValueError, "shard: start must be at least 0; got -3"),
         (
             lambda: shard(NOT_BATCHES, Rank(0, 1)),
             TypeError,

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bitring.settings import Range, checked
+
 Array = Any  # numpy.ndarray, cupy.ndarray, or anything with len() and slices
 
 
@@ -40,8 +42,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         _samples("Batches", (self.x, self.y))
-        if self.size < 1:
-            raise ValueError(f"Batches: size must be at least 1, got {self.size}")
+        object.__setattr__(self, "size", checked("Batches", "size", self.size, int, Range(least=1)))
 
     def __len__(self) -> int:
         return -(-len(self.x) // self.size)
@@ -64,8 +65,7 @@ def shard(
     the seed, epoch or start is negative.
     """
     for name, number in (("seed", seed), ("epoch", epoch), ("start", start)):
-        if number < 0:
-            raise ValueError(f"shard: {name} must not be negative, got {number}")
+        checked("shard", name, number, int, Range(least=0))
     if not hasattr(batches, "__iter__"):
         raise TypeError(
             f"shard: batches must be Batches or an iterable of tuples of arrays, got {type(batches).__name__}"

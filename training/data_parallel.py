@@ -17,7 +17,7 @@ from mpi4py import MPI
 from bitring.arrays import is_device
 from bitring.collectives.calls import require_root
 from bitring.collectives.runtime.context import given_comm, one_call, state_of
-from bitring.collectives.runtime.jointly import jointly
+from bitring.collectives.runtime.jointly import jointly, raise_everywhere
 from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import Compressor, compressors, parsed
@@ -42,7 +42,7 @@ from bitring.training.step.checks import (
 )
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.interrupts import HeldBack
-from bitring.training.step.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, hash_of, raise_everywhere
+from bitring.training.step.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, hash_of
 from bitring.training.step.replicas import broadcast_tree, compare
 from bitring.training.step.transaction import Transaction
 from bitring.training.step.undo import Numbers, arrays_in
@@ -372,7 +372,7 @@ class DataParallel:
         records = self._meeting.exchange(self._record(self._problem is not None, weight, told), where, heard)
         if records[:, WRONG].any():
             problem, self._problem = self._problem, None
-            raise_everywhere(self.comm, where, problem)
+            raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
         with np.errstate(over="ignore"):
             total = float(np.cumsum(records[:, WEIGHT])[-1])  # one after the other, in rank order
         if not math.isfinite(total):

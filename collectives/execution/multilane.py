@@ -14,7 +14,7 @@ from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.operators import op_name, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
 from bitring.collectives.runtime.context import State
-from bitring.collectives.runtime.objects import jointly
+from bitring.collectives.runtime.objects import agreed_job
 from bitring.native import address_of, kernel, native
 
 
@@ -105,7 +105,7 @@ def lane_runner(
         everywhere = yield from allgather_steps(state.comm, region is not None, progress)
         return region if all(everywhere) else None, staged
 
-    region, staged = jointly(state, common, "multilane")
+    region, staged = agreed_job(state, common, "multilane")
     if region is None:
         return None
     lane = None

@@ -12,12 +12,14 @@ from bitring.errors import PeerError, text_of
 
 T = TypeVar("T")
 
+Kinds = tuple[type[Exception], ...]
+"""Exceptions that all ranks raise alike; of others a rank hears by a PeerError."""
 
-def jointly(comm: MPI.Intracomm, function: str, work: Callable[[], T], alike: tuple[type[Exception], ...] = ()) -> T:
+
+def jointly(comm: MPI.Intracomm, function: str, work: Callable[[], T], alike: Kinds = ()) -> T:
     """What ``work`` returns on this rank, once it has ended well on all. Collective; ``function`` is the caller's name.
 
-    When it raises anything on any rank, all raise: a rank its own exception; the others the same kind, with the same
-    text, where it is one of ``alike``, else PeerError, which names the rank and the exception.
+    When it raises anything on any rank, all raise, as ``raise_everywhere`` does.
     """
     made: list[T] = []
     problem: BaseException | None = None
@@ -25,18 +27,36 @@ def jointly(comm: MPI.Intracomm, function: str, work: Callable[[], T], alike: tu
         made.append(work())
     except BaseException as error:  # whatever it is, KeyboardInterrupt too: the other ranks must not wait
         problem = error
-    for rank, said in enumerate(allgather(comm, _described(problem, alike), function)):
-        if problem is not None:
-            raise problem
-        if said is not None:
-            kind, name, text = said
-            raise PeerError(f"{function}: rank {rank} raised {name}: {text}") if kind is None else kind(text)
+    raise_everywhere(comm, function, problem, alike)
     return made[0]
 
 
-def _described(
-    problem: BaseException | None, alike: tuple[type[Exception], ...]
-) -> tuple[type[Exception] | None, str, str] | None:
+def raise_everywhere(comm: MPI.Intracomm, function: str, error: BaseException | None, alike: Kinds = ()) -> None:
+    """Raise on all ranks what ``common_error`` returns, unless that is None. Collective."""
+    common = common_error(comm, function, error, alike)
+    if common is not None:
+        raise common
+
+
+def common_error(
+    comm: MPI.Intracomm, function: str, error: BaseException | None, alike: Kinds = ()
+) -> BaseException | None:
+    """What this rank is to raise when any rank has an ``error``; None when none has. Collective.
+
+    A rank raises its own; the others the same kind, with the same text, where it is one of ``alike``, else PeerError,
+    which names the rank and the exception.
+    """
+    everyone = allgather(comm, _described(error, alike), function)
+    if error is not None:
+        return error
+    for rank, said in enumerate(everyone):
+        if said is not None:
+            kind, name, text = said
+            return PeerError(f"{function}: rank {rank} raised {name}: {text}") if kind is None else kind(text)
+    return None
+
+
+def _described(problem: BaseException | None, alike: Kinds) -> tuple[type[Exception] | None, str, str] | None:
     """The kind that the other ranks raise, None for PeerError; the exception's name; and its text."""
     if problem is None:
         return None

@@ -37,10 +37,10 @@ def gather(state: State, value: object, function: str) -> list[Any]:
     """``allgather`` on the communicator of ``state``."""
     if state.size == 1:
         return [value]
-    return jointly(state, lambda progress: allgather_steps(state.comm, value, progress), function)
+    return agreed_job(state, lambda progress: allgather_steps(state.comm, value, progress), function)
 
 
-def jointly(state: State, steps: Callable[[Progress], StepsTo[T]], function: str) -> T:
+def agreed_job(state: State, steps: Callable[[Progress], StepsTo[T]], function: str) -> T:
     """What ``steps`` return, run as a job when all ranks have agreed that they are at it. Collective and blocking."""
 
     def agreed(progress: Progress) -> StepsTo[T]:

@@ -28,6 +28,7 @@ from bitring.compression.plans.telemetry import (
     telemetry_of,
 )
 from bitring.errors import NonFiniteError
+from bitring.settings import checked
 
 logger = logging.getLogger("bitring")
 
@@ -50,10 +51,9 @@ def add_owed(x: Array, owed: Array) -> bool:
 
 def check_flags(hierarchical: object, check_finite: object) -> None:
     """Raise TypeError unless these arguments of ``plan_allreduce`` are what they may be."""
-    if not (hierarchical is None or isinstance(hierarchical, bool)):
-        raise TypeError(f"plan_allreduce: hierarchical must be True, False or None; got {type(hierarchical).__name__}")
-    if not isinstance(check_finite, bool):
-        raise TypeError(f"plan_allreduce: check_finite must be True or False; got {type(check_finite).__name__}")
+    if hierarchical is not None:
+        checked("plan_allreduce", "hierarchical", hierarchical, bool)
+    checked("plan_allreduce", "check_finite", check_finite, bool)
 
 
 class Before:

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from bitring.collectives.plan import plan_exact
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.runtime.objects import allgather
-from bitring.errors import MismatchError, NonFiniteError, PeerError, text_of
+from bitring.errors import MismatchError
 
 OPERATIONS = ("step", "synchronize", "save_checkpoint", "load_checkpoint", "broadcast")
 """What ranks can be doing when they meet; the record holds the index."""
@@ -135,23 +135,3 @@ def _odd_one_out(asked: Sequence[tuple[float, ...]]) -> str:
         return f"rank {rank} is at {at}, after {steps} steps of its trainer number {trainer}"
 
     return f"DataParallel: ranks do not do the same: {words(odd)}; {words(other)}"
-
-
-def common_error(comm: MPI.Intracomm, where: str, error: BaseException | None) -> BaseException | None:
-    """What every rank is to raise when any has an ``error``: that rank its own, others what names it. Collective."""
-    mine = None if error is None else (isinstance(error, NonFiniteError), type(error).__name__, text_of(error))
-    everyone = allgather(comm, mine, where)
-    if error is not None:
-        return error
-    for rank, theirs in enumerate(everyone):
-        if theirs is not None:
-            not_finite, kind, text = theirs
-            return NonFiniteError(text) if not_finite else PeerError(f"{where}: rank {rank} raised {kind}: {text}")
-    return None
-
-
-def raise_everywhere(comm: MPI.Intracomm, where: str, error: Exception | None) -> None:
-    """Raise on all ranks when any has an ``error``; see ``common_error``. Collective."""
-    common = common_error(comm, where, error)
-    if common is not None:
-        raise common

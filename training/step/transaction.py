@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 
+from bitring.collectives.runtime.jointly import common_error
+from bitring.errors import NonFiniteError
 from bitring.training.step.gradient_exchange import GradientExchange
-from bitring.training.step.meeting import WAITED, WRONG, Meeting, common_error
+from bitring.training.step.meeting import WAITED, WRONG, Meeting
 from bitring.training.step.undo import Numbers, Undo
 from bitring.training.step.waits import Waits
 
@@ -79,6 +81,6 @@ class Transaction:
         waited = self._meeting.waited
         records = self._meeting.exchange(end(failure is not None), where)
         if records[:, WRONG].any():
-            return common_error(self._comm, where, failure)
+            return common_error(self._comm, where, failure, alike=(NonFiniteError,))
         self._waits.add(waited, records[:, WAITED])
         return failure
