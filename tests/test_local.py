@@ -1,5 +1,6 @@
 """Parameter averaging: equal to ``sync`` at tau 1, weighted by samples, and its errors wait for the exchange."""
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -205,3 +206,33 @@ def test_wrong_settings(tau, error, text):
 @pytest.mark.single
 def test_is_registered():
     assert modes.get("local") is Local
+
+
+@pytest.mark.parametrize("mode", ["local", "block_momentum"])
+def test_ctrl_c_leaves_no_rank_behind(comm, agree, monkeypatch, mode):
+    """It comes in the middle of a step that this rank makes alone: the step is whole when it has its effect."""
+    w = zeros()
+    trainer = DataParallel(w, SGD(lr=0.1, momentum=0.9), comm=comm, mode=modes.get(mode)(tau=5))
+    gradients, expected, interrupts = random_gradients(np.random.default_rng(0)), zeros(), 0
+    moments = SGD(lr=0.1, momentum=0.9).init(expected)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for step in range(4):
+            with monkeypatch.context() as patch:
+                if step in (1, 2) and comm.rank == comm.size - 1:
+                    check = trainer._checked
+                    patch.setattr(
+                        trainer, "_checked", lambda *given: (signal.raise_signal(signal.SIGINT), check(*given))[1]
+                    )
+                try:
+                    trainer.step(gradients)
+                except KeyboardInterrupt:
+                    interrupts += 1
+            SGD(lr=0.1, momentum=0.9).update(expected, gradients, moments)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    agree(comm, interrupts == (2 if comm.rank == comm.size - 1 else 0), f"{interrupts} interrupts")
+    agree(comm, trainer.steps == 4 and all(np.array_equal(w[name], expected[name]) for name in w), "a step is missing")
+    trainer.step(gradients)
+    agree(comm, len(set(comm.allgather(trainer.digest()))) == 1, "replicas differ")
+    trainer.free()

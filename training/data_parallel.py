@@ -104,6 +104,7 @@ class DataParallel:
         self._operation = "step"
         self._updates: dict[str, Any] = {}  # gradients that the optimizer is to see at the step's end
         self._waits = Waits()
+        self._held = HeldBack()  # in a step, until ranks meet
 
         error: Exception | None = None
         mine: dict[str, Any] = {}
@@ -252,30 +253,34 @@ class DataParallel:
         exchanges less often, the rank concerned skips that local step and all raise at the next exchange, before
         anything is averaged. What an optimizer or a mode raises is raised there, and as PeerError on the others. Then
         parameters, optimizer, residuals and the mode's state are as before, and the step can be made again.
+
+        A Ctrl-C takes effect where ranks meet, and then the step has not been made; or, in a step in which they do not,
+        at its end, so that no rank falls behind.
         """
-        self._operation = "step"
-        where = self._where()
-        self.notices = 0
-        problem = self._problem
-        taken: dict[str, Any] = {}
-        try:
-            taken, weight = self._checked(gradients, weight, where)
-        except Exception as error:  # whatever it is, the other ranks must not wait
-            self._problem = self._problem or error
-            weight = 0.0
-        try:
-            self._transact(lambda: self._mode.step(self, self._mode_state, taken, weight), where, steps=1)
-        except Exception as error:
-            if self._transaction.came:
-                self._problem = self._problem and problem  # what was found in this step is over, but not what waits
-                raise
-            self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
-            self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0), where, steps=1)
-        for preemption in watching(self.comm):
-            preemption.answer_is_new = True
-        if self._compares_after(0):
-            self._check_at = self.steps + self.check_every
-            compare(self.comm, self._parameters, where)
+        with self._held:
+            self._operation = "step"
+            where = self._where()
+            self.notices = 0
+            problem = self._problem
+            taken: dict[str, Any] = {}
+            try:
+                taken, weight = self._checked(gradients, weight, where)
+            except Exception as error:  # whatever it is, the other ranks must not wait
+                self._problem = self._problem or error
+                weight = 0.0
+            try:
+                self._transact(lambda: self._mode.step(self, self._mode_state, taken, weight), where, steps=1)
+            except Exception as error:
+                if self._transaction.came:
+                    self._problem = self._problem and problem  # what was found in this step is over, but not what waits
+                    raise
+                self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
+                self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0), where, steps=1)
+            for preemption in watching(self.comm):
+                preemption.answer_is_new = True
+            if self._compares_after(0):
+                self._check_at = self.steps + self.check_every
+                compare(self.comm, self._parameters, where)
 
     @one_call("DataParallel.synchronize")
     def synchronize(self) -> None:
@@ -368,6 +373,7 @@ class DataParallel:
             for preemption in preemptions:
                 preemption.learn(bool(self.notices & NOTICE))
 
+        self._held.release()
         self._transaction.came = True
         records = self._meeting.exchange(self._record(self._problem is not None, weight, told), where, heard)
         if records[:, WRONG].any():

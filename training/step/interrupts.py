@@ -14,12 +14,17 @@ _SIGINT = int(SIGINT)
 
 
 class HeldBack:
-    """For ``with``: a Ctrl-C meanwhile has its effect at the end. Elsewhere than in the main thread none can come."""
+    """For ``with``: a Ctrl-C meanwhile has its effect at the end, or in ``release``, which ends the holding back.
+
+    Elsewhere than in the main thread none can come.
+    """
 
     __slots__ = ("_came", "_handler")
 
-    def __enter__(self) -> None:
+    def __init__(self) -> None:
         self._handler: Any = None
+
+    def __enter__(self) -> None:
         self._came: tuple[int, FrameType | None] | None = None
         if threading.current_thread() is threading.main_thread():
             handler = getsignal(_SIGINT)
@@ -33,7 +38,12 @@ class HeldBack:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._handler is not None:
-            signal(_SIGINT, self._handler)
+        self.release()
+
+    def release(self) -> None:
+        """From here on a Ctrl-C has its effect at once."""
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            signal(_SIGINT, handler)
             if self._came is not None:
-                self._handler(*self._came)
+                handler(*self._came)
