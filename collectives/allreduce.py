@@ -9,7 +9,7 @@ from mpi4py import MPI
 
 from bitring.arrays import Array, as_array, device_of, flat_view, require_numeric, xp_of
 from bitring.collectives.calls import Call, set_operation
-from bitring.collectives.interop.operators import op_name
+from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.plan import array_terms
 from bitring.collectives.runtime.context import given_comm, state_of
 from bitring.settings import checked
@@ -65,6 +65,7 @@ class _Reduction:
 
     def read(self, call: Call, x: Any, out: Any, op: MPI.Op, mean: bool) -> None:
         """Check the arguments, and tell ``call`` what is to be done."""
+        require_op(op, "allreduce")
         array = as_array(x, "allreduce", "x")
         dtype = array.dtype.newbyteorder("=")
         require_numeric(dtype, "allreduce", "x")

@@ -17,7 +17,7 @@ from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
 from bitring.collectives.execution.runner import Runner, Task, make_runner
 from bitring.collectives.interop.buffers import Values, is_in_place, parse
 from bitring.collectives.interop.library_steps import allgather_steps
-from bitring.collectives.interop.operators import REDUCTIONS, op_name, require_defined, ufunc_name
+from bitring.collectives.interop.operators import REDUCTIONS, op_name, require_defined, require_op, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
 from bitring.collectives.plan import HOST, library_reduces, memory_name
 from bitring.collectives.runtime.agreement import Request, agree, conclude, verdict_of
@@ -79,7 +79,7 @@ class Call:
     def read(self, reader: Callable[[Call], None]) -> Call:
         """Let ``reader`` fill the call in; its complaint is kept for the agreement, so that all ranks raise."""
         try:
-            check_name(self.algorithm)
+            check_name(self.algorithm, self.request.function)
             reader(self)
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             self.request.error = error
@@ -265,8 +265,16 @@ def _same(function: str, send: Array, receive: Array, blocks_sent: int = 1, bloc
         raise ValueError(f"{function}: sendbuf and recvbuf must be in the same memory; one is on a device")
 
 
+def _same_arrays(function: str, sendbuf: Any, recvbuf: Any) -> None:
+    """As ``_same``, for what only the library reads: it may crash on arrays of two dtypes without numbers."""
+    sent, received = (getattr(buffer, "dtype", None) for buffer in (sendbuf, recvbuf))
+    if sent is not None and received is not None and sent != received:
+        raise ValueError(f"{function}: recvbuf must have values of {sent}, as sendbuf has; got {received}")
+
+
 def set_operation(call: Call, op: MPI.Op, work: Array) -> None:
     """Say who can reduce ``work`` under ``op``. Raises TypeError when nobody can."""
+    require_op(op, call.request.function)
     call.op = op
     call.own = op_name(op) != "user"
     call.library = library_reduces(work, op)
@@ -286,6 +294,7 @@ def allreduce_call(state: State, function: str, sendbuf: Any, recvbuf: Any, op: 
         receive = parse(recvbuf, function, "recvbuf", writable=True)
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
+            _same_arrays(function, sendbuf, recvbuf)
             return
         call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
         work = receive.flat
@@ -310,6 +319,8 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
         receive = parse(recvbuf, "Reduce", "recvbuf", writable=True) if at_root else None
         send = receive if is_in_place(sendbuf) else parse(sendbuf, "Reduce", "sendbuf", writable=False)
         if send is None or (at_root and receive is None):
+            if at_root:
+                _same_arrays("Reduce", sendbuf, recvbuf)
             return
         call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), recvbuf if receive is None else receive.spec
         given = send.flat
@@ -334,6 +345,7 @@ def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.
         receive = parse(recvbuf, function, "recvbuf", writable=True, blocks=size if in_place else 1)
         send = receive if in_place else parse(sendbuf, function, "sendbuf", writable=False, blocks=size)
         if receive is None or send is None:
+            _same_arrays(function, sendbuf, recvbuf)
             return
         call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
         given = send.flat
@@ -368,6 +380,7 @@ def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algo
         receive = parse(recvbuf, function, "recvbuf", writable=True, blocks=state.size)
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
+            _same_arrays(function, sendbuf, recvbuf)
             return
         call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
         received = bytes_of(receive.flat)

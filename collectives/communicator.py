@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,14 +36,22 @@ from bitring.errors import uncopyable
 
 def _shape(given: Any) -> tuple[int, ...]:
     """A shape as NumPy takes it: a whole number or several. Raises ValueError."""
-    wrong = f"empty: shape must be made of whole numbers from 0 on; got {given!r}"
+    wrong = f"empty: shape must be made of whole numbers from 0 on, of a product below 2^63; got {given!r}"
     try:
         shape = tuple(map(operator.index, given if isinstance(given, Iterable) else (given,)))
     except TypeError:
         raise ValueError(wrong) from None
-    if min(shape, default=0) < 0:
+    if min(shape, default=0) < 0 or math.prod(shape) > sys.maxsize:
         raise ValueError(wrong)
     return shape
+
+
+def _dtype(given: Any) -> np.dtype[Any]:
+    try:
+        dtype: np.dtype[Any] = np.dtype(given)
+        return dtype
+    except Exception as error:  # NumPy has several
+        raise TypeError(f"empty: dtype must be what numpy.dtype takes; got {given!r}: {error}") from None
 
 
 def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
@@ -71,7 +80,7 @@ class Communicator(MPI.Intracomm):
         """Raise ValueError for an unknown algorithm, TypeError for anything but an intracommunicator."""
         if comm is not None and not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"Communicator: comm must be an MPI.Intracomm; got {type(comm).__name__}")
-        check_name(algorithm)
+        check_name(algorithm, "Communicator")
         self = super().__new__(cls, comm)
         self._algorithm = algorithm
         return self
@@ -136,7 +145,7 @@ class Communicator(MPI.Intracomm):
         nbytes = 0
         try:
             shape = _shape(shape)
-            dtype = np.dtype(dtype)
+            dtype = _dtype(dtype)
             nbytes = _nbytes(shape, dtype)
             request.terms = {"shape": shape, "dtype": dtype}
         except Exception as error:  # whatever it is, the other ranks must not wait for this one

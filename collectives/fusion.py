@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,8 +27,11 @@ def start(plans: Sequence[Plan]) -> None:
     shared memory whatever their dtypes and operations, by messages if these are alike. Raises TypeError for anything
     but plans, and RuntimeError as ``Plan.start`` does, before any is started.
     """
+    if not isinstance(plans, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"start: plans must be a sequence of plans; got {type(plans).__name__}")
+    plans = list(plans)
     for plan in plans:
-        if not isinstance(plan, Plan):
+        if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"start: plans must be plans, as plan_allreduce returns; got {type(plan).__name__}")
     for i, plan in enumerate(plans):
         plan.check_startable()

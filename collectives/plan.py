@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ from mpi4py import MPI
 from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
 from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
 from bitring.collectives.execution.runner import PieceRunner, Runner, Task, make_runner
-from bitring.collectives.interop.operators import op_name, require_defined, ufunc_name
+from bitring.collectives.interop.operators import op_name, require_defined, require_op, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, finish
 from bitring.collectives.runtime.agreement import Check, Request, agree, conclude, verdict_of
 from bitring.collectives.runtime.context import State, state_of
@@ -153,7 +154,9 @@ class Plan(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Array]) -> None:
-        """Take over what ``state_dict`` returned. Raises ValueError for anything else."""
+        """Take over what ``state_dict`` returned. Raises TypeError or ValueError for anything else."""
+        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{self.what}: load_state_dict: state must be a dict; got {type(state).__name__}")
         if state:
             raise ValueError(f"{self.what}: load_state_dict: state must be empty; got {sorted(state)}")
 
@@ -297,7 +300,8 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
     request = Request(function)
     try:
         flat, terms = checked_flat(x, function)
-        check_name(algorithm)
+        check_name(algorithm, function)
+        require_op(op, function)
         request.terms = {**terms, "op": op_name(op), "algorithm": algorithm}
         if op_name(op) == "user":
             raise ValueError(f"{function}: op must be a predefined operation; got one made by MPI.Op.Create")

@@ -20,14 +20,17 @@ compressors: Registry[Compressor] = Registry(
 )
 
 
-def parsed(compression: object) -> Any:
+def parsed(compression: object, function: str) -> Any:
     """A name, settings behind it or not, as the compressor that it asks for; anything else as it is.
 
-    Raises ValueError as ``make`` does.
+    Raises ValueError as ``make`` does, naming ``function``.
     """
     if not isinstance(compression, str):
         return compression
     if name_of(compression) == "none":
         known = ", ".join(compressors.names())
-        raise ValueError(f"{compression!r} is no compressor: compression=None is exact; known: {known}")
-    return make(compression, compressors)
+        raise ValueError(f"{function}: {compression!r} is no compressor: compression=None is exact; known: {known}")
+    try:
+        return make(compression, compressors)
+    except ValueError as error:
+        raise ValueError(f"{function}: {error}") from None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bitring.paths import as_path
 from bitring.registry import Registry
 
 
@@ -76,17 +77,20 @@ def load(name: str, directory: str | os.PathLike[str] | None = None) -> Data:
     file, FileNotFoundError, telling where it looked and where to get them, for missing files, and ImportError when a
     data set's package is missing.
     """
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"load: name must be a str: a data set's, or a path ending in .npz; got {type(name).__name__}")
+    folder = None if directory is None else as_path(directory, "load", "directory")
     if name.endswith(".npz"):
         from bitring.models.npz import load_npz
 
-        path = Path(name)
-        return load_npz(path if directory is None else Path(directory) / path)
+        path = as_path(name, "load", "name")
+        return load_npz(path if folder is None else folder / path)
     stem = name.replace("-", "_")
     if stem not in datasets.names():
         raise ValueError(
             f"load: unknown data set {name!r}; known: {', '.join(datasets.names())}, or a path ending in .npz"
         )
-    return datasets.get(stem)().load(None if directory is None else Path(directory))
+    return datasets.get(stem)().load(folder)
 
 
 def find(name: str, choices: Sequence[Sequence[str]], directory: Path | None, get: str) -> list[Path]:

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.single
 
 def test_what_compression_stands_for():
     made = bitring.TopK()
-    assert parsed(made) is made
-    assert parsed(3) == 3
-    assert parsed("topk:density=0.001") == bitring.TopK(density=0.001)
+    assert parsed(made, "allreduce") is made
+    assert parsed(3, "allreduce") == 3
+    assert parsed("topk:density=0.001", "allreduce") == bitring.TopK(density=0.001)
     for text in ("none", "none:block=64"):
         message = f"'{text}' is no compressor: compression=None is exact; known: bfloat16, "
         with pytest.raises(ValueError, match=message):
-            parsed(text)
+            parsed(text, "allreduce")

@@ -481,7 +481,7 @@ SHARED = np.ones(6)
         ({"compression": "topk:densty=1"}, ValueError, "unknown setting 'densty' of the compressor topk; known: "),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0; got -1"),
         ({"warmup_steps": 1.5}, TypeError, "warmup_steps must be an int; got float"),
-        ({"algorithm": lambda: "ring"}, ValueError, "unknown algorithm <function"),
+        ({"algorithm": lambda: "ring"}, TypeError, "algorithm must be a name (auto, "),
         ({"bucket_bytes": 0}, ValueError, "bucket_bytes must be at least 1; got 0"),
     ],
 )

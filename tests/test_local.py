@@ -10,6 +10,7 @@ from bitring.collectives.schedules.schedule import algorithms
 from bitring.errors import NonFiniteError, PeerError
 from bitring.training.data_parallel import DataParallel
 from bitring.training.mode import modes
+from bitring.training.modes.block_momentum import BlockMomentum
 from bitring.training.modes.local import Local
 from bitring.training.optimizers.sgd import SGD
 
@@ -208,22 +209,25 @@ def test_is_registered():
     assert modes.get("local") is Local
 
 
-@pytest.mark.parametrize("mode", ["local", "block_momentum"])
+@pytest.mark.parametrize("mode", [Local(tau=5), BlockMomentum(tau=5)])
 def test_ctrl_c_leaves_no_rank_behind(comm, agree, monkeypatch, mode):
     """It comes in the middle of a step that this rank makes alone: the step is whole when it has its effect."""
     w = zeros()
-    trainer = DataParallel(w, SGD(lr=0.1, momentum=0.9), comm=comm, mode=modes.get(mode)(tau=5))
+    trainer = DataParallel(w, SGD(lr=0.1, momentum=0.9), comm=comm, mode=mode)
     gradients, expected, interrupts = random_gradients(np.random.default_rng(0)), zeros(), 0
     moments = SGD(lr=0.1, momentum=0.9).init(expected)
+    check = trainer._checked
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+        return check(*given)
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for step in range(4):
             with monkeypatch.context() as patch:
                 if step in (1, 2) and comm.rank == comm.size - 1:
-                    check = trainer._checked
-                    patch.setattr(
-                        trainer, "_checked", lambda *given: (signal.raise_signal(signal.SIGINT), check(*given))[1]
-                    )
+                    patch.setattr(trainer, "_checked", interrupted)
                 try:
                     trainer.step(gradients)
                 except KeyboardInterrupt:

@@ -64,13 +64,20 @@ def shard(
     so that a run can go on in the middle of an epoch. Raises TypeError or ValueError when a batch is something else, or
     the seed, epoch or start is negative.
     """
-    for name, number in (("seed", seed), ("epoch", epoch), ("start", start)):
+    seed, epoch, start = (
         checked("shard", name, number, int, Range(least=0))
+        for name, number in (("seed", seed), ("epoch", epoch), ("start", start))
+    )
     if not hasattr(batches, "__iter__"):
         raise TypeError(
             f"shard: batches must be Batches or an iterable of tuples of arrays, got {type(batches).__name__}"
         )
-    rank, size = comm.rank, comm.size
+    try:
+        rank, size = comm.rank, comm.size
+    except Exception:  # MPI's own for MPI.COMM_NULL
+        raise TypeError(
+            f"shard: comm must be a communicator such as MPI.COMM_WORLD, got {type(comm).__name__}"
+        ) from None
     if isinstance(batches, Batches):
         return _permuted(batches, rank, size, seed, epoch, start)
     return _cut(batches, rank, size, start)

@@ -30,6 +30,7 @@ from bitring.training.optimizer import Optimizer, optimizers
 from bitring.training.preemption import NOTICE, watching
 from bitring.training.step.checks import (
     checked_gradients,
+    checked_leaves,
     checked_parameters,
     checked_unused,
     checked_weight,
@@ -37,6 +38,7 @@ from bitring.training.step.checks import (
     difference,
     is_frozen,
     not_finite,
+    require_state,
     resumable,
     text_of,
 )
@@ -47,7 +49,7 @@ from bitring.training.step.replicas import broadcast_tree, compare
 from bitring.training.step.transaction import Transaction
 from bitring.training.step.undo import Numbers, arrays_in
 from bitring.training.step.waits import Waits
-from bitring.training.tree import copied, host_copy, leaves, set_leaf
+from bitring.training.tree import copied, host_copy, set_leaf
 
 # Below this size the exchange is over before waking the progress thread has paid.
 OVERLAP_BYTES = 8 << 20
@@ -111,10 +113,9 @@ class DataParallel:
         try:
             self._optimizer = chosen("optimizer", optimizer, optimizers, Optimizer)
             self._mode = chosen("mode", mode, modes, Mode)
-            self.compression = (
-                None if compression is None else chosen("compression", parsed(compression), compressors, Compressor)
-            )
-            check_name(algorithm)
+            given = parsed(compression, "DataParallel")
+            self.compression = None if given is None else chosen("compression", given, compressors, Compressor)
+            check_name(algorithm, "DataParallel")
             self.algorithm = algorithm
             self.warmup_steps = checked("DataParallel", "warmup_steps", warmup_steps, int, Range(least=0))
             self.check_every = checked("DataParallel", "check_every", check_every, int, Range(least=0))
@@ -306,7 +307,7 @@ class DataParallel:
         """A hash of this rank's parameters, bit for bit; equal on all ranks when the replicas are."""
         digest = hashlib.blake2b(digest_size=16)
         for name, array in self._parameters.items():
-            digest.update(name.encode())
+            digest.update(name.encode(errors="surrogatepass"))
             digest.update(host_copy(array).reshape(-1).view(np.uint8))
         return digest.hexdigest()
 
@@ -328,22 +329,19 @@ class DataParallel:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from this rank's ``state_dict``, of a trainer with the same parameters and settings. Not collective.
 
-        Raises ValueError, before anything is changed, when they are not the same.
+        Raises TypeError or ValueError, before anything is changed, when they are not the same.
         """
         where = "DataParallel.load_state_dict"
-        text = difference(resumable(self.describe()), resumable(state["settings"]))
+        mine: dict[str, Any] = {**self.live(), "residuals": [], "steps": self.steps, "settings": self.describe()}
+        require_state(state, mine, where)
+        text = difference(resumable(mine["settings"]), resumable(state["settings"]))
         if text is None and state["settings"]["bucket_bytes"] != self._bucket_bytes:
             text = f"bucket_bytes is {self._bucket_bytes}, not {state['settings']['bucket_bytes']}"
         if text is None and state["settings"]["ranks"] != self.size:
             text = f"there are {self.size} ranks, not {state['settings']['ranks']}; load_checkpoint can change that"
         if text is not None:
             raise ValueError(f"{where}: the state is of another trainer: {text}")
-        given = dict(leaves({part: state[part] for part in ("parameters", "optimizer", "mode")}))
-        wanted = dict(leaves(self.live()))
-        if given.keys() != wanted.keys():
-            odd = "/".join(min(given.keys() ^ wanted.keys()))
-            raise ValueError(f"{where}: the state is of another trainer: {odd} is only in one of the two")
-        self.restore(given, state["steps"])
+        self.restore(checked_leaves(state, self.live(), self.plans, where), state["steps"])
         for plan, residuals in zip(self.plans, state["residuals"], strict=True):
             plan.load_state_dict(residuals)
 

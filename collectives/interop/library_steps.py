@@ -18,7 +18,12 @@ T = TypeVar("T")
 
 def allgather_steps(comm: MPI.Intracomm, value: object, progress: Progress) -> StepsTo[list[Any]]:
     """Every rank's ``value``, which pickle can hold, in rank order. ``comm`` is private to bitring."""
-    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    return list(map(pickle.loads, (yield from allgather_bytes(comm, pickle.dumps(value), progress))))
+
+
+def allgather_bytes(comm: MPI.Intracomm, value: bytes, progress: Progress) -> StepsTo[list[bytes]]:
+    """Every rank's bytes, as many as it likes, in rank order. ``comm`` is private to bitring."""
+    mine = np.frombuffer(value, np.uint8)
     lengths = np.zeros(comm.Get_size(), np.int64)
     lengths[comm.Get_rank()] = mine.size
     before, progress.exchanging = progress.exchanging, True
@@ -28,7 +33,7 @@ def allgather_steps(comm: MPI.Intracomm, value: object, progress: Progress) -> S
     everyone[starts[comm.Get_rank()] : starts[comm.Get_rank() + 1]] = mine
     yield from wait_for(comm.Iallgatherv(MPI.IN_PLACE, [everyone, lengths, starts[:-1], MPI.BYTE]), progress)
     progress.exchanging = before
-    return [pickle.loads(everyone[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
+    return [everyone[a:b].tobytes() for a, b in itertools.pairwise(starts)]
 
 
 def beside(call: Callable[[], T], progress: Progress) -> StepsTo[T]:

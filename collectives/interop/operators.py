@@ -43,15 +43,16 @@ _BY_KIND = {
 }
 
 
-def op_name(op: MPI.Op) -> str:
-    """The operation's name in messages between ranks and in errors; "user" for one made by ``MPI.Op.Create``.
-
-    Raises TypeError or ValueError for what is no operation.
-    """
+def require_op(op: MPI.Op, function: str) -> None:
+    """Raise TypeError or ValueError, naming ``function``, for what is no operation."""
     if not isinstance(op, MPI.Op):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"op must be an MPI.Op such as MPI.SUM; got {type(op).__name__}")
+        raise TypeError(f"{function}: op must be an MPI.Op such as MPI.SUM; got {type(op).__name__}")
     if op == MPI.OP_NULL:
-        raise ValueError("op must be an operation such as MPI.SUM; got MPI.OP_NULL")
+        raise ValueError(f"{function}: op must be an operation such as MPI.SUM; got MPI.OP_NULL")
+
+
+def op_name(op: MPI.Op) -> str:
+    """The operation's name in messages between ranks and in errors; "user" for one made by ``MPI.Op.Create``."""
     return _PREDEFINED.get(op.handle, "user")
 
 

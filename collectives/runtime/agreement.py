@@ -32,7 +32,7 @@ _FLAG = 8
 
 
 def _number(text: str, nbytes: int = 7) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=nbytes).digest(), "little")
+    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=nbytes).digest(), "little")
 
 
 class Request:

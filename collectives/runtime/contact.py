@@ -344,7 +344,7 @@ class Contact:
         return [address for address in card.addresses if address not in own.addresses]
 
     def _tell(self, ranks: Collection[int], kind: int, number: int = 0, text: str = "") -> None:
-        data = _HEAD.pack(self.name, kind, self.rank, number) + text.encode()[:_TEXT_NBYTES]
+        data = _HEAD.pack(self.name, kind, self.rank, number) + text.encode(errors="replace")[:_TEXT_NBYTES]
         ports().say(data, [(address, self._cards[rank].words) for rank in ranks for address in self._reach(rank)])
 
     @property

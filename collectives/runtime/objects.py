@@ -7,12 +7,13 @@ same call. So every communicator is protected alike, MPI.COMM_WORLD as well as a
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mpi4py import MPI
 
-from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.interop.library_steps import allgather_bytes
 from bitring.collectives.interop.steps import Progress, StepsTo
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import State, state_of
@@ -23,7 +24,8 @@ T = TypeVar("T")
 def allgather(comm: MPI.Intracomm, value: object, function: str) -> list[Any]:
     """Every rank's ``value``, which pickle can hold, in rank order. Collective; ``function`` is the caller's name.
 
-    Raises on all ranks: MismatchError when another rank is in another call; PeerError when one has died.
+    Raises on all ranks: MismatchError when another rank is in another call; PeerError when one has died; what pickle
+    says of a rank's value there, and PeerError on the others.
     """
     return gather(state_of(comm), value, function)
 
@@ -37,16 +39,27 @@ def gather(state: State, value: object, function: str) -> list[Any]:
     """``allgather`` on the communicator of ``state``."""
     if state.size == 1:
         return [value]
-    return agreed_job(state, lambda progress: allgather_steps(state.comm, value, progress), function)
+    pickled, error = b"", None
+    try:
+        pickled = pickle.dumps(value)
+    except Exception as problem:  # whatever it is, the other ranks must not wait for this one
+        error = problem
+    everyone = agreed_job(state, lambda progress: allgather_bytes(state.comm, pickled, progress), function, error)
+    return list(map(pickle.loads, everyone))
 
 
-def agreed_job(state: State, steps: Callable[[Progress], StepsTo[T]], function: str) -> T:
-    """What ``steps`` return, run as a job when all ranks have agreed that they are at it. Collective and blocking."""
+def agreed_job(
+    state: State, steps: Callable[[Progress], StepsTo[T]], function: str, error: Exception | None = None
+) -> T:
+    """What ``steps`` return, run as a job when all ranks have agreed that they are at it. Collective and blocking.
+
+    ``error``: why this rank cannot take part, which is raised here, and on the others as PeerError.
+    """
 
     def agreed(progress: Progress) -> StepsTo[T]:
-        yield from agree(state.comm, state.common, Request(function), progress)
+        yield from agree(state.comm, state.common, Request(function, error=error), progress)
         return (yield from steps(progress))
 
     with state.turn(function):
-        state.prepare(function)
+        state.prepare(function, error)
         return state.lane.call(agreed, function)

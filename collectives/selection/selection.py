@@ -92,10 +92,16 @@ def direct_limits(topology: Topology, table: Table) -> tuple[int, int]:
     return 1, 0
 
 
-def check_name(asked: str) -> None:
-    """Raise ValueError, listing the known names, unless ``asked`` is "auto" or a registered algorithm."""
+def check_name(asked: object, function: str) -> None:
+    """Raise TypeError or ValueError, which name ``function``, unless ``asked`` is "auto" or a registered algorithm."""
+    if not isinstance(asked, str):
+        known = ", ".join(algorithms.names())
+        raise TypeError(f"{function}: algorithm must be a name (auto, {known}); got {type(asked).__name__}")
     if asked != "auto":
-        algorithms.get(asked)
+        try:
+            algorithms.get(asked)
+        except ValueError as error:
+            raise ValueError(f"{function}: {error}") from None
 
 
 def segment_values(nbytes: int, itemsize: int, chunks: int) -> int:

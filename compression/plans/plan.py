@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
-from bitring.collectives.interop.operators import op_name
+from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.interop.steps import Progress
 from bitring.collectives.plan import Plan, checked_flat, plan_exact, run_agreement
 from bitring.collectives.runtime.agreement import Request
@@ -25,7 +24,7 @@ from bitring.compression.exchange.owner_exchange import OwnerExchange, exchange_
 from bitring.compression.exchange.record import Record
 from bitring.compression.exchange.way import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
 from bitring.compression.plans.reduced_plan import plan_reduced, reducer_of
-from bitring.compression.plans.watched_plan import WatchedPlan, add_owed, check_flags
+from bitring.compression.plans.watched_plan import WatchedPlan, add_owed, check_flags, checked_boundaries
 
 
 def plan_allreduce(
@@ -74,9 +73,10 @@ def plan_allreduce(
     places: tuple[int, ...] = ()
     try:
         flat, terms = checked_flat(x, "plan_allreduce")
-        check_name(algorithm)
+        check_name(algorithm, "plan_allreduce")
+        require_op(op, "plan_allreduce")
         check_flags(hierarchical, check_finite)
-        made = parsed(compression)
+        made = parsed(compression, "plan_allreduce")
         if not isinstance(made, Encoder):
             raise TypeError(
                 f"plan_allreduce: compression must be None, a registered name ({', '.join(compressors.names())}), an "
@@ -90,12 +90,12 @@ def plan_allreduce(
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
         if device_of(flat) is not None:
             encoder.device_kernels()
-        places = _checked_boundaries(boundaries)
+        places = checked_boundaries(boundaries, flat.size)
         request.terms = {
             **terms,
             "op": op_name(op),
             "algorithm": algorithm,
-            "compression": encoder,
+            "compression": str(encoder),
             "hierarchical": hierarchical,
             "boundaries": places,
         }
@@ -106,13 +106,6 @@ def plan_allreduce(
         assert encoder is not None
         all_native = state.topology.native and not request.flag
         return CompressedPlan(state, flat, encoder, hierarchical, places, check_finite, all_native)
-
-
-def _checked_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
-    try:
-        return tuple(map(operator.index, boundaries))
-    except TypeError:
-        raise TypeError(f"plan_allreduce: boundaries must be positions in x, ints; got {boundaries!r}") from None
 
 
 _COMPRESSED_DTYPES = ("float16", BFLOAT16.name, "float32", "float64")

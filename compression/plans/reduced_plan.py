@@ -12,7 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, device_of
-from bitring.collectives.interop.operators import op_name
+from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.interop.steps import Progress
 from bitring.collectives.plan import checked_flat, run_agreement
 from bitring.collectives.runtime.agreement import Request
@@ -23,14 +23,14 @@ from bitring.compression.encoder import VALUE_DTYPES
 from bitring.compression.exchange.exchange import Exchange
 from bitring.compression.exchange.record import Record, sample
 from bitring.compression.factors import Factors
-from bitring.compression.plans.watched_plan import WatchedPlan, check_flags
+from bitring.compression.plans.watched_plan import WatchedPlan, check_flags, checked_boundaries
 from bitring.compression.reducer import Reducer, cut
 
 
 def reducer_of(compression: object) -> Reducer | None:
     """The reducer that is asked for, by name or as an instance; None for anything else, and for a mistake."""
     try:
-        made = parsed(compression)
+        made = parsed(compression, "plan_allreduce")
     except Exception:  # plan_allreduce tells of it, on all ranks
         return None
     return made if isinstance(made, Reducer) else None
@@ -54,7 +54,8 @@ def plan_reduced(
     request = Request("plan_allreduce")
     try:
         flat, terms = checked_flat(x, "plan_allreduce")
-        check_name(algorithm)
+        check_name(algorithm, "plan_allreduce")
+        require_op(op, "plan_allreduce")
         check_flags(hierarchical, check_finite)
         if flat.dtype not in VALUE_DTYPES:
             names = ", ".join(dtype.name for dtype in VALUE_DTYPES)
@@ -70,9 +71,9 @@ def plan_reduced(
             **terms,
             "op": op_name(op),
             "algorithm": algorithm,
-            "compression": reducer,
+            "compression": str(reducer),
             "hierarchical": hierarchical,
-            "boundaries": tuple(boundaries),
+            "boundaries": checked_boundaries(boundaries, flat.size),
             "shapes": parts,
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one

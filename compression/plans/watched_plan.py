@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 from abc import abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +55,17 @@ def check_flags(hierarchical: object, check_finite: object) -> None:
     if hierarchical is not None:
         checked("plan_allreduce", "hierarchical", hierarchical, bool)
     checked("plan_allreduce", "check_finite", check_finite, bool)
+
+
+def checked_boundaries(boundaries: Sequence[int], values: int) -> tuple[int, ...]:
+    """Where parameters begin in ``values`` values. Raises TypeError and ValueError."""
+    try:
+        places = tuple(map(operator.index, boundaries))
+    except TypeError:
+        raise TypeError(f"plan_allreduce: boundaries must be positions in x, ints; got {boundaries!r}") from None
+    if any(not 0 <= place <= values for place in places):
+        raise ValueError(f"plan_allreduce: boundaries must be positions in x, from 0 to {values}; got {boundaries!r}")
+    return places
 
 
 class Before:
@@ -244,13 +256,16 @@ class WatchedPlan(Plan):
     def _copy_in(self, state: dict[str, Array]) -> dict[str, Array]:
         """Copy to the arrays of ``state_dict``, and return them."""
         mine = self.state_dict()
+        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{self.what}: load_state_dict: state must be a dict; got {type(state).__name__}")
         if sorted(state) != sorted(mine):
             raise ValueError(f"{self.what}: load_state_dict: state must hold {sorted(mine)}; got {sorted(state)}")
         for name, array in mine.items():
-            if state[name].shape != array.shape or state[name].dtype != array.dtype:
+            given = [getattr(state[name], part, None) for part in ("shape", "dtype")]
+            if given != [array.shape, array.dtype]:
                 raise ValueError(
                     f"{self.what}: load_state_dict: {name} must have shape {array.shape} and dtype {array.dtype}; "
-                    f"got {state[name].shape} and {state[name].dtype}"
+                    f"got {given[0]} and {given[1]}"
                 )
         for name, array in mine.items():
             if device_of(array) is not None and device_of(state[name]) is None:

@@ -26,6 +26,7 @@ from urllib.parse import quote
 import numpy as np
 
 from bitring.collectives.runtime.pieces import Segment
+from bitring.paths import as_path
 from bitring.training.checkpoints.header import CheckpointError, Header, checked_header
 from bitring.training.checkpoints.resharding import Share
 
@@ -37,6 +38,14 @@ _SYNC_NBYTES = 32 << 20
 _LOCAL_HEADER_NBYTES = 30
 _NPY_HEADER_NBYTES = 10_000
 _LONGEST_NAME = 200
+
+
+def file_path(given: str | os.PathLike[str], function: str) -> Path:
+    """``given`` as a Path. Raises TypeError and ValueError, naming ``function``, for what no file can be at."""
+    path = as_path(given, function)
+    if not path.name:
+        raise ValueError(f"{function}: path must be a file's; got {os.fspath(given)!r}")
+    return path
 
 
 def previous(path: Path, number: int = 1) -> Path:

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ from bitring.collectives.runtime.jointly import jointly
 from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.collectives.runtime.pieces import Segment, cut, nbytes_of, transfer
 from bitring.collectives.selection.selection import check_name
-from bitring.training.checkpoints.file import CheckpointFile
+from bitring.training.checkpoints.file import CheckpointFile, file_path
 from bitring.training.checkpoints.header import CheckpointError, Header
 from bitring.training.checkpoints.resharding import Owned, Share, shares
-from bitring.training.checkpoints.state import alike_in, bytes_of, kept_by, numbers_of, with_owners
+from bitring.training.checkpoints.state import alike_in, bytes_of, kept_by, numbers_of, require_trainer, with_owners
 from bitring.training.data_parallel import DataParallel
 from bitring.training.step.checks import difference, resumable
 from bitring.training.tree import Path as At
@@ -44,6 +43,7 @@ def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel) -> dict
     names ``path.previous`` where there is one, for a file that is truncated, damaged, foreign, or of other training.
     What is loaded is in memory twice, until all ranks have all of it.
     """
+    require_trainer(trainer, LOAD)
     trainer.meet(LOAD, None, afresh=True)
     with contextlib.ExitStack() as stack:
         return _load(trainer, path, stack)
@@ -58,7 +58,7 @@ def _load(trainer: DataParallel, path: str | os.PathLike[str], stack: contextlib
     def opened() -> CheckpointFile | None:
         if rank != 0:
             return None
-        file = stack.enter_context(CheckpointFile(Path(path)))
+        file = stack.enter_context(CheckpointFile(file_path(path, LOAD)))
         _check(file, trainer, kept)
         return file
 
@@ -124,8 +124,8 @@ def _check(file: CheckpointFile, trainer: DataParallel, kept: Mapping[At, tuple[
     for bucket, algorithm in zip(trainer.buckets, _algorithms(header, trainer), strict=False):
         if not bucket.compressed:
             try:
-                check_name(algorithm)
-            except ValueError as problem:
+                check_name(algorithm, LOAD)
+            except (TypeError, ValueError) as problem:
                 raise file.error(f"is damaged: {problem}") from None
 
 

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,9 @@ from bitring.collectives.runtime.jointly import jointly
 from bitring.collectives.runtime.objects import allgather
 from bitring.collectives.runtime.pieces import Segment, cut, nbytes_of, transfer
 from bitring.errors import MismatchError
-from bitring.training.checkpoints.file import CheckpointWriter, member_name
+from bitring.training.checkpoints.file import CheckpointWriter, file_path, member_name
 from bitring.training.checkpoints.header import FORMAT, is_number
-from bitring.training.checkpoints.state import bytes_of, kept_by, numbers_of, on_host, with_owners
+from bitring.training.checkpoints.state import bytes_of, kept_by, numbers_of, on_host, require_trainer, with_owners
 from bitring.training.data_parallel import DataParallel
 from bitring.training.step.bucket import Bucket
 from bitring.training.tree import Path as At
@@ -47,6 +46,7 @@ def save_checkpoint(path: str | os.PathLike[str], trainer: DataParallel, **extra
     The file is complete on the disk before it takes the old one's place, which becomes ``path.previous``. Raises on all
     ranks, leaving the old file as it was: OSError when it cannot be written, TypeError when ``extra`` is not JSON.
     """
+    require_trainer(trainer, SAVE)
     trainer.meet(SAVE, _not_json(extra))
     trainer.synchronize()
     write_checkpoint(path, trainer, extra)
@@ -86,7 +86,7 @@ def _write(
     comm, root = trainer.comm, trainer.rank == 0
 
     def opened() -> CheckpointWriter | None:
-        return stack.enter_context(CheckpointWriter(Path(path), keep)) if root else None
+        return stack.enter_context(CheckpointWriter(file_path(path, SAVE), keep)) if root else None
 
     writer = jointly(comm, SAVE, opened, alike=(OSError,))
     kept, numbers, digests = jointly(comm, SAVE, lambda: _described(trainer))

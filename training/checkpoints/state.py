@@ -12,6 +12,12 @@ from bitring.training.step.bucket import Bucket
 from bitring.training.tree import Path, host_copy, is_array, leaves
 
 
+def require_trainer(trainer: object, function: str) -> None:
+    """Raise TypeError, naming ``function``, for anything but a trainer."""
+    if not isinstance(trainer, DataParallel):
+        raise TypeError(f"{function}: trainer must be a DataParallel; got {type(trainer).__name__}")
+
+
 def kept_by(trainer: DataParallel) -> dict[Path, Any]:
     """This rank's arrays by path: parameters, optimizer, mode, and what the compressed plans keep, by parameter."""
     kept = {at: x for at, x in leaves(trainer.live()) if is_array(x)}

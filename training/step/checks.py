@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +14,7 @@ from bitring.arrays import BFLOAT16, as_array, is_dense, is_device, require_nati
 from bitring.compression.factors import Factors
 from bitring.registry import Registry
 from bitring.settings import make
-from bitring.training.tree import host_copy, is_array
+from bitring.training.tree import host_copy, is_array, leaves
 
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, BFLOAT16, np.float32, np.float64))
 
@@ -35,7 +35,7 @@ def checked_weight(weight: Any, where: str) -> float:
 
 def checked_unused(unused: str) -> str:
     """What a missing gradient is. Raises ValueError."""
-    if unused not in ("error", "zeros"):
+    if not isinstance(unused, str) or unused not in ("error", "zeros"):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"DataParallel: unused must be 'error' or 'zeros', got {unused!r}")
     return unused
 
@@ -144,6 +144,44 @@ def resumable(description: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def require_state(state: Any, mine: Mapping[str, Any], where: str) -> None:
+    """Raise TypeError unless ``state`` has the parts of ``mine``, of the same kinds, settings in full."""
+    wanted = {**mine, **{f"settings/{key}": value for key, value in mine["settings"].items()}}
+    given = state if isinstance(state, Mapping) else {}
+    settings = given.get("settings")
+    if isinstance(settings, Mapping):
+        given = {**given, **{f"settings/{key}": value for key, value in settings.items()}}
+    for part, value in wanted.items():
+        if not isinstance(given.get(part), type(value)) and part != "settings/compression":
+            raise TypeError(
+                f"{where}: state must be what state_dict returned, with {part!r}, of type {type(value).__name__}; "
+                f"got {type(state).__name__}, in which it is of type {type(given.get(part)).__name__}"
+            )
+
+
+def checked_leaves(state: Mapping[str, Any], live: Mapping[str, Any], plans: Sequence[Any], where: str) -> Any:
+    """The leaves of a state that are to take the place of those of ``live``: path -> array or number.
+
+    Raises ValueError unless they are of the same kinds, and the residuals those of ``plans``.
+    """
+    residuals = state["residuals"]
+    if len(residuals) != len(plans) or not all(isinstance(kept, Mapping) for kept in residuals):
+        raise ValueError(f"{where}: state must hold residuals for {len(plans)} plans; got {len(residuals)}")
+    given = dict(leaves({part: state[part] for part in live}))
+    new, old = dict(given), dict(leaves(live))
+    for number, (plan, kept) in enumerate(zip(plans, residuals, strict=True)):
+        new |= {("residuals", str(number), key): x for key, x in kept.items()}
+        old |= {("residuals", str(number), key): x for key, x in plan.state_dict().items()}
+    if new.keys() != old.keys():
+        odd = "/".join(map(str, min(new.keys() ^ old.keys(), key=str)))
+        raise ValueError(f"{where}: the state is of another trainer: {odd} is only in one of the two")
+    for at, x in old.items():
+        here, there = ((y.dtype.name, tuple(y.shape)) if is_array(y) else None for y in (x, new[at]))
+        if here != there:
+            raise ValueError(f"{where}: state: {'/'.join(at)} must be {here or 'a number'}; got {there or new[at]!r}")
+    return given
+
+
 def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
     """What differs first between two descriptions, in words; None when nothing does."""
     for key, value in here.items():
@@ -180,7 +218,11 @@ def chosen(argument: str, given: Any, registry: Registry[Any], base: type[Any]) 
     Raises TypeError for anything else, and what ``make`` raises.
     """
     if isinstance(given, str):
-        return make(given, registry)
+        try:
+            return make(given, registry)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"DataParallel: {error}") from None
     if isinstance(given, base):
         return given
     shown = f"the class {given.__name__} itself" if isinstance(given, type) else repr(given)

@@ -34,7 +34,7 @@ _WIDTH = WAITED + 1
 
 def hash_of(text: str) -> int:
     """A number of 48 bits, which a record holds exactly."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest(), "little")
+    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=6).digest(), "little")
 
 
 class Meeting:

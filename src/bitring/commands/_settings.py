@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitring.collectives.selection.selection import check_name
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._units import Interval
 from bitring.compression.compressor import Compressor, compressors
 from bitring.registry import Registry
@@ -57,7 +57,8 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
         if self.resume and self.fresh:
             raise ValueError("--resume and --fresh exclude each other: the one goes on, the other begins anew")
-        check_name(self.algorithm)
+        if self.algorithm != "auto":
+            algorithms.get(self.algorithm)
 
     def make_mode(self) -> Mode:
         """The mode. Raises ValueError for an unknown one, and options that are not for it or say something else."""
