@@ -59,6 +59,7 @@ def cases() -> dict[str, Callable[[], Case]]:
     return {
         "plan of 10 values": plan,
         "plan of 10 values by ring": lambda: plan(algorithm="ring"),
+        "plan of 10 values by mpi": lambda: plan(algorithm="mpi"),
         "Allreduce of 10 values": lambda: allreduce("auto"),
         "Allreduce of 10 values by ring": lambda: allreduce("ring"),
         "Allreduce of 10 values by mpi": lambda: allreduce("mpi"),

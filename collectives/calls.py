@@ -14,13 +14,14 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
+from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE
 from bitring.collectives.execution.runner import Runner, Task, make_runner
 from bitring.collectives.interop.buffers import Values, is_in_place, parse
 from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.operators import REDUCTIONS, op_name, require_defined, require_op, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
 from bitring.collectives.plan import HOST, library_reduces, memory_name
-from bitring.collectives.runtime.agreement import Request, agree, conclude, verdict_of
+from bitring.collectives.runtime.agreement import Request, agree, checked, conclude, verdict_of
 from bitring.collectives.runtime.context import State
 from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
@@ -28,6 +29,7 @@ from bitring.collectives.selection.selection import check_name, choose, direct_l
 from bitring.errors import PeerError, RefusedError
 from bitring.native import operation_number, type_number
 
+_CACHED_CHOICES = 1024
 _CACHED_RUNNERS = 16
 _CACHED_SCRATCH_NBYTES = 64 << 20
 """What a communicator keeps for calls without a plan, the last used ones; the very last is kept whatever its size."""
@@ -75,6 +77,8 @@ class Call:
         self.handed_on = False
         self.plain: Callable[[], tuple[Any, Any]] | None = None
         self.runner: Runner | None = None
+        self._kept = False  # the runner, by an earlier call
+        self._done = False
 
     def read(self, reader: Callable[[Call], None]) -> Call:
         """Let ``reader`` fill the call in; its complaint is kept for the agreement, so that all ranks raise."""
@@ -106,27 +110,40 @@ class Call:
         """As ``settle``, for a rank that has arrived by ``operation`` already, which may do all that is to be done."""
         yield from finish(operation, progress)
         if not operation.disagrees:
-            self.choice, self.handed_on = None, False
+            if self.runner is not None:
+                self._end(state)
+            self._done = True
             return
+        if self.runner is not None:
+            self._keep_runner(state)
         yield from conclude(state.comm, self.request, verdict_of(operation.verdict), progress)
         self._choose(state, blocking=True)
 
     def _choose(self, state: State, blocking: bool) -> None:
-        if self.request.library or self.work is None:
+        work = self.work
+        if self.request.library or work is None:
             self.choice, self.handed_on = None, True
             return
-        query = Query(
-            collective=self.collective,
-            nbytes=self.work.nbytes,
-            topology=state.topology,
-            own=self.own,
-            library=self.library,
-            itemsize=self.work.dtype.itemsize,
-            host=device_of(self.work) is None,
-            blocking=blocking,
-        )
-        self.choice = choose(self.algorithm, query, state.table).name
-        self.handed_on = algorithms.get(self.choice).library
+        host = device_of(work) is None
+        key = self.algorithm, self.collective, work.nbytes, work.itemsize, self.own, self.library, host, blocking
+        choice = state.choices.get(key)
+        if choice is None:
+            query = Query(
+                collective=self.collective,
+                nbytes=work.nbytes,
+                topology=state.topology,
+                own=self.own,
+                library=self.library,
+                itemsize=work.itemsize,
+                host=host,
+                blocking=blocking,
+            )
+            name = choose(self.algorithm, query, state.table).name
+            choice = name, algorithms.get(name).library
+            if len(state.choices) >= _CACHED_CHOICES:
+                state.choices.clear()
+            state.choices[key] = choice
+        self.choice, self.handed_on = choice
 
     def take_runner(self, state: State) -> None:
         """Have what runs the chosen algorithm on the call's buffer: one kept from an earlier call, or a new one.
@@ -136,14 +153,21 @@ class Call:
         work = self.work
         if self.choice is None or self.handed_on or work is None:
             return
+        self.runner = make_runner(state, self.choice, Task(self.collective, work, self.op, self.root))
+
+    def take_kept_runner(self, state: State) -> bool:
+        """Have what ran such a call before, if it is there; which is not so on all ranks alike."""
+        work = self.work
+        if self.choice is None or self.handed_on or work is None:
+            return False
         self._key = (self.collective, self.choice, work.size, work.dtype, op_name(self.op), self.root, type(work))
         idle: list[Runner] = state.cache.pop(self._key, [])
-        self._idle = idle
-        if idle:
-            self.runner = idle.pop()
-            self.runner.bind(work)
-        else:
-            self.runner = make_runner(state, self.choice, Task(self.collective, work, self.op, self.root))
+        self._idle, self._kept = idle, bool(idle)
+        if not idle:
+            return False
+        self.runner = idle.pop()
+        self.runner.bind(work)
+        return True
 
     def run(self, state: State, progress: Progress) -> Steps:
         """Run the chosen algorithm, with the copies before and after it."""
@@ -156,34 +180,90 @@ class Call:
 
     def steps(self, state: State, progress: Progress) -> Steps:
         """What follows ``settle`` and ``take_runner``, but for the library's own call, if that was the choice."""
-        if self.runner is None:
+        if self.runner is not None:
+            yield from self.run(state, progress)
+            self._keep_runner(state)
+            self._done = True
+
+    def _end(self, state: State) -> None:
+        """The runner's operation is over, which was not run by ``steps``."""
+        if self.after is not None:
+            self.after()
+        self._keep_runner(state)
+        self._done = True
+
+    def _keep_runner(self, state: State) -> None:
+        runner, self.runner = self.runner, None
+        assert runner is not None
+        runner.unbind()
+        state.cache[self._key] = [*self._idle, runner]  # the key used last is dropped last
+        if self._kept:
             return
-        yield from self.run(state, progress)
-        self.runner.unbind()
-        state.cache[self._key] = [*self._idle, self.runner]  # the key used last is dropped last
         scratch = sum(kept.scratch_nbytes for kept_alike in state.cache.values() for kept in kept_alike)
         while len(state.cache) > 1 and (len(state.cache) > _CACHED_RUNNERS or scratch > _CACHED_SCRATCH_NBYTES):
             scratch -= sum(kept.scratch_nbytes for kept in state.cache.pop(next(iter(state.cache))))
 
     def run_now(self, state: State, library: Library, arrival: Any = None) -> None:
         """Run the call in this thread; ``arrival``: the operation by which this rank has come to it already."""
+        if arrival is None:
+            arrival = self._run_past_engine(state)
+            if self._done:
+                return
 
-        def settle(progress: Progress) -> Steps:
+        def whole(progress: Progress) -> Steps:
             if arrival is None:
-                return self.settle(state, progress)
-            return self.settle_arrived(state, arrival, progress)
+                yield from self.settle(state, progress)
+            else:
+                yield from self.settle_arrived(state, arrival, progress)
+            if self.handed_on:
+                yield from self.library_steps(state, library, progress)
+            elif not self._done and self.take_kept_runner(state):
+                yield from self.steps(state, progress)
 
         try:
-            state.lane.call(settle, self.request.function)
+            state.lane.call(whole, self.request.function)
         except BaseException as error:
             if arrival is not None and not arrival.over:
                 state.lane.cut_short(self.request.function, error)
             raise
-        self.take_runner(state)
-        if self.runner is not None:
-            state.lane.call(lambda progress: self.steps(state, progress), self.request.function)
-        elif self.handed_on:
-            state.lane.call(lambda progress: self.library_steps(state, library, progress), self.request.function)
+        if not (self._done or self.handed_on):
+            self.take_runner(state)
+            if self.runner is not None:
+                state.lane.call(lambda progress: self.steps(state, progress), self.request.function, continues=True)
+
+    def _run_past_engine(self, state: State) -> Any:
+        """Run the call without a job where all that it takes is there: the operation that did, None if none did.
+
+        ``_done`` says whether it was enough; else the operation goes on, or has found that ranks differ.
+        """
+        shared = state.common
+        if shared is None or self.request.error is not None or self.request.library:
+            return None
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:  # another thread's run may be in the library
+            return None
+        self._choose(state, blocking=True)
+        if not self.take_kept_runner(state):
+            return None
+        assert self.runner is not None
+        if self.runner.operation is None:
+            self._keep_runner(state)
+            return None
+        operation = checked(shared, self.request, self.runner.operation)
+        if self.before is not None:
+            self.before()
+        try:
+            outcome = shared.direct.runs(operation, ALONE_SECONDS).run()
+        except BaseException as error:  # an interrupt, with the run half done
+            state.lane.cut_short(self.request.function, error)
+            raise
+        if outcome == DONE:
+            self._end(state)
+        elif outcome == DECLINED:
+            self._keep_runner(state)
+        else:
+            shared.direct.taken_over()
+            return operation
+        return None
 
     def library_steps(self, state: State, library: Library, progress: Progress) -> Steps:
         """The library's own call. What only some ranks' library refuses is raised on all."""
@@ -219,7 +299,8 @@ class Call:
         if self.handed_on:
             yield from self.library_steps(state, library, progress)
             return
-        self.take_runner(state)
+        if not self.take_kept_runner(state):
+            self.take_runner(state)
         yield from self.steps(state, progress)
 
 
@@ -331,7 +412,7 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
         call.plain = (lambda: (given, None)) if receive is None else _plain(call, given, work)
         set_operation(call, op, work)
         order = _order("Reduce", send, receive)
-        call.terms(work, dtype=work.dtype, count=work.size, order=order, op=op_name(op), root=root)
+        call.terms(work, dtype=work.dtype, count=work.size, order=order, op=op_name(op), root=int(root))
 
     return Call("Reduce", "reduce", algorithm, root, sendbuf, recvbuf).read(read)
 
@@ -412,7 +493,7 @@ def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
             work = bytes_of(values.flat)
             call.plain = lambda: (None, work)
             call.library = device_of(work) is None
-            call.terms(work, nbytes=work.size, order=_order("Bcast", values, None), root=root)
+            call.terms(work, nbytes=work.size, order=_order("Bcast", values, None), root=int(root))
 
     return Call("Bcast", "broadcast", algorithm, root, recvbuf=buf).read(read)
 

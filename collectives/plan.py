@@ -10,11 +10,11 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
-from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
+from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE, REFUSED
 from bitring.collectives.execution.runner import PieceRunner, Runner, Task, make_runner
 from bitring.collectives.interop.operators import op_name, require_defined, require_op, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, finish
-from bitring.collectives.runtime.agreement import Check, Request, agree, conclude, verdict_of
+from bitring.collectives.runtime.agreement import Check, Request, agree, checked, conclude, verdict_of
 from bitring.collectives.runtime.context import State, state_of
 from bitring.collectives.runtime.engine import Job, engine
 from bitring.collectives.runtime.objects import gather
@@ -26,9 +26,6 @@ from bitring.errors import uncopyable
 HOST = "host memory"
 
 _OVER: Any = object()
-
-_ALONE_SECONDS = 0.2
-"""A native run that waits for longer is handed to the engine, which looks for ranks that are gone."""
 
 
 class Plan(ABC):
@@ -193,9 +190,12 @@ class ExactPlan(Plan):
         self._runner = make_runner(state, choice.name, task)
         self._nbytes = self._runner.nbytes_sent
         self.by_library = algorithm.library
-        if algorithm.self_checking:
-            self._direct = self._runner.operation
-            self._past_engine = state.lane.direct.runs(self._direct, _ALONE_SECONDS).run
+        self._direct = self._runner.operation if algorithm.self_checking else None
+        alone = algorithm.self_checking or MPI.Query_thread() == MPI.THREAD_MULTIPLE  # beside another thread's run
+        if self._direct is None and state.common is not None and self._runner.operation is not None:
+            self._direct = checked(state.common, self._run, self._runner.operation)
+        if self._direct is not None and state.common is not None and alone:
+            self._past_engine = state.lane.direct.runs(self._direct, ALONE_SECONDS).run
 
     def __call__(self) -> None:
         """Run the collective in the calling thread, in place on the buffer."""

@@ -15,6 +15,7 @@ import pytest
 from bitring.collectives.allreduce import allreduce
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.plan import plan_exact
+from bitring.collectives.runtime.context import state_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.compression.compressor import parsed
@@ -343,3 +344,79 @@ def test_a_wait_that_was_interrupted_is_made_again(world, agree, monkeypatch, al
         plan()
     agree(world, bool((x == triangle(world)).all()))
     plan.free()
+
+
+def shares_memory(comm) -> bool:
+    """Whether runs can pass the engine."""
+    from mpi4py import MPI
+
+    several = comm.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+    return several and state_of(comm).common is not None
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids="with_{}".format)
+def test_a_run_on_one_node_is_no_job(world, agree, algorithm: str):
+    """It is one call into the extension, the agreement included, while all goes well."""
+    x = np.empty(1000, np.float32)
+    plan = make(x, world, algorithm)
+    lane = plan.state.lane
+    before = lane.count
+    for _ in range(20):
+        x[:] = world.rank + 1
+        plan()
+    right = bool((x == triangle(world)).all())
+    agree(world, right and not (shares_memory(world) and lane.count > before), f"{right}, {lane.count - before} jobs")
+
+
+@pytest.mark.parametrize("call", ["Allreduce", "Reduce", "Bcast", "Allgather", "Reduce_scatter_block"])
+def test_a_repeated_call_on_one_node_is_no_job(world, agree, call: str):
+    comm = Communicator(world, algorithm="ring")
+    n = 60
+    x, many = np.full(n, comm.rank + 1.0), np.empty(n * comm.size)
+    everything = np.repeat(np.arange(1.0, comm.size + 1), n)
+    expected = {"Bcast": 1.0, "Allgather": everything}.get(call, triangle(comm))
+
+    def once():
+        if call == "Bcast":
+            result = x.copy()
+            comm.Bcast(result)
+        elif call == "Allgather":
+            result = many
+            comm.Allgather(x, result)
+        elif call == "Reduce_scatter_block":
+            result = np.empty(n)
+            comm.Reduce_scatter_block(np.tile(x, comm.size), result)
+        else:
+            result = np.empty(n)
+            getattr(comm, call)(x, result)
+            if call == "Reduce" and comm.rank != 0:
+                result = expected
+        return bool(np.all(result == expected))
+
+    right = once()
+    lane = state_of(comm).lane
+    before = lane.count
+    right &= all(once() for _ in range(5))
+    agree(world, right and not (shares_memory(comm) and lane.count > before), f"{right}, {lane.count - before} jobs")
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "mpi"])
+def test_other_plans_are_told_apart_past_the_engine(world, agree, algorithm: str):
+    """Late, too: after many runs that were right."""
+    one, other = np.ones(5), np.ones(5)
+    plans = [make(one, world, algorithm), make(other, world, algorithm)]
+    for _ in range(50):
+        plans[0]()
+        plans[1]()
+    error = raised(plans[world.rank == 0])
+    expected = "MismatchError" if world.size > 1 else None
+    untouched = bool((one == other).all()) or not shares_memory(world)
+    agree(world, error == expected and untouched, f"{error}, {one}, {other}")
+
+
+def raised(call) -> str | None:
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__
+    return None

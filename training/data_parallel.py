@@ -44,7 +44,7 @@ from bitring.training.step.checks import (
 )
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.interrupts import HeldBack
-from bitring.training.step.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, hash_of
+from bitring.training.step.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, Records, hash_of
 from bitring.training.step.replicas import broadcast_tree, compare
 from bitring.training.step.transaction import Transaction
 from bitring.training.step.undo import Numbers, arrays_in
@@ -363,22 +363,23 @@ class DataParallel:
         if any(preemption.noted for preemption in preemptions):
             told |= NOTICE
 
-        def heard(records: Any) -> None:
+        def heard(records: Records) -> None:
             self.notice &= ~told
             self.notices = 0
-            for bits in records[:, TOLD].tolist():
-                self.notices |= int(bits)
+            for record in records:
+                self.notices |= int(record[TOLD])
             for preemption in preemptions:
                 preemption.learn(bool(self.notices & NOTICE))
 
         self._held.release()
         self._transaction.came = True
         records = self._meeting.exchange(self._record(self._problem is not None, weight, told), where, heard)
-        if records[:, WRONG].any():
+        if any(record[WRONG] for record in records):
             problem, self._problem = self._problem, None
             raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
-        with np.errstate(over="ignore"):
-            total = float(np.cumsum(records[:, WEIGHT])[-1])  # one after the other, in rank order
+        total = 0.0
+        for record in records:
+            total += record[WEIGHT]
         if not math.isfinite(total):
             raise ValueError(f"{where}: the weights of all ranks have no finite sum")
         self._transaction.met = True
@@ -523,7 +524,7 @@ class DataParallel:
         return not_finite(arrays)
 
     def _has_factors(self, arrays: Mapping[str, Any]) -> bool:
-        return any(type(array) is Factors for array in arrays.values())
+        return Factors in map(type, arrays.values())
 
     def _checked(self, gradients: Any, weight: Any, where: str) -> tuple[dict[str, Any], float]:
         number = checked_weight(weight, where)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpi4py import MPI
 
-from bitring.arrays import Array
+from bitring.arrays import Array, device_of
 from bitring.collectives.execution.runner import Task
-from bitring.collectives.interop.steps import Progress, Steps, wait_for
+from bitring.collectives.interop.mpi_library import library_functions
+from bitring.collectives.interop.steps import Progress, Steps, run, wait_for
 from bitring.collectives.runtime.context import State
+from bitring.native import address_of, native
+
+_MOST_VALUES = 2**31 - 1
+"""Of one call of the native operation, which counts in an int."""
 
 
 class LibraryRunner:
     """The library's AllReduce of the buffer in place."""
 
     scratch_nbytes = 0
-    operation = None
 
     def __init__(self, state: State, task: Task) -> None:
         assert task.collective == "allreduce"
@@ -22,11 +28,24 @@ class LibraryRunner:
         self._size = state.size
         self._op = task.op
         self.nbytes_sent = 2 * task.flat.nbytes * (state.size - 1) // state.size
+        self.operation: Any = None
+        if native() is not None and device_of(task.flat) is None and task.flat.size <= _MOST_VALUES:
+            self.operation = native().LibraryAllreduce.make(
+                library_functions(),
+                MPI._sizeof(MPI.Comm),
+                MPI._handleof(state.comm),
+                MPI._handleof(MPI.Datatype.fromcode(task.flat.dtype.char)),
+                MPI._handleof(task.op),
+                int(MPI.IN_PLACE),
+                task.flat.size,
+            )
         self.bind(task.flat)
 
     def bind(self, buffer: Array) -> None:
         """See Runner."""
         self._buffer = buffer
+        if self.operation is not None:
+            self.operation.bind(address_of(buffer))
 
     def unbind(self) -> None:
         """See Runner."""
@@ -34,7 +53,11 @@ class LibraryRunner:
 
     def steps(self, progress: Progress) -> Steps:
         """See Runner."""
-        if self._size > 1:
+        if self._size == 1:
+            return
+        if self.operation is not None:
+            yield from run(self.operation, progress)
+        else:
             progress.exchanging = True
             yield from wait_for(self._comm.Iallreduce(MPI.IN_PLACE, self._buffer, self._op), progress)
             progress.exchanging = False

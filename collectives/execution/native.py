@@ -91,6 +91,9 @@ class NativeTransport:
 DONE, DECLINED, REFUSED = 0, 1, 4
 """What native/direct.h says of a run past the engine; any other outcome: it has begun, and goes on by the engine."""
 
+ALONE_SECONDS = 0.2
+"""A run past the engine that waits for longer is handed to it, which looks for ranks that are gone."""
+
 
 def served(dtype: np.dtype[Any], ufunc: str | None, reduces: bool) -> bool:
     """Whether the extension is there and has what a collective needs."""

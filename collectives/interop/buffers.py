@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from bitring.arrays import (
     BFLOAT16,
+    NUMERIC_DTYPES,
     Array,
     as_array,
     bytes_of,
@@ -17,6 +18,8 @@ from bitring.arrays import (
     memory_order,
     require_native,
 )
+
+_PLAIN = frozenset(NUMERIC_DTYPES) - {BFLOAT16}
 
 
 class Values(NamedTuple):
@@ -44,6 +47,13 @@ def parse(spec: Any, function: str, argument: str, *, writable: bool, blocks: in
     TypeError or ValueError, naming ``function`` and ``argument``, for what neither bitring nor mpi4py can read, and
     for values whose bytes are swapped, unless an explicit datatype says that bytes are meant.
     """
+    if (
+        type(spec) is np.ndarray
+        and spec.dtype in _PLAIN
+        and spec.flags.c_contiguous
+        and (spec.flags.writeable or not writable)
+    ):
+        return Values(spec.reshape(-1), "C" if sum(length > 1 for length in spec.shape) > 1 else "", spec)
     count, displ, datatype = None, 0, None
     buffer = spec
     if isinstance(spec, (list, tuple)):

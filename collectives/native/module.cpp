@@ -11,11 +11,13 @@
 #include <cstring>
 #include <system_error>
 
+#include "checked.h"
 #include "crew.h"
 #include "direct.h"
 #include "execution.h"
 #include "kernels.h"
 #include "lane_allreduce.h"
+#include "library_allreduce.h"
 #include "memory.h"
 #include "mpi_wire.h"
 #include "news.h"
@@ -235,6 +237,13 @@ NB_MODULE(_native, m) {
         }, nb::keep_alive<1, 2>())
         .def_prop_ro("verdict", &Agreement::verdict);
 
+    nb::class_<Checked, Operation>(m, "Checked")
+        .def("__init__", [](Checked* self, std::shared_ptr<Node> node, std::uint64_t signature, std::uint32_t flags,
+                            std::shared_ptr<Operation> next) {
+            new (self) Checked(std::move(node), Intent{signature, 0, flags}, std::move(next));
+        })
+        .def_prop_ro("verdict", &Checked::verdict);
+
     nb::class_<SharedAllreduce, Operation>(m, "SharedAllreduce")
         .def("__init__", [](SharedAllreduce* self, std::shared_ptr<Node> node, std::uint64_t signature,
                             const std::vector<std::tuple<std::uintptr_t, std::size_t, std::size_t, std::uintptr_t>>& pieces,
@@ -253,6 +262,15 @@ NB_MODULE(_native, m) {
 
     nb::class_<Program>(m, "Program").def(nb::new_(&make_program));
     nb::class_<MpiLibrary>(m, "MpiLibrary").def(nb::init<const std::string&>());
+
+    nb::class_<LibraryAllreduce, Operation>(m, "LibraryAllreduce")
+        .def_static("make", [](const MpiLibrary& library, int handle_size, std::uint64_t comm, std::uint64_t datatype,
+                               std::uint64_t op, std::int64_t in_place, int count) {
+            return make_library_allreduce(library, handle_size, LibraryCall{comm, datatype, op, in_place, count});
+        })
+        .def("bind", [](LibraryAllreduce& operation, std::uintptr_t buffer) {
+            operation.bind(reinterpret_cast<void*>(buffer));
+        });
     nb::class_<Execution, Operation>(m, "Execution")
         .def(nb::new_(&make_execution), nb::keep_alive<1, 3>())
         .def("bind", [](Execution& execution, std::uintptr_t buffer) {

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "mpi_abi.h"
 #include "news.h"
 
 namespace bitring {
@@ -21,27 +22,14 @@ MpiLibrary::MpiLibrary(const std::string& path) {
     isend = find("MPI_Isend");
     irecv = find("MPI_Irecv");
     testsome = find("MPI_Testsome");
+    test = find("MPI_Test");
+    iallreduce = find("MPI_Iallreduce");
 }
 
 namespace {
 
 // To send so many bytes takes longer than a look for news.
 constexpr std::size_t kLarge = 8192;
-
-template <class Handle>
-struct Abi;
-
-template <>
-struct Abi<int> {
-    static constexpr std::uintptr_t statuses_ignore = 1;
-    static int handle(std::uint64_t value) { return int(value); }
-};
-
-template <>
-struct Abi<void*> {
-    static constexpr std::uintptr_t statuses_ignore = 0;
-    static void* handle(std::uint64_t value) { return reinterpret_cast<void*>(value); }
-};
 
 template <class Handle>
 class MpiWire final : public Wire {
@@ -141,7 +129,7 @@ std::unique_ptr<Wire> make_mpi_wire(const MpiLibrary& library, int handle_size, 
     if (handle_size == 8) {
         return std::make_unique<MpiWire<void*>>(library, Abi<void*>::handle(comm), Abi<void*>::handle(byte), room);
     }
-    throw std::runtime_error("MPI handles of " + std::to_string(handle_size) + " bytes are not known");
+    throw unknown_abi(handle_size);
 }
 
 }  // namespace bitring

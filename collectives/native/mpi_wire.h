@@ -15,6 +15,8 @@ struct MpiLibrary {
     void* isend;
     void* irecv;
     void* testsome;
+    void* test;
+    void* iallreduce;
 };
 
 // `handle_size`: bytes of an MPI handle. 4: MPICH's ABI (handles are integers, MPI_STATUSES_IGNORE is 1); 8: Open MPI's

@@ -41,6 +41,9 @@ public:
     // The MPI library's error code, or a negative one of the operation's own.
     virtual int error() const { return 0; }
 
+    // Whether it calls the MPI library: whoever waits for that one's lock must not hold Python's.
+    virtual bool calls_library() const { return false; }
+
     // Grows whenever something was done.
     std::uint64_t moves() const { return moves_; }
 

@@ -8,6 +8,7 @@ new to one rank may be known to another, so every call does this.
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections import Counter
 from hashlib import blake2b
@@ -33,6 +34,15 @@ _FLAG = 8
 
 def _number(text: str, nbytes: int = 7) -> int:
     return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=nbytes).digest(), "little")
+
+
+_PLAIN = (str, int, np.dtype)
+"""What is equal exactly where its text is."""
+
+
+@functools.lru_cache(1024)
+def _kind(function: str, terms: tuple[tuple[str, object], ...]) -> int:
+    return _number(function, 4) << 32 | _number(str(dict(terms)), 4)
 
 
 class Request:
@@ -67,8 +77,12 @@ class Request:
     @property
     def kind(self) -> int:
         """64 bits of it, but for its count, for the native engine; the upper half is the function's."""
-        kind = {name: value for name, value in self.terms.items() if name != "count"}
-        return _number(self.function, 4) << 32 | _number(str(kind), 4)
+        terms = [
+            (name, value if isinstance(value, _PLAIN) else str(value))
+            for name, value in self.terms.items()
+            if name != "count"
+        ]
+        return _kind(self.function, tuple(terms))
 
     @property
     def signature(self) -> int:
@@ -120,6 +134,15 @@ def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress
         yield from run(operation, progress)
         verdict = verdict_of(operation.verdict)
     yield from conclude(comm, request, verdict, progress)
+
+
+def checked(shared: Shared, request: Request, operation: Any) -> Any:
+    """A native operation: ``operation``, begun when all ranks have been found to ask for the same as ``request``.
+
+    ``conclude`` raises what its verdict means where it ``disagrees``.
+    """
+    module = native()
+    return module.Checked(shared.node, request.signature, _ONLY_ARRIVES, operation)
 
 
 class Check:

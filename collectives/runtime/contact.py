@@ -24,6 +24,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ _TEXT_NBYTES = 200
 
 _HIGH_NUMBER = 1000
 """Of a file: the kernel closes a dying process's in descending order."""
+
+_LATELY_SECONDS = 1e-4
 
 _SIOCGIFADDR = 0x8915
 _FAREWELL = b"L"
@@ -113,6 +116,7 @@ class Ports:
         self._watched: dict[int, tuple[socket.socket, Process]] = {}  # by file number
         self._connected: set[Process] = set()
         self._reading = threading.Lock()
+        self._read_at = 0.0
         self._words = self._door = self._events = None
         with contextlib.suppress(OSError):  # nobody can be reached, then
             self._words, self._door = _port(socket.SOCK_DGRAM), _closed_early(_port(socket.SOCK_STREAM))
@@ -161,6 +165,13 @@ class Ports:
         if module is not None:  # which keeps the interpreter's lock: it may take long to get it back
             return bool(module.unread_news())
         return self._events is not None and bool(self._events.poll(0, 1))
+
+    def read_lately(self) -> None:
+        """Take what has come, unless that was done just now: jobs ask many times per millisecond."""
+        now = time.monotonic()
+        if now - self._read_at > _LATELY_SECONDS:
+            self._read_at = now
+            self.read()
 
     def read(self) -> None:
         """Take what has come."""

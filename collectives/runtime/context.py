@@ -52,6 +52,8 @@ class State:
         self.size = size
         self.plans = 0
         self.cache: dict[Any, Any] = {}
+        self.choices: dict[Any, tuple[str, bool]] = {}
+        """Which algorithm was chosen for what calls, and whether it is the library's own call."""
         self.kept: dict[str, Any] = {}
         """What stays with the communicator for those who use bitring's plans on it."""
         self.topology = Topology(size)
@@ -164,6 +166,7 @@ class State:
         self.topology = Topology(self.size, len(nodes), fewest, everywhere, engines)
         if shared is not None and everywhere:
             self.shared = self.lane.shared = shared
+        self.choices.clear()
         self._prepared = True
         progress.exchanging = False
 

@@ -89,6 +89,7 @@ class Lane:
         self._occupier = 0  # the thread that is in a call that goes by the engine
         self._ended = False  # all ranks have agreed that what comes now must not run
         self.last_word: Job | None = None  # by which the others are to learn that this rank ends the communicator
+        self._kept_to: tuple[bool, int] | None = None  # what ``rest`` noted last
         self._resting = threading.Lock()
         engine.lanes.add(self)
 
@@ -100,6 +101,7 @@ class Lane:
     @shared.setter
     def shared(self, shared: Shared) -> None:
         self._shared = shared
+        self._kept_to = None
         self.rest()
 
     @property
@@ -112,8 +114,10 @@ class Lane:
         if self._shared is None:
             return
         with self._resting:
-            busy = bool(self.jobs or self.broken or self._made is not None or engine.stopped)
-            self._shared.direct.keep_to(busy, self._occupier)
+            now = bool(self.jobs or self.broken or self._made is not None or engine.stopped), self._occupier
+            if now != self._kept_to:
+                self._kept_to = now
+                self._shared.direct.keep_to(*now)
 
     def occupy(self, thread: int) -> None:
         """Note which thread is in a call, 0 for none: until its end no other may run anything past the engine."""
@@ -177,16 +181,20 @@ class Lane:
         if not keep:
             self.comm.Free()
 
-    def call(self, steps: Callable[[Progress], StepsTo[T]], what: str, gentle: bool = False) -> T:
+    def call(
+        self, steps: Callable[[Progress], StepsTo[T]], what: str, gentle: bool = False, continues: bool = False
+    ) -> T:
         """What ``steps`` return, run as a job in the calling thread; ``gentle``: it sleeps where it has to wait.
 
-        A caller that is interrupted never comes back to the job, so all ranks hear that it was given up.
+        ``continues``: it is the rest of what the last job began, which some ranks may have done in that one. A caller
+        that is interrupted never comes back to the job, so all ranks hear that it was given up.
         """
         results: list[T] = []
 
         def whole(progress: Progress) -> Steps:
             results.append((yield from steps(progress)))
 
+        self.count -= continues
         before, job = self.count, None
         try:
             job = self.submit(whole, what)
@@ -274,10 +282,10 @@ class Lane:
         return set() if self.contact is None else self.contact.failed
 
     def hears_of_death(self) -> bool:
-        """Whether a rank is said to be gone."""
+        """Whether a rank is said to be gone, by what had come a moment ago."""
         if len(self._places) == 1:
             return False
-        ports().read()
+        ports().read_lately()
         if self.contact is None:
             return bool(ports().gone(self._places, left=False))
         return bool(self.contact.dead)

@@ -31,6 +31,9 @@ _PLACE = slice(TRAINER, STEPS + 1)
 _ALIKE = slice(TRAINER, SETTINGS + 1)
 _WIDTH = WAITED + 1
 
+Records = list[list[float]]
+"""Of all ranks, in rank order."""
+
 
 def hash_of(text: str) -> int:
     """A number of 48 bits, which a record holds exactly."""
@@ -57,15 +60,17 @@ class Meeting:
         """Make the communicator unusable, since others exchange what this rank has given up; they are told."""
         self._state.lane.cut_short(what, error)
 
-    def exchange(self, record: Sequence[float], where: str, heard: Callable[[Any], None] = lambda records: None) -> Any:
-        """All ranks' records, (ranks, 9) float64, good until the next exchange; ``heard`` is called with them first.
+    def exchange(
+        self, record: Sequence[float], where: str, heard: Callable[[Records], None] = lambda records: None
+    ) -> Records:
+        """All ranks' records; ``heard`` is called with them first.
 
         Raises on all ranks alike: MismatchError unless all are at the same operation and step, with equal settings.
         """
         if self._state.size == 1:
-            self._records[0] = record
-            heard(self._records)
-            return self._records
+            alone = [list(record)]
+            heard(alone)
+            return alone
         self._end_interrupted(where)
         records = self._run(record, where)
         alike = _alike(records, _ALIKE)
@@ -78,23 +83,24 @@ class Meeting:
             return records
         if not _alike(records, slice(SETTINGS, SETTINGS + 1)) and _alike(records, slice(TRAINER, TRAINER + 1)):
             raise MismatchError(self._different_settings())
-        raise MismatchError(_odd_one_out([tuple(record) for record in records[:, _PLACE].tolist()]))
+        raise MismatchError(_odd_one_out([tuple(record[_PLACE]) for record in records]))
 
-    def _run(self, record: Sequence[float], where: str) -> Any:
+    def _run(self, record: Sequence[float], where: str) -> Records:
         self._records[...] = 0.0
         self._records[self._state.rank] = record
         self._plan.what = where
         began = time.perf_counter()
         self._plan()
         self.waited = time.perf_counter() - began
-        return self._records
+        records: Records = self._records.tolist()
+        return records
 
     def _end_interrupted(self, where: str) -> None:
         """An interrupted wait for records goes on here; it was in vain unless others had come to the same place."""
         if not self._plan.started:
             return
         self._plan.wait()
-        if _alike(self._records, _PLACE):
+        if _alike(self._records.tolist(), _PLACE):
             error = RuntimeError("an interrupt, when the others had begun to exchange")
             self.cut_short(where, error)
             raise RuntimeError(f"{where}: an earlier call was interrupted, and the other ranks went on with it")
@@ -119,8 +125,9 @@ def _shared_plan(comm: MPI.Intracomm) -> tuple[Any, Any]:
     return plan, records
 
 
-def _alike(records: Any, part: slice) -> bool:
-    return bool((records[:, part] == records[0, part]).all())
+def _alike(records: Records, part: slice) -> bool:
+    first = records[0][part]
+    return all(record[part] == first for record in records)
 
 
 def _odd_one_out(asked: Sequence[tuple[float, ...]]) -> str:

@@ -80,7 +80,7 @@ class Transaction:
             return failure
         waited = self._meeting.waited
         records = self._meeting.exchange(end(failure is not None), where)
-        if records[:, WRONG].any():
+        if any(record[WRONG] for record in records):
             return common_error(self._comm, where, failure, alike=(NonFiniteError,))
-        self._waits.add(waited, records[:, WAITED])
+        self._waits.add(waited, [record[WAITED] for record in records])
         return failure

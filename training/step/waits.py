@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
 
 
 class Waits:
@@ -13,10 +13,10 @@ class Waits:
         self._seconds = 0.0
         self._slowest: Counter[int] = Counter()
 
-    def add(self, seconds: float, everyone: Any) -> None:
+    def add(self, seconds: float, everyone: Sequence[float]) -> None:
         """Ranks have met: this one waited ``seconds``, ``everyone`` so many each. Who waited least came last."""
         self._seconds += seconds
-        self._slowest[int(everyone.argmin())] += 1
+        self._slowest[everyone.index(min(everyone))] += 1
 
     def taken(self) -> dict[str, float | int | None]:
         """``wait_seconds`` and ``slowest_rank`` since the last call; empty where ranks have not met."""
