@@ -16,7 +16,8 @@ from bitring.collectives.interop.operators import op_name, require_defined, requ
 from bitring.collectives.interop.steps import Progress, Steps, finish
 from bitring.collectives.runtime.agreement import Check, Request, agree, checked, conclude, verdict_of
 from bitring.collectives.runtime.context import State, state_of
-from bitring.collectives.runtime.engine import Job, engine
+from bitring.collectives.runtime.engine import engine
+from bitring.collectives.runtime.job import Job
 from bitring.collectives.runtime.objects import gather
 from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms

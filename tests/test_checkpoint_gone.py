@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 import bitring
-from bitring.collectives.runtime import engine
+from bitring.collectives.runtime import watch
 from bitring.collectives.runtime import pieces
 from bitring.training.checkpoints import loading, saving
 
@@ -36,7 +36,7 @@ trainer.step([np.full_like(w, trainer.rank + 1) for w in trainer.parameters.valu
 saving.cut = loading.cut = functools.partial(pieces.cut, limit=16384)
 bitring.save_checkpoint(folder / "run.npz", trainer)
 os.environ["BITRING_TIMEOUT"] = "3"  # from now on: loading kernels may take long
-engine._timeout.cache_clear()
+watch.timeout.cache_clear()
 calls, jointly = itertools.count(), saving.jointly
 
 def failing(comm, function, work, *rest, **named):

@@ -15,7 +15,7 @@ import pytest
 
 import bitring
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.runtime import engine as engine_module
+from bitring.collectives.runtime import watch
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.runtime.engine import engine
 
@@ -66,8 +66,8 @@ os._exit(0)
 """
 
 LINK_DOWN = """
-from bitring.collectives.runtime import engine
-engine.SILENCE_SECONDS = 1
+from bitring.collectives.runtime import watch
+watch.SILENCE_SECONDS = 1
 if rank == 1:
     subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
 tell(lambda: comm.Allreduce(MPI.IN_PLACE, x), begun)
@@ -134,7 +134,7 @@ def test_a_warning_says_who_is_silent_and_who_waits_where(comm, agree, caplog, m
     world, other = Communicator(comm.Dup()), Communicator(comm.Dup())
     for each in (world, other):
         each.Allreduce(None, np.zeros(1))
-    monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.8)
+    monkeypatch.setattr(watch, "SILENCE_SECONDS", 0.8)
     monkeypatch.setattr(logging.getLogger("bitring"), "propagate", True)
     until = time.monotonic() + 1.3
 
@@ -197,7 +197,7 @@ def test_an_error_of_the_engine_ends_one_job_alone(comm, agree, monkeypatch, bro
     if broken == "look":
         monkeypatch.setattr(state.lane, "gone", fail)
     elif broken == "ask":
-        monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.3)
+        monkeypatch.setattr(watch, "SILENCE_SECONDS", 0.3)
         monkeypatch.setattr(state.lane, "ask", fail)
     elif broken == "drive" and engine._native is not None:
         monkeypatch.setattr(engine, "_native", type("Native", (), {"drive": fail}))
@@ -251,7 +251,7 @@ def test_the_error_of_a_death():
 
 @pytest.mark.single
 def test_a_forked_child_keeps_no_port_open():
-    from bitring.collectives.runtime.contact import ports
+    from bitring.collectives.runtime.ports import ports
 
     assert ports().card().words
     child = os.fork()

@@ -15,9 +15,10 @@ from run import launcher
 
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.runtime import engine as engine_module
+from bitring.collectives.runtime import watch
 from bitring.collectives.runtime.context import state_of
-from bitring.collectives.runtime.engine import ADVICE, engine
+from bitring.collectives.runtime.engine import engine
+from bitring.collectives.runtime.watch import ADVICE
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_silence_is_warned_of_once_and_harms_nothing(world, agree, caplog, monke
     late = world.size - 1
     x = np.full(100, 1.0)
     world.Allreduce(None, np.zeros(1))
-    monkeypatch.setattr(engine_module, "SILENCE_SECONDS", 0.8)
+    monkeypatch.setattr(watch, "SILENCE_SECONDS", 0.8)
     monkeypatch.setattr(logging.getLogger("bitring"), "propagate", True)
     world.Barrier()
     with caplog.at_level(logging.WARNING, logger="bitring"):
@@ -285,8 +286,7 @@ print("over", flush=True)
 @pytest.mark.single
 def test_after_the_end_jobs_are_refused():
     script = (
-        START
-        + "from bitring.collectives.runtime.engine import engine\nengine.stop('it is late')\ncomm.Allreduce(None, x)\n"
+        START + "from bitring.collectives.runtime.ending import stop\nstop('it is late')\ncomm.Allreduce(None, x)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
     assert "RuntimeError: Allreduce: it is late" in done.stderr

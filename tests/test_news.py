@@ -12,10 +12,10 @@ from mpi4py import MPI
 
 import bitring
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.runtime.contact import Ports, ports
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.pieces import transfer
+from bitring.collectives.runtime.ports import Ports, ports
 
 
 def messages(world: Communicator, x: Any) -> Callable[[], None]:

@@ -15,17 +15,16 @@ from run import launcher
 
 from bitring.collectives.allreduce import allreduce
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.runtime.engine import ADVICE
 from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.collectives.runtime.watch import ADVICE
 
 LATE = """
 import os, sys, time
 import numpy as np
 from mpi4py import MPI
 import bitring
-from bitring.collectives.runtime import engine
+from bitring.collectives.runtime import watch
 from bitring.collectives.runtime.objects import allgather
-engine._GRACE_SECONDS = 0.1
 x = np.ones(10, np.float32)
 calls = {
     "allreduce": lambda comm: bitring.allreduce(x, comm=comm),
@@ -43,7 +42,7 @@ if MPI.COMM_WORLD.Get_rank() == 1:
     time.sleep(10)
     os._exit(0)
 os.environ["BITRING_TIMEOUT"] = "0.3"
-engine._timeout.cache_clear()
+watch.timeout.cache_clear()
 for (used, name), comm in new.items():
     try:
         calls[name](comm)

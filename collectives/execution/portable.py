@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from bitring.arrays import Event
 from bitring.collectives.interop.steps import Progress, Steps
-from bitring.collectives.runtime.contact import ports
+from bitring.collectives.runtime.ports import ports
 from bitring.collectives.schedules.program import WINDOW
 
 if TYPE_CHECKING:

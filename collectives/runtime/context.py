@@ -19,11 +19,14 @@ from bitring.collectives.interop.library_steps import allgather_steps, beside
 from bitring.collectives.interop.mpi_library import library_version
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, wait_for
 from bitring.collectives.node.shared import Shared, make_shared
+from bitring.collectives.runtime import ending
 from bitring.collectives.runtime.abort import abort_on_exception
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.contact import ports
-from bitring.collectives.runtime.engine import Lane, engine, gone_in_words, numbers_in
+from bitring.collectives.runtime.engine import engine
+from bitring.collectives.runtime.job_queue import Lane, numbers_in
+from bitring.collectives.runtime.ports import ports
 from bitring.collectives.runtime.turn import Turn, Turns
+from bitring.collectives.runtime.watch import gone_in_words
 from bitring.collectives.schedules.topology import Topology
 from bitring.collectives.selection.table import BUILT_IN, load_table, path_of_table
 from bitring.errors import DeadRankError
@@ -276,3 +279,6 @@ def one_call(function: str) -> Callable[[_Method], _Method]:
         return cast(_Method, call)
 
     return decorated
+
+
+ending.register()

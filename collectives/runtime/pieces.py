@@ -13,8 +13,8 @@ from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, wait_for
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.contact import read_news
 from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import PIECE_TAG
 
 PIECE_NBYTES = 16 << 20

@@ -31,7 +31,7 @@ from bitring.arrays import Array, Event, device_of, xp_of
 from bitring.collectives.interop.cuda_aware import cuda_aware
 from bitring.collectives.interop.mpi_library import library_functions
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
-from bitring.collectives.runtime.contact import read_news
+from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import message_tag
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.layout import Piece, cut, segments

@@ -1,0 +1,63 @@
+"""How this process stops taking part: at its end, and in a child that it forks."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+
+from mpi4py import MPI
+
+from bitring.collectives.node import presence
+from bitring.collectives.runtime import ports
+from bitring.collectives.runtime.engine import engine
+
+_LAST_WORDS_SECONDS = 1.0
+
+_FORKED = (
+    "this process was forked after MPI started; use the 'spawn' or 'forkserver' start method, and import mpi4py inside "
+    "main(), under if __name__ == '__main__': workers import the script, too, and must not start MPI"
+)
+
+
+def stop(why: str) -> None:
+    """End the progress thread; later jobs raise ``why``. The others are told of what is left undone."""
+    _say_last_words()
+    engine.halt(why)
+    _close_native_ways()
+    presence.leave()
+    for lane in engine.join():
+        if lane.contact is not None:
+            lane.contact.tell_quit()
+    ports.leave()
+    if engine.bereaved and not MPI.Is_finalized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+
+
+def _say_last_words() -> None:
+    """Let the others hear what nobody here waits for, for a moment."""
+    until = time.monotonic() + _LAST_WORDS_SECONDS
+    for lane in list(engine.lanes):
+        while lane.last_word is not None and not lane.last_word.done and time.monotonic() < until:
+            time.sleep(1e-3)
+
+
+def _disable_in_child() -> None:
+    """A forked child shares the parent's MPI connections and memory, and must not touch them."""
+    engine.renew(_FORKED)
+    _close_native_ways()
+
+
+def _close_native_ways() -> None:
+    """What runs past the engine otherwise comes to it, and hears that it is stopped."""
+    for lane in engine.lanes:
+        lane.rest()
+
+
+def register() -> None:
+    """See to both, from now on."""
+    atexit.register(stop, "the interpreter is exiting")
+    os.register_at_fork(after_in_child=_disable_in_child)

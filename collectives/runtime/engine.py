@@ -1,0 +1,262 @@
+"""Who runs collectives: the caller that waits, or one progress thread beside a training loop.
+
+A job is a generator that does what it can and yields when it has to wait; so any thread can take it a step further.
+Jobs of one communicator run in the order they were submitted, which MPI asks to be the same on all ranks; jobs of
+different communicators run side by side. A job that nobody waits for is driven by the progress thread, which sleeps
+when there is none; below MPI's thread level ``multiple`` there is no such thread and jobs run when they are waited for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from mpi4py import MPI
+
+from bitring.collectives.runtime.ports import ports
+from bitring.native import native
+
+if TYPE_CHECKING:
+    from bitring.collectives.runtime.job import Job
+    from bitring.collectives.runtime.job_queue import Lane
+
+logger = logging.getLogger("bitring")
+
+_DRIVE_SECONDS = 0.05
+"""A native operation that has not moved for so long gives the engine a chance to look around."""
+
+_SPINS = 200
+_NAP_SECONDS = 20e-6
+
+_POLL_SECONDS = 2e-4
+"""A caller that waits inside the MPI library polls more often than this."""
+
+_POLL_REST_SECONDS = 1e-3
+"""After so long it is no test of many requests between two pieces of work; and the progress thread rests as long."""
+
+
+@functools.cache
+def _say_no_thread() -> None:
+    logger.warning("MPI's thread level is below multiple: what is started runs when it is waited for")
+
+
+class Engine:
+    """The process's jobs, and the thread that drives those nobody waits for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held while any job advances
+        self._wake = threading.Condition()
+        self._lanes: list[Lane] = []  # those with jobs
+        self._drivers = 0
+        self._polled = 0.0  # when a caller inside the MPI library last asked
+        self._polled_since = 0.0  # since when it asks without a break
+        self._idle_polls = 0  # how often in a row in vain
+        self._rested = 0.0  # when that caller last gave way
+        self._thread: threading.Thread | None = None
+        self.stopped: str | None = None
+        self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self.bereaved = False  # a rank is gone, or silent: the MPI library's own end would wait for it
+        module = native()
+        self._native = module
+        self._wake_driver: Any = None if module is None else module.Wake()
+
+    def check(self, what: str) -> None:
+        """Raise RuntimeError when this process must not communicate any more."""
+        if self.stopped:
+            raise RuntimeError(f"{what}: {self.stopped}")
+
+    def enqueue(self, job: Job) -> None:
+        """Put the job at the end of its lane."""
+        self.check(job.what)
+        with self._wake:
+            job.lane.jobs.append(job)
+            if job.lane not in self._lanes:
+                self._lanes.append(job.lane)
+        self.call_back()
+
+    def call_back(self) -> None:
+        """Ask the thread that is inside native operations to look at the engine again."""
+        if self._wake_driver is not None:
+            self._wake_driver.set()
+
+    def hear(self) -> None:
+        """Read what has come, in a thread that drives no job: the one that does is to look at it."""
+        ports().read()
+        self.call_back()
+
+    def give_up(self, lane: Lane, number: int, what: str, error: BaseException) -> None:
+        """End the lane's jobs after ``number``, of a caller who was interrupted."""
+        with self._lock:
+            for job in [each for each in lane.jobs if each.number > number]:
+                job.end(error)
+            lane.cut_short(what, error)
+
+    def start_thread(self) -> bool:
+        """See that started jobs run without anybody waiting. Whether they do: it needs MPI.THREAD_MULTIPLE."""
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            _say_no_thread()
+            return False
+        with self._wake:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="bitring-progress", daemon=True)
+                self._thread.start()
+            self._wake.notify_all()
+        return True
+
+    def _turn(self, gentle: bool) -> bool:
+        """Advance the first job of every communicator. Whether anything moved.
+
+        Where all that is left to do is native operations', this goes on with them until one is over, or for as long as
+        any moves. ``gentle``: without keeping a core busy that a training loop may want.
+        """
+        with self._lock:
+            if self._wake_driver is not None:
+                self._wake_driver.clear()
+                if gentle and (self._drivers or self._polling()):
+                    return True  # a caller waits for the lock, and will be quicker
+            moved = self._advance_all()
+            operations = [lane.jobs[0].operation for lane in list(self._lanes) if lane.jobs]
+            if operations and self._native is not None and all(each is not None for each in operations):
+                moved = True
+                try:
+                    self._native.drive(operations, self._wake_driver, _DRIVE_SECONDS, gentle)
+                except Exception as error:  # whose fault it is cannot be told
+                    for job in [lane.jobs[0] for lane in list(self._lanes) if lane.jobs]:
+                        job.end(error)
+        return moved
+
+    def drop(self, lane: Lane) -> None:
+        """End what is left of a lane that is closed: it would keep all others from native operations for ever."""
+        with self._lock:
+            for job in list(lane.jobs):
+                lane.wrecks.append(job)
+                job.end(RuntimeError(f"{job.what}: the communicator was freed"), refused=True)
+            self._advance(lane)
+
+    def _advance(self, lane: Lane) -> bool:
+        """Advance the lane's first job, with the lock in hand. Whether anything moved."""
+        moved = bool(lane.jobs) and lane.jobs[0].advance()
+        if not lane.jobs:
+            with self._wake:
+                if not lane.jobs and lane in self._lanes:
+                    self._lanes.remove(lane)
+        return moved
+
+    def _advance_all(self) -> bool:
+        moved = False
+        for lane in list(self._lanes):
+            moved |= self._advance(lane)
+        return moved
+
+    def drive(self, job: Job) -> None:
+        """Run jobs in the calling thread until ``job`` is over."""
+        with self._wake:
+            self._drivers += 1
+        self.call_back()
+        try:
+            idle = 0
+            while not job.done:
+                idle = 0 if self._turn(gentle=False) else idle + 1
+                _rest(idle)
+        except KeyboardInterrupt as error:
+            if job.error is not error:
+                raise
+        finally:
+            with self._wake:
+                self._drivers -= 1
+                self._wake.notify_all()
+
+    def nudge(self, lane: Lane) -> None:
+        """Advance the lane's first job unless another thread is at it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._advance(lane)
+            finally:
+                self._lock.release()
+
+    def poll(self) -> None:
+        """Take the jobs further for a caller inside the MPI library, which calls this over and over while it waits.
+
+        Once it has done so for a while, the progress thread leaves them to the caller: it would have to wait for the
+        library's lock.
+        """
+        now = time.monotonic()
+        if now - self._polled > _POLL_SECONDS:
+            self._polled_since, self._idle_polls = now, 0
+        self._polled = now
+        self._idle_polls += 1
+        rest = self._idle_polls > 20 and now - self._rested > _POLL_SECONDS / 4  # there may be many requests to poll
+        polling = self._polling()
+        if polling:
+            self.call_back()
+        if self._lock.acquire(timeout=_POLL_REST_SECONDS if rest and polling else 0):
+            try:
+                if self._advance_all():
+                    self._idle_polls = 0
+            finally:
+                self._lock.release()
+        if rest:
+            self._rested = now
+            _rest(self._idle_polls)
+
+    def waits_in(self) -> tuple[int, str] | None:
+        """What this process waits in, for a rank of a communicator that has no job; None when in nothing."""
+        for lane in list(self._lanes):
+            if lane.jobs:
+                return 0, f"{lane.jobs[0].what} of another communicator"
+        return None
+
+    def _polling(self) -> bool:
+        now = time.monotonic()
+        return now - self._polled < _POLL_SECONDS and now - self._polled_since > _POLL_REST_SECONDS
+
+    def _serve(self) -> None:
+        idle = 0
+        while True:
+            with self._wake:
+                while not self.stopped and (self._drivers or not self._lanes):
+                    self._wake.wait()
+                    idle = 0
+                if self.stopped:
+                    return
+                if self._polling():
+                    self._wake.wait(_POLL_REST_SECONDS)
+                    continue
+            idle = 0 if self._turn(gentle=True) else idle + 1
+            _rest(idle)
+
+    def halt(self, why: str) -> None:
+        """Run nothing any more; later jobs raise ``why``."""
+        with self._wake:
+            self.stopped = why
+            self._wake.notify_all()
+        self.call_back()
+
+    def join(self) -> list[Lane]:
+        """Wait for the progress thread's end, when halted. The queues whose jobs will not be done."""
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        return self._lanes
+
+    def renew(self, why: str) -> None:
+        """In a forked child: locks may be held by threads that the child does not have. Later jobs raise ``why``."""
+        lanes = self.lanes
+        self.__init__()  # type: ignore[misc]
+        self.lanes = lanes
+        self.stopped = why
+
+
+def _rest(idle: int) -> None:
+    """Give way while there is nothing to do: other ranks may need this core to send what is waited for."""
+    if idle > _SPINS:
+        time.sleep(_NAP_SECONDS)
+    elif idle > 20:
+        os.sched_yield()
+
+
+engine = Engine()

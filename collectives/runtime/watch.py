@@ -1,0 +1,138 @@
+"""Watching for the dead and the silent: what a job waits for, and when that wait is in vain."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mpi4py import MPI
+
+from bitring.collectives.runtime.death import died
+from bitring.collectives.runtime.engine import engine
+from bitring.collectives.runtime.ports import ports
+from bitring.errors import DeadRankError, PeerError
+
+if TYPE_CHECKING:
+    from bitring.collectives.runtime.job import Job
+
+logger = logging.getLogger("bitring")
+
+SILENCE_SECONDS = 60.0
+"""A wait without any progress for so long is worth one warning."""
+
+ADVICE = "all ranks can go on with a new one (comm.Dup()), or begin again from the last checkpoint"
+
+_LOOK_SECONDS = 0.25
+"""A wait of this length is worth a look whether the ranks of this node are still there."""
+
+_ANSWER_SECONDS = 2.0
+"""So long before it warns, a rank asks the others where they are."""
+
+
+@functools.cache
+def timeout() -> float:
+    """Seconds without progress after which a wait is an error; infinite unless BITRING_TIMEOUT is set."""
+    text = os.environ.get("BITRING_TIMEOUT", "")
+    try:
+        return float(text) if text else float("inf")
+    except ValueError:
+        raise ValueError(f"BITRING_TIMEOUT must be a number of seconds; got {text!r}") from None
+
+
+class Watch:
+    """How far one job has come, as it was seen; and what was said of its wait."""
+
+    __slots__ = ("_asked", "_look_at", "_moves", "_seen_at", "_warned")
+
+    def __init__(self) -> None:
+        self._moves = -1
+        self._seen_at = 0.0  # when they were first counted
+        self._warned = 0.0  # when
+        self._asked = 0.0  # when
+        self._look_at = 0.0
+
+    def has_moved(self, moves: int, now: float) -> bool:
+        """Whether the job, which has made so many moves by ``now``, has moved since the last look."""
+        if moves == self._moves:
+            return False
+        self._moves, self._seen_at = moves, now
+        return True
+
+    def mind_silence(self, job: Job, now: float) -> None:
+        """End a job that waits in vain, or warn of it when it has waited for long."""
+        seconds = now - self._seen_at
+        if seconds < _LOOK_SECONDS:
+            return
+        if now > self._look_at:
+            self._look_at = now + _LOOK_SECONDS
+            ports().read()
+            if self.bereaved(job, seconds):
+                return
+        limit = timeout() if self._warned else min(SILENCE_SECONDS, timeout())
+        if seconds >= limit - min(_ANSWER_SECONDS, limit / 2) and self._asked <= max(self._seen_at, self._warned):
+            self._asked = now
+            job.lane.ask(job)
+        if seconds < limit:
+            return
+        ports().read()
+        who = job.lane.missing(job.number)
+        if not who and job.progress.peers:
+            who = f"messages due from ranks {sorted(job.progress.peers)}"
+        complaint = f"rank {job.lane.rank} has waited {seconds:.0f} s in {job.what}; "
+        complaint += who or "some rank has not come to it"
+        if not self._warned:
+            self._warned = now
+            logger.warning("%s", complaint)
+        if seconds >= timeout():
+            engine.bereaved = True
+            job.lane.breaks(f"{job.what} timed out", job)
+            job.end(TimeoutError(f"{complaint} (BITRING_TIMEOUT={timeout():g})"))
+
+    def bereaved(self, job: Job, seconds: float) -> bool:
+        """End the job with an error when the wait, of ``seconds`` by now, is for ranks that are gone or have failed.
+
+        Whether it is.
+        """
+        gone = job.lane.gone(job.progress.peers, seconds)
+        if gone and job is job.lane.last_word and not job.lane.gone((), 0.0):
+            job.lane.breaks(job.what, job)
+            job.end(None)  # they have left in good order, and need not hear it
+        elif gone:
+            job.end(_death(job, gone))
+        elif job.lane.failed:
+            failed = f"rank {min(job.lane.failed)} has failed in it, or in what came before"
+            job.lane.breaks(failed, job)
+            job.end(PeerError(f"{job.what}: {failed}; {ADVICE}"))
+        return job.done
+
+
+def as_death(job: Job, error: MPI.Exception) -> BaseException:
+    """The library's error; a DeadRankError when a rank has died."""
+    # The library may see that a process died before its lock is given back, or its port is closed.
+    until = time.monotonic() + _LOOK_SECONDS
+    while not (seen := job.lane.gone(job.progress.peers, float("inf"))) and time.monotonic() < until:
+        time.sleep(0.01)
+        ports().read()
+    gone = seen or died(error, job.lane.comm)
+    return error if gone is None else _death(job, gone)
+
+
+def _death(job: Job, gone: Sequence[int]) -> DeadRankError:
+    job.lane.loses(gone, job)
+    return DeadRankError(f"{job.what}: {gone_in_words(gone)}", gone)
+
+
+def gone_in_words(ranks: Sequence[int]) -> str:
+    """That these ranks are gone, and what that may mean."""
+    return f"{are(ranks)} gone: the process has ended or left the job"
+
+
+def are(ranks: Sequence[int]) -> str:
+    """The beginning of a sentence about them."""
+    if not ranks:
+        return "a rank is"
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {list(ranks)} are"
