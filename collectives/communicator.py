@@ -26,7 +26,7 @@ from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
 from bitring.collectives.execution.runner import Task, make_runner
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import run_agreement
-from bitring.collectives.requests import GeneralRequest, PersistentRequest
+from bitring.collectives.requests import RUN, GeneralRequest, PersistentRequest
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import State, check_alive, state_of
 from bitring.collectives.runtime.objects import agreed_job
@@ -209,7 +209,7 @@ class Communicator(MPI.Intracomm):
             if call.choice is not None and not call.handed_on and call.work is not None:
                 runner = make_runner(state, call.choice, Task("allreduce", call.work, op, number=number))
                 call.runner = runner
-            run = Request("a run of a request of Allreduce_init", {"request": number})
+            run = Request(RUN, {"request": number})
 
         def steps(progress: Progress) -> Steps:
             if state.size > 1:

@@ -25,57 +25,67 @@ def start(plans: Sequence[Plan]) -> None:
 
     Neighbours of one communicator that are exact, in host memory, and together small share one exchange: through
     shared memory whatever their dtypes and operations, by messages if these are alike. Raises TypeError for anything
-    but plans, and RuntimeError as ``Plan.start`` does, before any is started.
+    but plans, and RuntimeError as ``Plan.start`` does, before any is started; on the other ranks the runs end with
+    PeerError then.
     """
     if not isinstance(plans, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"start: plans must be a sequence of plans; got {type(plans).__name__}")
     plans = list(plans)
-    for plan in plans:
-        if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"start: plans must be plans, as plan_allreduce returns; got {type(plan).__name__}")
-    for i, plan in enumerate(plans):
-        plan.check_startable()
-        if plan in plans[:i]:
-            raise RuntimeError(f"start: {plan} was given twice")
+    error = _mistake(plans)
+    groups = _groups([plan for plan in dict.fromkeys(plans) if isinstance(plan, Plan)])
     with ExitStack() as calls:
-        for state in dict.fromkeys(plan.state for plan in plans):
+        for state in dict.fromkeys(group[0].state for group in groups):
             calls.enter_context(state.turn("start"))
-        _start_all(plans)
+        for group in groups:
+            if error is not None:  # the other ranks must not wait for this one's runs
+                group[0].refuse(error)
+            else:
+                _start(group)
+    if error is not None:
+        raise error
     engine.start_thread()
 
 
-def _start_all(plans: Sequence[Plan]) -> None:
-    group: list[ExactPlan] = []
+def _mistake(plans: Sequence[Any]) -> Exception | None:
+    """Why ``plans`` cannot be started together."""
+    for i, plan in enumerate(plans):
+        if not isinstance(plan, Plan):
+            return TypeError(f"start: plans must be plans, as plan_allreduce returns; got {type(plan).__name__}")
+        try:
+            plan.check_startable()
+        except RuntimeError as error:
+            return error
+        if plan in plans[:i]:
+            return RuntimeError(f"start: {plan} was given twice")
+    return None
+
+
+def _groups(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """The plans in order, those together that travel as one."""
+    groups: list[list[Plan]] = []
     for plan in plans:
-        if isinstance(plan, ExactPlan) and _fits(group, plan):
-            group.append(plan)
-            continue
-        _start(group)
-        group = []
-        if isinstance(plan, ExactPlan) and _fits(group, plan):
-            group.append(plan)
+        if groups and _fits(groups[-1], plan):
+            groups[-1].append(plan)
         else:
-            plan.start()
-    _start(group)
+            groups.append([plan])
+    return groups
 
 
-def _fits(group: list[ExactPlan], plan: ExactPlan) -> bool:
+def _fits(group: Sequence[Any], plan: Plan) -> bool:
     """Whether ``plan`` may travel with ``group``."""
-    total = plan.flat.nbytes + sum(each.flat.nbytes for each in group)
-    if total > FUSED_NBYTES or not plan.fusible:
-        return False
-    if not group:
-        return True
     first = group[0]
-    if first.state is not plan.state or first.algorithm != plan.algorithm:
+    if not (isinstance(plan, ExactPlan) and isinstance(first, ExactPlan) and plan.fusible and first.fusible):
+        return False
+    total = plan.flat.nbytes + sum(each.flat.nbytes for each in group)
+    if total > FUSED_NBYTES or first.state is not plan.state or first.algorithm != plan.algorithm:
         return False
     return _KINDS[plan.fusion].fit(first, plan, total)
 
 
-def _start(group: list[ExactPlan]) -> None:
+def _start(group: list[Any]) -> None:
     if len(group) == 1:
         group[0].start()
-    elif group:
+    else:
         key = tuple(plan.number for plan in group)
         fused = group[0].fused
         if fused is None or fused.key != key:

@@ -103,9 +103,13 @@ class Plan(ABC):
         try:
             self.check_startable()
         except RuntimeError as error:  # the other ranks must not wait for this one's run
-            self.state.refuse(self._run.function, error)
+            self.refuse(error)
             raise
         self._job = self.state.lane.submit(self.checked_steps, self.what)
+
+    def refuse(self, error: Exception) -> None:
+        """Let the other ranks hear, in their run of this plan, why this one cannot begin; in the turn of a call."""
+        self.state.refuse(self._run.function, error)
 
     def wait(self) -> None:
         """Wait for the run that ``start`` began; raises what went wrong in it. Raises RuntimeError without one.

@@ -18,6 +18,9 @@ from bitring.collectives.runtime.engine import engine
 
 Work = Callable[[Progress], Steps]
 
+RUN = "a run of a request of Allreduce_init"
+"""What ranks agree on when one of them starts such a request."""
+
 
 class _Run:
     """A job, and the generalized request that is complete when it is over, or when waiting for it was interrupted.
@@ -137,9 +140,13 @@ class PersistentRequest(MPI.Prequest):
             raise RuntimeError(f"{what} of an active request of {self._what}: Wait or Test for its run first")
 
     def Start(self) -> None:
-        """Begin a run. Raises RuntimeError while the last one is active."""
-        self._check_inactive("Start")
+        """Begin a run. Raises RuntimeError while the last one is active; the other ranks' runs raise PeerError then."""
         with self._state.turn(f"Start of a request of {self._what}"):
+            try:
+                self._check_inactive("Start")
+            except RuntimeError as error:
+                self._state.refuse(RUN, error)
+                raise
             self._run = _Run(self._state, self._work, self._what)
         ctypes.memmove(MPI._addressof(self), MPI._addressof(self._run.request), MPI._sizeof(MPI.Request))
 

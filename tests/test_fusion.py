@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import bitring
 from bitring.collectives.fusion import FUSED_NBYTES
+from bitring.errors import PeerError
 
 ALGORITHMS = ("auto", "ring", "recursive_doubling", "mpi")
 
@@ -19,6 +23,14 @@ def fill(arrays: list[np.ndarray], rank: int) -> None:
 def right(arrays: list[np.ndarray], size: int) -> bool:
     ranks = size * (size - 1) // 2
     return all(np.array_equal(x, size * (np.arange(x.size) % 7 + i) + ranks) for i, x in enumerate(arrays))
+
+
+def caught(call: Callable[[], object]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -107,3 +119,56 @@ def test_ranks_that_start_other_plans_hear_of_it(comm, agree):
     for plan in plans:
         plan.wait()
     agree(comm, right(arrays, comm.size))
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ring"])
+@pytest.mark.parametrize("mistake", ["active", "freed", "not a plan", "twice"])
+def test_a_mistake_on_one_rank_is_told_to_the_others(comm, agree, algorithm: str, mistake: str):
+    own = comm.Dup()
+    arrays = [np.ones(n, np.float32) for n in (3, 4, FUSED_NBYTES)]  # two travel together, one by itself
+    plans = [bitring.plan_allreduce(x, comm=own, algorithm=algorithm) for x in arrays]
+    last, given = own.rank == own.size - 1, list(plans)
+    before = bitring.plan_allreduce(np.ones(2, np.float32), comm=own, algorithm=algorithm)
+    before.start()
+    if last and mistake == "freed":
+        plans[1].free()
+    elif last:
+        given = {"active": [before, *plans[1:]], "not a plan": [*plans, 3], "twice": [*plans, plans[0]]}[mistake]
+    error = caught(lambda: bitring.start(given))  # pyright: ignore[reportArgumentType]
+    agree(own, isinstance(error, (RuntimeError, TypeError)) == last, repr(error))
+    before.wait()
+    errors = [caught(plan.wait) for plan in plans] if not last else []
+    told = f"rank {own.size - 1} could not take part: "
+    agree(own, all(isinstance(each, PeerError) for each in errors) and (last or told in str(errors[0])), repr(errors))
+    x = np.ones(3, np.float32)
+    error = caught(lambda: bitring.allreduce(x, x, comm=own))
+    # Runs that had begun to exchange messages leave it of no use, on all ranks.
+    outcomes = comm.allgather("go on with a new one" in str(error) if error is not None else bool((x == own.size).all()))
+    agree(comm, all(outcomes), repr(error))
+    own.Free()
+
+
+@pytest.mark.parametrize("mistake", ["active", "freed"])
+def test_a_request_that_one_rank_cannot_start(comm, agree, mistake: str):
+    own = bitring.Communicator(comm.Dup())
+    x = np.ones(3)
+    request, last = own.Allreduce_init(MPI.IN_PLACE, x), comm.rank == comm.size - 1
+    error: Exception | None = None
+    if mistake == "active":
+        request.Start()
+    elif last:
+        request.Free()
+    if last:
+        error = caught(request.Start)
+        agree(comm, isinstance(error, RuntimeError) and mistake in str(error), repr(error))
+    if mistake == "active":
+        request.Wait()
+    if not last:
+        request.Start()
+        agree(comm, True)
+        error = caught(request.Wait)
+    good = last or (isinstance(error, PeerError) and f"rank {comm.size - 1} could not take part: " in str(error))
+    agree(comm, good, repr(error))
+    own.Allreduce(np.ones(3), x)
+    agree(comm, bool((x == comm.size).all()), "the communicator is of no use")
+    own.Free()
