@@ -150,7 +150,7 @@ class PackedFusion(_Fusion):
         super().__init__(key, plans)
         first = plans[0]
         self._flat: Any = np.empty(sum(plan.flat.size for plan in plans), first.flat.dtype)
-        self._plan = ExactPlan(self.state, self._flat, first.op, Choice(first.algorithm, first.why))
+        self._plan = ExactPlan(self.state, self._flat, first.op, Choice(first.algorithm, first.why), self.what)
 
     @staticmethod
     def fit(first: ExactPlan, plan: ExactPlan, nbytes: int) -> bool:

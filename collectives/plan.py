@@ -178,10 +178,10 @@ class Plan(ABC):
 
 
 class ExactPlan(Plan):
-    """An exact AllReduce of ``flat``, a 1-D array, by ``choice``."""
+    """An exact AllReduce of ``flat``, a 1-D array, by ``choice``; ``what``: what it does, where that is not all."""
 
-    def __init__(self, state: State, flat: Array, op: MPI.Op, choice: Choice) -> None:
-        super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values by {choice.name}")
+    def __init__(self, state: State, flat: Array, op: MPI.Op, choice: Choice, what: str = "") -> None:
+        super().__init__(state, what or f"allreduce of {flat.size} {flat.dtype} values by {choice.name}")
         self.algorithm, self.why = choice
         self.flat = flat
         self.op = op
