@@ -9,7 +9,7 @@ import pytest
 from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.schedules.topology import Topology
-from bitring.collectives.selection.defaults import NETWORK_FROM_NBYTES, RING_FROM_NBYTES
+from bitring.collectives.selection.defaults import LITTLE_NBYTES, NETWORK_FROM_NBYTES, RING_FROM_NBYTES
 from bitring.collectives.selection.selection import Choice, check_name, choose, direct_limits, segment_values
 from bitring.collectives.selection.table import BUILT_IN, Rules, Table
 
@@ -38,7 +38,11 @@ def choice_of(
         ("recursive_doubling", "broadcast", 1, 4, True, False, "ring", "has no broadcast, and the MPI library"),
         ("auto", "allreduce", RING_FROM_NBYTES, 4, True, True, "ring", "at least"),
         ("auto", "allreduce", RING_FROM_NBYTES - 1, 4, True, True, "mpi", "fewer than"),
-        ("auto", "allreduce", 1, 4, True, False, "ring", "does not serve this operation, dtype or memory"),
+        ("auto", "allreduce", LITTLE_NBYTES, 4, True, False, "recursive_doubling", "the fewest rounds"),
+        ("auto", "reduce", 1, 4, True, False, "binomial_tree", "the fewest rounds"),
+        ("auto", "broadcast", 1, 4, True, False, "binomial_tree", "the fewest rounds"),
+        ("auto", "allgather", 1, 4, True, False, "ring", "does not serve this operation, dtype or memory"),
+        ("auto", "allreduce", LITTLE_NBYTES + 1, 4, True, False, "ring", "does not serve this operation"),
         ("auto", "allreduce", 1 << 30, 4, False, True, "mpi", "only the MPI library"),
         ("auto", "allreduce", 1 << 30, 1, True, True, "mpi", "one rank"),
     ],
@@ -121,7 +125,7 @@ MEASURED = Table(
         (ONE_NODE, 100, {"asked": "mpi"}, "mpi"),
         (ONE_NODE, 1000, {}, "ring"),
         (ONE_NODE, 1000, {"itemsize": 2}, "ring"),
-        (ONE_NODE, 1000, {"host": False, "library": False}, "ring"),
+        (ONE_NODE, 1000, {"host": False, "library": False}, "recursive_doubling"),
         (ONE_NODE, 1000, {"collective": "reduce"}, "mpi"),
         (ONE_NODE, 49, {"resident": True}, "shared_memory"),
         (ONE_NODE, 50, {"resident": True}, "rabenseifner"),

@@ -15,6 +15,9 @@ NETWORK_FROM_NBYTES = 2 << 20
 """The same for the native executor between nodes. On 4 hosts at 1 Gbit/s its ring has 0.3 times the library's speed at
 64 KiB and 1.1 times at 4 MiB."""
 
+LITTLE_NBYTES = 64 << 10
+"""Up to here it is the number of rounds that costs, not what travels in them."""
+
 LIBRARY = "mpi"
 """What serves that bitring does not have, and what one rank alone does."""
 
@@ -41,6 +44,11 @@ def _one_node(query: Query) -> str:
     return "all ranks share memory"
 
 
+def _no_library_for_little(query: Query) -> str | None:
+    little = not query.library and query.nbytes <= LITTLE_NBYTES
+    return f"{NO_LIBRARY}, and of {query.nbytes} bytes the fewest rounds are the quickest" if little else None
+
+
 def _no_library(query: Query) -> str | None:
     return None if query.library else NO_LIBRARY
 
@@ -60,6 +68,8 @@ def _lanes(query: Query) -> str:
 
 PREFERENCES = (
     Preference("shared_memory", _one_node),
+    Preference("recursive_doubling", _no_library_for_little),
+    Preference("binomial_tree", _no_library_for_little),
     Preference("ring", _no_library),
     Preference("mpi", _few),
     Preference("multilane", _lanes),
