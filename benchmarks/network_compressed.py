@@ -46,29 +46,28 @@ def main() -> int:
 
 def kernels(comm: Any, encoder: Any, gradient: Any) -> Callable[[], None]:
     """What the encoder's kernels do in an owner exchange on this rank."""
-    from bitring.compression.exchange.layout import cut, segments
+    from bitring.compression.exchange.layout import lay_out
 
-    layout = cut(gradient.size, (), encoder.block, comm.size)
-    chunks = segments(layout, encoder.block)
+    chunks = lay_out(encoder, [gradient.shape], comm.size).segments
     residual = np.zeros_like(gradient)
-    total = np.empty(max(b - a for chunk in chunks for segment in chunk for a, b in segment), np.float32)
+    total = np.empty(max(b - a for chunk in chunks for segment in chunk for a, b, _ in segment), np.float32)
     payload = np.empty(encoder.nbytes(total.size), np.uint8)
     out = gradient.copy()
 
-    def encode(values: Any, left: Any) -> Any:
-        return payload[: encoder.encode(values, left, payload)]
+    def encode(each: Any, values: Any, left: Any) -> Any:
+        return payload[: each.encode(values, left, payload)]
 
     def work() -> None:
         for owner, chunk in enumerate(chunks):
             for segment in chunk:
-                for a, b in segment:
-                    code = encode(gradient[a:b], residual[a:b])
-                    encoder.decode(code, out[a:b])
+                for a, b, each in segment:
+                    code = encode(each, gradient[a:b], residual[a:b])
+                    each.decode(code, out[a:b])
                     if owner != comm.rank:
                         continue
                     for r in range(comm.size):
-                        encoder.decode(code, total[: b - a], accumulate=r > 0)
-                    encode(total[: b - a], residual[a:b])
+                        each.decode(code, total[: b - a], accumulate=r > 0)
+                    encode(each, total[: b - a], residual[a:b])
 
     return work
 

@@ -76,6 +76,16 @@ class Encoder(Compressor, ABC):
                 _modules[checked] = method.__module__
                 setattr(cls, name, checked)
 
+    def for_shape(self, shape: tuple[int, ...], ranks: int) -> Encoder:
+        """What encodes a parameter of this ``shape``, of which ``ranks`` ranks own parts; by default this: it is flat.
+
+        An encoder whose levels belong to rows and columns returns one that knows them. Its ``block`` is a panel: whole
+        rows, each the ``prod(shape[1:])`` values of an index of the first dimension. Values are encoded panel by panel,
+        and joined as blocks are; ranks own whole panels, the last one of a parameter has fewer rows. What is left of a
+        parameter that nodes' lanes have cut inside a row is flat again.
+        """
+        return self
+
     @abstractmethod
     def nbytes(self, n: int) -> int:
         """The most bytes that a payload of ``n`` values takes; 0 for none."""

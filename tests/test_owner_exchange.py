@@ -1,7 +1,10 @@
 """The owner exchange against a few lines of NumPy that play all ranks."""
 
+import itertools
+import math
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import fake_device
@@ -12,10 +15,10 @@ from mpi4py import MPI
 import bitring
 from bitring import arrays
 from bitring.compression import encoder as encoder_module
-from bitring.compression.encoder import Encoder, compressors, residual_dtype
+from bitring.compression.encoder import Encoder, compressors, residual_dtype, write_out
 from bitring.compression.encoders.fixed import Fixed
 from bitring.compression.encoders.onebit import OneBit
-from bitring.compression.exchange.layout import cut, segments
+from bitring.compression.exchange.layout import lay_out
 from bitring.compression.exchange.owner_exchange import NativeOwnerExchange, PortableOwnerExchange, piece_seed
 from bitring.compression.kernels.functions import DECODE
 from bitring.compression.plans import plan as plan_module
@@ -32,10 +35,18 @@ def gradient(rank: int, step: int, n: int, dtype: Any) -> Any:
 class Everyone:
     """All ranks of the exchange in one process."""
 
-    def __init__(self, n: int, dtype: Any, size: int, boundaries: tuple[int, ...], encoder: Encoder) -> None:
-        layout = cut(n, boundaries, encoder.block, size)
-        self.pieces = [piece for chunk in segments(layout, encoder.block) for segment in chunk for piece in segment]
-        self.encoder = encoder
+    def __init__(
+        self,
+        n: int,
+        dtype: Any,
+        size: int,
+        boundaries: tuple[int, ...],
+        encoder: Encoder,
+        shapes: list[tuple[int, ...]] | None = None,
+    ) -> None:
+        cuts = itertools.pairwise(sorted({0, *boundaries, n}))
+        layout = lay_out(encoder, [(b - a,) for a, b in cuts] if shapes is None else shapes, size)
+        self.pieces = [piece for chunk in layout.segments for segment in chunk for piece in segment]
         self.size = size
         self.runs = 0
         self.residual = [np.zeros(n, residual_dtype(dtype)) for _ in range(size)]
@@ -44,21 +55,21 @@ class Everyone:
         for rank, (a, b) in enumerate(layout.owned):
             self.owners[a:b] = rank
 
-    def encoded(self, values: Any, residual: Any, seed: int, start: int) -> Any:
-        payload = np.empty(self.encoder.nbytes(values.size), np.uint8)
-        return payload[: self.encoder.encode(values, residual, payload, piece_seed(seed, start))]
+    def encoded(self, encoder: Encoder, values: Any, residual: Any, seed: int, start: int) -> Any:
+        payload = np.empty(encoder.nbytes(values.size), np.uint8)
+        return payload[: encoder.encode(values, residual, payload, piece_seed(seed, start))]
 
     def step(self, gradients: list[Any]) -> Any:
         self.runs += 1
         applied = np.zeros_like(gradients[0])
-        for a, b in self.pieces:
+        for a, b, encoder in self.pieces:
             total = np.zeros(b - a, self.owner_residual.dtype)
             for rank, values in enumerate(gradients):
                 seed = self.runs * self.size + rank
-                payload = self.encoded(values[a:b], self.residual[rank][a:b], seed, a)
-                self.encoder.decode(payload, total, accumulate=rank > 0)
+                payload = self.encoded(encoder, values[a:b], self.residual[rank][a:b], seed, a)
+                encoder.decode(payload, total, accumulate=rank > 0)
             seed = ~(self.runs * self.size + int(self.owners[a]))
-            self.encoder.decode(self.encoded(total, self.owner_residual[a:b], seed, a), applied[a:b])
+            encoder.decode(self.encoded(encoder, total, self.owner_residual[a:b], seed, a), applied[a:b])
         return applied
 
 
@@ -100,6 +111,108 @@ def test_same_bits_as_all_ranks_in_one_process(
     left = np.sum(everyone.residual, axis=0, dtype=float) + everyone.owner_residual
     tolerance = {np.float16: 0.1, np.float32: 1e-4, np.float64: 1e-6}[dtype]
     agree(comm, bool(np.allclose(applied + left, given, atol=tolerance, rtol=0)), "something was lost")
+
+
+@dataclass(frozen=True)
+class ByRows(Encoder):
+    """Signs and a mean of abs(v) for each row of so many ``columns``; flat, rows of 32. In NumPy alone."""
+
+    columns: int = 32
+    block: int = 32
+
+    def for_shape(self, shape: tuple[int, ...], ranks: int) -> Encoder:
+        columns = math.prod(shape[1:])
+        return ByRows(columns, 2 * columns) if len(shape) > 1 else self
+
+    def nbytes(self, n: int) -> int:
+        return n + 4 * -(-n // self.columns)
+
+    def encode(self, values: Any, residual: Any, payload: Any, seed: int = 0) -> int:
+        at = 0
+        for first in range(0, values.size, self.columns):
+            v = values[first : first + self.columns] + residual[first : first + self.columns]
+            mean = np.float32(np.abs(v).mean())
+            residual[first : first + self.columns] = v - np.sign(v) * mean
+            payload[at : at + 4] = mean.reshape(1).view(np.uint8)
+            payload[at + 4 : at + 4 + v.size] = np.sign(v).astype(np.int8).view(np.uint8)
+            at += 4 + v.size
+        return at
+
+    def decode(self, payload: Any, out: Any, accumulate: bool = False) -> None:
+        at = 0
+        for first in range(0, out.size, self.columns):
+            here = out[first : first + self.columns]
+            mean = payload[at : at + 4].copy().view(np.float32)
+            write_out(payload[at + 4 : at + 4 + here.size].view(np.int8) * mean, here, accumulate)
+            at += 4 + here.size
+
+
+SHAPES: list[tuple[int, ...]] = [(50,), (9, 40), (3, 4, 5, 6), (1, 7), (0, 3), (100,), (64, 70)]
+
+
+@pytest.mark.parametrize("encoder", [ByRows()], ids=str)
+def test_panels_have_the_same_bits_as_all_ranks_in_one_process(comm: MPI.Intracomm, agree: Any, encoder: Any) -> None:
+    rank, size, n = comm.rank, comm.size, sum(map(math.prod, SHAPES))
+    everyone = Everyone(n, np.float32, size, (), encoder, SHAPES)
+    x = np.zeros(n, np.float32)
+    plan: Any = bitring.plan_allreduce(x, comm=comm, compression=encoder, shapes=SHAPES, hierarchical=False)
+    for step in range(4):
+        gradients = [gradient(r, step, n, np.float32) for r in range(size)]
+        x[:] = gradients[rank]
+        plan()
+        expected = everyone.step(gradients) if size > 1 else gradients[0]
+        agree(comm, x.tobytes() == expected.tobytes(), f"step {step}: {x} is not {expected}")
+    sent = 4 * plan.expected_nbytes if size > 1 else 0
+    agree(comm, plan.bytes_sent == sent, f"{plan.bytes_sent} bytes were sent, {sent} expected")
+    state = plan.state_dict()
+    a, b = plan.owned
+    agree(comm, state["residual"].tobytes() == everyone.residual[rank].tobytes(), "residual")
+    agree(comm, state["owner_residual"].tobytes() == everyone.owner_residual[a:b].tobytes(), "owner_residual")
+    plan.free()
+
+
+def test_the_shape_of_x_is_that_of_its_parameter(comm: MPI.Intracomm, agree: Any) -> None:
+    """Unless boundaries tell of others: what they cut off is flat, and so is what has one inside."""
+    if comm.size == 1:
+        return
+    sums: list[bytes] = []
+    cases: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
+        ((8, 30), {}),
+        ((240,), {"shapes": [(8, 30)]}),
+        ((240,), {"shapes": [(8, 30)], "boundaries": (0, 240)}),
+        ((240,), {}),
+        ((8, 30), {"boundaries": (0,), "shapes": [(240,)]}),
+        ((8, 30), {"boundaries": (1,)}),
+        ((240,), {"boundaries": (1,)}),
+    )
+    for shape, options in cases:
+        x = gradient(comm.rank, 0, 240, np.float32).reshape(shape)
+        plan = bitring.plan_allreduce(x, comm=comm, compression=ByRows(), hierarchical=False, **options)
+        plan()
+        sums.append(x.tobytes())
+        plan.free()
+    same = [[a == b for b in sums].index(True) for a in sums]
+    agree(comm, same == [0, 0, 0, 3, 3, 5, 5], f"{same}")
+
+
+def test_lanes_keep_whole_rows_together(two_nodes: Any, agree: Any) -> None:
+    """Lanes cut parameters anywhere: what is no whole row is flat, nothing is lost, and all ranks get the same."""
+    comm, n = two_nodes, sum(map(math.prod, SHAPES))
+    x = comm.empty(n)
+    plan: Any = bitring.plan_allreduce(x, comm=comm, compression=ByRows(), shapes=SHAPES)
+    applied, given = np.zeros(n), np.zeros(n)
+    for step in range(4):
+        x[:] = gradient(comm.rank, step, n, np.float32)
+        given += comm.allreduce(x.astype(float))
+        plan()
+        agree(comm, len(set(comm.allgather(x.tobytes()))) == 1, "replicas differ")
+        applied += x
+    state = plan.state_dict()
+    owed = state["residual"].astype(float)
+    owed[slice(*plan.owned)] += state["owner_residual"]
+    left = comm.allreduce(owed)
+    agree(comm, bool(np.allclose(applied + left, given, atol=1e-3, rtol=0)), "something was lost")
+    plan.free()
 
 
 def test_nodes_sum_exactly_first(comm: MPI.Intracomm, agree: Any) -> None:
@@ -216,7 +329,7 @@ def test_ranks_with_and_without_the_native_engine(on_ranks: Any) -> None:
 def test_native_operations_leave_python_to_other_threads() -> None:
     """A thread that waits for MPI's lock with Python's in hand hangs with one that polls the other way round."""
     n = 1 << 24
-    exchange = NativeOwnerExchange(MPI.COMM_SELF, np.ones(n, np.float32), Fixed(block=n), (), 0)
+    exchange = NativeOwnerExchange(MPI.COMM_SELF, np.ones(n, np.float32), lay_out(Fixed(block=n), [(n,)], 1), 0)
     exchange.bind(np.ones(n, np.float32))
     ticks: list[float] = []
     over = threading.Event()

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <stdexcept>
 #include <system_error>
 
 #include "checked.h"
@@ -70,28 +71,33 @@ std::shared_ptr<Execution> make_execution(std::shared_ptr<Program> program, cons
                                        reinterpret_cast<Reduce>(kernel));
 }
 
-// `functions`: of compression/kernels/functions.py, for the buffer's type, then for the residual's, then the settings'.
-// `pieces`: rows of owner, number of the segment, start, stop, nbytes, ordered.
+// `functions`, five of each codec: of compression/kernels/functions.py, for the buffer's type, then for the residual's,
+// then the settings'. `pieces`: rows of owner, number of the segment, start, stop, nbytes, number of the codec, ordered.
 std::shared_ptr<OwnerExchange> make_owner_exchange(const MpiLibrary& library, int handle_size, std::uint64_t comm,
                                                    std::uint64_t byte, int rank, int size, int type,
                                                    const std::vector<std::uintptr_t>& functions, bool fixed,
                                                    const Table& pieces, std::uintptr_t residual,
                                                    std::uintptr_t owner_residual, std::int64_t owned, int to_owner_tag,
                                                    int from_owner_tag) {
-    const Codec codec{
-        reinterpret_cast<Codec::Encode>(functions.at(0)), reinterpret_cast<Codec::Encode>(functions.at(2)),
-        reinterpret_cast<Codec::Decode>(functions.at(1)), reinterpret_cast<Codec::Decode>(functions.at(3)),
-        reinterpret_cast<const double*>(functions.at(4))};
+    std::vector<Codec> codecs;
+    for (std::size_t k = 0; k + 5 <= functions.size(); k += 5) {
+        codecs.push_back(Codec{
+            reinterpret_cast<Codec::Encode>(functions[k]), reinterpret_cast<Codec::Encode>(functions[k + 2]),
+            reinterpret_cast<Codec::Decode>(functions[k + 1]), reinterpret_cast<Codec::Decode>(functions[k + 3]),
+            reinterpret_cast<const double*>(functions[k + 4])});
+    }
     std::vector<ExchangeSegment> segments;
     std::int64_t number = -1;
     for (std::size_t i = 0; i < pieces.shape(0); ++i) {
         const std::int64_t* p = pieces.data() + i * pieces.shape(1);
         if (p[1] != number) segments.push_back(ExchangeSegment{int(p[0]), {}});
         number = p[1];
-        segments.back().pieces.push_back(EncodedPiece{p[2], p[3], p[4]});
+        segments.back().pieces.push_back(EncodedPiece{p[2], p[3], p[4], std::size_t(p[5])});
+        if (std::size_t(p[5]) >= codecs.size()) throw std::invalid_argument("OwnerExchange: no codec has that number");
     }
     auto wire = make_mpi_wire(library, handle_size, comm, byte, OwnerExchange::room(segments, rank, size));
-    return std::make_shared<OwnerExchange>(std::move(wire), rank, size, Type(type), codec, fixed, std::move(segments),
+    return std::make_shared<OwnerExchange>(std::move(wire), rank, size, Type(type), std::move(codecs), fixed,
+                                           std::move(segments),
                                            reinterpret_cast<void*>(residual), reinterpret_cast<void*>(owner_residual),
                                            owned, to_owner_tag, from_owner_tag);
 }

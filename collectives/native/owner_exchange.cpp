@@ -91,7 +91,7 @@ int OwnerExchange::room(const std::vector<ExchangeSegment>& segments, int rank, 
     return int(std::max<std::int64_t>(1, 2 * (others + own * (size - 1))));
 }
 
-OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Type type, const Codec& codec, bool fixed,
+OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Type type, std::vector<Codec> codecs, bool fixed,
                              std::vector<ExchangeSegment> segments, void* residual, void* owner_residual,
                              std::int64_t owned, int to_owner_tag, int from_owner_tag)
     : wire_(std::move(wire)),
@@ -100,7 +100,7 @@ OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Typ
       type_(type),
       itemsize_(size_of(type)),
       wide_(type == Type::f64 ? 8 : 4),
-      codec_(codec),
+      codecs_(std::move(codecs)),
       fixed_(fixed),
       segments_(std::move(segments)),
       residual_(static_cast<char*>(residual)),
@@ -228,8 +228,9 @@ void OwnerExchange::encode(Task& task, bool sum, std::vector<std::uint8_t>& payl
         const void* from = whole + std::size_t(piece.start - first) * (sum ? wide_ : itemsize_);
         char* left = residual + std::size_t(piece.start - first) * wide_;
         const std::int64_t seed = piece_seed(sum ? ~seed_ : seed_, piece.start);
-        const std::int64_t used = (sum ? codec_.encode_sum : codec_.encode)(
-            from, left, piece.stop - piece.start, payload.data() + at, piece.nbytes, seed, codec_.settings);
+        const Codec& codec = codecs_[piece.codec];
+        const std::int64_t used = (sum ? codec.encode_sum : codec.encode)(
+            from, left, piece.stop - piece.start, payload.data() + at, piece.nbytes, seed, codec.settings);
         if (used < 0 || (fixed_ && used != piece.nbytes)) {
             task.error = kOutgrew;
             break;
@@ -271,8 +272,9 @@ bool OwnerExchange::decode(Task& task, bool sum, bool accumulate, const std::vec
         }
         void* to = sum ? sums_[task.place].data() + std::size_t(piece.start - pieces[0].start) * wide_
                        : values(piece.start);
-        const std::int64_t code = (sum ? codec_.decode_sum : codec_.decode)(
-            payload.data() + at, std::int64_t(nbytes), to, piece.stop - piece.start, accumulate, codec_.settings);
+        const Codec& codec = codecs_[piece.codec];
+        const std::int64_t code = (sum ? codec.decode_sum : codec.decode)(
+            payload.data() + at, std::int64_t(nbytes), to, piece.stop - piece.start, accumulate, codec.settings);
         if (code != 0) task.error = kCorrupt;
         at += nbytes;
     }

@@ -29,9 +29,10 @@ struct Codec {
     const double* settings;
 };
 
-// Values from `start` to before `stop`, encoded in one call, in at most `nbytes`.
+// Values from `start` to before `stop`, encoded in one call by codec number `codec`, in at most `nbytes`.
 struct EncodedPiece {
     std::int64_t start, stop, nbytes;
+    std::size_t codec = 0;
 };
 
 // What one message carries of the chunk that rank `owner` owns.
@@ -57,7 +58,7 @@ public:
 
     // `segments` are the same on all ranks, ordered by owner. `fixed`: a piece's payload has always `nbytes` bytes.
     // `residual` has a value for each of the buffer's, `owner_residual` for each that this rank owns from `owned` on.
-    OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Type type, const Codec& codec, bool fixed,
+    OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Type type, std::vector<Codec> codecs, bool fixed,
                   std::vector<ExchangeSegment> segments, void* residual, void* owner_residual, std::int64_t owned,
                   int to_owner_tag, int from_owner_tag);
 
@@ -133,7 +134,7 @@ private:
     int rank_, size_;
     Type type_;
     std::size_t itemsize_, wide_;
-    Codec codec_;
+    std::vector<Codec> codecs_;
     bool fixed_;
     std::vector<ExchangeSegment> segments_;
     char* residual_;

@@ -33,8 +33,8 @@ from bitring.collectives.interop.mpi_library import library_functions
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
 from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import message_tag
-from bitring.compression.encoder import Encoder, residual_dtype
-from bitring.compression.exchange.layout import Piece, cut, segments
+from bitring.compression.encoder import residual_dtype
+from bitring.compression.exchange.layout import Layout, Piece
 from bitring.compression.exchange.record import SAMPLE, Norms, Record, pieces
 from bitring.native import address_of, native, type_number
 
@@ -55,16 +55,15 @@ class OwnerExchange(ABC):
     nbytes_sent = 0  # nobody knows before a run
     scratch_nbytes = 0
 
-    def __init__(
-        self, comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
-    ) -> None:
+    def __init__(self, comm: MPI.Intracomm, like: Array, layout: Layout, channel: int) -> None:
         """``like``: an array of as many values, of the same type and in the same memory as those to be summed."""
         self._comm = comm
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
-        self._encoder = encoder
         self._tags = message_tag(channel, _TO_OWNER), message_tag(channel, _FROM_OWNER)
-        layout = cut(like.size, boundaries, encoder.block, self._size)
-        self._segments = segments(layout, encoder.block)
+        self._fixed_size = all(encoder.fixed_size for encoder in layout.encoders)
+        self._segments = layout.segments
+        self.expected_nbytes = layout.expected_nbytes_sent(self._rank)
+        """The payload bytes that a run may be expected to send to other ranks."""
         self.owned = layout.owned[self._rank]
         xp, exact = xp_of(like), residual_dtype(like.dtype)
         self.residual = xp.zeros(like.size, exact)
@@ -103,18 +102,20 @@ class NativeOwnerExchange(OwnerExchange):
 
     keeps = True
 
-    def __init__(
-        self, comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
-    ) -> None:
-        super().__init__(comm, like, encoder, boundaries, channel)
+    def __init__(self, comm: MPI.Intracomm, like: Array, layout: Layout, channel: int) -> None:
+        super().__init__(comm, like, layout, channel)
         module, number = native(), itertools.count()
+        encoders = list(layout.encoders)
         rows = [
-            (owner, k, a, b, encoder.nbytes(b - a))
+            (owner, k, a, b, encoder.nbytes(b - a), encoders.index(encoder))
             for owner, chunk in enumerate(self._segments)
             for k, segment in zip(number, chunk, strict=False)
-            for a, b in segment
+            for a, b, encoder in segment
         ]
-        values, sums = (encoder.functions(dtype) for dtype in (like.dtype, self.residual.dtype))
+        functions: list[int] = []
+        for encoder in encoders:
+            values, sums = (encoder.functions(dtype) for dtype in (like.dtype, self.residual.dtype))
+            functions += values.encode, values.decode, sums.encode, sums.decode, values.settings
         self.operation = module.OwnerExchange(
             library_functions(),
             MPI._sizeof(MPI.Comm),
@@ -123,9 +124,9 @@ class NativeOwnerExchange(OwnerExchange):
             self._rank,
             self._size,
             type_number(like.dtype),
-            [values.encode, values.decode, sums.encode, sums.decode, values.settings],
-            encoder.fixed_size,
-            np.array(rows, np.int64).reshape(-1, 5),
+            functions,
+            self._fixed_size,
+            np.array(rows, np.int64).reshape(-1, 6),
             address_of(self.residual),
             address_of(self.owner_residual),
             self.owned[0],
@@ -171,10 +172,10 @@ class NativeOwnerExchange(OwnerExchange):
 class _Message:
     """The payloads of one chunk: where they are encoded or decoded, and where MPI sends or receives them."""
 
-    def __init__(self, pieces: Sequence[Piece], encoder: Encoder, like: Array) -> None:
+    def __init__(self, pieces: Sequence[Piece], fixed_size: bool, like: Array) -> None:
         self.pieces = pieces
-        self.most = [encoder.nbytes(b - a) for a, b in pieces]
-        self.header = 0 if encoder.fixed_size else 4 * len(pieces)
+        self.most = [encoder.nbytes(b - a) for a, b, encoder in pieces]
+        self.header = 0 if fixed_size else 4 * len(pieces)
         device = device_of(like)
         self.bytes: Array = xp_of(like).empty(self.header + sum(self.most), np.uint8)
         self.nbytes = self.bytes.size  # those used
@@ -203,19 +204,19 @@ class _Message:
 class PortableOwnerExchange(OwnerExchange):
     """In Python over mpi4py."""
 
-    def __init__(
-        self, comm: MPI.Intracomm, like: Array, encoder: Encoder, boundaries: Sequence[int], channel: int
-    ) -> None:
-        super().__init__(comm, like, encoder, boundaries, channel)
+    def __init__(self, comm: MPI.Intracomm, like: Array, layout: Layout, channel: int) -> None:
+        super().__init__(comm, like, layout, channel)
+        fixed = self._fixed_size
         self._sum = xp_of(like).empty(self.owner_residual.size, self.owner_residual.dtype)
         chunks = [list(itertools.chain(*chunk)) for chunk in self._segments]
-        self._encoded = [_Message(pieces, encoder, like) for pieces in chunks]  # by owner: this rank's chunks
-        self._summed = [_Message(pieces, encoder, like) for pieces in chunks]  # by owner: the encoded sums
+        self._encoded = [_Message(pieces, fixed, like) for pieces in chunks]  # by owner: this rank's chunks
+        self._summed = [_Message(pieces, fixed, like) for pieces in chunks]  # by owner: the encoded sums
         mine = chunks[self._rank]
-        self._incoming = [_Message(mine, encoder, like) for r in range(self._size) if r != self._rank]
+        self._incoming = [_Message(mine, fixed, like) for r in range(self._size) if r != self._rank]
         self._incoming.insert(self._rank, self._encoded[self._rank])
         numbers = [[k] * len(segment) for k, segment in enumerate(itertools.chain(*self._segments))]
-        self._numbers = dict(zip(itertools.chain(*chunks), itertools.chain(*numbers), strict=True))
+        starts = (piece.start for piece in itertools.chain(*chunks))
+        self._numbers = dict(zip(starts, itertools.chain(*numbers), strict=True))
         self._every = min(SAMPLE, len(numbers))
         self._x: Array = None
 
@@ -270,13 +271,13 @@ class PortableOwnerExchange(OwnerExchange):
         began = time.perf_counter()
         on_host = device_of(values) is None
         start, lengths = message.header, message.lengths()
-        for k, (a, b) in enumerate(message.pieces):
+        for k, (a, b, encoder) in enumerate(message.pieces):
             left = residual[a - origin : b - origin]
             v = values[a - origin : b - origin]
-            sampled = on_host and self._numbers[a, b] % self._every == self.runs % self._every
+            sampled = on_host and self._numbers[a] % self._every == self.runs % self._every
             if sampled:
                 norms.look_before(pieces(v), pieces(left))
-            used = self._encoder.encode(v, left, message.bytes[start : start + message.most[k]], piece_seed(seed, a))
+            used = encoder.encode(v, left, message.bytes[start : start + message.most[k]], piece_seed(seed, a))
             if sampled:
                 norms.look_after(pieces(left))
             if on_host:
@@ -290,9 +291,9 @@ class PortableOwnerExchange(OwnerExchange):
         """Decode a chunk; ``out[0]`` is value ``origin`` of the buffer."""
         began = time.perf_counter()
         start = message.header
-        for (a, b), nbytes in zip(message.pieces, message.lengths(), strict=True):
+        for (a, b, encoder), nbytes in zip(message.pieces, message.lengths(), strict=True):
             stop = start + int(nbytes)
-            self._encoder.decode(message.bytes[start:stop], out[a - origin : b - origin], accumulate=accumulate)
+            encoder.decode(message.bytes[start:stop], out[a - origin : b - origin], accumulate=accumulate)
             start = stop
         self.record.decode += time.perf_counter() - began
 

@@ -14,7 +14,7 @@ from bitring.collectives.interop.steps import Progress, Steps, run
 from bitring.collectives.runtime.context import State
 from bitring.collectives.schedules.query import Query
 from bitring.collectives.selection.selection import choose
-from bitring.compression.exchange.layout import Piece
+from bitring.compression.exchange.layout import Extent
 from bitring.compression.exchange.owner_exchange import NativeOwnerExchange, OwnerExchange
 
 MakeExchange = Callable[[MPI.Intracomm, Array, int], OwnerExchange]
@@ -29,8 +29,8 @@ class Way(Protocol):
     """
 
     exchange: OwnerExchange | None
-    extent: Piece
-    owned: Piece
+    extent: Extent
+    owned: Extent
     nbytes_sent: int
 
     def steps(self, progress: Progress) -> Steps:
@@ -62,8 +62,8 @@ class NodeWay:
 
     def __init__(self, state: State, flat: Array, number: int, signature: int) -> None:
         self.exchange: OwnerExchange | None = None
-        self.extent: Piece = (0, 0)
-        self.owned: Piece = (0, 0)
+        self.extent: Extent = (0, 0)
+        self.owned: Extent = (0, 0)
         query = Query(
             collective="allreduce",
             nbytes=flat.nbytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ from bitring.collectives.runtime.tags import channel_of
 from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import Compressor, parsed
 from bitring.compression.encoder import Encoder, compressors, residual_dtype
+from bitring.compression.exchange.layout import lay_out
 from bitring.compression.exchange.once_a_node import once_a_node
 from bitring.compression.exchange.owner_exchange import OwnerExchange, exchange_for
 from bitring.compression.exchange.record import Record
 from bitring.compression.exchange.way import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
+from bitring.compression.plans.parameters import Shape, checked_boundaries, checked_shapes
 from bitring.compression.plans.reduced_plan import plan_reduced, reducer_of
-from bitring.compression.plans.watched_plan import WatchedPlan, add_owed, check_flags, checked_boundaries
+from bitring.compression.plans.watched_plan import WatchedPlan, add_owed, check_flags
 
 
 def plan_allreduce(
@@ -47,14 +49,16 @@ def plan_allreduce(
 
     ``compression``: None is exact; "onebit", "onebit:block=512" or the encoder ``OneBit(block=512)`` sends encoded sums
     of float16, bfloat16, float32 or float64 values with error feedback (Seide et al., 2014): what an encoding leaves
-    out is added to the next run's values. ``boundaries``: the positions in ``x`` where a new parameter begins; no
-    block of values that share levels spans two. ``hierarchical``: ranks of a node first sum exactly, and only nodes
-    exchange encoded sums; by default where there is more than one node.
+    out is added to the next run's values. ``hierarchical``: ranks of a node first sum exactly, and only nodes exchange
+    encoded sums; by default where there is more than one node.
 
     A reducer such as ``PowerSGD(matrix_rank=4)`` sums its own small representation exactly instead, with nodes summed
-    first in any case. ``shapes``: the parameters' shapes, for reducers that look at matrices; without it x is one
-    parameter of its own shape. ``check_finite=False`` leaves out the look
-    for NaN and Inf, for callers that have looked on all ranks.
+    first in any case.
+
+    ``shapes``: of the parameters in ``x``, one behind the other, for compressors that look at matrices, whose rows are
+    the first dimension; without it x is one parameter of its own shape. ``boundaries``: the positions in ``x`` where a
+    new parameter begins; one that only they tell of is flat to an encoder. No values of two parameters share levels.
+    ``check_finite=False`` leaves out the look for NaN and Inf, for callers that have looked on all ranks.
 
     Raises on all ranks alike: MismatchError where ranks differ in dtype, count, shape, op, algorithm or compression,
     and what is wrong with one rank's arguments (PeerError on the others). A compressed run raises NonFiniteError on all
@@ -70,7 +74,8 @@ def plan_allreduce(
     request = Request("plan_allreduce")
     flat: Array = np.empty(0, np.float32)
     encoder: Encoder | None = None
-    places: tuple[int, ...] = ()
+    parts: list[Shape] = []
+    encoders: set[Encoder] = set()
     try:
         flat, terms = checked_flat(x, "plan_allreduce")
         check_name(algorithm, "plan_allreduce")
@@ -83,14 +88,17 @@ def plan_allreduce(
                 f"encoder or a reducer; got {type(made).__name__}"
             )
         encoder = made
-        request.flag = not encoder.has_functions
         if flat.dtype.name not in _COMPRESSED_DTYPES:
             raise TypeError(f"plan_allreduce: compression is for {', '.join(_COMPRESSED_DTYPES)}; got {flat.dtype}")
         if op_name(op) != "SUM":
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
-        if device_of(flat) is not None:
-            encoder.device_kernels()
         places = checked_boundaries(boundaries, flat.size)
+        parts = checked_shapes(x, flat, shapes, places)
+        encoders = {encoder, *(encoder.for_shape(shape, state.size) for shape in parts)}
+        request.flag = not all(each.has_functions for each in encoders)
+        if device_of(flat) is not None:
+            for each in encoders:
+                each.device_kernels()
         request.terms = {
             **terms,
             "op": op_name(op),
@@ -98,6 +106,7 @@ def plan_allreduce(
             "compression": str(encoder),
             "hierarchical": hierarchical,
             "boundaries": places,
+            "shapes": parts,
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
@@ -105,7 +114,7 @@ def plan_allreduce(
         run_agreement(state, request)
         assert encoder is not None
         all_native = state.topology.native and not request.flag
-        return CompressedPlan(state, flat, encoder, hierarchical, places, check_finite, all_native)
+        return CompressedPlan(state, flat, encoder, encoders, hierarchical, parts, check_finite, all_native)
 
 
 _COMPRESSED_DTYPES = ("float16", BFLOAT16.name, "float32", "float64")
@@ -124,20 +133,25 @@ class CompressedPlan(WatchedPlan):
         state: State,
         flat: Array,
         encoder: Encoder,
+        encoders: Iterable[Encoder],
         hierarchical: bool | None,
-        boundaries: tuple[int, ...],
+        shapes: Sequence[Shape],
         check_finite: bool,
         all_native: bool,
     ) -> None:
-        """``all_native``: whether all ranks have the native engine and the encoder's C functions."""
+        """``encoders``: the kinds that parameters of these ``shapes`` may be encoded by, of which some ``encoder`` is.
+
+        ``all_native``: whether all ranks have the native engine and the encoders' C functions.
+        """
         super().__init__(state, flat, encoder, check_finite)
         self._encoder = encoder
+        self._draws = any(each.draws for each in encoders)
         self._all_native = all_native
         if hierarchical is None:
             hierarchical = state.topology.nodes > 1
         if device_of(flat) is None:
-            once_a_node(state, lambda: _warm_up(encoder, flat.dtype), "plan_allreduce")
-        self._way = self._make_way(hierarchical, boundaries)
+            once_a_node(state, lambda: _warm_up(encoders, flat.dtype), "plan_allreduce")
+        self._way = self._make_way(hierarchical, shapes)
         self._runs = np.zeros(1, np.int64)
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
         self._to_add: Array | None = None
@@ -150,13 +164,13 @@ class CompressedPlan(WatchedPlan):
             how = f"{state.topology.nodes} nodes exchange their exact sums"
         self.why = f"{encoder} was asked for; {how}"
 
-    def _make_way(self, hierarchical: bool, boundaries: tuple[int, ...]) -> Way:
+    def _make_way(self, hierarchical: bool, shapes: Sequence[Shape]) -> Way:
         state, flat, channel = self.state, self._flat, channel_of(self.number)
 
         def make(comm: MPI.Intracomm, like: Array, first: int) -> OwnerExchange:
             state.lane.meets(comm)
-            inside = [b - first for b in boundaries if first < b < first + like.size]
-            return exchange_for(like, self._all_native)(comm, like, self._encoder, inside, channel)
+            layout = lay_out(self._encoder, shapes, comm.Get_size(), first, first + like.size)
+            return exchange_for(like, self._all_native)(comm, like, layout, channel)
 
         if not hierarchical or state.size == 1:
             return DirectWay(state, flat, make)
@@ -166,6 +180,12 @@ class CompressedPlan(WatchedPlan):
         if state.shared is not None and device_of(flat) is None and self._all_native:
             lanes = make_lane_way(state, flat, self._run.kind, make)
         return LeaderWay(state, flat, self.number, make) if lanes is None else lanes
+
+    @property
+    def expected_nbytes(self) -> float:
+        """The payload bytes that a run may be expected to send from this rank to others."""
+        exchange = self._way.exchange
+        return self._way.nbytes_sent + (0 if exchange is None else exchange.expected_nbytes)
 
     def _finite(self) -> bool:
         return all_finite(self._flat)
@@ -220,7 +240,7 @@ class CompressedPlan(WatchedPlan):
         ``residual`` is a copy: each rank has one for its lane of the values, and zeros elsewhere. For an encoder that
         draws, also ``runs``, how many there were, on which its seeds depend: one int64 in host memory.
         """
-        return {**self._residuals(), "runs": self._runs} if self._encoder.draws else self._residuals()
+        return {**self._residuals(), "runs": self._runs} if self._draws else self._residuals()
 
     def _residuals(self) -> dict[str, Array]:
         exchange, (first, last), n = self._way.exchange, self._way.extent, self._flat.size
@@ -245,6 +265,7 @@ class CompressedPlan(WatchedPlan):
             self._to_add = mine["residual"]
 
 
-def _warm_up(encoder: Encoder, dtype: Any) -> None:
-    for each in (dtype, residual_dtype(dtype)):
-        encoder.warm_up(each)
+def _warm_up(encoders: Iterable[Encoder], dtype: Any) -> None:
+    for encoder in encoders:
+        for each in (dtype, residual_dtype(dtype)):
+            encoder.warm_up(each)

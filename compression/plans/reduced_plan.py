@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import time
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -23,7 +21,8 @@ from bitring.compression.encoder import VALUE_DTYPES
 from bitring.compression.exchange.exchange import Exchange
 from bitring.compression.exchange.record import Record, sample
 from bitring.compression.factors import Factors
-from bitring.compression.plans.watched_plan import WatchedPlan, check_flags, checked_boundaries
+from bitring.compression.plans.parameters import checked_boundaries, checked_shapes
+from bitring.compression.plans.watched_plan import WatchedPlan, check_flags
 from bitring.compression.reducer import Reducer, cut
 
 
@@ -63,10 +62,7 @@ def plan_reduced(
         if op_name(op) != "SUM":
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
         reducer.check(flat)
-        parts = [_own_shape(x, flat)] if shapes is None else _checked_shapes(shapes)
-        values = sum(map(math.prod, parts))
-        if values != flat.size:
-            raise ValueError(f"plan_allreduce: shapes must have x's {flat.size} values in all; got {values}")
+        parts = checked_shapes(x, flat, shapes)
         request.terms = {
             **terms,
             "op": op_name(op),
@@ -81,22 +77,6 @@ def plan_reduced(
     with state.turn("plan_allreduce"):
         run_agreement(state, request)
         return ReducedPlan(state, flat, reducer, parts, algorithm, check_finite)
-
-
-def _own_shape(x: Any, flat: Array) -> tuple[int, ...]:
-    """The shape of what was handed over, of which ``flat`` are the values."""
-    shape = tuple(map(int, getattr(x, "shape", ())))
-    return shape if len(shape) > 1 and math.prod(shape) == flat.size else (flat.size,)
-
-
-def _checked_shapes(shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    try:
-        checked = [tuple(map(operator.index, shape)) for shape in shapes]
-    except TypeError:
-        raise TypeError(f"plan_allreduce: shapes must be one shape for each parameter; got {shapes!r}") from None
-    if any(side < 0 for shape in checked for side in shape):
-        raise ValueError(f"plan_allreduce: no side of a shape can be negative; got {shapes!r}")
-    return checked
 
 
 class ReducedPlan(WatchedPlan):

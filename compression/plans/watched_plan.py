@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import operator
 from abc import abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,17 +54,6 @@ def check_flags(hierarchical: object, check_finite: object) -> None:
     if hierarchical is not None:
         checked("plan_allreduce", "hierarchical", hierarchical, bool)
     checked("plan_allreduce", "check_finite", check_finite, bool)
-
-
-def checked_boundaries(boundaries: Sequence[int], values: int) -> tuple[int, ...]:
-    """Where parameters begin in ``values`` values. Raises TypeError and ValueError."""
-    try:
-        places = tuple(map(operator.index, boundaries))
-    except TypeError:
-        raise TypeError(f"plan_allreduce: boundaries must be positions in x, ints; got {boundaries!r}") from None
-    if any(not 0 <= place <= values for place in places):
-        raise ValueError(f"plan_allreduce: boundaries must be positions in x, from 0 to {values}; got {boundaries!r}")
-    return places
 
 
 class Before:

@@ -61,8 +61,9 @@ float gradient(int run, int rank, std::size_t i) {
 // `longest`: of a piece, in values.
 void check(int size, std::int64_t n, unsigned longest, bool variable) {
     const std::string what = std::to_string(size) + " ranks, " + std::to_string(n) + (variable ? " values, cut short" : " values");
-    const double settings[] = {variable ? 1.0 : 0.0};
-    const Codec codec{encode, encode, decode, decode, settings};
+    // Two codecs: where lengths vary, the second one cuts payloads short.
+    const double all[] = {0.0, 0.0, 1.0};
+    const Codec codecs[] = {{encode, encode, decode, decode, all}, {encode, encode, decode, decode, &all[variable ? 2 : 1]}};
     std::mt19937 random{unsigned(n) + unsigned(size)};
     std::vector<ExchangeSegment> segments;
     std::vector<std::int64_t> begins;
@@ -74,7 +75,7 @@ void check(int size, std::int64_t n, unsigned longest, bool variable) {
             segments.push_back({owner, {}});
             for (unsigned k = 0; k <= random() % 3 && at < end; ++k) {
                 const std::int64_t stop = std::min<std::int64_t>(end, at + 1 + std::int64_t(random() % longest));
-                segments.back().pieces.push_back({at, stop, stop - at});
+                segments.back().pieces.push_back({at, stop, stop - at, random() % 2});
                 at = stop;
             }
         }
@@ -91,6 +92,7 @@ void check(int size, std::int64_t n, unsigned longest, bool variable) {
             for (const EncodedPiece& piece : segment.pieces) {
                 const auto at = std::size_t(piece.start);
                 const std::int64_t m = piece.stop - piece.start;
+                const double* settings = codecs[piece.codec].settings;
                 std::vector<float> sum(static_cast<std::size_t>(m)), x(static_cast<std::size_t>(m));
                 for (int r = 0; r < size; ++r) {
                     for (std::size_t i = 0; i < x.size(); ++i) x[i] = gradient(run, r, at + i);
@@ -108,8 +110,8 @@ void check(int size, std::int64_t n, unsigned longest, bool variable) {
         threads.emplace_back([&, rank] {
             const Crew::Waiting waiting(rank != 1);
             std::vector<float> x(count + 1), left(count + 1), owner_left(count + 1);
-            OwnerExchange exchange(network.wire(rank), rank, size, Type::f32, codec, !variable, segments, left.data(),
-                                   owner_left.data(), begins[std::size_t(rank)], 1, 2);
+            OwnerExchange exchange(network.wire(rank), rank, size, Type::f32, {codecs[0], codecs[1]}, !variable, segments,
+                                   left.data(), owner_left.data(), begins[std::size_t(rank)], 1, 2);
             exchange.bind(x.data());
             for (int run = 0; run < kRuns; ++run) {
                 for (std::size_t i = 0; i < count; ++i) x[i] = gradient(run, rank, i);
@@ -145,7 +147,7 @@ void check_corrupt() {
     const Codec codec{encode, encode, decode, decode, settings};
     Network network(1, 64);
     float x[1] = {99}, left[1] = {}, owed[1] = {};
-    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, true, {{0, {{0, 1, 1}}}}, left, owed, 0, 1, 2);
+    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, {codec}, true, {{0, {{0, 1, 1}}}}, left, owed, 0, 1, 2);
     exchange.bind(x);
     exchange.begin();
     while (!is_over(exchange.advance())) {
@@ -170,7 +172,7 @@ void check_corrupt_with_helpers() {
     const auto segments = of_one_piece(kLength, kSegments);
     x[4 * kLength + 1] = 99;
     const Crew::Waiting waiting(true);
-    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, true, segments, left.data(), owed.data(), 0, 1, 2);
+    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, {codec}, true, segments, left.data(), owed.data(), 0, 1, 2);
     exchange.bind(x.data());
     exchange.begin();
     while (!is_over(exchange.advance())) {
@@ -200,7 +202,7 @@ void check_not_finite() {
     constexpr std::int64_t kLength = 64, kSegments = 40;
     std::vector<float> x(kLength * kSegments), left(x.size()), owed(x.size());
     const auto segments = of_one_piece(kLength, kSegments);
-    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, true, segments, left.data(), owed.data(), 0, 1, 2);
+    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, {codec}, true, segments, left.data(), owed.data(), 0, 1, 2);
     exchange.bind(x.data());
     for (const std::int64_t at : {std::int64_t(-1), 5 * kLength + 3, std::int64_t(-1), 39 * kLength}) {
         std::fill(x.begin(), x.end(), 1.0f);
@@ -219,7 +221,7 @@ void check_outgrown() {
     Network network(1, 64);
     float x[3] = {1, 2, 3}, left[3] = {}, owed[3] = {};
     // The second piece leaves room enough for the first, which must not take it.
-    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, codec, false, {{0, {{0, 2, 1}, {2, 3, 2}}}}, left, owed, 0, 1, 2);
+    OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, {codec}, false, {{0, {{0, 2, 1}, {2, 3, 2}}}}, left, owed, 0, 1, 2);
     exchange.bind(x);
     exchange.begin();
     while (!is_over(exchange.advance())) {

@@ -253,7 +253,8 @@ class _Step:
             if not bucket.compressed:
                 return self._exactly(bucket)
             n = sum(self.values[each] for each in bucket.names)
-            payload = sum(encoder.expected_nbytes(self.values[each]) for each in bucket.names)
+            coders = {each: encoder.for_shape(self.shapes[each], among) for each in bucket.names}
+            payload = sum(coder.expected_nbytes(self.values[each]) for each, coder in coders.items())
             chunk = -(-n // (lanes * among))
             times = owner_seconds(
                 among,

@@ -55,7 +55,6 @@ class Bucket:
             comm=comm,
             algorithm=algorithm,
             compression=compression,
-            boundaries=self.starts,
             shapes=list(self.shapes.values()),
             check_finite=False,  # the trainer has looked at every gradient
         )
