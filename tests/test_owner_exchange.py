@@ -369,7 +369,7 @@ def test_flags_must_be_bools(comm: MPI.Intracomm, agree: Any, compression: str, 
         text = ""
     except (TypeError, bitring.PeerError) as error:
         text = f"{type(error).__name__}: {error}"
-    said = text.startswith("TypeError" if last else "PeerError") and f"{argument} must be True" in text
+    said = text.startswith("TypeError" if last else "PeerError") and f"{argument} must be a bool" in text
     agree(comm, said, text)
 
 
