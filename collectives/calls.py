@@ -27,7 +27,7 @@ from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.selection.selection import check_name, choose, direct_limits
 from bitring.errors import PeerError, RefusedError
-from bitring.native import operation_number, type_number
+from bitring.native import operation_of, type_of
 
 _CACHED_CHOICES = 1024
 _CACHED_RUNNERS = 16
@@ -519,8 +519,9 @@ def direct_of(state: State) -> Any:
         shared.direct.limit(*direct_limits(state.topology, state.table))
         for op, dtype in itertools.product(REDUCTIONS, NUMERIC_DTYPES):
             ufunc = ufunc_name(op, dtype)
-            if ufunc is not None:
+            kind = type_of(dtype)
+            if ufunc is not None and kind is not None:
                 terms = {"dtype": dtype, "count": 0, "order": "C", "op": op_name(op), "algorithm": "auto"}
-                kind = Request("Allreduce", {**terms, "memory": HOST}).kind
-                shared.direct.serve(op, operation_number(ufunc), type_number(dtype), kind)
+                signature = Request("Allreduce", {**terms, "memory": HOST}).kind
+                shared.direct.serve(op, operation_of(ufunc), kind, signature)
     return shared.direct

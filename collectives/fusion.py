@@ -14,7 +14,7 @@ from bitring.collectives.plan import ExactPlan, Plan
 from bitring.collectives.runtime.agreement import Request, conclude, verdict_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.selection.selection import Choice
-from bitring.native import native
+from bitring.native import extension
 
 FUSED_NBYTES = 64 << 10
 """Plans of so many bytes together are fused: what a message costs at any size is then still most of its cost."""
@@ -127,12 +127,12 @@ class SharedFusion(_Fusion):
         shared = self.state.common
         assert shared is not None
         pieces = [piece for plan in plans for piece in plan.pieces()]
-        self._operation = native().SharedAllreduce(shared.node, self._request.kind, pieces, None)
+        self._operation = extension.SharedAllreduce(shared.node, self._request.kind, pieces, None)
 
     @staticmethod
     def fit(first: ExactPlan, plan: ExactPlan, nbytes: int) -> bool:
         """See _Fusion."""
-        return bool(nbytes <= native().SharedAllreduce.small(plan.state.size))
+        return bool(nbytes <= extension.SharedAllreduce.small(plan.state.size))
 
     def steps(self, progress: Progress) -> Steps:
         """See _Fusion."""

@@ -11,7 +11,7 @@ from bitring.collectives.execution.runner import Task
 from bitring.collectives.interop.mpi_library import library_functions
 from bitring.collectives.interop.steps import Progress, Steps, run, wait_for
 from bitring.collectives.runtime.context import State
-from bitring.native import address_of, native
+from bitring.native import address_of, extension, native
 
 _MOST_VALUES = 2**31 - 1
 """Of one call of the native operation, which counts in an int."""
@@ -30,14 +30,14 @@ class LibraryRunner:
         self.nbytes_sent = 2 * task.flat.nbytes * (state.size - 1) // state.size
         self.operation: Any = None
         if native() is not None and device_of(task.flat) is None and task.flat.size <= _MOST_VALUES:
-            self.operation = native().LibraryAllreduce.make(
-                library_functions(),
-                MPI._sizeof(MPI.Comm),
-                MPI._handleof(state.comm),
-                MPI._handleof(MPI.Datatype.fromcode(task.flat.dtype.char)),
-                MPI._handleof(task.op),
-                int(MPI.IN_PLACE),
-                task.flat.size,
+            self.operation = extension.LibraryAllreduce.make(
+                library=library_functions(),
+                handle_size=MPI._sizeof(MPI.Comm),
+                comm=MPI._handleof(state.comm),
+                datatype=MPI._handleof(MPI.Datatype.fromcode(task.flat.dtype.char)),
+                op=MPI._handleof(task.op),
+                in_place=int(MPI.IN_PLACE),
+                count=task.flat.size,
             )
         self.bind(task.flat)
 

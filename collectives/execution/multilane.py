@@ -15,7 +15,7 @@ from bitring.collectives.interop.operators import op_name, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
 from bitring.collectives.runtime.context import State
 from bitring.collectives.runtime.objects import agreed_job
-from bitring.native import address_of, kernel, native
+from bitring.native import address_of, extension, kernel
 
 
 def make_multilane(state: State, task: Task) -> Runner:
@@ -50,9 +50,8 @@ class LaneRunner:
 
     def bind(self, buffer: Array) -> None:
         """See Runner."""
-        module = native()
         self._buffer = buffer
-        self.operation = module.LaneAllreduce(
+        self.operation: extension.LaneAllreduce | None = extension.LaneAllreduce(
             self._node,
             self._signature,
             address_of(buffer),
@@ -91,8 +90,8 @@ def lane_runner(
     ``between`` makes a runner with a native operation, which is bound later, for the communicator of a lane and an
     array such as its values. None on all ranks where some node has no room for the values.
     """
-    module, shared, node = native(), state.shared, state.node
-    assert module is not None and shared is not None
+    shared, node = state.shared, state.node
+    assert shared is not None
 
     def common(progress: Progress) -> StepsTo[tuple[Any, bool]]:
         """A region of all ranks of the node, and whether it is there to stage the values in."""
@@ -119,5 +118,5 @@ def lane_extent(state: State, n: int) -> tuple[int, int]:
     lanes, number = state.topology.lanes, state.node.rank
     if number >= lanes:
         return n, n
-    start = native().LaneAllreduce.chunk_start
+    start = extension.LaneAllreduce.chunk_start
     return start(n, lanes, number), start(n, lanes, number + 1)

@@ -6,6 +6,7 @@ For one schedule it gives the bits of the portable executor (``portable.py``), i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from bitring.collectives.interop.mpi_library import library_functions
 from bitring.collectives.interop.steps import Progress, Steps, run
 from bitring.collectives.runtime.tags import message_tag
 from bitring.collectives.schedules.program import WINDOW, Program
-from bitring.native import address_of, kernel, native
+from bitring.native import address_of, extension, kernel, native
 
 
 def _ragged(lists: Iterable[Iterable[int]]) -> tuple[Any, Any]:
@@ -32,41 +33,34 @@ class NativeTransport:
     def __init__(
         self, comm: MPI.Intracomm, program: Program, dtype: np.dtype[Any], ufunc: str | None, channel: int
     ) -> None:
-        module = native()
         self.nbytes_sent = program.values_sent * dtype.itemsize
-        rows = [
-            (
-                m.sends,
-                m.reduces,
-                m.early,
-                m.peer,
-                m.start,
-                m.stop,
-                m.stream,
-                message_tag(channel, m.sequence),
-                m.slot,
-                m.waits,
-            )
-            for m in program.messages
+        tags = [message_tag(channel, m.sequence) for m in program.messages]
+        columns = [
+            tags if name == "tag" else list(map(attrgetter(name), program.messages))
+            for name in extension.Program.message_fields
         ]
         slots = max(program.slots, default=-1) + 1
         self.scratch_nbytes = slots * program.slot_values * dtype.itemsize
-        self.operation = module.Execution(
-            module.Program(
-                np.array(rows, np.int64).reshape(-1, 10),
-                *_ragged(program.unblocks),
-                *_ragged(program.streams),
-                slots,
-                program.slot_values,
-                WINDOW,
+        unblocks_starts, unblocks = _ragged(program.unblocks)
+        streams_starts, streams = _ragged(program.streams)
+        self.operation = extension.Execution(
+            extension.Program(
+                messages=np.ascontiguousarray(np.array(columns, np.int64).T),
+                unblocks_starts=unblocks_starts,
+                unblocks=unblocks,
+                streams_starts=streams_starts,
+                streams=streams,
+                slots=slots,
+                slot_values=program.slot_values,
+                window=WINDOW,
             ),
-            library_functions(),
-            MPI._sizeof(MPI.Comm),
-            MPI._handleof(comm),
-            MPI._handleof(MPI.BYTE),
-            comm.Get_rank(),
-            dtype.itemsize,
-            kernel(ufunc, dtype),
+            library=library_functions(),
+            handle_size=MPI._sizeof(MPI.Comm),
+            comm=MPI._handleof(comm),
+            byte=MPI._handleof(MPI.BYTE),
+            rank=comm.Get_rank(),
+            itemsize=dtype.itemsize,
+            kernel=kernel(ufunc, dtype),
         )
         self._comm = comm
         self._buffer: Array = None
@@ -88,8 +82,12 @@ class NativeTransport:
         """Nothing is kept that MPI would want back."""
 
 
-DONE, DECLINED, REFUSED = 0, 1, 4
-"""What native/direct.h says of a run past the engine; any other outcome: it has begun, and goes on by the engine."""
+def _outcome(name: str) -> Any:
+    return name if native() is None else extension.Outcome[name]
+
+
+DONE, DECLINED, REFUSED = map(_outcome, ("done", "declined", "refused"))
+"""What became of a run past the engine; any other outcome: it has begun, and goes on by the engine."""
 
 ALONE_SECONDS = 0.2
 """A run past the engine that waits for longer is handed to it, which looks for ranks that are gone."""

@@ -7,7 +7,7 @@ from bitring.collectives.execution.runner import Task
 from bitring.collectives.interop.operators import op_name, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, run
 from bitring.collectives.runtime.context import State
-from bitring.native import address_of, kernel, native
+from bitring.native import address_of, extension, kernel
 
 
 class SharedRunner:
@@ -22,17 +22,15 @@ class SharedRunner:
         self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
         assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
         self._signature = task.signature
-        module = native()
-        small = flat.nbytes <= module.SharedAllreduce.small(state.size)
+        small = flat.nbytes <= extension.SharedAllreduce.small(state.size)
         self.nbytes_sent = (state.size - 1) * flat.nbytes // (1 if small else state.size) * (1 if small else 2)
         self.bind(flat)
 
     def bind(self, buffer: Array) -> None:
         """See Runner."""
-        module = native()
         self._buffer = buffer
         self.pieces = [(address_of(buffer), buffer.size, buffer.itemsize, self._kernel)]
-        self.operation = module.SharedAllreduce(
+        self.operation: extension.SharedAllreduce | None = extension.SharedAllreduce(
             self._shared.node, self._signature, self.pieces, self._shared.region_of(buffer)
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from bitring.native import native
+from bitring.native import extension
 
 
 def library_path() -> str | None:
@@ -24,8 +24,9 @@ def library_path() -> str | None:
 @functools.cache
 def library_functions() -> Any:
     """The functions of the MPI library that mpi4py has loaded, for native operations."""
-    module = native()
-    return module.MpiLibrary(library_path())
+    path = library_path()
+    assert path is not None, "mpi4py has loaded no MPI library"
+    return extension.MpiLibrary(path)
 
 
 def library_version() -> str:

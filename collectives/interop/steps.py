@@ -19,12 +19,6 @@ Steps = StepsTo[None]
 """A job's work: does what it can, and yields when it has to wait: a native operation that has begun, which the engine
 takes to its end without Python, or None. It is resumed when the operation is over, and now and then before."""
 
-_ENCODER_FAILED = {
-    -1: "a payload that came is not one of its values: it was damaged, or is of another encoder",
-    -2: "the encoder made a payload that is longer than its nbytes",
-}
-"""By the codes of native/owner_exchange.h."""
-
 
 class Progress:
     """How far a running job has come, read by the engine: whether it moved, and which peers it waits for.
@@ -64,6 +58,6 @@ def finish(operation: Any, progress: Progress) -> Steps:
     progress.exchanging = False
     if operation.error:
         progress.exchanging = True
-        if operation.error in _ENCODER_FAILED:
-            raise ValueError(_ENCODER_FAILED[operation.error])
+        if operation.reason is not None:
+            raise ValueError(operation.reason)
         raise MPI.Exception(operation.error)

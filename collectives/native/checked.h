@@ -17,6 +17,7 @@ public:
 
     int awaited() const override { return agreed_ ? next_->awaited() : node_->name(node_->awaited()); }
     int error() const override { return agreed_ ? next_->error() : 0; }
+    const char* reason() const override { return agreed_ ? next_->reason() : nullptr; }
     bool calls_library() const override { return true; }
     const Verdict& verdict() const { return verdict_; }
 

@@ -1,12 +1,14 @@
-// The extension bitring._native; _native.pyi is its interface.
+// The extension bitring._native; src/bitring/_native.pyi is its interface, made by scripts/stub.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -46,6 +48,10 @@ std::vector<std::vector<int>> ragged(const Integers& starts, const Integers& val
     return lists;
 }
 
+// The columns of a program's table of messages.
+const std::array<const char*, 10> message_fields{"sends", "reduces", "early", "peer", "start",
+                                                 "stop",  "stream",  "tag",   "slot", "waits"};
+
 std::shared_ptr<Program> make_program(const Table& messages, const Integers& unblocks_starts, const Integers& unblocks,
                                       const Integers& streams_starts, const Integers& streams, int slots,
                                       std::int64_t slot_values, int window) {
@@ -71,35 +77,28 @@ std::shared_ptr<Execution> make_execution(std::shared_ptr<Program> program, cons
                                        reinterpret_cast<Reduce>(kernel));
 }
 
-// `functions`, five of each codec: of compression/kernels/functions.py, for the buffer's type, then for the residual's,
-// then the settings'. `pieces`: rows of owner, number of the segment, start, stop, nbytes, number of the codec, ordered.
-std::shared_ptr<OwnerExchange> make_owner_exchange(const MpiLibrary& library, int handle_size, std::uint64_t comm,
-                                                   std::uint64_t byte, int rank, int size, int type,
-                                                   const std::vector<std::uintptr_t>& functions, bool fixed,
-                                                   const Table& pieces, std::uintptr_t residual,
-                                                   std::uintptr_t owner_residual, std::int64_t owned, int to_owner_tag,
-                                                   int from_owner_tag) {
-    std::vector<Codec> codecs;
-    for (std::size_t k = 0; k + 5 <= functions.size(); k += 5) {
-        codecs.push_back(Codec{
-            reinterpret_cast<Codec::Encode>(functions[k]), reinterpret_cast<Codec::Encode>(functions[k + 2]),
-            reinterpret_cast<Codec::Decode>(functions[k + 1]), reinterpret_cast<Codec::Decode>(functions[k + 3]),
-            reinterpret_cast<const double*>(functions[k + 4])});
-    }
+// Of each piece, in order: its owner, the number of its segment, its first value and the one after its last, the most
+// bytes of its payload, and the number of its codec.
+std::shared_ptr<OwnerExchange> make_owner_exchange(
+    const MpiLibrary& library, int handle_size, std::uint64_t comm, std::uint64_t byte, int rank, int size, Type type,
+    std::vector<Codec> codecs, bool fixed_size, const Integers& owners, const Integers& numbers,
+    const Integers& starts, const Integers& stops, const Integers& nbytes, const Integers& encoded_by,
+    std::uintptr_t residual, std::uintptr_t owner_residual, std::int64_t owned_from, int to_owner_tag,
+    int from_owner_tag) {
     std::vector<ExchangeSegment> segments;
     std::int64_t number = -1;
-    for (std::size_t i = 0; i < pieces.shape(0); ++i) {
-        const std::int64_t* p = pieces.data() + i * pieces.shape(1);
-        if (p[1] != number) segments.push_back(ExchangeSegment{int(p[0]), {}});
-        number = p[1];
-        segments.back().pieces.push_back(EncodedPiece{p[2], p[3], p[4], std::size_t(p[5])});
-        if (std::size_t(p[5]) >= codecs.size()) throw std::invalid_argument("OwnerExchange: no codec has that number");
+    for (std::size_t i = 0; i < owners.size(); ++i) {
+        if (numbers(i) != number) segments.push_back(ExchangeSegment{int(owners(i)), {}});
+        number = numbers(i);
+        const auto codec = std::size_t(encoded_by(i));
+        if (codec >= codecs.size()) throw std::invalid_argument("OwnerExchange: no codec has that number");
+        segments.back().pieces.push_back(EncodedPiece{starts(i), stops(i), nbytes(i), codec});
     }
     auto wire = make_mpi_wire(library, handle_size, comm, byte, OwnerExchange::room(segments, rank, size));
-    return std::make_shared<OwnerExchange>(std::move(wire), rank, size, Type(type), std::move(codecs), fixed,
+    return std::make_shared<OwnerExchange>(std::move(wire), rank, size, type, std::move(codecs), fixed_size,
                                            std::move(segments),
                                            reinterpret_cast<void*>(residual), reinterpret_cast<void*>(owner_residual),
-                                           owned, to_owner_tag, from_owner_tag);
+                                           owned_from, to_owner_tag, from_owner_tag);
 }
 
 // Takes the first of `operations` that has something to do further, again and again, without Python's lock, until one
@@ -147,36 +146,53 @@ NB_MODULE(_native, m) {
         }
     });
 
+    // Under the names of NumPy's ufuncs and dtypes.
+    nb::enum_<Op>(m, "Op")
+        .value("add", Op::sum).value("multiply", Op::prod).value("maximum", Op::max).value("minimum", Op::min)
+        .value("logical_and", Op::land).value("logical_or", Op::lor).value("logical_xor", Op::lxor)
+        .value("bitwise_and", Op::band).value("bitwise_or", Op::bor).value("bitwise_xor", Op::bxor);
+    nb::enum_<Type>(m, "Type")
+        .value("bool", Type::b8)
+        .value("int8", Type::i8).value("int16", Type::i16).value("int32", Type::i32).value("int64", Type::i64)
+        .value("uint8", Type::u8).value("uint16", Type::u16).value("uint32", Type::u32).value("uint64", Type::u64)
+        .value("float16", Type::f16).value("bfloat16", Type::bf16).value("float32", Type::f32)
+        .value("float64", Type::f64).value("longdouble", Type::longdouble)
+        .value("complex64", Type::c64).value("complex128", Type::c128).value("clongdouble", Type::clongdouble);
+    nb::enum_<Outcome>(m, "Outcome")
+        .value("done", Outcome::done).value("declined", Outcome::declined).value("disagree", Outcome::disagree)
+        .value("unfinished", Outcome::unfinished).value("refused", Outcome::refused);
+
     m.def("instruction_set", &instruction_set);
-    m.def("kernel", [](int op, int type) {
-        return reinterpret_cast<std::uintptr_t>(reduce_kernel(Op(op), Type(type)));
-    });
+    m.def("kernel", [](Op op, Type type) {
+        return reinterpret_cast<std::uintptr_t>(reduce_kernel(op, type));
+    }, "op"_a, "type"_a);
     m.def("reduce", [](std::uintptr_t kernel, std::size_t n, const std::vector<std::uintptr_t>& in,
                        const std::vector<std::uintptr_t>& out) {
         nb::gil_scoped_release released;
         reinterpret_cast<Reduce>(kernel)(n, in.size(), reinterpret_cast<const void* const*>(in.data()), out.size(),
                                          reinterpret_cast<void* const*>(out.data()));
-    });
-    m.def("with_count", &with_count);
-    m.def("limit_threads", [](int threads) { Crew::of_process().limit(threads); });
-    m.def("set_crowded", [](bool value) { crowded() = value; });
-    m.def("news_comes_to", [](int descriptor) { News::of_process().comes_to(descriptor); });
+    }, "kernel"_a, "n"_a, "inputs"_a, "outputs"_a);
+    m.def("with_count", &with_count, "signature"_a, "count"_a);
+    m.def("limit_threads", [](int threads) { Crew::of_process().limit(threads); }, "threads"_a);
+    m.def("set_crowded", [](bool value) { crowded() = value; }, "value"_a);
+    m.def("news_comes_to", [](int descriptor) { News::of_process().comes_to(descriptor); }, "descriptor"_a);
     m.def("unread_news", [] { return News::of_process().unread(); });
 
     nb::class_<Memory>(m, "Memory")
-        .def_static("make", &Memory::make)
-        .def_static("open", &Memory::open)
+        .def_static("make", &Memory::make, "nbytes"_a, "name"_a)
+        .def_static("open", &Memory::open, "nbytes"_a, "pid"_a, "descriptor"_a, "name"_a)
         .def_prop_ro("address", [](const Memory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); })
         .def_prop_ro("nbytes", &Memory::nbytes)
         .def_prop_ro("descriptor", &Memory::descriptor)
         .def("close_descriptor", &Memory::close_descriptor)
         .def("unlink", &Memory::unlink)
-        .def("read", [](const Memory& memory, std::size_t n) { return nb::bytes(memory.data(), n); })
-        .def("write", [](Memory& memory, nb::bytes text) { std::memcpy(memory.data(), text.c_str(), text.size()); });
+        .def("read", [](const Memory& memory, std::size_t n) { return nb::bytes(memory.data(), n); }, "n"_a)
+        .def("write", [](Memory& memory, nb::bytes text) { std::memcpy(memory.data(), text.c_str(), text.size()); },
+             "text"_a);
 
     nb::class_<Presence>(m, "Presence")
-        .def_static("make", &Presence::make)
-        .def_static("open", &Presence::open)
+        .def_static("make", &Presence::make, "name"_a)
+        .def_static("open", &Presence::open, "pid"_a, "descriptor"_a, "name"_a)
         .def_prop_ro("left", [](const Presence& presence) { return presence.state() == Presence::State::left; })
         .def_prop_ro("dead", [](const Presence& presence) { return presence.state() == Presence::State::dead; })
         .def("leave", &Presence::leave)
@@ -190,8 +206,9 @@ NB_MODULE(_native, m) {
     nb::class_<Verdict>(m, "Verdict")
         .def_ro("same", &Verdict::same)
         .def_ro("same_function", &Verdict::same_function)
-        .def_ro("same_place", &Verdict::same_place)
-        .def_ro("flags", &Verdict::flags);
+        .def_prop_ro("library", [](const Verdict& verdict) { return (verdict.flags & kNeedsLibrary) != 0; })
+        .def_prop_ro("bad", [](const Verdict& verdict) { return (verdict.flags & kBad) != 0; })
+        .def_prop_ro("told", [](const Verdict& verdict) { return (verdict.flags & kTold) != 0; });
 
     // Whoever calls the MPI library waits for its lock, and must not hold Python's: a thread that waits in the library
     // polls bitring's requests with the one, and wants the other.
@@ -203,51 +220,54 @@ NB_MODULE(_native, m) {
         .def_prop_ro("disagrees", [](const Operation& operation) { return operation.status() == Status::disagree; })
         .def_prop_ro("moves", &Operation::moves)
         .def_prop_ro("awaited", &Operation::awaited)
-        .def_prop_ro("error", &Operation::error);
+        .def_prop_ro("error", &Operation::error)
+        .def_prop_ro("reason", [](const Operation& operation) { return operation.reason(); });
 
     m.def("drive", [](const std::vector<Operation*>& operations, Wake& wake, double seconds, bool gentle) {
         return drive(operations, wake.value, seconds, gentle);
-    });
+    }, "operations"_a, "wake"_a, "seconds"_a, "gentle"_a);
 
     nb::class_<Region>(m, "Region", nb::is_weak_referenceable())
-        .def("__init__", [](Region* self, int rank, std::uint64_t number, const nb::list& parts) {
+        .def("__init__", [](Region* self, int rank, std::uint64_t number, const std::vector<Memory*>& parts) {
             std::vector<Memory> memories;
-            for (nb::handle part : parts) memories.push_back(std::move(*nb::inst_ptr<Memory>(part)));
+            for (Memory* part : parts) memories.push_back(std::move(*part));
             new (self) Region(rank, number, std::move(memories));
-        })
+        }, "rank"_a, "number"_a, "parts"_a)
         .def_prop_ro("nbytes", &Region::nbytes)
         .def_prop_ro("number", &Region::number)
         .def_prop_ro("rank", &Region::rank)
-        .def("address", [](const Region& region, int r) { return reinterpret_cast<std::uintptr_t>(region.part(r)); })
+        .def("address", [](const Region& region, int r) { return reinterpret_cast<std::uintptr_t>(region.part(r)); },
+             "rank"_a)
         .def("holds", [](const Region& region, std::uintptr_t data, std::size_t nbytes) {
             return region.holds(reinterpret_cast<void*>(data), nbytes);
-        })
+        }, "data"_a, "nbytes"_a)
         .def("where", [](const Region& region, std::uintptr_t data) {
             return region.where(reinterpret_cast<void*>(data));
-        });
+        }, "data"_a);
 
     nb::class_<Node>(m, "Node")
-        .def_static("nbytes", &Node::nbytes)
+        .def_static("nbytes", &Node::nbytes, "size"_a)
         .def("__init__", [](Node* self, std::shared_ptr<Region> region, std::vector<int> names) {
             std::vector<char*> parts;
             for (int r = 0; r < region->size(); ++r) parts.push_back(region->part(r));
             new (self) Node(region->rank(), std::move(parts), std::move(names), region);
-        })
+        }, "region"_a, "names"_a)
         .def_prop_ro("rank", &Node::rank)
         .def_prop_ro("size", &Node::size);
 
     nb::class_<Agreement, Operation>(m, "Agreement")
-        .def("__init__", [](Agreement* self, std::shared_ptr<Node> node, std::uint64_t signature, std::uint64_t where,
-                            std::uint32_t flags) {
-            new (self) Agreement(*node, Intent{signature, where, flags});
-        }, nb::keep_alive<1, 2>())
+        .def("__init__", [](Agreement* self, std::shared_ptr<Node> node, std::uint64_t signature, bool library,
+                            bool bad, bool told) {
+            const std::uint32_t flags = (library ? kNeedsLibrary : 0u) | (bad ? kBad : 0u) | (told ? kTold : 0u);
+            new (self) Agreement(*node, Intent{signature, 0, flags | kOnlyArrives});
+        }, nb::keep_alive<1, 2>(), "node"_a, "signature"_a, "library"_a, "bad"_a, "told"_a)
         .def_prop_ro("verdict", &Agreement::verdict);
 
     nb::class_<Checked, Operation>(m, "Checked")
-        .def("__init__", [](Checked* self, std::shared_ptr<Node> node, std::uint64_t signature, std::uint32_t flags,
+        .def("__init__", [](Checked* self, std::shared_ptr<Node> node, std::uint64_t signature,
                             std::shared_ptr<Operation> next) {
-            new (self) Checked(std::move(node), Intent{signature, 0, flags}, std::move(next));
-        })
+            new (self) Checked(std::move(node), Intent{signature, 0, kOnlyArrives}, std::move(next));
+        }, "node"_a, "signature"_a, "next"_a)
         .def_prop_ro("verdict", &Checked::verdict);
 
     nb::class_<SharedAllreduce, Operation>(m, "SharedAllreduce")
@@ -264,24 +284,28 @@ NB_MODULE(_native, m) {
             new (self) SharedAllreduce(std::move(node), intent, std::move(made), std::move(region));
         }, "node"_a, "signature"_a, "pieces"_a, "region"_a.none())
         .def_prop_ro("verdict", &SharedAllreduce::verdict)
-        .def_static("small", &SharedAllreduce::small);
+        .def_static("small", &SharedAllreduce::small, "size"_a);
 
-    nb::class_<Program>(m, "Program").def(nb::new_(&make_program));
-    nb::class_<MpiLibrary>(m, "MpiLibrary").def(nb::init<const std::string&>());
+    nb::class_<Program>(m, "Program")
+        .def(nb::new_(&make_program), "messages"_a, "unblocks_starts"_a, "unblocks"_a, "streams_starts"_a, "streams"_a,
+             "slots"_a, "slot_values"_a, "window"_a)
+        .def_prop_ro_static("message_fields", [](nb::handle) { return message_fields; });
+    nb::class_<MpiLibrary>(m, "MpiLibrary").def(nb::init<const std::string&>(), "path"_a);
 
     nb::class_<LibraryAllreduce, Operation>(m, "LibraryAllreduce")
         .def_static("make", [](const MpiLibrary& library, int handle_size, std::uint64_t comm, std::uint64_t datatype,
                                std::uint64_t op, std::int64_t in_place, int count) {
             return make_library_allreduce(library, handle_size, LibraryCall{comm, datatype, op, in_place, count});
-        })
+        }, "library"_a, "handle_size"_a, "comm"_a, "datatype"_a, "op"_a, "in_place"_a, "count"_a)
         .def("bind", [](LibraryAllreduce& operation, std::uintptr_t buffer) {
             operation.bind(reinterpret_cast<void*>(buffer));
-        });
+        }, "buffer"_a);
     nb::class_<Execution, Operation>(m, "Execution")
-        .def(nb::new_(&make_execution), nb::keep_alive<1, 3>())
+        .def(nb::new_(&make_execution), nb::keep_alive<1, 3>(), "program"_a, "library"_a, "handle_size"_a, "comm"_a,
+             "byte"_a, "rank"_a, "itemsize"_a, "kernel"_a)
         .def("bind", [](Execution& execution, std::uintptr_t buffer) {
             execution.bind(reinterpret_cast<void*>(buffer));
-        });
+        }, "buffer"_a);
 
     nb::class_<LaneAllreduce, Operation>(m, "LaneAllreduce")
         .def("__init__", [](LaneAllreduce* self, std::shared_ptr<Node> node, std::uint64_t signature,
@@ -296,7 +320,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("lane_values", [](const LaneAllreduce& lanes) {
             return reinterpret_cast<std::uintptr_t>(lanes.lane_values());
         })
-        .def_static("chunk_start", &LaneAllreduce::chunk_start);
+        .def_static("chunk_start", &LaneAllreduce::chunk_start, "n"_a, "lanes"_a, "lane"_a);
 
     nb::class_<OwnerExchange::Norms>(m, "Norms")
         .def_ro("values", &OwnerExchange::Norms::values)
@@ -312,42 +336,51 @@ NB_MODULE(_native, m) {
         .def_ro("owner_norms", &OwnerExchange::Record::owner_norms)
         .def_ro("finite", &OwnerExchange::Record::finite);
 
+    // Addresses of the functions and settings of compression/kernels/functions.py.
+    nb::class_<Codec>(m, "Codec")
+        .def("__init__", [](Codec* self, std::uintptr_t encode, std::uintptr_t decode, std::uintptr_t encode_sum,
+                            std::uintptr_t decode_sum, std::uintptr_t settings) {
+            new (self) Codec{
+                reinterpret_cast<Codec::Encode>(encode), reinterpret_cast<Codec::Encode>(encode_sum),
+                reinterpret_cast<Codec::Decode>(decode), reinterpret_cast<Codec::Decode>(decode_sum),
+                reinterpret_cast<const double*>(settings)};
+        }, "encode"_a, "decode"_a, "encode_sum"_a, "decode_sum"_a, "settings"_a);
+
     nb::class_<OwnerExchange, Operation>(m, "OwnerExchange")
-        .def(nb::new_(&make_owner_exchange), nb::keep_alive<1, 2>())
+        .def(nb::new_(&make_owner_exchange), nb::keep_alive<1, 2>(), "library"_a, "handle_size"_a, "comm"_a, "byte"_a,
+             "rank"_a, "size"_a, "type"_a, "codecs"_a, "fixed_size"_a, "owners"_a, "segments"_a, "starts"_a,
+             "stops"_a, "nbytes"_a, "encoded_by"_a, "residual"_a, "owner_residual"_a, "owned_from"_a,
+             "to_owner_tag"_a, "from_owner_tag"_a)
         .def("bind", [](OwnerExchange& exchange, std::uintptr_t buffer) {
             exchange.bind(reinterpret_cast<void*>(buffer));
-        })
-        .def("prepare", &OwnerExchange::prepare)
+        }, "buffer"_a)
+        .def("prepare", &OwnerExchange::prepare, "run"_a, "seed"_a)
         .def("keep", [](OwnerExchange& exchange, std::uintptr_t residual, std::uintptr_t owner_residual) {
             exchange.keep(reinterpret_cast<void*>(residual), reinterpret_cast<void*>(owner_residual));
-        })
+        }, "residual"_a, "owner_residual"_a)
         .def("forget", &OwnerExchange::forget)
         .def("bring_back", &OwnerExchange::bring_back)
         .def_prop_ro("record", &OwnerExchange::record, nb::rv_policy::copy);
 
     nb::class_<Direct>(m, "Direct")
-        .def(nb::init<std::shared_ptr<Node>, nb::object, nb::object>())
-        .def("serve", [](Direct& direct, nb::object op, int operation, int type, std::uint64_t signature) {
-            direct.serve(std::move(op), Op(operation), Type(type), signature);
-        })
-        .def("limit", &Direct::limit)
-        .def("add", &Direct::add)
-        .def("remove", &Direct::remove)
-        .def("allreduce", [](Direct& direct, nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
-            return int(direct.allreduce(sendbuf, recvbuf, op));
-        }, nb::arg().none(), nb::arg().none(), nb::arg().none())
+        .def(nb::init<std::shared_ptr<Node>, nb::object, nb::object>(), "node"_a, "ndarray"_a, "in_place"_a)
+        .def("serve", &Direct::serve, "op"_a, "operation"_a, "type"_a, "signature"_a)
+        .def("limit", &Direct::limit, "least"_a, "most"_a)
+        .def("add", &Direct::add, "region"_a)
+        .def("remove", &Direct::remove, "number"_a)
+        .def("allreduce", &Direct::allreduce, "sendbuf"_a.none(), "recvbuf"_a.none(), "op"_a.none())
         .def("runs", [](std::shared_ptr<Direct> direct, std::shared_ptr<Operation> operation, double seconds) {
             return Direct::Runs{std::move(direct), std::move(operation), seconds};
-        })
+        }, "operation"_a, "seconds"_a)
         .def_prop_ro("inside", &Direct::inside)
         .def_prop_ro("in_allreduce", &Direct::in_allreduce)
         .def("refuse", &Direct::refuse)
         .def("taken_over", &Direct::taken_over)
         .def("close", &Direct::close)
         .def_prop_ro("operation", &Direct::operation)
-        .def("keep_to", &Direct::keep_to);
+        .def("keep_to", &Direct::keep_to, "busy"_a, "thread"_a);
 
     nb::class_<Direct::Runs>(m, "Runs").def("run", [](Direct::Runs& runs) {
-        return int(runs.direct->run(*runs.operation, runs.seconds));
+        return runs.direct->run(*runs.operation, runs.seconds);
     });
 }

@@ -17,21 +17,26 @@ namespace bitring {
 
 constexpr std::size_t kLine = 128;  // processors fetch pairs of cache lines
 
+// What a rank says of itself when it comes to an operation; bits.
+enum Flag : std::uint32_t {
+    kNeedsLibrary = 1,  // it needs the MPI library's own call
+    kBad = 2,           // its arguments are bad
+    kOnlyArrives = 4,   // it agrees first and exchanges afterwards: one whose arrival brought its values comes along
+    kTold = 8           // for the others to learn; the caller's
+};
+
 // What a rank says when it comes to an operation. `words` of all ranks together become Verdict.
 struct Intent {
     std::uint64_t signature = 0;  // its upper half is the function, the lower what else must be the same
     std::uint64_t where = 0;      // which shared memory the buffer lies in, and at which offset; 0: private
-    std::uint32_t flags = 0;      // kNeedsLibrary, kBad
+    std::uint32_t flags = 0;      // Flag
 };
-
-constexpr std::uint32_t kNeedsLibrary = 1;
-constexpr std::uint32_t kBad = 2;
 
 struct Verdict {
     bool same = true;           // all signatures are the same
     bool same_function = true;  // their upper halves are
     bool same_place = true;     // all `where` are the same, and none is private
-    std::uint32_t flags = 0;    // of any rank
+    std::uint32_t flags = 0;    // Flag, of any rank
 };
 
 class Node {

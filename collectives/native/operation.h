@@ -38,11 +38,14 @@ public:
     // A rank, as the operation numbers them, that a waiting operation waits for; -1: none.
     virtual int awaited() const = 0;
 
-    // The MPI library's error code, or a negative one of the operation's own.
+    // The MPI library's error code, or another number than 0 where the operation has a reason() of its own.
     virtual int error() const { return 0; }
 
     // Whether it calls the MPI library: whoever waits for that one's lock must not hold Python's.
     virtual bool calls_library() const { return false; }
+
+    // What has gone wrong, in words, when it is none of the library's errors; else null.
+    virtual const char* reason() const { return nullptr; }
 
     // Grows whenever something was done.
     std::uint64_t moves() const { return moves_; }

@@ -193,6 +193,14 @@ std::size_t OwnerExchange::residual_at(std::size_t s, bool sum, char** residual,
     return std::size_t(pieces.back().stop - pieces.front().start) * wide_;
 }
 
+const char* OwnerExchange::reason() const {
+    switch (error_) {
+    case kCorrupt: return "a payload that came is not one of its values: it was damaged, or is of another encoder";
+    case kOutgrew: return "the encoder made a payload that is longer than its nbytes";
+    default: return nullptr;
+    }
+}
+
 void OwnerExchange::bring_back() {
     for (const bool sum : {false, true}) {
         for (std::size_t s = 0; s < segments_.size(); ++s) {

@@ -85,6 +85,7 @@ public:
 
     int awaited() const override { return awaited_; }
     int error() const override { return error_; }
+    const char* reason() const override;
     const Record& record() const { return record_; }
 
     // error(), where it is none of the MPI library's.

@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.steps import Progress, StepsTo, wait_for
-from bitring.native import native
+from bitring.native import extension
 
 logger = logging.getLogger("bitring")
 
@@ -43,13 +43,12 @@ def _attempt(
     comm: MPI.Intracomm, nbytes: int, number: int, named: bool, progress: Progress
 ) -> StepsTo[tuple[Any, str]]:
     """The region or None, and on this rank why not. Anonymous memory, or named while it is opened."""
-    module = native()
     token = secrets.token_bytes(_TOKEN_NBYTES)
     name = f"bitring-{token.hex()}" if named else ""
     rounded = max(nbytes, _TOKEN_NBYTES)
     mine, why = None, ""
     try:
-        mine = module.Memory.make(rounded, name)
+        mine = extension.Memory.make(rounded, name)
         mine.write(token)
     except OSError as error:
         why = str(error)
@@ -61,7 +60,7 @@ def _attempt(
             parts.append(mine)
             continue
         try:
-            part = module.Memory.open(rounded, pid, descriptor, path)
+            part = extension.Memory.open(rounded, pid, descriptor, path)
             part.close_descriptor()
             if part.read(_TOKEN_NBYTES) != expected:
                 raise OSError(f"rank {rank} of this node writes to another memory")
@@ -75,4 +74,4 @@ def _attempt(
         mine.close_descriptor()
     yield from wait_for(comm.Ibarrier(), progress)
     incomplete = why or any(descriptor < 0 for _, descriptor, _, _ in everyone)
-    return (None if incomplete else module.Region(comm.Get_rank(), number, parts)), why
+    return (None if incomplete else extension.Region(comm.Get_rank(), number, parts)), why

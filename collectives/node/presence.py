@@ -7,7 +7,7 @@ import os
 import secrets
 from typing import Any
 
-from bitring.native import native
+from bitring.native import extension
 
 Descriptor = tuple[int, int, bytes]
 """A process's number, its open file's, and what the file begins with."""
@@ -15,9 +15,8 @@ Descriptor = tuple[int, int, bytes]
 
 @functools.cache
 def _own() -> tuple[Any, bytes]:
-    module = native()
     token = secrets.token_bytes(16)
-    presence = module.Presence.make("")
+    presence = extension.Presence.make("")
     presence.memory.write(token)
     return presence, token
 
@@ -37,10 +36,9 @@ def leave() -> None:
 @functools.cache
 def presence_of(descriptor: Descriptor) -> Any:
     """Another process's: ``left`` and ``dead`` say whether it is. None where this process may not look."""
-    module = native()
     pid, number, token = descriptor
     try:
-        presence = module.Presence.open(pid, number, "")
+        presence = extension.Presence.open(pid, number, "")
     except OSError:
         return None
     return presence if presence.memory.read(len(token)) == token else None

@@ -14,7 +14,7 @@ from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.steps import Progress, StepsTo
 from bitring.collectives.node.node_memory import share
 from bitring.collectives.node.presence import own_descriptor, presence_of
-from bitring.native import address_of, native
+from bitring.native import address_of, extension
 
 LEFT_SECONDS = 5.0
 """What a process has done before it left has come by then."""
@@ -39,11 +39,10 @@ class Shared:
     """
 
     def __init__(self, node: Any, ranks: list[int], presences: list[Any]) -> None:
-        module = native()
         self.node = node
         self.ranks = ranks
         self._presences = presences
-        self.direct = module.Direct(node, np.ndarray, MPI.IN_PLACE)
+        self.direct = extension.Direct(node, np.ndarray, MPI.IN_PLACE)
         self.direct_serves = False  # it has been told what it may do
         self._regions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._count = 0
@@ -88,12 +87,11 @@ def make_shared(comm: MPI.Intracomm, ranks: list[int], progress: Progress) -> St
 
     ``ranks``: their numbers in the communicator that it is for.
     """
-    module = native()
-    region = yield from share(comm, module.Node.nbytes(comm.Get_size()), 0, progress)
+    region = yield from share(comm, extension.Node.nbytes(comm.Get_size()), 0, progress)
     if region is None:
         return None
     if comm.Get_size() > len(os.sched_getaffinity(0)):
-        module.set_crowded(True)
+        extension.set_crowded(True)
     everyone = yield from allgather_steps(comm, own_descriptor(), progress)
     presences = [None if r == comm.Get_rank() else presence_of(each) for r, each in enumerate(everyone)]
-    return Shared(module.Node(region, ranks), ranks, presences)
+    return Shared(extension.Node(region, ranks), ranks, presences)

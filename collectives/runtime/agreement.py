@@ -22,14 +22,7 @@ from bitring.collectives.node.shared import Shared
 from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import WORDS_TAG
 from bitring.errors import MismatchError, PeerError, text_of
-from bitring.native import native
-
-_LIBRARY = 1
-_BAD = 2
-_ONLY_ARRIVES = 4
-"""A rank that agrees first and exchanges afterwards says so: one whose arrival brought its values must not take others'
-for there, and comes along."""
-_FLAG = 8
+from bitring.native import extension
 
 
 def _number(text: str, nbytes: int = 7) -> int:
@@ -87,9 +80,9 @@ class Request:
     @property
     def signature(self) -> int:
         """64 bits of it for the native engine."""
-        module = native()
-        signature: int = module.with_count(self.kind, self.terms.get("count", 0))
-        return signature
+        count = self.terms.get("count", 0)
+        assert isinstance(count, int)
+        return extension.with_count(self.kind, count)
 
 
 class Verdict(NamedTuple):
@@ -104,14 +97,8 @@ class Verdict(NamedTuple):
 
 def verdict_of(native_verdict: Any) -> Verdict:
     """The native engine's verdict."""
-    flags = native_verdict.flags
-    return Verdict(
-        native_verdict.same,
-        native_verdict.same_function,
-        bool(flags & _LIBRARY),
-        bool(flags & _BAD),
-        bool(flags & _FLAG),
-    )
+    of = native_verdict
+    return Verdict(of.same, of.same_function, of.library, of.bad, of.told)
 
 
 def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress: Progress) -> Steps:
@@ -127,10 +114,9 @@ def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress
         yield from wait_for(check.request, progress)
         verdict = check.verdict
     else:
-        module = native()
-        flags = _ONLY_ARRIVES | (_LIBRARY if request.library else 0) | (_BAD if request.error else 0)
-        flags |= _FLAG if request.flag else 0
-        operation = module.Agreement(shared.node, request.signature, 0, flags)
+        operation = extension.Agreement(
+            shared.node, request.signature, library=request.library, bad=request.error is not None, told=request.flag
+        )
         yield from run(operation, progress)
         verdict = verdict_of(operation.verdict)
     yield from conclude(comm, request, verdict, progress)
@@ -141,8 +127,7 @@ def checked(shared: Shared, request: Request, operation: Any) -> Any:
 
     ``conclude`` raises what its verdict means where it ``disagrees``.
     """
-    module = native()
-    return module.Checked(shared.node, request.signature, _ONLY_ARRIVES, operation)
+    return extension.Checked(shared.node, request.signature, operation)
 
 
 class Check:

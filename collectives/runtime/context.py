@@ -31,7 +31,7 @@ from bitring.collectives.schedules.topology import Topology
 from bitring.collectives.selection.table import BUILT_IN, load_table, path_of_table
 from bitring.errors import DeadRankError
 from bitring.launcher import alone_by_mistake, launched_rank, thread_share
-from bitring.native import native
+from bitring.native import extension, native
 
 logger = logging.getLogger("bitring")
 
@@ -162,7 +162,7 @@ class State:
         nodes = [ranks for rank, ranks in enumerate(found) if ranks[0] == rank]
         fewest, most = min(map(len, nodes)), max(map(len, nodes))
         if engines:
-            native().limit_threads(thread_share([everyone[rank][2] for rank in mates], node.rank))
+            extension.limit_threads(thread_share([everyone[rank][2] for rank in mates], node.rank))
         shared = (yield from make_shared(part, mates, progress)) if engines and most > 1 else None
         everywhere = all((yield from allgather_steps(self.comm, shared is not None, progress)))
         self.node, self.nodes = node, nodes

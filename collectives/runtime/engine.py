@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mpi4py import MPI
 
 from bitring.collectives.runtime.ports import ports
-from bitring.native import native
+from bitring.native import extension, native
 
 if TYPE_CHECKING:
     from bitring.collectives.runtime.job import Job
@@ -61,9 +61,8 @@ class Engine:
         self.stopped: str | None = None
         self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self.bereaved = False  # a rank is gone, or silent: the MPI library's own end would wait for it
-        module = native()
-        self._native = module
-        self._wake_driver: Any = None if module is None else module.Wake()
+        self._native: Any = native()
+        self._wake_driver: Any = None if native() is None else extension.Wake()
 
     def check(self, what: str) -> None:
         """Raise RuntimeError when this process must not communicate any more."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from bitring.collectives.interop.steps import Steps
 from bitring.collectives.runtime.card import Card, Process, addresses, host
-from bitring.native import native
+from bitring.native import extension, native
 
 if TYPE_CHECKING:
     from bitring.collectives.runtime.contact import Contact
@@ -100,9 +100,8 @@ class Ports:
 
     def unread(self) -> bool:
         """Whether something has come that is to be read."""
-        module = native()
-        if module is not None:  # which keeps the interpreter's lock: it may take long to get it back
-            return bool(module.unread_news())
+        if native() is not None:  # which keeps the interpreter's lock: it may take long to get it back
+            return extension.unread_news()
         return self._events is not None and bool(self._events.poll(0, 1))
 
     def read_lately(self) -> None:
@@ -200,9 +199,8 @@ def _closed_early(port: socket.socket) -> socket.socket:
 
 def _look_at(descriptor: int) -> None:
     """Let native operations look whether there is anything unread."""
-    module = native()
-    if module is not None:
-        module.news_comes_to(descriptor)
+    if native() is not None:
+        extension.news_comes_to(descriptor)
 
 
 def read_news() -> Steps:

@@ -33,10 +33,10 @@ from bitring.collectives.interop.mpi_library import library_functions
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
 from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import message_tag
-from bitring.compression.encoder import residual_dtype
+from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.layout import Layout, Piece
 from bitring.compression.exchange.record import SAMPLE, Norms, Record, pieces
-from bitring.native import address_of, native, type_number
+from bitring.native import address_of, extension, type_of
 
 _TO_OWNER = 1024
 _FROM_OWNER = 1025
@@ -97,6 +97,18 @@ class OwnerExchange(ABC):
         return self.runs * self._size + self._rank
 
 
+def _codec(encoder: Encoder, values: np.dtype[Any], sums: np.dtype[Any]) -> extension.Codec:
+    """The encoder's C functions for values and for sums of these dtypes."""
+    of_values, of_sums = encoder.functions(values), encoder.functions(sums)
+    return extension.Codec(
+        encode=of_values.encode,
+        decode=of_values.decode,
+        encode_sum=of_sums.encode,
+        decode_sum=of_sums.decode,
+        settings=of_values.settings,
+    )
+
+
 class NativeOwnerExchange(OwnerExchange):
     """Of host buffers, without Python per message; the encoder's kernels are called as C functions."""
 
@@ -104,33 +116,39 @@ class NativeOwnerExchange(OwnerExchange):
 
     def __init__(self, comm: MPI.Intracomm, like: Array, layout: Layout, channel: int) -> None:
         super().__init__(comm, like, layout, channel)
-        module, number = native(), itertools.count()
+        number, kind = itertools.count(), type_of(like.dtype)
+        assert kind is not None, f"the extension has no {like.dtype}"
         encoders = list(layout.encoders)
-        rows = [
+        pieces = [
             (owner, k, a, b, encoder.nbytes(b - a), encoders.index(encoder))
             for owner, chunk in enumerate(self._segments)
             for k, segment in zip(number, chunk, strict=False)
             for a, b, encoder in segment
         ]
-        functions: list[int] = []
-        for encoder in encoders:
-            values, sums = (encoder.functions(dtype) for dtype in (like.dtype, self.residual.dtype))
-            functions += values.encode, values.decode, sums.encode, sums.decode, values.settings
-        self.operation = module.OwnerExchange(
-            library_functions(),
-            MPI._sizeof(MPI.Comm),
-            MPI._handleof(comm),
-            MPI._handleof(MPI.BYTE),
-            self._rank,
-            self._size,
-            type_number(like.dtype),
-            functions,
-            self._fixed_size,
-            np.array(rows, np.int64).reshape(-1, 6),
-            address_of(self.residual),
-            address_of(self.owner_residual),
-            self.owned[0],
-            *self._tags,
+        columns = np.ascontiguousarray(np.array(pieces, np.int64).reshape(-1, 6).T)
+        owners, numbers, starts, stops, nbytes, encoded_by = columns
+        to_owner_tag, from_owner_tag = self._tags
+        self.operation = extension.OwnerExchange(
+            library=library_functions(),
+            handle_size=MPI._sizeof(MPI.Comm),
+            comm=MPI._handleof(comm),
+            byte=MPI._handleof(MPI.BYTE),
+            rank=self._rank,
+            size=self._size,
+            type=kind,
+            codecs=[_codec(encoder, like.dtype, self.residual.dtype) for encoder in encoders],
+            fixed_size=self._fixed_size,
+            owners=owners,
+            segments=numbers,
+            starts=starts,
+            stops=stops,
+            nbytes=nbytes,
+            encoded_by=encoded_by,
+            residual=address_of(self.residual),
+            owner_residual=address_of(self.owner_residual),
+            owned_from=self.owned[0],
+            to_owner_tag=to_owner_tag,
+            from_owner_tag=from_owner_tag,
         )
         self._kept: tuple[Array, Array] | None = None
         self._buffer: Array = None

@@ -40,7 +40,7 @@ _SCALARS: tuple[Any, ...] = (
     np.clongdouble,
 )
 NUMERIC_DTYPES: tuple[np.dtype[Any], ...] = tuple(map(np.dtype, _SCALARS))
-"""The dtypes that bitring moves and reduces, in the order of native/kernels.h."""
+"""The dtypes that bitring moves and reduces; the extension knows all of them."""
 
 _NUMERIC = frozenset(NUMERIC_DTYPES)
 

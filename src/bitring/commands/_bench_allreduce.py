@@ -25,7 +25,7 @@ from bitring.commands._ranks import ending_together, limit_threads, together
 from bitring.commands._timing import Contender, check_sums, sample
 from bitring.compression.plans.plan import plan_allreduce
 from bitring.machine import THREAD_LEVELS
-from bitring.native import address_of, kernel, native
+from bitring.native import address_of, extension, kernel
 from bitring.nodes import describe
 
 RESIDENT, PRIVATE, CALL = "auto, resident", "auto", "plain call"
@@ -191,7 +191,7 @@ def _limit(comm: Communicator, shared: Any) -> Callable[[], None] | None:
     last = shared.size if comm.rank == comm.size - 1 else last
     offset = address_of(shared) - region.address(region.rank) + first * shared.itemsize
     places = [region.address(r) + offset for r in range(comm.size)]
-    return partial(native().reduce, function, last - first, places, places)
+    return partial(extension.reduce, function, last - first, places, places)
 
 
 def _row(size: int, name: str, measured: Mapping[str, list[float]]) -> dict[str, Any]:

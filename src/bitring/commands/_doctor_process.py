@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bitring.commands._findings import FAIL, NOTE, OK, Finding
 from bitring.machine import package_version
-from bitring.native import native
+from bitring.native import extension, native
 
 _SHM_NBYTES = 256 << 20
 """Below this a container's default of 64 MiB is likely."""
@@ -22,9 +22,8 @@ _OPEN_FILES = 1024
 def native_engine() -> Finding:
     """Whether the extension is there and used."""
     what = "native engine"
-    module = native()
-    if module is not None:
-        return Finding(what, OK, f"reduces with {module.instruction_set()} instructions")
+    if native() is not None:
+        return Finding(what, OK, f"reduces with {extension.instruction_set()} instructions")
     if os.environ.get("BITRING_NATIVE") == "0":
         return Finding(what, NOTE, "left out, as BITRING_NATIVE=0 says", "unset it: Python moves every message now")
     return Finding(what, NOTE, "not built", "install bitring with a C++ compiler: Python moves every message now")
