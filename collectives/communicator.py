@@ -61,6 +61,21 @@ def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def _require(given: object, kind: type, function: str, argument: str) -> None:
+    if not isinstance(given, kind):
+        raise TypeError(f"{function}: {argument} must be an MPI.{kind.__name__}; got {type(given).__name__}")
+
+
+def _require_ints(function: str, **given: Any) -> None:
+    for argument, value in given.items():
+        try:
+            fits = not isinstance(value, (str, bytes)) and -(1 << 31) <= int(value) < 1 << 31
+        except (TypeError, ValueError, OverflowError):
+            fits = False
+        if not fits:
+            raise TypeError(f"{function}: {argument} must be an int of 32 bits; got {value!r}")
+
+
 class Communicator(MPI.Intracomm):
     """A drop-in for ``MPI.Intracomm``: the same communicator, with bitring's collectives.
 
@@ -70,7 +85,8 @@ class Communicator(MPI.Intracomm):
     made by ``MPI.Op.Create``, derived datatypes) goes to the MPI library, on all ranks alike.
 
     All ranks must make these calls alike: where they differ in dtype, count, operation, root or algorithm, or where
-    one rank's arguments are bad, every rank raises (MismatchError, PeerError) and none hangs.
+    one rank's arguments are bad, every rank raises (MismatchError, PeerError) and none hangs. So it is with Dup, Clone,
+    Split, Split_type and Create.
     """
 
     _algorithm = "auto"
@@ -99,35 +115,71 @@ class Communicator(MPI.Intracomm):
     def _derived(self, comm: MPI.Comm) -> Any:
         return type(self)(comm, self._algorithm) if isinstance(comm, MPI.Intracomm) else comm
 
+    def _made(self, function: str, make: Callable[[], MPI.Comm], check: Callable[[], object] = lambda: None) -> Any:
+        """What ``make``, a blocking call of the library's, returns, as a Communicator, once all ranks are at it.
+
+        ``check`` looks at this rank's arguments; what it raises, the other ranks hear of.
+        """
+        check_alive(self, function)
+        request = Request(function)
+        try:
+            check()
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            request.error = error
+        state = state_of(self)
+        with state.turn(function):
+            if state.size > 1:
+                state.lane.call(lambda progress: agree(state.comm, state.common, request, progress), function)
+            elif request.error is not None:
+                raise request.error
+            return self._derived(make())
+
     def Dup(self, info: MPI.Info | None = None) -> Self:
         """As mpi4py's; returns a Communicator."""
-        check_alive(self, "Dup")
-        derived: Self = self._derived(super().Dup(info))
-        return derived
+
+        def check() -> None:
+            if info is not None:
+                _require(info, MPI.Info, "Dup", "info")
+
+        made: Self = self._made("Dup", lambda: super(Communicator, self).Dup(info), check)
+        return made
 
     def Clone(self) -> Self:
         """As mpi4py's; returns a Communicator."""
-        check_alive(self, "Clone")
-        derived: Self = self._derived(super().Clone())
-        return derived
+        made: Self = self._made("Clone", super().Clone)
+        return made
 
     def Split(self, color: int = 0, key: int = 0) -> Self:
         """As mpi4py's; returns a Communicator."""
-        check_alive(self, "Split")
-        derived: Self = self._derived(super().Split(color, key))
-        return derived
+
+        def check() -> None:
+            _require_ints("Split", color=color, key=key)
+            if color < 0 and color != MPI.UNDEFINED:
+                raise ValueError(f"Split: color must be at least 0, or MPI.UNDEFINED; got {color}")
+
+        made: Self = self._made("Split", lambda: super(Communicator, self).Split(color, key), check)
+        return made
 
     def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Self:
         """As mpi4py's; returns a Communicator."""
-        check_alive(self, "Split_type")
-        derived: Self = self._derived(super().Split_type(split_type, key, info))
-        return derived
+
+        def check() -> None:
+            _require_ints("Split_type", split_type=split_type, key=key)
+            _require(info, MPI.Info, "Split_type", "info")
+
+        made: Self = self._made(
+            "Split_type", lambda: super(Communicator, self).Split_type(split_type, key, info), check
+        )
+        return made
 
     def Create(self, group: MPI.Group) -> Self:
         """As mpi4py's; returns a Communicator."""
-        check_alive(self, "Create")
-        derived: Self = self._derived(super().Create(group))
-        return derived
+        made: Self = self._made(
+            "Create",
+            lambda: super(Communicator, self).Create(group),
+            lambda: _require(group, MPI.Group, "Create", "group"),
+        )
+        return made
 
     def Create_group(self, group: MPI.Group, tag: int = 0) -> Self:
         """As mpi4py's; returns a Communicator."""

@@ -12,11 +12,13 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
+from mpi4py import MPI
 from run import launcher
 
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.runtime.context import state_of
 from bitring.collectives.schedules.schedule import algorithms
+from bitring.errors import MismatchError, PeerError
 
 ALGORITHMS = ["auto", *algorithms.names()]
 
@@ -683,4 +685,40 @@ def test_what_the_library_refuses_on_one_rank_is_an_error_on_all(comm, agree, n:
         agree(comm, text.startswith("Exception: "), text)  # no library sums derived datatypes
     vector.Free()
     own.Free()
+    world.Free()
+
+
+def raised(call):
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+def test_communicators_are_made_by_all_ranks_or_by_none(agree):
+    """A rank in another call, or with bad arguments, is an error on all ranks, not a wait in the library."""
+    world = Communicator(MPI.COMM_WORLD.Dup())
+    last, first = world.rank == world.size - 1, world.rank == 0
+    group = world.Get_group()
+    for right, wrong, text in (
+        (lambda: world.Split(0), lambda: world.Split("red"), "Split: color must be an int of 32 bits; got 'red'"),  # pyright: ignore[reportArgumentType]
+        (lambda: world.Split(0, 0), lambda: world.Split(0, 1 << 40), "Split: key must be an int of 32 bits"),
+        (lambda: world.Split(0), lambda: world.Split(-7), "Split: color must be at least 0, or MPI.UNDEFINED; got -7"),
+        (lambda: world.Create(group), lambda: world.Create(3), "Create: group must be an MPI.Group; got int"),  # pyright: ignore[reportArgumentType]
+        (lambda: world.Dup(), lambda: world.Dup(3), "Dup: info must be an MPI.Info; got int"),  # pyright: ignore[reportArgumentType]
+    ):
+        error = raised(wrong if last else right)
+        kinds = (TypeError, ValueError) if last else PeerError
+        agree(world, isinstance(error, kinds) and text in str(error), repr(error))
+    if world.size > 1:
+        error = raised(lambda: world.Split(0) if first else world.Dup())
+        agree(world, isinstance(error, MismatchError) and "Dup" in str(error) and "Split" in str(error), repr(error))
+    parts = [world.Split(world.rank % 2 == 0), world.Dup(), world.Create(group)]
+    x = np.zeros(3)
+    for part in parts:
+        part.Allreduce(np.ones(3), x)
+        agree(world, bool((x == part.size).all()))
+        part.Free()
+    group.Free()
     world.Free()
