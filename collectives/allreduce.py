@@ -8,7 +8,8 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, as_array, device_of, flat_view, require_numeric, xp_of
-from bitring.collectives.calls import Call, set_operation
+from bitring.collectives.call import operation, read_call
+from bitring.collectives.call_run import CallRun
 from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.plan import array_terms
 from bitring.collectives.runtime.context import given_comm, state_of
@@ -42,15 +43,13 @@ def allreduce(
     state = state_of(given_comm(comm, "allreduce"))
     reduction = _Reduction()
 
-    def library(comm: MPI.Intracomm) -> MPI.Request:
-        if call.before is not None:
-            call.before()
-        return comm.Iallreduce(MPI.IN_PLACE, reduction.work, op)
+    def library(comm: MPI.Intracomm, send: Any, receive: Any) -> MPI.Request:
+        return comm.Iallreduce(send, receive, op)
 
     with state.turn("allreduce"):
-        call = Call("allreduce", "allreduce", algorithm).read(lambda call: reduction.read(call, x, out, op, mean))
+        call = read_call("allreduce", "allreduce", algorithm, lambda: reduction.read(x, out, op, mean))
         state.prepare("allreduce", call.request.error)
-        call.run_now(state, library)
+        CallRun(state, call).now(library)
     if mean:
         reduction.divide(state.size)
     return reduction.result
@@ -63,8 +62,8 @@ class _Reduction:
     total: Array
     work: Array  # the values of ``total``
 
-    def read(self, call: Call, x: Any, out: Any, op: MPI.Op, mean: bool) -> None:
-        """Check the arguments, and tell ``call`` what is to be done."""
+    def read(self, x: Any, out: Any, op: MPI.Op, mean: bool) -> dict[str, Any]:
+        """Check the arguments; the fields of the call."""
         require_op(op, "allreduce")
         array = as_array(x, "allreduce", "x")
         dtype = array.dtype.newbyteorder("=")
@@ -86,14 +85,23 @@ class _Reduction:
         if mean and dtype.itemsize == 2:
             self.total = xp_of(array).empty(array.shape, np.float32)
             self.work = self.total.reshape(-1)
-        if out is not x or self.total is not self.result:
 
-            def copy() -> None:
-                self.total[...] = array
+        def copy() -> None:
+            self.total[...] = array
 
-            call.before = copy
-        set_operation(call, op, self.work)
-        call.terms(self.work, **array_terms(self.result), op=op_name(op), mean=mean)
+        def plain() -> tuple[Any, Any]:
+            if before is not None:
+                before()
+            return MPI.IN_PLACE, self.work
+
+        before = copy if out is not x or self.total is not self.result else None
+        return {
+            "work": self.work,
+            "before": before,
+            "plain": plain,
+            **operation(op, self.work, "allreduce"),
+            "terms": {**array_terms(self.result), "op": op_name(op), "mean": mean},
+        }
 
     def divide(self, size: int) -> None:
         """Make the mean of the sum over ``size`` ranks."""

@@ -1,8 +1,4 @@
-"""Collective calls without a plan: what ``Communicator.Allreduce`` and its like do with their arguments.
-
-A call is read into a :class:`Call`: the 1-D array that a schedule works on, what is copied there before and from
-there after, and the MPI library's own call for what bitring does not serve. Then all ranks agree on it, and run it.
-"""
+"""What ``Communicator.Allreduce`` and its like do with their arguments: each is read into a ``Call``."""
 
 from __future__ import annotations
 
@@ -14,310 +10,32 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
-from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE
-from bitring.collectives.execution.runner import Runner, Task, make_runner
+from bitring.collectives.call import Call, operation, read_call
 from bitring.collectives.interop.buffers import Values, is_in_place, parse
-from bitring.collectives.interop.library_steps import allgather_steps
-from bitring.collectives.interop.operators import REDUCTIONS, op_name, require_defined, require_op, ufunc_name
-from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
-from bitring.collectives.plan import HOST, library_reduces, memory_name
-from bitring.collectives.runtime.agreement import Request, agree, checked, conclude, verdict_of
+from bitring.collectives.interop.operators import REDUCTIONS, op_name, ufunc_name
+from bitring.collectives.plan import HOST
+from bitring.collectives.runtime.agreement import Request
 from bitring.collectives.runtime.context import State
-from bitring.collectives.schedules.query import Query
-from bitring.collectives.schedules.schedule import algorithms
-from bitring.collectives.selection.selection import check_name, choose, direct_limits
-from bitring.errors import PeerError, RefusedError
+from bitring.collectives.selection.selection import direct_limits
 from bitring.native import operation_of, type_of
 
-_CACHED_CHOICES = 1024
-_CACHED_RUNNERS = 16
-_CACHED_SCRATCH_NBYTES = 64 << 20
-"""What a communicator keeps for calls without a plan, the last used ones; the very last is kept whatever its size."""
+Copy = Callable[[], None]
 
 
-Library = Callable[[MPI.Intracomm], MPI.Request]
-"""Begins the MPI library's own call on a communicator. It is not the blocking one, so that ranks that are gone are
-noticed."""
-
-_under_way: list[Any] = []
-"""Calls that other ranks' library refused: theirs never end, and the library may still write to their memory."""
-
-
-class Call:
-    """One collective call as this rank understands it.
-
-    ``work`` is None where only the library reads this rank's arguments; ``sendbuf`` and ``recvbuf`` are what its call
-    is given. ``own`` says whether bitring has the operation, ``library`` whether the MPI library has it. Once settled,
-    ``choice`` is the algorithm, and ``handed_on`` says whether it is the library's own call; neither where all is done.
-    ``plain`` returns instead of ``sendbuf`` and ``recvbuf`` arrays that the library cannot refuse.
-    """
-
-    def __init__(
-        self,
-        function: str,
-        collective: str,
-        algorithm: str,
-        root: int = 0,
-        sendbuf: Any = None,
-        recvbuf: Any = None,
-    ) -> None:
-        self.request = Request(function)
-        self.collective = collective
-        self.algorithm = algorithm
-        self.root = root
-        self.sendbuf = sendbuf
-        self.recvbuf = recvbuf
-        self.op = MPI.SUM
-        self.work: Array | None = None
-        self.before: Callable[[], None] | None = None
-        self.after: Callable[[], None] | None = None
-        self.own = True
-        self.library = True
-        self.choice: str | None = None
-        self.handed_on = False
-        self.plain: Callable[[], tuple[Any, Any]] | None = None
-        self.runner: Runner | None = None
-        self._kept = False  # the runner, by an earlier call
-        self._done = False
-
-    def read(self, reader: Callable[[Call], None]) -> Call:
-        """Let ``reader`` fill the call in; its complaint is kept for the agreement, so that all ranks raise."""
-        try:
-            check_name(self.algorithm, self.request.function)
-            reader(self)
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
-            self.request.error = error
-        self.request.library = self.work is None and self.request.error is None
-        return self
-
-    def terms(self, work: Array, **terms: object) -> None:
-        """Work on ``work``; ``terms`` must be the same on all ranks, and so must memory and algorithm."""
-        self.work = work
-        self.request.terms = {**terms, "algorithm": self.algorithm, "memory": memory_name(work)}
-
-    def settle(self, state: State, progress: Progress, blocking: bool = True) -> Steps:
-        """Agree with all ranks and choose the algorithm.
-
-        ``blocking``: this rank does nothing else meanwhile, and may take part in setting up what runs it.
-        """
-        if state.size > 1:
-            yield from agree(state.comm, state.common, self.request, progress)
-        elif self.request.error is not None:
-            raise self.request.error
-        self._choose(state, blocking)
-
-    def settle_arrived(self, state: State, operation: Any, progress: Progress) -> Steps:
-        """As ``settle``, for a rank that has arrived by ``operation`` already, which may do all that is to be done."""
-        yield from finish(operation, progress)
-        if not operation.disagrees:
-            if self.runner is not None:
-                self._end(state)
-            self._done = True
-            return
-        if self.runner is not None:
-            self._keep_runner(state)
-        yield from conclude(state.comm, self.request, verdict_of(operation.verdict), progress)
-        self._choose(state, blocking=True)
-
-    def _choose(self, state: State, blocking: bool) -> None:
-        work = self.work
-        if self.request.library or work is None:
-            self.choice, self.handed_on = None, True
-            return
-        host = device_of(work) is None
-        key = self.algorithm, self.collective, work.nbytes, work.itemsize, self.own, self.library, host, blocking
-        choice = state.choices.get(key)
-        if choice is None:
-            query = Query(
-                collective=self.collective,
-                nbytes=work.nbytes,
-                topology=state.topology,
-                own=self.own,
-                library=self.library,
-                itemsize=work.itemsize,
-                host=host,
-                blocking=blocking,
-            )
-            name = choose(self.algorithm, query, state.table).name
-            choice = name, algorithms.get(name).library
-            if len(state.choices) >= _CACHED_CHOICES:
-                state.choices.clear()
-            state.choices[key] = choice
-        self.choice, self.handed_on = choice
-
-    def take_runner(self, state: State) -> None:
-        """Have what runs the chosen algorithm on the call's buffer: one kept from an earlier call, or a new one.
-
-        Collective for algorithms that need setting up; none is to be had for the library's own call.
-        """
-        work = self.work
-        if self.choice is None or self.handed_on or work is None:
-            return
-        self.runner = make_runner(state, self.choice, Task(self.collective, work, self.op, self.root))
-
-    def take_kept_runner(self, state: State) -> bool:
-        """Have what ran such a call before, if it is there; which is not so on all ranks alike."""
-        work = self.work
-        if self.choice is None or self.handed_on or work is None:
-            return False
-        self._key = (self.collective, self.choice, work.size, work.dtype, op_name(self.op), self.root, type(work))
-        idle: list[Runner] = state.cache.pop(self._key, [])
-        self._idle, self._kept = idle, bool(idle)
-        if not idle:
-            return False
-        self.runner = idle.pop()
-        self.runner.bind(work)
-        return True
-
-    def run(self, state: State, progress: Progress) -> Steps:
-        """Run the chosen algorithm, with the copies before and after it."""
-        if self.before is not None:
-            self.before()
-        if state.size > 1 and self.runner is not None:
-            yield from self.runner.steps(progress)
-        if self.after is not None:
-            self.after()
-
-    def steps(self, state: State, progress: Progress) -> Steps:
-        """What follows ``settle`` and ``take_runner``, but for the library's own call, if that was the choice."""
-        if self.runner is not None:
-            yield from self.run(state, progress)
-            self._keep_runner(state)
-            self._done = True
-
-    def _end(self, state: State) -> None:
-        """The runner's operation is over, which was not run by ``steps``."""
-        if self.after is not None:
-            self.after()
-        self._keep_runner(state)
-        self._done = True
-
-    def _keep_runner(self, state: State) -> None:
-        runner, self.runner = self.runner, None
-        assert runner is not None
-        runner.unbind()
-        state.cache[self._key] = [*self._idle, runner]  # the key used last is dropped last
-        if self._kept:
-            return
-        scratch = sum(kept.scratch_nbytes for kept_alike in state.cache.values() for kept in kept_alike)
-        while len(state.cache) > 1 and (len(state.cache) > _CACHED_RUNNERS or scratch > _CACHED_SCRATCH_NBYTES):
-            scratch -= sum(kept.scratch_nbytes for kept in state.cache.pop(next(iter(state.cache))))
-
-    def run_now(self, state: State, library: Library, arrival: Any = None) -> None:
-        """Run the call in this thread; ``arrival``: the operation by which this rank has come to it already."""
-        if arrival is None:
-            arrival = self._run_past_engine(state)
-            if self._done:
-                return
-
-        def whole(progress: Progress) -> Steps:
-            if arrival is None:
-                yield from self.settle(state, progress)
-            else:
-                yield from self.settle_arrived(state, arrival, progress)
-            if self.handed_on:
-                yield from self.library_steps(state, library, progress)
-            elif not self._done and self.take_kept_runner(state):
-                yield from self.steps(state, progress)
-
-        try:
-            state.lane.call(whole, self.request.function)
-        except BaseException as error:
-            if arrival is not None and not arrival.over:
-                state.lane.cut_short(self.request.function, error)
-            raise
-        if not (self._done or self.handed_on):
-            self.take_runner(state)
-            if self.runner is not None:
-                state.lane.call(lambda progress: self.steps(state, progress), self.request.function, continues=True)
-
-    def _run_past_engine(self, state: State) -> Any:
-        """Run the call without a job where all that it takes is there: the operation that did, None if none did.
-
-        ``_done`` says whether it was enough; else the operation goes on, or has found that ranks differ.
-        """
-        shared = state.common
-        if shared is None or self.request.error is not None or self.request.library:
-            return None
-        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:  # another thread's run may be in the library
-            return None
-        self._choose(state, blocking=True)
-        if not self.take_kept_runner(state):
-            return None
-        assert self.runner is not None
-        if self.runner.operation is None:
-            self._keep_runner(state)
-            return None
-        operation = checked(shared, self.request, self.runner.operation)
-        if self.before is not None:
-            self.before()
-        try:
-            outcome = shared.direct.runs(operation, ALONE_SECONDS).run()
-        except BaseException as error:  # an interrupt, with the run half done
-            state.lane.cut_short(self.request.function, error)
-            raise
-        if outcome == DONE:
-            self._end(state)
-        elif outcome == DECLINED:
-            self._keep_runner(state)
-        else:
-            shared.direct.taken_over()
-            return operation
-        return None
-
-    def library_steps(self, state: State, library: Library, progress: Progress) -> Steps:
-        """The library's own call. What only some ranks' library refuses is raised on all."""
-        if not self.request.library and self.plain is not None:
-            self.sendbuf, self.recvbuf = self.plain()
-        if self.own and not self.request.library:
-            yield from wait_for(library(state.comm), progress)  # there is nothing to refuse
-            return
-        # The ranks whose library accepts are a call ahead of the others', in a communicator that is then given up.
-        comm = (yield from state.spare(progress)) if state.size > 1 else state.comm
-        request, refusal = None, None
-        try:
-            request = library(comm)
-        except Exception as error:
-            refusal = error
-        refusals = yield from allgather_steps(state.comm, None if refusal is None else str(refusal), progress)
-        refusing = [rank for rank, text in enumerate(refusals) if text is not None]
-        if refusing and request is not None:
-            _under_way.append((request, self))
-        if 0 < len(refusing) < state.size:
-            state.drop_spare()
-        if refusal is not None:
-            raise RefusedError from refusal
-        if refusing:
-            function, rank = self.request.function, refusing[0]
-            raise PeerError(f"{function}: rank {rank} could not take part: {refusals[rank]}")
-        assert request is not None
-        yield from wait_for(request, progress)
-
-    def whole(self, state: State, library: Library, progress: Progress) -> Steps:
-        """All of a call that does not block its caller."""
-        yield from self.settle(state, progress, blocking=False)
-        if self.handed_on:
-            yield from self.library_steps(state, library, progress)
-            return
-        if not self.take_kept_runner(state):
-            self.take_runner(state)
-        yield from self.steps(state, progress)
-
-
-def _plain(call: Call, send: Array, receive: Array) -> Callable[[], tuple[Any, Any]]:
+def _plain(send: Array, receive: Array, before: Copy | None) -> Callable[[], tuple[Any, Any]]:
     """``Call.plain``: in place where it is all the same array, or where the two overlap, which the library refuses."""
 
     def plain() -> tuple[Any, Any]:
         if send is not receive and not np.may_share_memory(send, receive):
             return send, receive
-        if call.before is not None:
-            call.before()
+        if before is not None:
+            before()
         return MPI.IN_PLACE, receive
 
     return plain
 
 
-def _copy_to(target: Array, source: Array) -> Callable[[], None]:
+def _copy_to(target: Array, source: Array) -> Copy:
     def copy() -> None:
         target[:] = source
 
@@ -353,46 +71,37 @@ def _same_arrays(function: str, sendbuf: Any, recvbuf: Any) -> None:
         raise ValueError(f"{function}: recvbuf must have values of {sent}, as sendbuf has; got {received}")
 
 
-def set_operation(call: Call, op: MPI.Op, work: Array) -> None:
-    """Say who can reduce ``work`` under ``op``. Raises TypeError when nobody can."""
-    require_op(op, call.request.function)
-    call.op = op
-    call.own = op_name(op) != "user"
-    call.library = library_reduces(work, op)
-    if call.own:
-        require_defined(op, work.dtype, call.request.function)
-    elif not call.library:
-        raise TypeError(
-            f"{call.request.function}: op must be a predefined operation for {work.dtype} in {memory_name(work)}; "
-            "got one made by MPI.Op.Create"
-        )
-
-
 def allreduce_call(state: State, function: str, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
     """Allreduce(sendbuf, recvbuf): in place on ``recvbuf``."""
 
-    def read(call: Call) -> None:
+    def read() -> dict[str, Any]:
         receive = parse(recvbuf, function, "recvbuf", writable=True)
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
             _same_arrays(function, sendbuf, recvbuf)
-            return
-        call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
-        work = receive.flat
+            return {"sendbuf": sendbuf, "recvbuf": recvbuf}
+        work, before = receive.flat, None
         if send is not receive:
             _same(function, send.flat, work)
-            call.before = _copy_to(work, send.flat)
-        call.plain = _plain(call, send.flat, work)
-        set_operation(call, op, work)
-        call.terms(work, dtype=work.dtype, count=work.size, order=_order(function, send, receive), op=op_name(op))
+            before = _copy_to(work, send.flat)
+        order = _order(function, send, receive)
+        return {
+            "sendbuf": _send_spec(sendbuf, send),
+            "recvbuf": receive.spec,
+            "work": work,
+            "before": before,
+            "plain": _plain(send.flat, work, before),
+            **operation(op, work, function),
+            "terms": {"dtype": work.dtype, "count": work.size, "order": order, "op": op_name(op)},
+        }
 
-    return Call(function, "allreduce", algorithm, sendbuf=sendbuf, recvbuf=recvbuf).read(read)
+    return read_call(function, "allreduce", algorithm, read)
 
 
 def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str) -> Call:
     """Reduce(sendbuf, recvbuf, root): in place on the root's ``recvbuf``, on a copy of ``sendbuf`` elsewhere."""
 
-    def read(call: Call) -> None:
+    def read() -> dict[str, Any]:
         require_root(root, state.size, "Reduce")
         at_root = state.rank == root
         if is_in_place(sendbuf) and not at_root:
@@ -402,33 +111,39 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
         if send is None or (at_root and receive is None):
             if at_root:
                 _same_arrays("Reduce", sendbuf, recvbuf)
-            return
-        call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), recvbuf if receive is None else receive.spec
-        given = send.flat
+            return {"sendbuf": sendbuf, "recvbuf": recvbuf, "root": int(root)}
+        given, before = send.flat, None
         work = xp_of(given).empty(given.size, given.dtype) if receive is None else receive.flat
         if work is not given:
             _same("Reduce", given, work)
-            call.before = _copy_to(work, given)
-        call.plain = (lambda: (given, None)) if receive is None else _plain(call, given, work)
-        set_operation(call, op, work)
+            before = _copy_to(work, given)
         order = _order("Reduce", send, receive)
-        call.terms(work, dtype=work.dtype, count=work.size, order=order, op=op_name(op), root=int(root))
+        terms = {"dtype": work.dtype, "count": work.size, "order": order, "op": op_name(op), "root": int(root)}
+        return {
+            "sendbuf": _send_spec(sendbuf, send),
+            "recvbuf": recvbuf if receive is None else receive.spec,
+            "root": int(root),
+            "work": work,
+            "before": before,
+            "plain": (lambda: (given, None)) if receive is None else _plain(given, work, before),
+            **operation(op, work, "Reduce"),
+            "terms": terms,
+        }
 
-    return Call("Reduce", "reduce", algorithm, root, sendbuf, recvbuf).read(read)
+    return read_call("Reduce", "reduce", algorithm, read)
 
 
 def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
     """Reduce_scatter_block(sendbuf, recvbuf): on a copy of the ``size`` blocks, so that ``sendbuf`` stays as it is."""
     function, size, rank = "Reduce_scatter_block", state.size, state.rank
 
-    def read(call: Call) -> None:
+    def read() -> dict[str, Any]:
         in_place = is_in_place(sendbuf)
         receive = parse(recvbuf, function, "recvbuf", writable=True, blocks=size if in_place else 1)
         send = receive if in_place else parse(sendbuf, function, "sendbuf", writable=False, blocks=size)
         if receive is None or send is None:
             _same_arrays(function, sendbuf, recvbuf)
-            return
-        call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
+            return {"sendbuf": sendbuf, "recvbuf": recvbuf}
         given = send.flat
         if given.size % size:
             raise ValueError(f"{function}: sendbuf must hold {size} equal blocks; got {given.size} values")
@@ -436,8 +151,6 @@ def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.
         if send is not receive:
             _same(function, given, receive.flat, blocks_sent=size)
         work = xp_of(given).empty(given.size, given.dtype)
-        call.before = _copy_to(work, given)
-        call.after = _copy_to(receive.flat[:block], work[rank * block : (rank + 1) * block])
 
         def plain() -> tuple[Any, Any]:
             if send is receive:
@@ -447,26 +160,32 @@ def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.
                 return work, receive.flat
             return given, receive.flat
 
-        call.plain = plain
-        set_operation(call, op, work)
-        call.terms(work, dtype=work.dtype, count=block, order=_order(function, send, receive), op=op_name(op))
+        order = _order(function, send, receive)
+        return {
+            "sendbuf": _send_spec(sendbuf, send),
+            "recvbuf": receive.spec,
+            "work": work,
+            "before": _copy_to(work, given),
+            "after": _copy_to(receive.flat[:block], work[rank * block : (rank + 1) * block]),
+            "plain": plain,
+            **operation(op, work, function),
+            "terms": {"dtype": work.dtype, "count": block, "order": order, "op": op_name(op)},
+        }
 
-    return Call(function, "reduce_scatter", algorithm, sendbuf=sendbuf, recvbuf=recvbuf).read(read)
+    return read_call(function, "reduce_scatter", algorithm, read)
 
 
 def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algorithm: str) -> Call:
     """Allgather(sendbuf, recvbuf): in place on ``recvbuf``, as bytes."""
 
-    def read(call: Call) -> None:
+    def read() -> dict[str, Any]:
         receive = parse(recvbuf, function, "recvbuf", writable=True, blocks=state.size)
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
             _same_arrays(function, sendbuf, recvbuf)
-            return
-        call.sendbuf, call.recvbuf = _send_spec(sendbuf, send), receive.spec
-        received = bytes_of(receive.flat)
+            return {"sendbuf": sendbuf, "recvbuf": recvbuf}
+        received, before = bytes_of(receive.flat), None
         sent = received if send is receive else bytes_of(send.flat)
-        call.plain = _plain(call, sent, received)
         if received.size % state.size:
             raise ValueError(
                 f"{function}: recvbuf must hold {state.size} equal blocks; got {receive.flat.size} values of "
@@ -475,27 +194,39 @@ def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algo
         block = received.size // state.size
         if send is not receive:
             _same(function, sent, received, blocks_received=state.size)
-            call.before = _copy_to(received[state.rank * block : (state.rank + 1) * block], sent)
-        call.library = device_of(received) is None
-        call.terms(received, nbytes=block, order=_order(function, send, receive))
+            before = _copy_to(received[state.rank * block : (state.rank + 1) * block], sent)
+        return {
+            "sendbuf": _send_spec(sendbuf, send),
+            "recvbuf": receive.spec,
+            "work": received,
+            "before": before,
+            "plain": _plain(sent, received, before),
+            "library": device_of(received) is None,
+            "terms": {"nbytes": block, "order": _order(function, send, receive)},
+        }
 
-    return Call(function, "allgather", algorithm, sendbuf=sendbuf, recvbuf=recvbuf).read(read)
+    return read_call(function, "allgather", algorithm, read)
 
 
 def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
     """Bcast(buf, root): in place, as bytes."""
 
-    def read(call: Call) -> None:
+    def read() -> dict[str, Any]:
         require_root(root, state.size, "Bcast")
         values = parse(buf, "Bcast", "buf", writable=state.rank != root)
-        if values is not None:
-            call.recvbuf = values.spec
-            work = bytes_of(values.flat)
-            call.plain = lambda: (None, work)
-            call.library = device_of(work) is None
-            call.terms(work, nbytes=work.size, order=_order("Bcast", values, None), root=int(root))
+        if values is None:
+            return {"recvbuf": buf, "root": int(root)}
+        work = bytes_of(values.flat)
+        return {
+            "recvbuf": values.spec,
+            "root": int(root),
+            "work": work,
+            "plain": lambda: (None, work),
+            "library": device_of(work) is None,
+            "terms": {"nbytes": work.size, "order": _order("Bcast", values, None), "root": int(root)},
+        }
 
-    return Call("Bcast", "broadcast", algorithm, root, recvbuf=buf).read(read)
+    return read_call("Bcast", "broadcast", algorithm, read)
 
 
 def require_root(root: object, size: int, function: str) -> None:

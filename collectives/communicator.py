@@ -13,8 +13,9 @@ from mpi4py import MPI
 from typing_extensions import Self
 
 from bitring.arrays import require_native
+from bitring.collectives.call import Call
+from bitring.collectives.call_run import CallRun, Library
 from bitring.collectives.calls import (
-    Call,
     allgather_call,
     allreduce_call,
     bcast_call,
@@ -23,10 +24,9 @@ from bitring.collectives.calls import (
     reduce_scatter_block_call,
 )
 from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
-from bitring.collectives.execution.runner import Task, make_runner
 from bitring.collectives.interop.steps import Progress, Steps
-from bitring.collectives.plan import run_agreement
-from bitring.collectives.requests import RUN, GeneralRequest, PersistentRequest
+from bitring.collectives.plan import RUN, ExactPlan, run_agreement
+from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import State, check_alive, state_of
 from bitring.collectives.runtime.objects import agreed_job
@@ -218,8 +218,8 @@ class Communicator(MPI.Intracomm):
         if direct is not None:
             try:
                 outcome = direct.allreduce(sendbuf, recvbuf, op)
-            except BaseException as error:  # an interrupt, with the run half done
-                state_of(self).lane.cut_short("Allreduce", error)
+            except BaseException as error:
+                state_of(self).lane.interrupted("Allreduce", error)
                 raise
             if outcome == DONE:
                 return
@@ -232,7 +232,7 @@ class Communicator(MPI.Intracomm):
             if direct is None and self._algorithm == "auto":
                 self._direct = direct_of(state)
             arrival = None if direct is None or outcome == DECLINED else direct.operation
-            call.run_now(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), arrival)
+            CallRun(state, call).now(lambda comm, send, receive: comm.Iallreduce(send, receive, op), arrival)
 
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> MPI.Request:
         """Begin an Allreduce; the request works in any mixed Waitall. Errors are raised by its Wait or Test."""
@@ -241,7 +241,9 @@ class Communicator(MPI.Intracomm):
             call = allreduce_call(state, "Iallreduce", sendbuf, recvbuf, op, self._algorithm)
 
             def steps(progress: Progress) -> Steps:
-                return call.whole(state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress)
+                return CallRun(state, call).whole(
+                    lambda comm, send, receive: comm.Iallreduce(send, receive, op), progress
+                )
 
             return GeneralRequest(state, steps, "Iallreduce")
 
@@ -256,24 +258,25 @@ class Communicator(MPI.Intracomm):
         with state.turn("Allreduce_init"):
             call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
             state.prepare("Allreduce_init", call.request.error)
-            state.lane.call(lambda progress: call.settle(state, progress), "Allreduce_init")
-            runner, number = None, state.new_plan()
-            if call.choice is not None and not call.handed_on and call.work is not None:
-                runner = make_runner(state, call.choice, Task("allreduce", call.work, op, number=number))
-                call.runner = runner
-            run = Request(RUN, {"request": number})
+            settled = CallRun(state, call)
+            state.lane.call(settled.settle, "Allreduce_init")
+            if call.work is not None and settled.choice is not None:
+                plan = ExactPlan(state, call.work, op, settled.choice)
+
+                def run_of_plan(progress: Progress) -> Steps:
+                    if call.before is not None:
+                        call.before()
+                    yield from plan.checked_steps(progress)
+
+                return PersistentRequest(state, run_of_plan, "Allreduce_init", plan)
+            run = Request(RUN, {"request": state.new_plan()})
 
         def steps(progress: Progress) -> Steps:
             if state.size > 1:
                 yield from agree(state.comm, state.common, run, progress)
-            if runner is None:
-                yield from call.library_steps(
-                    state, lambda comm: comm.Iallreduce(call.sendbuf, call.recvbuf, op), progress
-                )
-            else:
-                yield from call.run(state, progress)
+            yield from settled.library_steps(lambda comm, send, receive: comm.Iallreduce(send, receive, op), progress)
 
-        return PersistentRequest(state, steps, "Allreduce_init", runner)
+        return PersistentRequest(state, steps, "Allreduce_init")
 
     def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
         """Reduce over all ranks into ``recvbuf`` of rank ``root``."""
@@ -281,7 +284,7 @@ class Communicator(MPI.Intracomm):
         def make(state: State) -> Call:
             return reduce_call(state, sendbuf, recvbuf, op, root, self._algorithm)
 
-        self._run("Reduce", make, lambda call, comm: comm.Ireduce(call.sendbuf, call.recvbuf, op, root))
+        self._run("Reduce", make, lambda comm, send, receive: comm.Ireduce(send, receive, op, root))
 
     def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; rank r gets block r."""
@@ -290,7 +293,7 @@ class Communicator(MPI.Intracomm):
             return reduce_scatter_block_call(state, sendbuf, recvbuf, op, self._algorithm)
 
         self._run(
-            "Reduce_scatter_block", make, lambda call, comm: comm.Ireduce_scatter_block(call.sendbuf, call.recvbuf, op)
+            "Reduce_scatter_block", make, lambda comm, send, receive: comm.Ireduce_scatter_block(send, receive, op)
         )
 
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
@@ -299,7 +302,7 @@ class Communicator(MPI.Intracomm):
         def make(state: State) -> Call:
             return allgather_call(state, "Allgather", sendbuf, recvbuf, self._algorithm)
 
-        self._run("Allgather", make, lambda call, comm: comm.Iallgather(call.sendbuf, call.recvbuf))
+        self._run("Allgather", make, lambda comm, send, receive: comm.Iallgather(send, receive))
 
     def Iallgather(self, sendbuf: Any, recvbuf: Any) -> MPI.Request:
         """Begin an Allgather; see ``Iallreduce``."""
@@ -308,7 +311,7 @@ class Communicator(MPI.Intracomm):
             call = allgather_call(state, "Iallgather", sendbuf, recvbuf, self._algorithm)
 
             def steps(progress: Progress) -> Steps:
-                return call.whole(state, lambda comm: comm.Iallgather(call.sendbuf, call.recvbuf), progress)
+                return CallRun(state, call).whole(lambda comm, send, receive: comm.Iallgather(send, receive), progress)
 
             return GeneralRequest(state, steps, "Iallgather")
 
@@ -318,13 +321,11 @@ class Communicator(MPI.Intracomm):
         def make(state: State) -> Call:
             return bcast_call(state, buf, root, self._algorithm)
 
-        self._run("Bcast", make, lambda call, comm: comm.Ibcast(call.recvbuf, root))
+        self._run("Bcast", make, lambda comm, send, receive: comm.Ibcast(receive, root))
 
-    def _run(
-        self, function: str, make: Callable[[State], Call], library: Callable[[Call, MPI.Intracomm], MPI.Request]
-    ) -> None:
+    def _run(self, function: str, make: Callable[[State], Call], library: Library) -> None:
         state = state_of(self)
         with state.turn(function):
             call = make(state)
             state.prepare(function, call.request.error)
-            call.run_now(state, lambda comm: library(call, comm))
+            CallRun(state, call).now(library)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bitring.collectives.interop.steps import Progress, Steps, finish
-from bitring.collectives.plan import ExactPlan, Plan
+from bitring.collectives.plan import RUN, ExactPlan, Plan
 from bitring.collectives.runtime.agreement import Request, conclude, verdict_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.selection.selection import Choice
@@ -123,7 +123,7 @@ class SharedFusion(_Fusion):
 
     def __init__(self, key: tuple[int, ...], plans: list[ExactPlan]) -> None:
         super().__init__(key, plans)
-        self._request = Request("a run of a plan", {"plan": self.what})
+        self._request = Request(RUN, {"plan": self.what})
         shared = self.state.common
         assert shared is not None
         pieces = [piece for plan in plans for piece in plan.pieces()]

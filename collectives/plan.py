@@ -28,6 +28,9 @@ HOST = "host memory"
 
 _OVER: Any = object()
 
+RUN = "a run of a plan"
+"""What ranks are at, in their words to each other; a run of a request of Allreduce_init, too."""
+
 
 class Plan(ABC):
     """Base of all plans. ``start`` and ``wait``, or call it for both; ``test`` asks whether a started run is over.
@@ -50,7 +53,7 @@ class Plan(ABC):
         self.state = state
         self.number = state.new_plan()
         self.what = f"{what} (plan {self.number})"
-        self._run = Request("a run of a plan", {"plan": self.what})
+        self._run = Request(RUN, {"plan": self.what})
         self._job: Job | None = None
         self._freed = False
         self.bytes_sent = 0
@@ -208,8 +211,8 @@ class ExactPlan(Plan):
         if run is not None and self._job is None:
             try:
                 outcome = run()
-            except BaseException as error:  # an interrupt, with the run half done
-                self.state.lane.cut_short(self.what, error)
+            except BaseException as error:
+                self.state.lane.interrupted(self.what, error)
                 raise
             if outcome == DONE:
                 self.bytes_sent += self._nbytes

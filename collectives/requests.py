@@ -10,16 +10,13 @@ from typing import Literal
 from mpi4py import MPI
 from typing_extensions import Self
 
-from bitring.collectives.execution.runner import Runner
 from bitring.collectives.interop.polled_request import Callbacks, as_mpi, start
 from bitring.collectives.interop.steps import Progress, Steps
+from bitring.collectives.plan import RUN, Plan
 from bitring.collectives.runtime.context import State
 from bitring.collectives.runtime.engine import engine
 
 Work = Callable[[Progress], Steps]
-
-RUN = "a run of a request of Allreduce_init"
-"""What ranks agree on when one of them starts such a request."""
 
 
 class _Run:
@@ -83,8 +80,8 @@ class _Run:
         finally:
             if not over:
                 self._told = told
-        if over and self._error is not None and not told:
-            raise self._error
+        if over and self._error is not None and (not told or not isinstance(self._error, Exception)):
+            raise self._error  # an interrupt over and over: to the library a request that was waited for is over
         return over
 
 
@@ -117,19 +114,19 @@ class PersistentRequest(MPI.Prequest):
     Inactive it is MPI.REQUEST_NULL: Waitall takes it as it takes any inactive request, and Startall refuses it.
     """
 
-    def __new__(cls, state: State, work: Work, what: str, runner: Runner | None) -> Self:
-        """``runner`` is closed with the request."""
+    def __new__(cls, state: State, work: Work, what: str, plan: Plan | None = None) -> Self:
+        """``plan``, of which a run is one of the request's, is freed with it."""
         self = super().__new__(cls)
-        self._state, self._work, self._what, self._runner = state, work, what, runner
+        self._state, self._work, self._what, self._plan = state, work, what, plan
         self._run = None
         self._freed = False
         return self
 
-    def __init__(self, state: State, work: Work, what: str, runner: Runner | None) -> None:
+    def __init__(self, state: State, work: Work, what: str, plan: Plan | None = None) -> None:
         self._state: State
         self._work: Work
         self._what: str
-        self._runner: Runner | None
+        self._plan: Plan | None
         self._run: _Run | None  # the last one
         self._freed: bool
 
@@ -167,5 +164,5 @@ class PersistentRequest(MPI.Prequest):
         """Free what the runs keep. Raises RuntimeError while one is active."""
         self._check_inactive("Free")
         self._freed = True
-        if self._runner is not None:
-            self._runner.close()
+        if self._plan is not None:
+            self._plan.free()

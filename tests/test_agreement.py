@@ -357,7 +357,7 @@ def test_a_plan_that_one_rank_cannot_run(world, comm, agree, algorithm: str, aga
 @pytest.mark.parametrize("algorithm", ["ring", "rabenseifner"])
 def test_an_interrupt_between_two_parts_of_a_call(world, comm, agree, monkeypatch, algorithm: str):
     """All ranks have agreed, and the others are in the exchange."""
-    from bitring.collectives.calls import Call
+    from bitring.collectives.call_run import CallRun
 
     if world.size == 1:
         return
@@ -365,12 +365,12 @@ def test_an_interrupt_between_two_parts_of_a_call(world, comm, agree, monkeypatc
     x = np.ones(200_000)
     ours.Allgather(x, np.ones(200_000 * world.size))  # what is made is there
 
-    def interrupt(call, state) -> None:
+    def interrupt(run) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         if world.rank == 0:
-            patch.setattr(Call, "take_runner", interrupt)
+            patch.setattr(CallRun, "_take_runner", interrupt)
         try:
             ours.Allreduce(None, x)
             said = "done"

@@ -55,7 +55,7 @@ class State:
         self.size = size
         self.plans = 0
         self.cache: dict[Any, Any] = {}
-        self.choices: dict[Any, tuple[str, bool]] = {}
+        self.choices: dict[Any, tuple[Any, bool]] = {}
         """Which algorithm was chosen for what calls, and whether it is the library's own call."""
         self.kept: dict[str, Any] = {}
         """What stays with the communicator for those who use bitring's plans on it."""

@@ -132,6 +132,11 @@ class Lane:
                 engine.enqueue(Job(self, tell, what, self.count, None))
                 engine.start_thread()
 
+    def interrupted(self, what: str, error: BaseException) -> None:
+        """A run past the engine was, by ``error``: others may be in it, unless it had not begun or was over."""
+        if self.direct is not None and self.direct.inside == threading.get_ident():
+            self.cut_short(what, error)
+
     def close(self) -> None:
         """The communicator is freed. Silent where it is broken."""
         # What others still exchange may be under way: the library may give the next communicator this one's number.
@@ -258,6 +263,9 @@ class Lane:
 
     def hears_of_trouble(self) -> bool:
         """Whether a rank is said to be gone, or to have failed."""
+        if len(self._places) == 1:
+            return False
+        ports().read()
         return self.hears_of_death() or bool(self.failed)
 
     def ask(self, job: Job) -> None:

@@ -12,11 +12,16 @@ NOTICE = 1
 
 
 class Due:
-    """Asked between steps. In modes with blocks it is due at a block's end: saving makes no difference to the run."""
+    """Asked between steps. In modes with blocks it is due at a block's end: saving makes no difference to the run.
+
+    By steps, at the last end before the interval is over: no more steps than that are ever unsaved.
+    """
 
     def __init__(self, every: Interval, trainer: DataParallel) -> None:
         self._every = every
         self._trainer = trainer
+        self._block = 1  # steps of the longest block so far
+        self._block_from = trainer.steps
         self.saved()
 
     def saved(self) -> None:
@@ -32,11 +37,15 @@ class Due:
 
     def after_step(self) -> bool:
         """Whether a checkpoint is due."""
-        if self._trainer.in_a_block or self._every.unit == "epochs":
+        if self._trainer.in_a_block:
+            return False
+        steps = self._trainer.steps
+        self._block, self._block_from = max(self._block, steps - self._block_from), steps
+        if self._every.unit == "epochs":
             return False
         if self._every.unit == "seconds":
             return bool(self._trainer.notices & NOTICE)
-        return self._trainer.steps // self._every.number > self._steps // self._every.number
+        return steps > self._steps and steps - self._steps + self._block > self._every.number
 
     def after_epoch(self, epoch: int) -> bool:
         """The same, when epoch number ``epoch``, from 1, has ended and replicas are equal."""

@@ -1,0 +1,280 @@
+"""How a call without a plan is run: ranks agree on it, choose the algorithm, and run that, or the library's own call.
+
+Where all share a node, and such a call was run before, that is one call into the extension. Else it is a job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mpi4py import MPI
+
+from bitring.arrays import device_of
+from bitring.collectives.call import Call
+from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE
+from bitring.collectives.execution.runner import Runner, Task, make_runner
+from bitring.collectives.interop.library_steps import allgather_steps
+from bitring.collectives.interop.operators import op_name
+from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
+from bitring.collectives.runtime.agreement import agree, checked, conclude, verdict_of
+from bitring.collectives.runtime.context import State
+from bitring.collectives.schedules.query import Query
+from bitring.collectives.schedules.schedule import algorithms
+from bitring.collectives.selection.selection import Choice, choose
+from bitring.errors import PeerError, RefusedError
+
+_CACHED_CHOICES = 1024
+_CACHED_RUNNERS = 16
+_CACHED_SCRATCH_NBYTES = 64 << 20
+"""What a communicator keeps for calls without a plan, the last used ones; the very last is kept whatever its size."""
+
+Library = Callable[[MPI.Intracomm, Any, Any], MPI.Request]
+"""Begins the MPI library's own call on a communicator, with a send and a receive buffer. It is not the blocking one, so
+that ranks that are gone are noticed."""
+
+_under_way: list[Any] = []
+"""Calls that other ranks' library refused: theirs never end, and the library may still write to their memory."""
+
+
+class CallRun:
+    """One run of a call on a communicator."""
+
+    def __init__(self, state: State, call: Call) -> None:
+        self._state = state
+        self._call = call
+        self._choice: Choice | None = None  # the algorithm, when settled
+        self._handed_on = False  # to the MPI library: it is the library's own call
+        self._runner: Runner | None = None
+        self._key: Any = None  # under which runners are kept
+        self._idle: list[Runner] = []  # others kept there
+        self._kept = False  # the runner, by an earlier call
+        self._done = False
+
+    @property
+    def choice(self) -> Choice | None:
+        """The algorithm, when settled; None where it is the library's own call."""
+        return None if self._handed_on else self._choice
+
+    def settle(self, progress: Progress, blocking: bool = True) -> Steps:
+        """Agree with all ranks and choose the algorithm.
+
+        ``blocking``: this rank does nothing else meanwhile, and may take part in setting up what runs it.
+        """
+        if self._state.size > 1:
+            yield from agree(self._state.comm, self._state.common, self._call.request, progress)
+        elif self._call.request.error is not None:
+            raise self._call.request.error
+        self._choose(blocking)
+
+    def _settle_arrived(self, operation: Any, progress: Progress) -> Steps:
+        """As ``settle``, for a rank that has arrived by ``operation`` already, which may do all that is to be done."""
+        yield from finish(operation, progress)
+        if not operation.disagrees:
+            if self._runner is not None:
+                self._end()
+            self._done = True
+            return
+        if self._runner is not None:
+            self._keep_runner()
+        yield from conclude(self._state.comm, self._call.request, verdict_of(operation.verdict), progress)
+        self._choose(blocking=True)
+
+    def _choose(self, blocking: bool) -> None:
+        work = self._call.work
+        if self._call.request.library or work is None:
+            self._choice, self._handed_on = None, True
+            return
+        host = device_of(work) is None
+        key = (
+            self._call.algorithm,
+            self._call.collective,
+            work.nbytes,
+            work.itemsize,
+            self._call.own,
+            self._call.library,
+            host,
+            blocking,
+        )
+        choice = self._state.choices.get(key)
+        if choice is None:
+            query = Query(
+                collective=self._call.collective,
+                nbytes=work.nbytes,
+                topology=self._state.topology,
+                own=self._call.own,
+                library=self._call.library,
+                itemsize=work.itemsize,
+                host=host,
+                blocking=blocking,
+            )
+            chosen = choose(self._call.algorithm, query, self._state.table)
+            choice = chosen, algorithms.get(chosen.name).library
+            if len(self._state.choices) >= _CACHED_CHOICES:
+                self._state.choices.clear()
+            self._state.choices[key] = choice
+        self._choice, self._handed_on = choice
+
+    def _take_runner(self) -> None:
+        """Make what runs the chosen algorithm on the call's buffer, if it is not the library's own call.
+
+        Collective for algorithms that need setting up.
+        """
+        work = self._call.work
+        if self._choice is None or self._handed_on or work is None:
+            return
+        self._runner = make_runner(
+            self._state, self._choice.name, Task(self._call.collective, work, self._call.op, self._call.root)
+        )
+
+    def _take_kept_runner(self) -> bool:
+        """Have what ran such a call before, if it is there; which is not so on all ranks alike."""
+        work = self._call.work
+        if self._choice is None or self._handed_on or work is None:
+            return False
+        self._key = (
+            self._call.collective,
+            self._choice.name,
+            work.size,
+            work.dtype,
+            op_name(self._call.op),
+            self._call.root,
+            type(work),
+        )
+        idle: list[Runner] = self._state.cache.pop(self._key, [])
+        self._idle, self._kept = idle, bool(idle)
+        if not idle:
+            return False
+        self._runner = idle.pop()
+        self._runner.bind(work)
+        return True
+
+    def _steps(self, progress: Progress) -> Steps:
+        """Run what was taken, with the copies before and after it."""
+        if self._runner is not None:
+            if self._call.before is not None:
+                self._call.before()
+            if self._state.size > 1:
+                yield from self._runner.steps(progress)
+            self._end()
+
+    def _end(self) -> None:
+        """The runner has run."""
+        if self._call.after is not None:
+            self._call.after()
+        self._keep_runner()
+        self._done = True
+
+    def _keep_runner(self) -> None:
+        cache = self._state.cache
+        runner, self._runner = self._runner, None
+        assert runner is not None
+        runner.unbind()
+        cache[self._key] = [*self._idle, runner]  # the key used last is dropped last
+        if self._kept:
+            return
+        scratch = sum(kept.scratch_nbytes for kept_alike in cache.values() for kept in kept_alike)
+        while len(cache) > 1 and (len(cache) > _CACHED_RUNNERS or scratch > _CACHED_SCRATCH_NBYTES):
+            scratch -= sum(kept.scratch_nbytes for kept in cache.pop(next(iter(cache))))
+
+    def now(self, library: Library, arrival: Any = None) -> None:
+        """Run the call in this thread; ``arrival``: the operation by which this rank has come to it already."""
+        if arrival is None:
+            arrival = self._run_past_engine()
+            if self._done:
+                return
+
+        def whole(progress: Progress) -> Steps:
+            if arrival is None:
+                yield from self.settle(progress)
+            else:
+                yield from self._settle_arrived(arrival, progress)
+            if self._handed_on:
+                yield from self.library_steps(library, progress)
+            elif not self._done and self._take_kept_runner():
+                yield from self._steps(progress)
+
+        try:
+            self._state.lane.call(whole, self._call.request.function)
+        except BaseException as error:
+            if arrival is not None and not arrival.over:
+                self._state.lane.cut_short(self._call.request.function, error)
+            raise
+        if not (self._done or self._handed_on):
+            self._take_runner()
+            if self._runner is not None:
+                self._state.lane.call(self._steps, self._call.request.function, continues=True)
+
+    def _run_past_engine(self) -> Any:
+        """Run the call without a job where all that it takes is there: the operation that did, None if none did.
+
+        ``_done`` says whether it was enough; else the operation goes on, or has found that ranks differ.
+        """
+        shared = self._state.common
+        if shared is None or self._call.request.error is not None or self._call.request.library:
+            return None
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:  # another thread's run may be in the library
+            return None
+        self._choose(blocking=True)
+        if not self._take_kept_runner():
+            return None
+        assert self._runner is not None
+        if self._runner.operation is None:
+            self._keep_runner()
+            return None
+        operation = checked(shared, self._call.request, self._runner.operation)
+        if self._call.before is not None:
+            self._call.before()
+        try:
+            outcome = shared.direct.runs(operation, ALONE_SECONDS).run()
+        except BaseException as error:
+            self._state.lane.interrupted(self._call.request.function, error)
+            raise
+        if outcome == DONE:
+            self._end()
+        elif outcome == DECLINED:
+            self._keep_runner()
+        else:
+            shared.direct.taken_over()
+            return operation
+        return None
+
+    def library_steps(self, library: Library, progress: Progress) -> Steps:
+        """The library's own call. What only some ranks' library refuses is raised on all."""
+        call = self._call
+        send, receive = call.sendbuf, call.recvbuf
+        if not call.request.library and call.plain is not None:
+            send, receive = call.plain()
+        if call.own and not call.request.library:
+            yield from wait_for(library(self._state.comm, send, receive), progress)  # there is nothing to refuse
+            return
+        # The ranks whose library accepts are a call ahead of the others', in a communicator that is then given up.
+        comm = (yield from self._state.spare(progress)) if self._state.size > 1 else self._state.comm
+        request, refusal = None, None
+        try:
+            request = library(comm, send, receive)
+        except Exception as error:
+            refusal = error
+        refusals = yield from allgather_steps(self._state.comm, None if refusal is None else str(refusal), progress)
+        refusing = [rank for rank, text in enumerate(refusals) if text is not None]
+        if refusing and request is not None:
+            _under_way.append((request, call, send, receive))
+        if 0 < len(refusing) < self._state.size:
+            self._state.drop_spare()
+        if refusal is not None:
+            raise RefusedError from refusal
+        if refusing:
+            function, rank = call.request.function, refusing[0]
+            raise PeerError(f"{function}: rank {rank} could not take part: {refusals[rank]}")
+        assert request is not None
+        yield from wait_for(request, progress)
+
+    def whole(self, library: Library, progress: Progress) -> Steps:
+        """All of a call that does not block its caller."""
+        yield from self.settle(progress, blocking=False)
+        if self._handed_on:
+            yield from self.library_steps(library, progress)
+            return
+        if not self._take_kept_runner():
+            self._take_runner()
+        yield from self._steps(progress)
