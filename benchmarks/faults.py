@@ -43,7 +43,7 @@ WAYS = ("plan", "start", "allreduce", "function", "raw plan", "raw start", "raw 
 _COMPRESSED = ("plan", "start", "raw plan", "raw start", "trainer")
 SMALL, LARGE = 16, (1 << 20, 1 << 22)
 
-TIMEOUT = 2.0
+TIMEOUT = 4
 """BITRING_TIMEOUT of the trials in which a rank is stopped."""
 
 REPORT_SECONDS = 10.0
@@ -433,8 +433,9 @@ def _names(report: dict[str, Any], trial: Trial) -> bool:
         found = re.search(r"(?:not come to it|messages due from ranks):? \[([\d, ]*)\]", text)
         return found is not None and str(trial.victim) in found[1].split(", ")
     if report["error"] == "PeerError" and trial.fault in ("exception", "exit"):  # in the call, or before it
-        failed = f"rank {trial.victim} has failed in it"
-        return failed in text or f"rank {trial.victim} could not take part: KeyError: '{_RAISED}'" in text
+        what = f"KeyError: '{_RAISED}'"
+        said = ("has failed in it", f"could not take part: {what}", f"raised {what}")
+        return any(f"rank {trial.victim} {words}" in text for words in said)
     return report["error"] == "DeadRankError" and f"rank {trial.victim} is gone" in text
 
 
