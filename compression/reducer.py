@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bitring.arrays import Array, all_finite, device_of
 from bitring.compression.compressor import Compressor
-from bitring.compression.exchange.record import Record
+from bitring.compression.exchange.run_stats import Record
 from bitring.compression.factors import Factors
 
 if TYPE_CHECKING:  # settings need no MPI

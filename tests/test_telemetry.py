@@ -19,7 +19,7 @@ from bitring.compression.encoders.onebit import OneBit
 from bitring.compression.encoders.threshold import Threshold
 from bitring.compression.encoders.topk import TopK
 from bitring.compression.exchange.owner_exchange import PortableOwnerExchange
-from bitring.compression.exchange.record import Norms, Record, pieces, sample
+from bitring.compression.exchange.run_stats import Norms, Record, pieces, sample
 from bitring.compression.plans.telemetry import BEHIND, DIVERGED, OUT_OF_PROPORTION, Totals, Watch, telemetry_of
 from bitring.compression.plans.watched_plan import add_owed
 from bitring.compression.reducers.randomk import RandomK

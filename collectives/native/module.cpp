@@ -15,8 +15,8 @@
 #include <system_error>
 
 #include "checked.h"
-#include "crew.h"
-#include "direct.h"
+#include "thread_pool.h"
+#include "fast_path.h"
 #include "execution.h"
 #include "kernels.h"
 #include "lane_allreduce.h"

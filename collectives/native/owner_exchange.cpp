@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "copy.h"
-#include "crew.h"
+#include "thread_pool.h"
 #include "wait.h"
 
 namespace bitring {

@@ -1,7 +1,7 @@
 // The owner exchange of compression/exchange/owner_exchange.py, which is its reference: sums of what ranks encode, with a second
 // residual at the owner of each chunk (Seide et al., 2014). Chunks are cut into segments, so that encoding, messages and
 // decoding of different segments go on side by side; each sum is made in rank order whatever arrives first. Where cores
-// are free, several segments are encoded, summed and decoded at once (crew.h), which changes no bits.
+// are free, several segments are encoded, summed and decoded at once (thread_pool.h), which changes no bits.
 #pragma once
 
 #include <algorithm>

@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run, wait_for
-from bitring.collectives.node.shared import Shared
+from bitring.collectives.node.node_group import Shared
 from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import WORDS_TAG
 from bitring.errors import MismatchError, PeerError, text_of

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from bitring.collectives.interop.library_steps import allgather_steps, beside
 from bitring.collectives.interop.mpi_library import library_version
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, wait_for
-from bitring.collectives.node.shared import Shared, make_shared
+from bitring.collectives.node.node_group import Shared, make_shared
 from bitring.collectives.runtime import ending
 from bitring.collectives.runtime.abort import abort_on_exception
 from bitring.collectives.runtime.agreement import Request, agree

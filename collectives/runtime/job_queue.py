@@ -15,7 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo
-from bitring.collectives.node.shared import LEFT_SECONDS, Shared
+from bitring.collectives.node.node_group import LEFT_SECONDS, Shared
 from bitring.collectives.runtime.card import CARD_NBYTES, Card
 from bitring.collectives.runtime.contact import Contact
 from bitring.collectives.runtime.engine import engine

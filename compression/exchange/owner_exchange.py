@@ -35,7 +35,7 @@ from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import message_tag
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.layout import Layout, Piece
-from bitring.compression.exchange.record import SAMPLE, Norms, Record, pieces
+from bitring.compression.exchange.run_stats import SAMPLE, Norms, Record, pieces
 from bitring.native import address_of, extension, type_of
 
 _TO_OWNER = 1024

@@ -22,8 +22,8 @@ from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.exchange.layout import lay_out
 from bitring.compression.exchange.once_a_node import once_a_node
 from bitring.compression.exchange.owner_exchange import OwnerExchange, exchange_for
-from bitring.compression.exchange.record import Record
-from bitring.compression.exchange.way import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
+from bitring.compression.exchange.route import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
+from bitring.compression.exchange.run_stats import Record
 from bitring.compression.plans.parameters import Shape, checked_boundaries, checked_shapes
 from bitring.compression.plans.reduced_plan import plan_reduced, reducer_of
 from bitring.compression.plans.watched_plan import WatchedPlan, add_owed, check_flags

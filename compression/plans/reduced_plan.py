@@ -19,7 +19,7 @@ from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import parsed
 from bitring.compression.encoder import VALUE_DTYPES
 from bitring.compression.exchange.exchange import Exchange
-from bitring.compression.exchange.record import Record, sample
+from bitring.compression.exchange.run_stats import Record, sample
 from bitring.compression.factors import Factors
 from bitring.compression.plans.parameters import checked_boundaries, checked_shapes
 from bitring.compression.plans.watched_plan import WatchedPlan, check_flags

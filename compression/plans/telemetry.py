@@ -13,7 +13,7 @@ from mpi4py import MPI
 from bitring.collectives.execution.runner import schedule_runner
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.context import State
-from bitring.compression.exchange.record import Record
+from bitring.compression.exchange.run_stats import Record
 
 OUT_OF_PROPORTION = 10_000
 """A residual of so many times the values' norm is far behind: error feedback keeps it some 1 / (1 - contraction)."""

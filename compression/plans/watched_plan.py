@@ -17,7 +17,7 @@ from bitring.collectives.plan import Plan
 from bitring.collectives.runtime.context import State
 from bitring.collectives.runtime.tags import channel_of
 from bitring.compression.compressor import Compressor
-from bitring.compression.exchange.record import Record
+from bitring.compression.exchange.run_stats import Record
 from bitring.compression.plans.telemetry import (
     BEHIND,
     DIVERGED,

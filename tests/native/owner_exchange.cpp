@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "crew.h"
+#include "thread_pool.h"
 #include "fake_wire.h"
 
 using namespace bitring;

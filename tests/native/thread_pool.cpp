@@ -1,5 +1,5 @@
 // Every task of a job is done once, by the caller alone unless it waits, and by all who were let in where it does.
-#include "crew.h"
+#include "thread_pool.h"
 
 #include <atomic>
 #include <cstdio>

@@ -1,4 +1,4 @@
-#include "direct.h"
+#include "fast_path.h"
 
 #include <algorithm>
 #include <utility>
