@@ -472,15 +472,15 @@ class Ranks:
         self._prepare(self.arena, step.rounds[0])
         if self.rank not in step.victims:
             return [self.outcome(self.arena, call)]
-        lane = self._lane()
-        before = lane.count
+        queue = self._queue()
+        before = queue.count
 
         def strike() -> None:
             time.sleep(step.seconds[self.rank])
             os.kill(os.getpid(), signal.SIGINT)
 
         got = [self._interrupted(lambda: self.make(self.arena, call), strike)]
-        not_begun = lane.count == before and not lane.broken
+        not_begun = queue.count == before and not queue.broken
         goes_on = call.function == "kept" and self.arena.plans[call.index][0].started
         if got[0].startswith("KeyboardInterrupt") and (not_begun or goes_on):
             got.append(self.outcome(self.arena, call))
@@ -522,22 +522,22 @@ class Ranks:
         trainer.free()
         return got
 
-    def _lane(self) -> Any:
-        from bitring.collectives.runtime.context import state_of
+    def _queue(self) -> Any:
+        from bitring.collectives.runtime.context import context_of
 
-        return state_of(self.arena.raw).lane
+        return context_of(self.arena.raw).queue
 
     def _shared(self) -> bool:
-        from bitring.collectives.runtime.context import state_of
+        from bitring.collectives.runtime.context import context_of
 
-        return state_of(self.arena.raw).common is not None
+        return context_of(self.arena.raw).common is not None
 
     def _inside(self) -> bool:
         """Whether a thread is inside a call of the communicator."""
-        from bitring.collectives.runtime.context import state_of
+        from bitring.collectives.runtime.context import context_of
 
-        state = state_of(self.arena.raw)
-        return bool(state._turns._thread or (state.lane.direct is not None and state.lane.direct.inside))
+        context = context_of(self.arena.raw)
+        return bool(context._turns._thread or (context.queue.fast_path is not None and context.queue.fast_path.inside))
 
 
 def _compile() -> None:

@@ -164,9 +164,9 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
 
 def line(run: dict[str, Any], wanted: float) -> str:
     last = run["history"][-1]["test_accuracy"]
-    verdict = f"reached {wanted:.0%}" if run["reached"] else f"stopped at {last:.1%}"
+    ending = f"reached {wanted:.0%}" if run["reached"] else f"stopped at {last:.1%}"
     return (
-        f"{run['exchange']:<12}{verdict} after {run['steps']} steps, {run['seconds']:.1f} s, "
+        f"{run['exchange']:<12}{ending} after {run['steps']} steps, {run['seconds']:.1f} s, "
         f"{run['seconds_a_step'] * 1e3:.0f} ms a step"
     )
 

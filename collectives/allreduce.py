@@ -12,7 +12,7 @@ from bitring.collectives.call import operation, read_call
 from bitring.collectives.call_run import CallRun
 from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.plan import array_terms
-from bitring.collectives.runtime.context import given_comm, state_of
+from bitring.collectives.runtime.context import context_of, given_comm
 from bitring.settings import checked
 
 
@@ -40,18 +40,18 @@ def allreduce(
     Raises on all ranks alike: MismatchError where ranks differ in dtype, count, shape, op, mean or algorithm, and what
     is wrong with one rank's arguments (TypeError, ValueError; PeerError on the others).
     """
-    state = state_of(given_comm(comm, "allreduce"))
+    context = context_of(given_comm(comm, "allreduce"))
     reduction = _Reduction()
 
     def library(comm: MPI.Intracomm, send: Any, receive: Any) -> MPI.Request:
         return comm.Iallreduce(send, receive, op)
 
-    with state.turn("allreduce"):
+    with context.turn("allreduce"):
         call = read_call("allreduce", "allreduce", algorithm, lambda: reduction.read(x, out, op, mean))
-        state.prepare("allreduce", call.request.error)
-        CallRun(state, call).now(library)
+        context.prepare("allreduce", call.request.error)
+        CallRun(context, call).now(library)
     if mean:
-        reduction.divide(state.size)
+        reduction.divide(context.size)
     return reduction.result
 
 

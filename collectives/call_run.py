@@ -18,7 +18,7 @@ from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.operators import op_name
 from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
 from bitring.collectives.runtime.agreement import agree, checked, conclude, verdict_of
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.selection.selection import Choice, choose
@@ -40,8 +40,8 @@ _under_way: list[Any] = []
 class CallRun:
     """One run of a call on a communicator."""
 
-    def __init__(self, state: State, call: Call) -> None:
-        self._state = state
+    def __init__(self, context: Context, call: Call) -> None:
+        self._context = context
         self._call = call
         self._choice: Choice | None = None  # the algorithm, when settled
         self._handed_on = False  # to the MPI library: it is the library's own call
@@ -61,8 +61,8 @@ class CallRun:
 
         ``blocking``: this rank does nothing else meanwhile, and may take part in setting up what runs it.
         """
-        if self._state.size > 1:
-            yield from agree(self._state.comm, self._state.common, self._call.request, progress)
+        if self._context.size > 1:
+            yield from agree(self._context.comm, self._context.common, self._call.request, progress)
         elif self._call.request.error is not None:
             raise self._call.request.error
         self._choose(blocking)
@@ -77,7 +77,7 @@ class CallRun:
             return
         if self._runner is not None:
             self._keep_runner()
-        yield from conclude(self._state.comm, self._call.request, verdict_of(operation.verdict), progress)
+        yield from conclude(self._context.comm, self._call.request, verdict_of(operation.verdict), progress)
         self._choose(blocking=True)
 
     def _choose(self, blocking: bool) -> None:
@@ -96,23 +96,23 @@ class CallRun:
             host,
             blocking,
         )
-        choice = self._state.choices.get(key)
+        choice = self._context.choices.get(key)
         if choice is None:
             query = Query(
                 collective=self._call.collective,
                 nbytes=work.nbytes,
-                topology=self._state.topology,
+                topology=self._context.topology,
                 own=self._call.own,
                 library=self._call.library,
                 itemsize=work.itemsize,
                 host=host,
                 blocking=blocking,
             )
-            chosen = choose(self._call.algorithm, query, self._state.table)
+            chosen = choose(self._call.algorithm, query, self._context.table)
             choice = chosen, algorithms.get(chosen.name).library
-            if len(self._state.choices) >= _CACHED_CHOICES:
-                self._state.choices.clear()
-            self._state.choices[key] = choice
+            if len(self._context.choices) >= _CACHED_CHOICES:
+                self._context.choices.clear()
+            self._context.choices[key] = choice
         self._choice, self._handed_on = choice
 
     def _take_runner(self) -> None:
@@ -124,7 +124,7 @@ class CallRun:
         if self._choice is None or self._handed_on or work is None:
             return
         self._runner = make_runner(
-            self._state, self._choice.name, Task(self._call.collective, work, self._call.op, self._call.root)
+            self._context, self._choice.name, Task(self._call.collective, work, self._call.op, self._call.root)
         )
 
     def _take_kept_runner(self) -> bool:
@@ -141,7 +141,7 @@ class CallRun:
             self._call.root,
             type(work),
         )
-        idle: list[Runner] = self._state.cache.pop(self._key, [])
+        idle: list[Runner] = self._context.cache.pop(self._key, [])
         self._idle, self._kept = idle, bool(idle)
         if not idle:
             return False
@@ -154,7 +154,7 @@ class CallRun:
         if self._runner is not None:
             if self._call.before is not None:
                 self._call.before()
-            if self._state.size > 1:
+            if self._context.size > 1:
                 yield from self._runner.steps(progress)
             self._end()
 
@@ -166,7 +166,7 @@ class CallRun:
         self._done = True
 
     def _keep_runner(self) -> None:
-        cache = self._state.cache
+        cache = self._context.cache
         runner, self._runner = self._runner, None
         assert runner is not None
         runner.unbind()
@@ -195,22 +195,22 @@ class CallRun:
                 yield from self._steps(progress)
 
         try:
-            self._state.lane.call(whole, self._call.request.function)
+            self._context.queue.call(whole, self._call.request.function)
         except BaseException as error:
             if arrival is not None and not arrival.over:
-                self._state.lane.cut_short(self._call.request.function, error)
+                self._context.queue.cut_short(self._call.request.function, error)
             raise
         if not (self._done or self._handed_on):
             self._take_runner()
             if self._runner is not None:
-                self._state.lane.call(self._steps, self._call.request.function, continues=True)
+                self._context.queue.call(self._steps, self._call.request.function, continues=True)
 
     def _run_past_engine(self) -> Any:
         """Run the call without a job where all that it takes is there: the operation that did, None if none did.
 
         ``_done`` says whether it was enough; else the operation goes on, or has found that ranks differ.
         """
-        shared = self._state.common
+        shared = self._context.common
         if shared is None or self._call.request.error is not None or self._call.request.library:
             return None
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:  # another thread's run may be in the library
@@ -226,16 +226,16 @@ class CallRun:
         if self._call.before is not None:
             self._call.before()
         try:
-            outcome = shared.direct.runs(operation, ALONE_SECONDS).run()
+            outcome = shared.fast_path.runs(operation, ALONE_SECONDS).run()
         except BaseException as error:
-            self._state.lane.interrupted(self._call.request.function, error)
+            self._context.queue.interrupted(self._call.request.function, error)
             raise
         if outcome == DONE:
             self._end()
         elif outcome == DECLINED:
             self._keep_runner()
         else:
-            shared.direct.taken_over()
+            shared.fast_path.taken_over()
             return operation
         return None
 
@@ -246,21 +246,21 @@ class CallRun:
         if not call.request.library and call.plain is not None:
             send, receive = call.plain()
         if call.own and not call.request.library:
-            yield from wait_for(library(self._state.comm, send, receive), progress)  # there is nothing to refuse
+            yield from wait_for(library(self._context.comm, send, receive), progress)  # there is nothing to refuse
             return
         # The ranks whose library accepts are a call ahead of the others', in a communicator that is then given up.
-        comm = (yield from self._state.spare(progress)) if self._state.size > 1 else self._state.comm
+        comm = (yield from self._context.spare(progress)) if self._context.size > 1 else self._context.comm
         request, refusal = None, None
         try:
             request = library(comm, send, receive)
         except Exception as error:
             refusal = error
-        refusals = yield from allgather_steps(self._state.comm, None if refusal is None else str(refusal), progress)
+        refusals = yield from allgather_steps(self._context.comm, None if refusal is None else str(refusal), progress)
         refusing = [rank for rank, text in enumerate(refusals) if text is not None]
         if refusing and request is not None:
             _under_way.append((request, call, send, receive))
-        if 0 < len(refusing) < self._state.size:
-            self._state.drop_spare()
+        if 0 < len(refusing) < self._context.size:
+            self._context.drop_spare()
         if refusal is not None:
             raise RefusedError from refusal
         if refusing:

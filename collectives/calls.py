@@ -15,8 +15,8 @@ from bitring.collectives.interop.buffers import Values, is_in_place, parse
 from bitring.collectives.interop.operators import REDUCTIONS, op_name, ufunc_name
 from bitring.collectives.plan import HOST
 from bitring.collectives.runtime.agreement import Request
-from bitring.collectives.runtime.context import State
-from bitring.collectives.selection.selection import direct_limits
+from bitring.collectives.runtime.context import Context
+from bitring.collectives.selection.selection import fast_path_limits
 from bitring.native import operation_of, type_of
 
 Copy = Callable[[], None]
@@ -71,7 +71,7 @@ def _same_arrays(function: str, sendbuf: Any, recvbuf: Any) -> None:
         raise ValueError(f"{function}: recvbuf must have values of {sent}, as sendbuf has; got {received}")
 
 
-def allreduce_call(state: State, function: str, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
+def allreduce_call(context: Context, function: str, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
     """Allreduce(sendbuf, recvbuf): in place on ``recvbuf``."""
 
     def read() -> dict[str, Any]:
@@ -98,12 +98,12 @@ def allreduce_call(state: State, function: str, sendbuf: Any, recvbuf: Any, op: 
     return read_call(function, "allreduce", algorithm, read)
 
 
-def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str) -> Call:
+def reduce_call(context: Context, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str) -> Call:
     """Reduce(sendbuf, recvbuf, root): in place on the root's ``recvbuf``, on a copy of ``sendbuf`` elsewhere."""
 
     def read() -> dict[str, Any]:
-        require_root(root, state.size, "Reduce")
-        at_root = state.rank == root
+        require_root(root, context.size, "Reduce")
+        at_root = context.rank == root
         if is_in_place(sendbuf) and not at_root:
             raise ValueError(f"Reduce: sendbuf may be MPI.IN_PLACE on rank {root}, the root, only")
         receive = parse(recvbuf, "Reduce", "recvbuf", writable=True) if at_root else None
@@ -133,9 +133,9 @@ def reduce_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int,
     return read_call("Reduce", "reduce", algorithm, read)
 
 
-def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
+def reduce_scatter_block_call(context: Context, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str) -> Call:
     """Reduce_scatter_block(sendbuf, recvbuf): on a copy of the ``size`` blocks, so that ``sendbuf`` stays as it is."""
-    function, size, rank = "Reduce_scatter_block", state.size, state.rank
+    function, size, rank = "Reduce_scatter_block", context.size, context.rank
 
     def read() -> dict[str, Any]:
         in_place = is_in_place(sendbuf)
@@ -175,26 +175,26 @@ def reduce_scatter_block_call(state: State, sendbuf: Any, recvbuf: Any, op: MPI.
     return read_call(function, "reduce_scatter", algorithm, read)
 
 
-def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algorithm: str) -> Call:
+def allgather_call(context: Context, function: str, sendbuf: Any, recvbuf: Any, algorithm: str) -> Call:
     """Allgather(sendbuf, recvbuf): in place on ``recvbuf``, as bytes."""
 
     def read() -> dict[str, Any]:
-        receive = parse(recvbuf, function, "recvbuf", writable=True, blocks=state.size)
+        receive = parse(recvbuf, function, "recvbuf", writable=True, blocks=context.size)
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
             _same_arrays(function, sendbuf, recvbuf)
             return {"sendbuf": sendbuf, "recvbuf": recvbuf}
         received, before = bytes_of(receive.flat), None
         sent = received if send is receive else bytes_of(send.flat)
-        if received.size % state.size:
+        if received.size % context.size:
             raise ValueError(
-                f"{function}: recvbuf must hold {state.size} equal blocks; got {receive.flat.size} values of "
+                f"{function}: recvbuf must hold {context.size} equal blocks; got {receive.flat.size} values of "
                 f"{receive.flat.dtype}"
             )
-        block = received.size // state.size
+        block = received.size // context.size
         if send is not receive:
-            _same(function, sent, received, blocks_received=state.size)
-            before = _copy_to(received[state.rank * block : (state.rank + 1) * block], sent)
+            _same(function, sent, received, blocks_received=context.size)
+            before = _copy_to(received[context.rank * block : (context.rank + 1) * block], sent)
         return {
             "sendbuf": _send_spec(sendbuf, send),
             "recvbuf": receive.spec,
@@ -208,12 +208,12 @@ def allgather_call(state: State, function: str, sendbuf: Any, recvbuf: Any, algo
     return read_call(function, "allgather", algorithm, read)
 
 
-def bcast_call(state: State, buf: Any, root: int, algorithm: str) -> Call:
+def bcast_call(context: Context, buf: Any, root: int, algorithm: str) -> Call:
     """Bcast(buf, root): in place, as bytes."""
 
     def read() -> dict[str, Any]:
-        require_root(root, state.size, "Bcast")
-        values = parse(buf, "Bcast", "buf", writable=state.rank != root)
+        require_root(root, context.size, "Bcast")
+        values = parse(buf, "Bcast", "buf", writable=context.rank != root)
         if values is None:
             return {"recvbuf": buf, "root": int(root)}
         work = bytes_of(values.flat)
@@ -237,22 +237,22 @@ def require_root(root: object, size: int, function: str) -> None:
         raise ValueError(f"{function}: root must be a rank from 0 to {size - 1}; got {root}")
 
 
-def direct_of(state: State) -> Any:
+def fast_path_of(context: Context) -> Any:
     """The native way of ``Communicator.Allreduce``, for arrays and operations that it knows; None where it would lose.
 
     Ranks that take it agree, in their arrival, with ranks whose arguments it declines.
     """
-    shared = state.common
+    shared = context.common
     if shared is None:
         return None
-    if not shared.direct_serves:
-        shared.direct_serves = True
-        shared.direct.limit(*direct_limits(state.topology, state.table))
+    if not shared.fast_path_serves:
+        shared.fast_path_serves = True
+        shared.fast_path.limit(*fast_path_limits(context.topology, context.table))
         for op, dtype in itertools.product(REDUCTIONS, NUMERIC_DTYPES):
             ufunc = ufunc_name(op, dtype)
             kind = type_of(dtype)
             if ufunc is not None and kind is not None:
                 terms = {"dtype": dtype, "count": 0, "order": "C", "op": op_name(op), "algorithm": "auto"}
                 signature = Request("Allreduce", {**terms, "memory": HOST}).kind
-                shared.direct.serve(op, operation_of(ufunc), kind, signature)
-    return shared.direct
+                shared.fast_path.serve(op, operation_of(ufunc), kind, signature)
+    return shared.fast_path

@@ -19,7 +19,7 @@ from bitring.collectives.calls import (
     allgather_call,
     allreduce_call,
     bcast_call,
-    direct_of,
+    fast_path_of,
     reduce_call,
     reduce_scatter_block_call,
 )
@@ -28,7 +28,7 @@ from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import RUN, ExactPlan, run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.context import State, check_alive, state_of
+from bitring.collectives.runtime.context import Context, check_alive, context_of
 from bitring.collectives.runtime.objects import agreed_job
 from bitring.collectives.selection.selection import check_name
 from bitring.errors import uncopyable
@@ -90,7 +90,7 @@ class Communicator(MPI.Intracomm):
     """
 
     _algorithm = "auto"
-    _direct: Any = None  # the native way of Allreduce, when there is one
+    _fast_path: Any = None  # the native way of Allreduce, when there is one
 
     def __new__(cls, comm: MPI.Comm | None = None, algorithm: str = "auto") -> Self:
         """Raise ValueError for an unknown algorithm, TypeError for anything but an intracommunicator."""
@@ -126,10 +126,10 @@ class Communicator(MPI.Intracomm):
             check()
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             request.error = error
-        state = state_of(self)
-        with state.turn(function):
-            if state.size > 1:
-                state.lane.call(lambda progress: agree(state.comm, state.common, request, progress), function)
+        context = context_of(self)
+        with context.turn(function):
+            if context.size > 1:
+                context.queue.call(lambda progress: agree(context.comm, context.common, request, progress), function)
             elif request.error is not None:
                 raise request.error
             return self._derived(make())
@@ -202,50 +202,50 @@ class Communicator(MPI.Intracomm):
             request.terms = {"shape": shape, "dtype": dtype}
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             request.error = error
-        state = state_of(self)
-        with state.turn("empty"):
-            run_agreement(state, request)
-            if state.shared is not None:
-                shared, node = state.shared, state.node.comm
-                part = agreed_job(state, lambda progress: shared.new_part(node, nbytes, progress), "empty")
+        context = context_of(self)
+        with context.turn("empty"):
+            run_agreement(context, request)
+            if context.shared is not None:
+                shared, node = context.shared, context.node.comm
+                part = agreed_job(context, lambda progress: shared.new_part(node, nbytes, progress), "empty")
                 if part is not None:
                     return np.asarray(part)[:nbytes].view(dtype).reshape(shape)
         return np.empty(shape, dtype)
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; every rank gets the same bits in ``recvbuf``."""
-        direct, outcome = self._direct, DECLINED
-        if direct is not None:
+        fast_path, outcome = self._fast_path, DECLINED
+        if fast_path is not None:
             try:
-                outcome = direct.allreduce(sendbuf, recvbuf, op)
+                outcome = fast_path.allreduce(sendbuf, recvbuf, op)
             except BaseException as error:
-                state_of(self).lane.interrupted("Allreduce", error)
+                context_of(self).queue.interrupted("Allreduce", error)
                 raise
             if outcome == DONE:
                 return
-        state = state_of(self)
-        with state.turn("Allreduce", continues=outcome != DECLINED):
+        context = context_of(self)
+        with context.turn("Allreduce", continues=outcome != DECLINED):
             if outcome == REFUSED:
                 return
-            call = allreduce_call(state, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
-            state.prepare("Allreduce", call.request.error)
-            if direct is None and self._algorithm == "auto":
-                self._direct = direct_of(state)
-            arrival = None if direct is None or outcome == DECLINED else direct.operation
-            CallRun(state, call).now(lambda comm, send, receive: comm.Iallreduce(send, receive, op), arrival)
+            call = allreduce_call(context, "Allreduce", sendbuf, recvbuf, op, self._algorithm)
+            context.prepare("Allreduce", call.request.error)
+            if fast_path is None and self._algorithm == "auto":
+                self._fast_path = fast_path_of(context)
+            arrival = None if fast_path is None or outcome == DECLINED else fast_path.operation
+            CallRun(context, call).now(lambda comm, send, receive: comm.Iallreduce(send, receive, op), arrival)
 
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> MPI.Request:
         """Begin an Allreduce; the request works in any mixed Waitall. Errors are raised by its Wait or Test."""
-        state = state_of(self)
-        with state.turn("Iallreduce"):
-            call = allreduce_call(state, "Iallreduce", sendbuf, recvbuf, op, self._algorithm)
+        context = context_of(self)
+        with context.turn("Iallreduce"):
+            call = allreduce_call(context, "Iallreduce", sendbuf, recvbuf, op, self._algorithm)
 
             def steps(progress: Progress) -> Steps:
-                return CallRun(state, call).whole(
+                return CallRun(context, call).whole(
                     lambda comm, send, receive: comm.Iallreduce(send, receive, op), progress
                 )
 
-            return GeneralRequest(state, steps, "Iallreduce")
+            return GeneralRequest(context, steps, "Iallreduce")
 
     def Allreduce_init(
         self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, info: MPI.Info = MPI.INFO_NULL
@@ -254,43 +254,43 @@ class Communicator(MPI.Intracomm):
 
         Start each request by itself: ``MPI.Prequest.Startall`` refuses it.
         """
-        state = state_of(self)
-        with state.turn("Allreduce_init"):
-            call = allreduce_call(state, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
-            state.prepare("Allreduce_init", call.request.error)
-            settled = CallRun(state, call)
-            state.lane.call(settled.settle, "Allreduce_init")
+        context = context_of(self)
+        with context.turn("Allreduce_init"):
+            call = allreduce_call(context, "Allreduce_init", sendbuf, recvbuf, op, self._algorithm)
+            context.prepare("Allreduce_init", call.request.error)
+            settled = CallRun(context, call)
+            context.queue.call(settled.settle, "Allreduce_init")
             if call.work is not None and settled.choice is not None:
-                plan = ExactPlan(state, call.work, op, settled.choice)
+                plan = ExactPlan(context, call.work, op, settled.choice)
 
                 def run_of_plan(progress: Progress) -> Steps:
                     if call.before is not None:
                         call.before()
                     yield from plan.checked_steps(progress)
 
-                return PersistentRequest(state, run_of_plan, "Allreduce_init", plan)
-            run = Request(RUN, {"request": state.new_plan()})
+                return PersistentRequest(context, run_of_plan, "Allreduce_init", plan)
+            run = Request(RUN, {"request": context.new_plan()})
 
         def steps(progress: Progress) -> Steps:
-            if state.size > 1:
-                yield from agree(state.comm, state.common, run, progress)
+            if context.size > 1:
+                yield from agree(context.comm, context.common, run, progress)
             yield from settled.library_steps(lambda comm, send, receive: comm.Iallreduce(send, receive, op), progress)
 
-        return PersistentRequest(state, steps, "Allreduce_init")
+        return PersistentRequest(context, steps, "Allreduce_init")
 
     def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
         """Reduce over all ranks into ``recvbuf`` of rank ``root``."""
 
-        def make(state: State) -> Call:
-            return reduce_call(state, sendbuf, recvbuf, op, root, self._algorithm)
+        def make(context: Context) -> Call:
+            return reduce_call(context, sendbuf, recvbuf, op, root, self._algorithm)
 
         self._run("Reduce", make, lambda comm, send, receive: comm.Ireduce(send, receive, op, root))
 
     def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; rank r gets block r."""
 
-        def make(state: State) -> Call:
-            return reduce_scatter_block_call(state, sendbuf, recvbuf, op, self._algorithm)
+        def make(context: Context) -> Call:
+            return reduce_scatter_block_call(context, sendbuf, recvbuf, op, self._algorithm)
 
         self._run(
             "Reduce_scatter_block", make, lambda comm, send, receive: comm.Ireduce_scatter_block(send, receive, op)
@@ -299,33 +299,35 @@ class Communicator(MPI.Intracomm):
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
         """Gather every rank's ``sendbuf`` in ``recvbuf`` of every rank, in rank order."""
 
-        def make(state: State) -> Call:
-            return allgather_call(state, "Allgather", sendbuf, recvbuf, self._algorithm)
+        def make(context: Context) -> Call:
+            return allgather_call(context, "Allgather", sendbuf, recvbuf, self._algorithm)
 
         self._run("Allgather", make, lambda comm, send, receive: comm.Iallgather(send, receive))
 
     def Iallgather(self, sendbuf: Any, recvbuf: Any) -> MPI.Request:
         """Begin an Allgather; see ``Iallreduce``."""
-        state = state_of(self)
-        with state.turn("Iallgather"):
-            call = allgather_call(state, "Iallgather", sendbuf, recvbuf, self._algorithm)
+        context = context_of(self)
+        with context.turn("Iallgather"):
+            call = allgather_call(context, "Iallgather", sendbuf, recvbuf, self._algorithm)
 
             def steps(progress: Progress) -> Steps:
-                return CallRun(state, call).whole(lambda comm, send, receive: comm.Iallgather(send, receive), progress)
+                return CallRun(context, call).whole(
+                    lambda comm, send, receive: comm.Iallgather(send, receive), progress
+                )
 
-            return GeneralRequest(state, steps, "Iallgather")
+            return GeneralRequest(context, steps, "Iallgather")
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         """Copy rank ``root``'s ``buf`` to every rank's."""
 
-        def make(state: State) -> Call:
-            return bcast_call(state, buf, root, self._algorithm)
+        def make(context: Context) -> Call:
+            return bcast_call(context, buf, root, self._algorithm)
 
         self._run("Bcast", make, lambda comm, send, receive: comm.Ibcast(receive, root))
 
-    def _run(self, function: str, make: Callable[[State], Call], library: Library) -> None:
-        state = state_of(self)
-        with state.turn(function):
-            call = make(state)
-            state.prepare(function, call.request.error)
-            CallRun(state, call).now(library)
+    def _run(self, function: str, make: Callable[[Context], Call], library: Library) -> None:
+        context = context_of(self)
+        with context.turn(function):
+            call = make(context)
+            context.prepare(function, call.request.error)
+            CallRun(context, call).now(library)

@@ -34,8 +34,8 @@ def start(plans: Sequence[Plan]) -> None:
     error = _mistake(plans)
     groups = _groups([plan for plan in dict.fromkeys(plans) if isinstance(plan, Plan)])
     with ExitStack() as calls:
-        for state in dict.fromkeys(group[0].state for group in groups):
-            calls.enter_context(state.turn("start"))
+        for context in dict.fromkeys(group[0].context for group in groups):
+            calls.enter_context(context.turn("start"))
         for group in groups:
             if error is not None:  # the other ranks must not wait for this one's runs
                 group[0].refuse(error)
@@ -77,7 +77,7 @@ def _fits(group: Sequence[Any], plan: Plan) -> bool:
     if not (isinstance(plan, ExactPlan) and isinstance(first, ExactPlan) and plan.fusible and first.fusible):
         return False
     total = plan.flat.nbytes + sum(each.flat.nbytes for each in group)
-    if total > FUSED_NBYTES or first.state is not plan.state or first.algorithm != plan.algorithm:
+    if total > FUSED_NBYTES or first.context is not plan.context or first.algorithm != plan.algorithm:
         return False
     return _KINDS[plan.fusion].fit(first, plan, total)
 
@@ -90,7 +90,7 @@ def _start(group: list[Any]) -> None:
         fused = group[0].fused
         if fused is None or fused.key != key:
             group[0].fused = fused = _KINDS[group[0].fusion](key, group)
-        job = group[0].state.lane.submit(fused.steps, fused.what)
+        job = group[0].context.queue.submit(fused.steps, fused.what)
         for plan in group:
             plan.take_job(job)
 
@@ -101,7 +101,7 @@ class _Fusion(ABC):
     def __init__(self, key: tuple[int, ...], plans: list[ExactPlan]) -> None:
         self.key = key
         self.plans = plans
-        self.state = plans[0].state
+        self.context = plans[0].context
         self.what = " + ".join(plan.what for plan in plans)
 
     @staticmethod
@@ -124,22 +124,22 @@ class SharedFusion(_Fusion):
     def __init__(self, key: tuple[int, ...], plans: list[ExactPlan]) -> None:
         super().__init__(key, plans)
         self._request = Request(RUN, {"plan": self.what})
-        shared = self.state.common
+        shared = self.context.common
         assert shared is not None
-        pieces = [piece for plan in plans for piece in plan.pieces()]
-        self._operation = extension.SharedAllreduce(shared.node, self._request.kind, pieces, None)
+        operands = [operand for plan in plans for operand in plan.operands()]
+        self._operation = extension.SharedAllreduce(shared.node, self._request.kind, operands, None)
 
     @staticmethod
     def fit(first: ExactPlan, plan: ExactPlan, nbytes: int) -> bool:
         """See _Fusion."""
-        return bool(nbytes <= extension.SharedAllreduce.small(plan.state.size))
+        return bool(nbytes <= extension.SharedAllreduce.small(plan.context.size))
 
     def steps(self, progress: Progress) -> Steps:
         """See _Fusion."""
         self._operation.begin()
         yield from finish(self._operation, progress)
         if self._operation.disagrees:
-            yield from conclude(self.state.comm, self._request, verdict_of(self._operation.verdict), progress)
+            yield from conclude(self.context.comm, self._request, verdict_of(self._operation.verdict), progress)
         self.count()
 
 
@@ -150,7 +150,7 @@ class PackedFusion(_Fusion):
         super().__init__(key, plans)
         first = plans[0]
         self._flat: Any = np.empty(sum(plan.flat.size for plan in plans), first.flat.dtype)
-        self._plan = ExactPlan(self.state, self._flat, first.op, Choice(first.algorithm, first.why), self.what)
+        self._plan = ExactPlan(self.context, self._flat, first.op, Choice(first.algorithm, first.why), self.what)
 
     @staticmethod
     def fit(first: ExactPlan, plan: ExactPlan, nbytes: int) -> bool:

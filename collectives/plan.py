@@ -11,11 +11,11 @@ from mpi4py import MPI
 
 from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
 from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE, REFUSED
-from bitring.collectives.execution.runner import PieceRunner, Runner, Task, make_runner
+from bitring.collectives.execution.runner import OperandRunner, Runner, Task, make_runner
 from bitring.collectives.interop.operators import op_name, require_defined, require_op, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, finish
 from bitring.collectives.runtime.agreement import Check, Request, agree, checked, conclude, verdict_of
-from bitring.collectives.runtime.context import State, state_of
+from bitring.collectives.runtime.context import Context, context_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.job import Job
 from bitring.collectives.runtime.objects import gather
@@ -49,9 +49,9 @@ class Plan(ABC):
     by_library = False
     """Whether a run is a collective of the MPI library's, which another rank's must not meet while they find out."""
 
-    def __init__(self, state: State, what: str) -> None:
-        self.state = state
-        self.number = state.new_plan()
+    def __init__(self, context: Context, what: str) -> None:
+        self.context = context
+        self.number = context.new_plan()
         self.what = f"{what} (plan {self.number})"
         self._run = Request(RUN, {"plan": self.what})
         self._job: Job | None = None
@@ -64,19 +64,19 @@ class Plan(ABC):
 
     def checked_steps(self, progress: Progress) -> Steps:
         """One run; all ranks find out that they are at the same plan, before it or beside it."""
-        if self.state.size == 1:
+        if self.context.size == 1:
             yield from self._steps(progress)
-        elif self.state.common is not None or self.by_library:
-            yield from agree(self.state.comm, self.state.common, self._run, progress)
+        elif self.context.common is not None or self.by_library:
+            yield from agree(self.context.comm, self.context.common, self._run, progress)
             yield from self._steps(progress)
         else:
-            check = Check(self.state.comm, self._run)
+            check = Check(self.context.comm, self._run)
             steps, checked, over = self._steps(progress), False, False
             while not (checked and over):
                 if not checked and check.request.Test():
                     checked = True
                     progress.moves += 1
-                    yield from conclude(self.state.comm, self._run, check.verdict, progress)
+                    yield from conclude(self.context.comm, self._run, check.verdict, progress)
                 waiting = next(steps, _OVER) if not over else None
                 over = over or waiting is _OVER
                 if not (checked and over):
@@ -87,7 +87,7 @@ class Plan(ABC):
 
         Raises RuntimeError when the last run has not been waited for.
         """
-        with self.state.turn(self.what):
+        with self.context.turn(self.what):
             self._submit()
         engine.start_thread()
 
@@ -108,11 +108,11 @@ class Plan(ABC):
         except RuntimeError as error:  # the other ranks must not wait for this one's run
             self.refuse(error)
             raise
-        self._job = self.state.lane.submit(self.checked_steps, self.what)
+        self._job = self.context.queue.submit(self.checked_steps, self.what)
 
     def refuse(self, error: Exception) -> None:
         """Let the other ranks hear, in their run of this plan, why this one cannot begin; in the turn of a call."""
-        self.state.refuse(self._run.function, error)
+        self.context.refuse(self._run.function, error)
 
     def wait(self) -> None:
         """Wait for the run that ``start`` began; raises what went wrong in it. Raises RuntimeError without one.
@@ -144,7 +144,7 @@ class Plan(ABC):
 
     def __call__(self) -> None:
         """Run the collective in the calling thread, in place on the buffer."""
-        with self.state.turn(self.what):
+        with self.context.turn(self.what):
             self._submit()
             self.wait()
 
@@ -183,8 +183,8 @@ class Plan(ABC):
 class ExactPlan(Plan):
     """An exact AllReduce of ``flat``, a 1-D array, by ``choice``; ``what``: what it does, where that is not all."""
 
-    def __init__(self, state: State, flat: Array, op: MPI.Op, choice: Choice, what: str = "") -> None:
-        super().__init__(state, what or f"allreduce of {flat.size} {flat.dtype} values by {choice.name}")
+    def __init__(self, context: Context, flat: Array, op: MPI.Op, choice: Choice, what: str = "") -> None:
+        super().__init__(context, what or f"allreduce of {flat.size} {flat.dtype} values by {choice.name}")
         self.algorithm, self.why = choice
         self.flat = flat
         self.op = op
@@ -192,18 +192,18 @@ class ExactPlan(Plan):
         self.fusion = algorithm.fusion
         self.fused: Any = None  # with which plans it was last started, and how
         self._runner: Runner | None = None
-        self._direct: Any = None  # a native operation that is a whole run and finds out itself whether all mean it
+        self._whole_run: Any = None  # a native operation that is a whole run and finds out itself whether all mean it
         self._past_engine: Any = None  # runs it past the engine, and says what became of that
         task = Task("allreduce", flat, op, number=self.number, signature=self._run.kind)
-        self._runner = make_runner(state, choice.name, task)
+        self._runner = make_runner(context, choice.name, task)
         self._nbytes = self._runner.nbytes_sent
         self.by_library = algorithm.library
-        self._direct = self._runner.operation if algorithm.self_checking else None
+        self._whole_run = self._runner.operation if algorithm.self_checking else None
         alone = algorithm.self_checking or MPI.Query_thread() == MPI.THREAD_MULTIPLE  # beside another thread's run
-        if self._direct is None and state.common is not None and self._runner.operation is not None:
-            self._direct = checked(state.common, self._run, self._runner.operation)
-        if self._direct is not None and state.common is not None and alone:
-            self._past_engine = state.lane.direct.runs(self._direct, ALONE_SECONDS).run
+        if self._whole_run is None and context.common is not None and self._runner.operation is not None:
+            self._whole_run = checked(context.common, self._run, self._runner.operation)
+        if self._whole_run is not None and context.common is not None and alone:
+            self._past_engine = context.queue.fast_path.runs(self._whole_run, ALONE_SECONDS).run
 
     def __call__(self) -> None:
         """Run the collective in the calling thread, in place on the buffer."""
@@ -212,7 +212,7 @@ class ExactPlan(Plan):
             try:
                 outcome = run()
             except BaseException as error:
-                self.state.lane.interrupted(self.what, error)
+                self.context.queue.interrupted(self.what, error)
                 raise
             if outcome == DONE:
                 self.bytes_sent += self._nbytes
@@ -220,25 +220,25 @@ class ExactPlan(Plan):
         if outcome == DECLINED:
             super().__call__()
             return
-        with self.state.turn(self.what, continues=True):
+        with self.context.turn(self.what, continues=True):
             if outcome == REFUSED:
                 self.bytes_sent += self._nbytes
                 return
             try:
-                self._job = self.state.lane.submit(self._finish, self.what)
+                self._job = self.context.queue.submit(self._finish, self.what)
             except BaseException as error:
-                self.state.lane.cut_short(self.what, error)
+                self.context.queue.cut_short(self.what, error)
                 raise
             self.wait()
 
     @property
     def fusible(self) -> bool:
         """Whether a run may travel with other plans' runs."""
-        return self.state.size > 1 and device_of(self.flat) is None and self.fusion is not None
+        return self.context.size > 1 and device_of(self.flat) is None and self.fusion is not None
 
-    def pieces(self) -> list[tuple[int, int, int, int]]:
-        """What a run reduces, for fusion by pieces."""
-        return cast(PieceRunner, self._runner).pieces
+    def operands(self) -> list[tuple[int, int, int, int]]:
+        """What a run reduces, for fusion by operands."""
+        return cast(OperandRunner, self._runner).operands
 
     def count_run(self) -> None:
         """A run is over that something else has made."""
@@ -246,17 +246,17 @@ class ExactPlan(Plan):
 
     def _finish(self, progress: Progress) -> Steps:
         """The rest of a native run."""
-        yield from finish(self._direct, progress)
-        if self._direct.disagrees:
-            yield from conclude(self.state.comm, self._run, verdict_of(self._direct.verdict), progress)
+        yield from finish(self._whole_run, progress)
+        if self._whole_run.disagrees:
+            yield from conclude(self.context.comm, self._run, verdict_of(self._whole_run.verdict), progress)
         self.bytes_sent += self._nbytes
 
     def checked_steps(self, progress: Progress) -> Steps:
         """See Plan."""
-        if self._direct is None:
+        if self._whole_run is None:
             yield from super().checked_steps(progress)
         else:
-            self._direct.begin()
+            self._whole_run.begin()
             yield from self._finish(progress)
 
     def _steps(self, progress: Progress) -> Steps:
@@ -267,7 +267,7 @@ class ExactPlan(Plan):
     def free(self) -> None:
         """See Plan."""
         super().free()
-        self._direct = self._past_engine = self.fused = None
+        self._whole_run = self._past_engine = self.fused = None
         if self._runner is not None:
             self._runner.close()
 
@@ -291,19 +291,21 @@ def array_terms(x: Array) -> dict[str, object]:
     }
 
 
-def run_agreement(state: State, request: Request, gentle: bool = False) -> None:
+def run_agreement(context: Context, request: Request, gentle: bool = False) -> None:
     """Agree with all ranks, in the calling thread and in order with the communicator's jobs; ``gentle``: asleep."""
-    if state.size == 1:
+    if context.size == 1:
         if request.error is not None:
             raise request.error
         return
-    state.prepare(request.function, request.error)
-    state.lane.call(lambda progress: agree(state.comm, state.common, request, progress), request.function, gentle)
+    context.prepare(request.function, request.error)
+    context.queue.call(
+        lambda progress: agree(context.comm, context.common, request, progress), request.function, gentle
+    )
 
 
 def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function: str = "plan_allreduce") -> ExactPlan:
     """A plan for the exact AllReduce of ``x`` in place; see ``bitring.plan_allreduce``. Collective."""
-    state = state_of(comm)
+    context = context_of(comm)
     flat: Array = np.empty(0, np.float32)
     request = Request(function)
     try:
@@ -316,22 +318,22 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
         require_defined(op, flat.dtype, function)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
-    with state.turn(function):
-        run_agreement(state, request)
-        return ExactPlan(state, flat, op, choose(algorithm, query_of(state, flat, op), state.table))
+    with context.turn(function):
+        run_agreement(context, request)
+        return ExactPlan(context, flat, op, choose(algorithm, query_of(context, flat, op), context.table))
 
 
-def query_of(state: State, flat: Array, op: MPI.Op) -> Query:
+def query_of(context: Context, flat: Array, op: MPI.Op) -> Query:
     """What an algorithm of a plan for the AllReduce of ``flat`` is chosen for. Collective: see ``resident``."""
     return Query(
         collective="allreduce",
         nbytes=flat.nbytes,
-        topology=state.topology,
+        topology=context.topology,
         own=ufunc_name(op, flat.dtype) is not None,
         library=library_reduces(flat, op),
         itemsize=flat.dtype.itemsize,
         host=device_of(flat) is None,
-        resident=resident(state, flat),
+        resident=resident(context, flat),
     )
 
 
@@ -346,11 +348,11 @@ def library_reduces(flat: Array, op: MPI.Op) -> bool:
     return flat.dtype.kind != "f" or op_name(op) not in ("MAX", "MIN")
 
 
-def resident(state: State, flat: Array) -> bool:
+def resident(context: Context, flat: Array) -> bool:
     """Whether all ranks' buffers are in memory that their nodes share. Collective where there is such memory."""
-    if state.shared is None or device_of(flat) is not None:
+    if context.shared is None or device_of(flat) is not None:
         return False
-    return all(gather(state, state.shared.region_of(flat) is not None, "plan_allreduce"))
+    return all(gather(context, context.shared.region_of(flat) is not None, "plan_allreduce"))
 
 
 def memory_name(flat: Array) -> str:

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from bitring.collectives.interop.polled_request import Callbacks, as_mpi, start
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import RUN, Plan
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 from bitring.collectives.runtime.engine import engine
 
 Work = Callable[[Progress], Steps]
@@ -25,13 +25,13 @@ class _Run:
     Below MPI.THREAD_MULTIPLE the job has run when this is made.
     """
 
-    def __init__(self, state: State, work: Work, what: str) -> None:
+    def __init__(self, context: Context, work: Work, what: str) -> None:
         self.request = start(Callbacks(self._query, engine.poll, self._wait, self._interrupted))
         self._incomplete = [self.request]
         self._interrupt: BaseException | None = None
         self._told = False  # somebody has heard, or is about to hear, what went wrong
         try:
-            self._job = state.lane.submit(work, what, on_done=self._complete)
+            self._job = context.queue.submit(work, what, on_done=self._complete)
         except BaseException:
             self.request.Complete()
             self.request.Free()
@@ -88,14 +88,14 @@ class _Run:
 class GeneralRequest(MPI.Grequest):
     """A generalized request that stands for a job. Wait and Test raise the job's error, Waitall MPI's version of it."""
 
-    def __new__(cls, state: State, work: Work, what: str) -> Self:
+    def __new__(cls, context: Context, work: Work, what: str) -> Self:
         """Submit the job."""
-        run = _Run(state, work, what)
+        run = _Run(context, work, what)
         self = super().__new__(cls, run.request)
         self._run = run
         return self
 
-    def __init__(self, state: State, work: Work, what: str) -> None:
+    def __init__(self, context: Context, work: Work, what: str) -> None:
         self._run: _Run
 
     def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
@@ -114,16 +114,16 @@ class PersistentRequest(MPI.Prequest):
     Inactive it is MPI.REQUEST_NULL: Waitall takes it as it takes any inactive request, and Startall refuses it.
     """
 
-    def __new__(cls, state: State, work: Work, what: str, plan: Plan | None = None) -> Self:
+    def __new__(cls, context: Context, work: Work, what: str, plan: Plan | None = None) -> Self:
         """``plan``, of which a run is one of the request's, is freed with it."""
         self = super().__new__(cls)
-        self._state, self._work, self._what, self._plan = state, work, what, plan
+        self._context, self._work, self._what, self._plan = context, work, what, plan
         self._run = None
         self._freed = False
         return self
 
-    def __init__(self, state: State, work: Work, what: str, plan: Plan | None = None) -> None:
-        self._state: State
+    def __init__(self, context: Context, work: Work, what: str, plan: Plan | None = None) -> None:
+        self._context: Context
         self._work: Work
         self._what: str
         self._plan: Plan | None
@@ -138,13 +138,13 @@ class PersistentRequest(MPI.Prequest):
 
     def Start(self) -> None:
         """Begin a run. Raises RuntimeError while the last one is active; the other ranks' runs raise PeerError then."""
-        with self._state.turn(f"Start of a request of {self._what}"):
+        with self._context.turn(f"Start of a request of {self._what}"):
             try:
                 self._check_inactive("Start")
             except RuntimeError as error:
-                self._state.refuse(RUN, error)
+                self._context.refuse(RUN, error)
                 raise
-            self._run = _Run(self._state, self._work, self._what)
+            self._run = _Run(self._context, self._work, self._what)
         ctypes.memmove(MPI._addressof(self), MPI._addressof(self._run.request), MPI._sizeof(MPI.Request))
 
     def Wait(self, status: MPI.Status | None = None) -> Literal[True]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bitring.arrays import Array, all_finite, device_of
 from bitring.compression.compressor import Compressor
-from bitring.compression.exchange.run_stats import Record
+from bitring.compression.exchange.run_stats import RunStats
 from bitring.compression.factors import Factors
 
 if TYPE_CHECKING:  # settings need no MPI
@@ -35,7 +35,7 @@ class Reduction(ABC):
         ``residual``, if there is one, has a value for each of the buffer. All else is alike on all ranks, and is a
         parameter's own where the key ends in ``/`` and the parameter's number.
         """
-        self.record = Record()
+        self.stats = RunStats()
         """Of this run. ``steps`` notes down when it encodes and when it decodes; the plan does the rest."""
 
     @abstractmethod
@@ -79,7 +79,7 @@ def check_host(reducer: Reducer, flat: Array) -> None:
         raise TypeError(f"plan_allreduce: {name} is for host memory; got x in device memory")
 
 
-def cut(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+def unflatten(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     """The parts of ``flat``, one behind the other, as views of the given shapes."""
     parts: list[Array] = []
     start = 0

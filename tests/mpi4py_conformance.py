@@ -20,7 +20,7 @@ from typing import Any
 from mpi4py import MPI
 
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 
 MODULES = ["test_cco_buf", "test_cco_nb_buf", "test_cco_pr_buf"]
 
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def run(algorithm: str, quick: bool) -> bool:
-    """Run the tests with ``algorithm`` and print the verdict on rank 0. Whether anything is wrong, on any rank."""
+    """Run the tests with ``algorithm`` and print the result on rank 0. Whether anything is wrong, on any rank."""
     world, own = (Communicator(comm.Dup(), algorithm=algorithm) for comm in (MPI.COMM_WORLD, MPI.COMM_SELF))
     suite = unittest.TestSuite()
     for name in MODULES:
@@ -72,7 +72,7 @@ def run(algorithm: str, quick: bool) -> bool:
     ran = result.testsRun - len(result.skipped)
     broken = [f"{test.id()}\n{text}" for test, text in (*result.failures, *result.errors)]
     everyone = MPI.COMM_WORLD.allgather(broken)
-    calls = state_of(world).lane.count
+    calls = context_of(world).queue.count
     if MPI.COMM_WORLD.Get_rank() == 0:
         for rank, texts in enumerate(everyone):
             for text in texts:

@@ -66,7 +66,7 @@ def residual_sum(trainer):
             state = plan.state_dict()
             owed = np.array(state["residual"], np.float64)
             owed[slice(*plan.owned)] += state["owner_residual"]
-            for name, part in bucket.cut(owed):
+            for name, part in bucket.unflatten(owed):
                 left[name] += part
     return {name: trainer.comm.allreduce(part) for name, part in left.items()}
 

@@ -126,7 +126,7 @@ def test_one_rank_s_mistakes(comm, agree, path):
 
 def test_arrays_of_several_pieces(comm, agree, path, monkeypatch):
     for module in (saving, loading):
-        monkeypatch.setattr(module, "cut", functools.partial(pieces.cut, limit=1000))
+        monkeypatch.setattr(module, "split", functools.partial(pieces.split, limit=1000))
     trainer, other = (new_trainer(comm, compression="onebit") for _ in range(2))
     save_checkpoint(path, trainer)
     other.step([np.ones_like(w) for w in trainer.parameters.values()])

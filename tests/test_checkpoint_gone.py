@@ -33,7 +33,7 @@ trainer = bitring.DataParallel(
     compression="onebit",
 )
 trainer.step([np.full_like(w, trainer.rank + 1) for w in trainer.parameters.values()])
-saving.cut = loading.cut = functools.partial(pieces.cut, limit=16384)
+saving.split = loading.split = functools.partial(pieces.split, limit=16384)
 bitring.save_checkpoint(folder / "run.npz", trainer)
 os.environ["BITRING_TIMEOUT"] = "3"  # from now on: loading kernels may take long
 watch.timeout.cache_clear()

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from run import launcher
 
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.errors import MismatchError, PeerError
 
@@ -333,7 +333,7 @@ def test_two_libraries_on_one_communicator(world, agree):
     from mpi4py import MPI
 
     one, two = Communicator(world, algorithm="ring"), Communicator(world, algorithm="recursive_doubling")
-    agree(world, state_of(one) is state_of(two), "two states")
+    agree(world, context_of(one) is context_of(two), "two states")
     rank, size = world.rank, world.size
     right, left = (rank + 1) % size, (rank - 1) % size
     xs = [np.full(400, rank + 1.0), np.full(500, rank + 1.0)]
@@ -548,7 +548,7 @@ def test_memory_does_not_grow_with_calls(world, agree):
     calls(200)
     gc.collect()
     agree(world, resident_nbytes() - before < 8 << 20, f"{resident_nbytes() - before} bytes more")
-    agree(world, len(state_of(world).cache) <= 16, f"{len(state_of(world).cache)} transports kept")
+    agree(world, len(context_of(world).cache) <= 16, f"{len(context_of(world).cache)} transports kept")
 
 
 # Long messages, and thread levels
@@ -615,7 +615,7 @@ def test_calls_of_many_sizes_keep_little_scratch(comm, agree):
     ours = Communicator(comm, algorithm="ring").Dup()
     for mib in range(1, 33):
         ours.Allreduce(MPI.IN_PLACE, np.ones(mib << 18, np.float32))
-    kept = sum(t.scratch_nbytes for alike in state_of(ours).cache.values() for t in alike)
+    kept = sum(t.scratch_nbytes for alike in context_of(ours).cache.values() for t in alike)
     agree(comm, kept <= 64 << 20, f"{kept} bytes are kept")
     agree(comm, comm.size == 1 or kept > 0, "nothing is kept")
     ours.Free()

@@ -197,7 +197,7 @@ def test_error_feedback_loses_nothing(comm, agree, dtype):
         state = plan.state_dict()
         owed = np.array(state["residual"], np.float64)
         owed[slice(*plan.owned)] += state["owner_residual"]
-        for name, part in bucket.cut(owed):
+        for name, part in bucket.unflatten(owed):
             left[name] += part
     for name in shapes:
         total_given = comm.allreduce(given[name])

@@ -16,7 +16,7 @@ import pytest
 import bitring
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.runtime import watch
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
 
 HOSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "hosts.py"
@@ -123,7 +123,7 @@ def test_a_host_that_cannot_be_reached_is_silent(hosts, clean_environment):
 
 
 def job(steps, what: str, world: Communicator):
-    return state_of(world).lane.submit(steps, what)
+    return context_of(world).queue.submit(steps, what)
 
 
 @pytest.mark.parametrize("elsewhere", ["an earlier", pytest.param("another communicator", marks=pytest.mark.slow)])
@@ -177,7 +177,7 @@ def test_an_error_of_the_engine_ends_one_job_alone(comm, agree, monkeypatch, bro
     x = np.ones(5)
     for each in (world, other):
         each.Allreduce(None, x)
-    state = state_of(world)
+    context = context_of(world)
 
     def fail(*_):
         raise WatchError
@@ -195,16 +195,16 @@ def test_an_error_of_the_engine_ends_one_job_alone(comm, agree, monkeypatch, bro
             yield Operation() if broken == "drive" else None
 
     if broken == "look":
-        monkeypatch.setattr(state.lane, "gone", fail)
+        monkeypatch.setattr(context.queue, "gone", fail)
     elif broken == "ask":
         monkeypatch.setattr(watch, "SILENCE_SECONDS", 0.3)
-        monkeypatch.setattr(state.lane, "ask", fail)
+        monkeypatch.setattr(context.queue, "ask", fail)
     elif broken == "drive" and engine._native is not None:
         monkeypatch.setattr(engine, "_native", type("Native", (), {"drive": fail}))
     with pytest.raises(WatchError):
-        state.lane.submit(steps, "a test", on_done=fail if broken == "on_done" else None).wait()
+        context.queue.submit(steps, "a test", on_done=fail if broken == "on_done" else None).wait()
     monkeypatch.undo()
-    left = len(state.lane.jobs)
+    left = len(context.queue.jobs)
     y = np.ones(5)
     for _ in range(2):
         other.Allreduce(None, y)
@@ -230,10 +230,10 @@ def test_the_librarys_word_for_a_death(comm):
             yield
 
         with pytest.raises(bitring.DeadRankError, match="a test: a rank is gone") as caught:
-            state_of(world).lane.submit(steps, "a test").wait()
+            context_of(world).queue.submit(steps, "a test").wait()
         assert caught.value.ranks == ()
         with pytest.raises(bitring.DeadRankError, match=r"this communicator is unusable since a rank is gone$"):
-            state_of(world).lane.submit(steps, "a test").wait()
+            context_of(world).queue.submit(steps, "a test").wait()
         world.Free()
         world = Communicator(comm.Dup())
     assert died(MPI.Exception(MPI.ERR_TRUNCATE), world) is None

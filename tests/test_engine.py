@@ -16,7 +16,7 @@ from run import launcher
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.plan import plan_exact
 from bitring.collectives.runtime import watch
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.watch import ADVICE
 
@@ -114,7 +114,7 @@ def test_silence_is_warned_of_once_and_harms_nothing(world, agree, caplog, monke
 
 def test_an_error_in_the_middle_closes_the_communicator(comm, agree):
     world = Communicator(comm.Dup(), algorithm="ring")
-    state = state_of(world)
+    context = context_of(world)
 
     class CutShortError(Exception):
         pass
@@ -125,7 +125,7 @@ def test_an_error_in_the_middle_closes_the_communicator(comm, agree):
         yield
 
     with pytest.raises(CutShortError):
-        state.lane.submit(steps, "a test").wait()
+        context.queue.submit(steps, "a test").wait()
     with pytest.raises(
         RuntimeError, match="Allreduce: this communicator is unusable since a test was cut short by CutShortError"
     ):
@@ -325,7 +325,7 @@ print(f"{right} {names}" + chr(10), end="", flush=True)
     assert done.stdout.count("True ['MainThread']") == 2, done.stdout + done.stderr
 
 
-def test_the_engine_keeps_no_finished_lane(world, agree):
+def test_the_engine_keeps_no_finished_queue(world, agree):
     world.Allreduce(None, np.zeros(3))
-    lanes = engine._lanes
-    agree(world, state_of(world).lane not in lanes or not state_of(world).lane.jobs, "a finished job stays")
+    queues = engine._queues
+    agree(world, context_of(world).queue not in queues or not context_of(world).queue.jobs, "a finished job stays")

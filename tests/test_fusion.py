@@ -58,10 +58,10 @@ def test_plans_started_together(comm, agree, algorithm: str):
 def test_small_plans_share_one_exchange(comm, agree):
     arrays = [np.ones(n, np.float32) for n in (1, 2, 3)]
     plans = [bitring.plan_allreduce(x, comm=comm) for x in arrays]
-    lane = plans[0].state.lane
-    before = lane.count
+    queue = plans[0].context.queue
+    before = queue.count
     bitring.start(plans)
-    jobs = lane.count - before
+    jobs = queue.count - before
     for plan in plans:
         plan.wait()
     agree(comm, jobs == (1 if comm.size > 1 else 3), str(jobs))
@@ -116,7 +116,7 @@ def test_ranks_that_start_other_plans_hear_of_it(comm, agree, algorithm: str):
             error = problem
     found = str(error)
     agree(comm, "ranks disagree on plan" in found and f"(plan {plans[0].number})" in found, found)
-    if plans[0].state.common is not None and algorithm == "auto":  # else messages had been sent
+    if plans[0].context.common is not None and algorithm == "auto":  # else messages had been sent
         fill(arrays, comm.rank)
         bitring.start(plans)
         for plan in plans:

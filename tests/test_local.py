@@ -125,7 +125,7 @@ def test_error_feedback_loses_nothing(comm, agree):
     for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
         owed = plan.state_dict()["residual"].copy()
         owed[slice(*plan.owned)] += plan.state_dict()["owner_residual"]
-        for name, part in bucket.cut(owed):
+        for name, part in bucket.unflatten(owed):
             left[name] += part
     for name, x in w.items():
         total = comm.allreduce(given[name])

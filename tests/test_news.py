@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 import bitring
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.pieces import transfer
 from bitring.collectives.runtime.ports import Ports, ports
@@ -62,7 +62,7 @@ def test_no_communicator_is_made_with_a_rank_that_is_known_dead(comm, agree, mon
     world, plain = Communicator(comm.Dup()), comm.Dup()
     x = np.ones(3)
     world.Allreduce(MPI.IN_PLACE, x)
-    contact = state_of(world).lane.contact
+    contact = context_of(world).queue.contact
     assert contact is not None
     said: list[tuple[str, tuple[int, ...]]] = []
     if comm.rank != 1:

@@ -286,7 +286,7 @@ def test_what_16_bits_cannot_hold_stays_owed(two_nodes: Any, agree: Any) -> None
     plan.load_state_dict({name: np.full_like(a, tiny) for name, a in plan.state_dict().items()})
     plan()
     elsewhere = plan.state_dict()["residual"]
-    first, last = plan._way.extent
+    first, last = plan._route.extent
     elsewhere[first:last] = tiny
     agree(two_nodes, bool((elsewhere == tiny).all()), f"{elsewhere}")
     plan.free()

@@ -37,9 +37,9 @@ class OwnerSchedule(Algorithm):
 @pytest.mark.parametrize("size", [*range(1, 9), 16, 33])
 def test_it_is_an_allreduce_and_sends_what_the_ring_sends(size: int):
     for collective in OwnerSchedule.collectives():
-        verdict = check(OwnerSchedule(), collective, size)
-    verdict = check(OwnerSchedule(), "allreduce", size)
-    assert set(verdict.sent) == set(verdict.messages) == {2 * (size - 1)}
+        traffic = check(OwnerSchedule(), collective, size)
+    traffic = check(OwnerSchedule(), "allreduce", size)
+    assert set(traffic.sent) == set(traffic.messages) == {2 * (size - 1)}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 64])

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitring.collectives.runtime.jointly import jointly
-from bitring.collectives.runtime.pieces import cut, nbytes_of, transfer
+from bitring.collectives.runtime.pieces import nbytes_of, split, transfer
 from bitring.errors import PeerError
 
 
 @pytest.mark.single
 @given(sizes=st.lists(st.integers(0, 200), max_size=12), limit=st.integers(16, 90))
 def test_pieces_are_all_bytes_in_order(sizes: list[int], limit: int):
-    pieces = list(cut(sizes, limit))
+    pieces = list(split(sizes, limit))
     assert all(len(piece) > 0 and nbytes_of(piece) <= limit for piece in pieces)
     reached = dict.fromkeys(range(len(sizes)), 0)
     order = [segment.array for piece in pieces for segment in piece]
@@ -31,7 +31,7 @@ def test_pieces_are_all_bytes_in_order(sizes: list[int], limit: int):
 
 @pytest.mark.single
 def test_beyond_what_fits_into_an_int():
-    last = list(cut([1 << 40], 1 << 30))[-1]
+    last = list(split([1 << 40], 1 << 30))[-1]
     assert last == [(0, (1 << 40) - (1 << 30), 1 << 40)]
 
 

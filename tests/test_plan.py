@@ -15,7 +15,7 @@ import pytest
 from bitring.collectives.allreduce import allreduce
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.compression.compressor import parsed
@@ -351,7 +351,7 @@ def shares_memory(comm) -> bool:
     from mpi4py import MPI
 
     several = comm.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
-    return several and state_of(comm).common is not None
+    return several and context_of(comm).common is not None
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids="with_{}".format)
@@ -359,13 +359,13 @@ def test_a_run_on_one_node_is_no_job(world, agree, algorithm: str):
     """It is one call into the extension, the agreement included, while all goes well."""
     x = np.empty(1000, np.float32)
     plan = make(x, world, algorithm)
-    lane = plan.state.lane
-    before = lane.count
+    queue = plan.context.queue
+    before = queue.count
     for _ in range(20):
         x[:] = world.rank + 1
         plan()
     right = bool((x == triangle(world)).all())
-    agree(world, right and not (shares_memory(world) and lane.count > before), f"{right}, {lane.count - before} jobs")
+    agree(world, right and not (shares_memory(world) and queue.count > before), f"{right}, {queue.count - before} jobs")
 
 
 @pytest.mark.parametrize("call", ["Allreduce", "Reduce", "Bcast", "Allgather", "Reduce_scatter_block"])
@@ -394,10 +394,10 @@ def test_a_repeated_call_on_one_node_is_no_job(world, agree, call: str):
         return bool(np.all(result == expected))
 
     right = once()
-    lane = state_of(comm).lane
-    before = lane.count
+    queue = context_of(comm).queue
+    before = queue.count
     right &= all(once() for _ in range(5))
-    agree(world, right and not (shares_memory(comm) and lane.count > before), f"{right}, {lane.count - before} jobs")
+    agree(world, right and not (shares_memory(comm) and queue.count > before), f"{right}, {queue.count - before} jobs")
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "mpi"])

@@ -14,7 +14,7 @@ import pytest
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.interop import polled_request
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
 
 
@@ -94,13 +94,13 @@ def test_the_error_of_a_job_reaches_whoever_completes_its_request(world, agree, 
     for complete in (MPI.Request.Waitall, MPI.Request.Waitany):
         part = world.Dup()
         with pytest.raises(MPI.Exception) as raised:
-            complete([GeneralRequest(state_of(part), fails, "this")])
+            complete([GeneralRequest(context_of(part), fails, "this")])
         told.append(raised.value.Get_error_string())
         part.Free()
     for complete in (wait, until_over):
         part = world.Dup()
         with pytest.raises(error, match="no such luck"):
-            complete(GeneralRequest(state_of(part), fails, "this"))
+            complete(GeneralRequest(context_of(part), fails, "this"))
         part.Free()
     part, x = world.Dup(), np.ones(5)
     part.Allreduce(MPI.IN_PLACE, x)  # the ranks' words about the failures do not reach the next communicator
@@ -121,7 +121,7 @@ def test_an_interrupt_ends_a_wait_in_the_library(world, polled, how: str):
         while not over:
             yield
 
-    request = GeneralRequest(state_of(world), until_over, "this")
+    request = GeneralRequest(context_of(world), until_over, "this")
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     started = time.monotonic()
@@ -139,7 +139,7 @@ def test_what_cannot_begin_leaves_no_request(world, agree):
     known = len(polled_request._known)
     part = world.Dup()
     part.Allreduce(None, np.ones(3))
-    state_of(part).lane.breaks("it was told so")
+    context_of(part).queue.breaks("it was told so")
     with pytest.raises(RuntimeError, match="unusable since it was told so"):
         part.Iallreduce(None, np.ones(3))
     agree(world, len(polled_request._known) == known, "a request that never began is still known")
@@ -159,7 +159,7 @@ def test_a_test_that_fails_leaves_the_error_to_be_told(world, agree):
 
     part = world.Dup()
     part.Allreduce(None, np.ones(3))
-    request = GeneralRequest(state_of(part), fails_later, "this")
+    request = GeneralRequest(context_of(part), fails_later, "this")
     with pytest.raises(OSError, match="interrupted"):
         request._run.test(library)
     over = True
@@ -177,7 +177,7 @@ def test_a_persistent_request_whose_wait_was_interrupted_is_not_freed_under_its_
         while not over:
             yield
 
-    request = PersistentRequest(state_of(world), until_over, "this", None)
+    request = PersistentRequest(context_of(world), until_over, "this", None)
     request.Start()
     run = request._run
     assert run is not None

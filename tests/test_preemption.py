@@ -17,7 +17,7 @@ import pytest
 from mpi4py import MPI
 
 import bitring
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.objects import allgather
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -31,10 +31,10 @@ def send(number: int = signal.SIGTERM) -> None:
 @contextlib.contextmanager
 def counting_jobs(comm: MPI.Intracomm) -> Generator[list[int]]:
     """How many jobs the communicator's ranks made within."""
-    lane = state_of(comm).lane
-    made = [-lane.count]
+    queue = context_of(comm).queue
+    made = [-queue.count]
     yield made
-    made[0] += lane.count
+    made[0] += queue.count
 
 
 def trainer(comm: MPI.Intracomm, mode: bitring.Mode | str = "sync") -> bitring.DataParallel:

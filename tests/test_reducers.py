@@ -247,7 +247,9 @@ def owed(trainer: Any) -> dict[str, Any]:
     for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
         state = plan.state_dict()
         if "residual" in state:
-            left |= {name: trainer.comm.allreduce(part.astype(float)) for name, part in bucket.cut(state["residual"])}
+            left |= {
+                name: trainer.comm.allreduce(part.astype(float)) for name, part in bucket.unflatten(state["residual"])
+            }
     return left
 
 

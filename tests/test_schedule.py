@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitring.collectives.schedules.check import Message, ScheduleError, check, walk
+from bitring.collectives.schedules.check import MatchedTransfer, ScheduleError, check, walk
 from bitring.collectives.schedules.schedule import (
     Algorithm,
     Receive,
@@ -61,9 +61,9 @@ def test_every_schedule_is_right(name: str, collective: str):
     for size in range(1, 65):
         roots = {0, 1 % size, size // 2, size - 1} if collective in ("reduce", "broadcast") else {0}
         for root in roots:
-            verdict = check(algorithm, collective, size, root)
-            assert (verdict.rounds == 0) == (size == 1)
-            assert sum(verdict.sent) == sum(verdict.received)
+            traffic = check(algorithm, collective, size, root)
+            assert (traffic.rounds == 0) == (size == 1)
+            assert sum(traffic.sent) == sum(traffic.received)
 
 
 def test_a_thousand_ranks_are_checked():
@@ -121,9 +121,9 @@ def test_double_binary_tree_sends_and_receives_one_at_a_time(collective: str):
 
 
 def test_the_root_is_renumbered():
-    verdict = check(get("binomial_tree"), "reduce", 6, root=4)
-    assert verdict.sent[4] == 0
-    assert verdict.received[4] == 3
+    traffic = check(get("binomial_tree"), "reduce", 6, root=4)
+    assert traffic.sent[4] == 0
+    assert traffic.received[4] == 3
 
 
 def test_chunks_cover_the_buffer():
@@ -139,7 +139,7 @@ def test_walk_is_in_a_possible_order():
     """A rank's messages come round by round, and its clock never runs backwards."""
     current = [(-1, -1)] * 13
     for event in walk(get("rabenseifner"), "allreduce", 13):
-        if isinstance(event, Message):
+        if isinstance(event, MatchedTransfer):
             for rank, number in ((event.sender, event.sender_round), (event.receiver, event.receiver_round)):
                 last_round, last_step = current[rank]
                 assert number >= last_round
@@ -266,7 +266,7 @@ def broken(draw: st.DrawFn) -> tuple[Written, str]:
     name, collective = draw(st.sampled_from(CASES))
     size = draw(st.integers(2, 12))
     algorithm = get(name)
-    messages = [event for event in walk(algorithm, collective, size) if isinstance(event, Message)]
+    messages = [event for event in walk(algorithm, collective, size) if isinstance(event, MatchedTransfer)]
     message = draw(st.sampled_from(messages))
     programs = [[list(transfers) for transfers in rounds(algorithm, collective, rank, size)] for rank in range(size)]
     sending = programs[message.sender][message.sender_round]

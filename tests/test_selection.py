@@ -10,7 +10,7 @@ from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.schedules.topology import Topology
 from bitring.collectives.selection.defaults import LITTLE_NBYTES, NETWORK_FROM_NBYTES, RING_FROM_NBYTES
-from bitring.collectives.selection.selection import Choice, check_name, choose, direct_limits, segment_values
+from bitring.collectives.selection.selection import Choice, check_name, choose, fast_path_limits, segment_values
 from bitring.collectives.selection.table import BUILT_IN, Rules, Table
 
 pytestmark = pytest.mark.single
@@ -157,10 +157,10 @@ def test_why_says_what_was_measured():
 
 
 def test_direct_limits():
-    assert direct_limits(ONE_NODE, BUILT_IN) == (0, 1 << 62)
-    assert direct_limits(ONE_NODE, MEASURED) == (100, 999)
-    assert direct_limits(ONE_NODE, Table((rules(ONE_NODE, (0, "shared_memory")),))) == (0, 1 << 62)
-    assert direct_limits(ONE_NODE, Table((rules(ONE_NODE, (0, "mpi")),))) == (1, 0)
+    assert fast_path_limits(ONE_NODE, BUILT_IN) == (0, 1 << 62)
+    assert fast_path_limits(ONE_NODE, MEASURED) == (100, 999)
+    assert fast_path_limits(ONE_NODE, Table((rules(ONE_NODE, (0, "shared_memory")),))) == (0, 1 << 62)
+    assert fast_path_limits(ONE_NODE, Table((rules(ONE_NODE, (0, "mpi")),))) == (1, 0)
 
 
 def test_what_is_chosen_can_be_run():

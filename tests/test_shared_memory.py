@@ -78,9 +78,9 @@ def everyone_raises(world, agree, call, kind: type[Exception], *texts: str) -> N
 
 def is_shared(world, x) -> bool:
     """Whether ``x`` lies in memory that the communicator's ranks map; alone there is nothing to share."""
-    from bitring.collectives.runtime.context import state_of
+    from bitring.collectives.runtime.context import context_of
 
-    shared = state_of(world).shared
+    shared = context_of(world).shared
     return world.size == 1 or (shared is not None and shared.region_of(x.reshape(-1)) is not None)
 
 

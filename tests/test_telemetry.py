@@ -19,7 +19,7 @@ from bitring.compression.encoders.onebit import OneBit
 from bitring.compression.encoders.threshold import Threshold
 from bitring.compression.encoders.topk import TopK
 from bitring.compression.exchange.owner_exchange import PortableOwnerExchange
-from bitring.compression.exchange.run_stats import Norms, Record, pieces, sample
+from bitring.compression.exchange.run_stats import Norms, RunStats, sample, samples
 from bitring.compression.plans.telemetry import BEHIND, DIVERGED, OUT_OF_PROPORTION, Totals, Watch, telemetry_of
 from bitring.compression.plans.watched_plan import add_owed
 from bitring.compression.reducers.randomk import RandomK
@@ -156,16 +156,16 @@ def test_samples(n, share):
 def test_norms():
     x, old, new = np.random.default_rng(0).standard_normal((3, 20_000)).astype(np.float32)
     norms = Norms()
-    norms.look_before(pieces(x), pieces(old))
-    norms.look_after(pieces(new))
+    norms.look_before(samples(x), samples(old))
+    norms.look_after(samples(new))
     for found, wanted in ((norms.values, x), (norms.sums, x + old), (norms.residual, new)):
         assert found == pytest.approx(np.linalg.norm(wanted) ** 2, rel=1e-5)
     norms.look_after([np.array([np.inf, np.nan])])
     assert math.isnan(norms.residual)
-    record = Record()
+    stats = RunStats()
     for residual, finite in ((new, True), (np.array([1.0, np.inf]), False), (new, False)):
-        record.look_at_all(residual)
-        assert record.finite == finite
+        stats.look_at_all(residual)
+        assert stats.finite == finite
 
 
 def compressed(comm, compression, n, runs):
@@ -326,7 +326,7 @@ def test_watch():
             (Norms(0.0, 1.0, 0.9), False, DIVERGED),
             (Norms(0.0, 1.0, 0.9), True, 0),
         ]:
-            watch.look(Record(owner_norms=norms, finite=finite) if owner else Record(norms=norms, finite=finite))
+            watch.look(RunStats(owner_norms=norms, finite=finite) if owner else RunStats(norms=norms, finite=finite))
             assert watch.state == state, norms
 
 
@@ -335,8 +335,8 @@ def test_totals():
     totals = Totals()
     for rank, ratio in ((None, 2.0), (1, 4.0), (1, None), (0, 6.0)):
         norms = Norms() if ratio is None else Norms(values=1.0, sums=2.0, residual=ratio**2)
-        record = Record(4.0, 1.0, 2.0, 10, norms)
-        totals.add(telemetry_of(record, 0.5, rank))
+        stats = RunStats(4.0, 1.0, 2.0, 10, norms)
+        totals.add(telemetry_of(stats, 0.5, rank))
     taken = totals.taken()
     assert taken["encode_seconds"] == 4
     assert taken["decode_seconds"] == 8
@@ -347,5 +347,5 @@ def test_totals():
     assert taken["residual_ratio"] == 4
     assert taken["owner_residual_ratio"] is None
     assert totals.taken() == {}
-    totals.add(telemetry_of(Record(norms=Norms(1.0, 1.0, math.inf)), 0.5, None))
+    totals.add(telemetry_of(RunStats(norms=Norms(1.0, 1.0, math.inf)), 0.5, None))
     assert totals.taken()["residual_ratio"] == math.inf

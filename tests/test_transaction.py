@@ -320,6 +320,6 @@ def test_what_an_exchange_between_nodes_keeps(two_nodes, agree):
         plan()
     after = {key: value.tobytes() for key, value in plan.state_dict().items()}
     plan.undo()
-    agree(two_nodes, plan._way.exchange is None or after["residual"] != before["residual"])  # it may have no lane
+    agree(two_nodes, plan._route.exchange is None or after["residual"] != before["residual"])  # it may have no lane
     agree(two_nodes, {key: value.tobytes() for key, value in plan.state_dict().items()} == before)
     plan.free()

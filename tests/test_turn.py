@@ -16,7 +16,7 @@ import bitring
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.fusion import start
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.objects import allgather
 from bitring.training.data_parallel import DataParallel
 
@@ -112,9 +112,9 @@ MEETINGS = [(first, "Allreduce") for first in FIRST] + [("Allreduce", second) fo
 
 
 def inside(world: Communicator) -> bool:
-    state = state_of(world)
-    direct = state.lane.direct
-    return bool(state._turns._thread or (direct is not None and direct.inside))
+    context = context_of(world)
+    fast_path = context.queue.fast_path
+    return bool(context._turns._thread or (fast_path is not None and fast_path.inside))
 
 
 @pytest.mark.parametrize(("first", "second"), MEETINGS)
@@ -248,7 +248,7 @@ def test_on_one_rank_the_communicator_can_be_used_on(world):
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with state_of(alone).turn("Bcast"):
+        with context_of(alone).turn("Bcast"):
             entered.set()
             leave.wait(10)
 
@@ -266,16 +266,16 @@ def test_on_one_rank_the_communicator_can_be_used_on(world):
 
 def test_a_call_made_of_others_goes_past_the_engine(world, comm, agree):
     """In the thread that is in it, and in no other."""
-    plan, state = bitring.plan_allreduce(np.ones(10), comm=world), state_of(world)
+    plan, context = bitring.plan_allreduce(np.ones(10), comm=world), context_of(world)
     if plan.algorithm != "shared_memory":
         return
-    before = state.lane.count
-    with state.turn("a call"):
+    before = context.queue.count
+    with context.turn("a call"):
         for _ in range(3):
             plan()
-    agree(comm, state.lane.count == before, f"{state.lane.count - before} jobs")
+    agree(comm, context.queue.count == before, f"{context.queue.count - before} jobs")
     told: list[str] = []
-    with state.turn("a call"):
+    with context.turn("a call"):
         other = threading.Thread(target=lambda: told.append(outcome(plan)))
         other.start()
         other.join()

@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from bitring.arrays import is_device
 from bitring.collectives.calls import require_root
-from bitring.collectives.runtime.context import given_comm, one_call, state_of
+from bitring.collectives.runtime.context import context_of, given_comm, one_call
 from bitring.collectives.runtime.jointly import jointly, raise_everywhere
 from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.collectives.selection.selection import check_name
@@ -473,7 +473,7 @@ class DataParallel:
                 return
             changed = {name: self._parameters[name] for name in self._updates}
             if not self._compares_after(steps):
-                state_of(self.comm).exchanged()
+                context_of(self.comm).exchanged()
             with HeldBack(), np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
                 self._optimizer.update(changed, self._updates, self._optimizer_state)
                 self.steps += steps

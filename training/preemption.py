@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.context import given_comm, state_of
+from bitring.collectives.runtime.context import context_of, given_comm
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -169,15 +169,15 @@ def _action(number: int) -> Any:
 
 def _meet(comm: MPI.Intracomm, request: Request) -> None:
     """Have the ranks agree on ``request``; see ``agree``. Collective."""
-    state = state_of(comm)
-    if state.size == 1:
+    context = context_of(comm)
+    if context.size == 1:
         if request.error is not None:
             raise request.error
         return
 
     def steps(progress: Progress) -> Steps:
-        yield from agree(state.comm, state.common, request, progress)
+        yield from agree(context.comm, context.common, request, progress)
 
-    with state.turn(request.function):
-        state.prepare(request.function)
-        state.lane.submit(steps, request.function).wait()
+    with context.turn(request.function):
+        context.prepare(request.function)
+        context.queue.submit(steps, request.function).wait()

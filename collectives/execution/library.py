@@ -10,7 +10,7 @@ from bitring.arrays import Array, device_of
 from bitring.collectives.execution.runner import Task
 from bitring.collectives.interop.mpi_library import library_functions
 from bitring.collectives.interop.steps import Progress, Steps, run, wait_for
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 from bitring.native import address_of, extension, native
 
 _MOST_VALUES = 2**31 - 1
@@ -22,18 +22,18 @@ class LibraryRunner:
 
     scratch_nbytes = 0
 
-    def __init__(self, state: State, task: Task) -> None:
+    def __init__(self, context: Context, task: Task) -> None:
         assert task.collective == "allreduce"
-        self._comm = state.comm
-        self._size = state.size
+        self._comm = context.comm
+        self._size = context.size
         self._op = task.op
-        self.nbytes_sent = 2 * task.flat.nbytes * (state.size - 1) // state.size
+        self.nbytes_sent = 2 * task.flat.nbytes * (context.size - 1) // context.size
         self.operation: Any = None
         if native() is not None and device_of(task.flat) is None and task.flat.size <= _MOST_VALUES:
             self.operation = extension.LibraryAllreduce.make(
                 library=library_functions(),
                 handle_size=MPI._sizeof(MPI.Comm),
-                comm=MPI._handleof(state.comm),
+                comm=MPI._handleof(context.comm),
                 datatype=MPI._handleof(MPI.Datatype.fromcode(task.flat.dtype.char)),
                 op=MPI._handleof(task.op),
                 in_place=int(MPI.IN_PLACE),

@@ -13,37 +13,37 @@ from bitring.collectives.execution.runner import Runner, Task, make_runner, sche
 from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.operators import op_name, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 from bitring.collectives.runtime.objects import agreed_job
 from bitring.native import address_of, extension, kernel
 
 
-def make_multilane(state: State, task: Task) -> Runner:
+def make_multilane(context: Context, task: Task) -> Runner:
     """A runner of the lanes; of what goes between nodes, among all ranks, where a node has no room. Collective."""
 
     def between(comm: MPI.Intracomm, values: Array) -> Runner:
-        state.lane.meets(comm)
+        context.queue.meets(comm)
         return schedule_runner(comm, "allreduce", Multilane.between, values, task.op, 0, task.channel, persistent=True)
 
-    runner = lane_runner(state, task.flat, task.op, task.signature, between, task.persistent)
-    return make_runner(state, Multilane.between, task) if runner is None else runner
+    runner = lane_runner(context, task.flat, task.op, task.signature, between, task.persistent)
+    return make_runner(context, Multilane.between, task) if runner is None else runner
 
 
 class LaneRunner:
     """The reduction inside the nodes, between them in parallel lanes, and inside them again."""
 
     def __init__(
-        self, state: State, region: Any, lane: Runner | None, flat: Array, op: MPI.Op, signature: int, staged: bool
+        self, context: Context, region: Any, lane: Runner | None, flat: Array, op: MPI.Op, signature: int, staged: bool
     ) -> None:
-        assert state.shared is not None
-        self._state = state
-        self._node = state.shared.node
+        assert context.shared is not None
+        self._context = context
+        self._node = context.shared.node
         self._region = region
         self._lane = lane
         self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
         assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
         self._signature = signature
-        inside = state.node.size
+        inside = context.node.size
         self.scratch_nbytes = region.nbytes if staged else 0
         self.nbytes_sent = 2 * (inside - 1) * flat.nbytes // inside + (0 if lane is None else lane.nbytes_sent)
         self.bind(flat)
@@ -59,7 +59,7 @@ class LaneRunner:
             buffer.itemsize,
             self._kernel,
             self._region,
-            self._state.topology.lanes,
+            self._context.topology.lanes,
             None if self._lane is None else self._lane.operation,
         )
         if self._lane is not None:
@@ -78,7 +78,7 @@ class LaneRunner:
 
 
 def lane_runner(
-    state: State,
+    context: Context,
     flat: Array,
     op: MPI.Op,
     signature: int,
@@ -90,7 +90,7 @@ def lane_runner(
     ``between`` makes a runner with a native operation, which is bound later, for the communicator of a lane and an
     array such as its values. None on all ranks where some node has no room for the values.
     """
-    shared, node = state.shared, state.node
+    shared, node = context.shared, context.node
     assert shared is not None
 
     def common(progress: Progress) -> StepsTo[tuple[Any, bool]]:
@@ -101,21 +101,21 @@ def lane_runner(
         staged = region is None or places.count(places[0]) < len(places)
         if staged:
             region = yield from shared.new_region(node.comm, flat.nbytes, progress)
-        everywhere = yield from allgather_steps(state.comm, region is not None, progress)
+        everywhere = yield from allgather_steps(context.comm, region is not None, progress)
         return region if all(everywhere) else None, staged
 
-    region, staged = agreed_job(state, common, "multilane")
+    region, staged = agreed_job(context, common, "multilane")
     if region is None:
         return None
     lane = None
-    if state.lane_comm != MPI.COMM_NULL:
-        lane = between(state.lane_comm, flat[slice(*lane_extent(state, flat.size))])
-    return LaneRunner(state, region, lane, flat, op, signature, staged)
+    if context.lane_comm != MPI.COMM_NULL:
+        lane = between(context.lane_comm, flat[slice(*lane_extent(context, flat.size))])
+    return LaneRunner(context, region, lane, flat, op, signature, staged)
 
 
-def lane_extent(state: State, n: int) -> tuple[int, int]:
+def lane_extent(context: Context, n: int) -> tuple[int, int]:
     """Of n values those in this rank's lane: the first, and the one after the last."""
-    lanes, number = state.topology.lanes, state.node.rank
+    lanes, number = context.topology.lanes, context.node.rank
     if number >= lanes:
         return n, n
     start = extension.LaneAllreduce.chunk_start

@@ -13,7 +13,7 @@ from bitring.collectives.execution.native import NativeTransport, served
 from bitring.collectives.execution.transport import make_transport
 from bitring.collectives.interop.operators import ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 from bitring.collectives.runtime.tags import channel_of
 from bitring.collectives.schedules.program import compile_program
 from bitring.collectives.schedules.schedule import algorithms, rounds
@@ -49,10 +49,10 @@ class Runner(Protocol):
         ...
 
 
-class PieceRunner(Runner, Protocol):
+class OperandRunner(Runner, Protocol):
     """A runner of an algorithm whose small plans travel as pieces."""
 
-    pieces: list[tuple[int, int, int, int]]
+    operands: list[tuple[int, int, int, int]]
     """What one run reduces, each as the native engine takes it: address, values, bytes of a value, kernel."""
 
 
@@ -81,18 +81,18 @@ class Task(NamedTuple):
         return self.number > 0
 
 
-MakeRunner = Callable[[State, Task], Runner]
+MakeRunner = Callable[[Context, Task], Runner]
 """Makes a runner of an algorithm that is not run by its schedule. ``Algorithm.runner`` names one."""
 
 
-def make_runner(state: State, algorithm: str, task: Task) -> Runner:
+def make_runner(context: Context, algorithm: str, task: Task) -> Runner:
     """A runner of ``algorithm``, as it was chosen. Collective for an algorithm that needs setting up, else local."""
     named = algorithms.get(algorithm).runner
     if named is not None:
         make: MakeRunner = resolve_name(named)
-        return make(state, task)
+        return make(context, task)
     return schedule_runner(
-        state.comm, task.collective, algorithm, task.flat, task.op, task.root, task.channel, task.persistent
+        context.comm, task.collective, algorithm, task.flat, task.op, task.root, task.channel, task.persistent
     )
 
 

@@ -6,7 +6,7 @@ from bitring.arrays import Array
 from bitring.collectives.execution.runner import Task
 from bitring.collectives.interop.operators import op_name, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, run
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 from bitring.native import address_of, extension, kernel
 
 
@@ -15,23 +15,23 @@ class SharedRunner:
 
     scratch_nbytes = 0
 
-    def __init__(self, state: State, task: Task) -> None:
-        assert state.common is not None
+    def __init__(self, context: Context, task: Task) -> None:
+        assert context.common is not None
         flat, op = task.flat, task.op
-        self._shared = state.common
+        self._shared = context.common
         self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
         assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
         self._signature = task.signature
-        small = flat.nbytes <= extension.SharedAllreduce.small(state.size)
-        self.nbytes_sent = (state.size - 1) * flat.nbytes // (1 if small else state.size) * (1 if small else 2)
+        small = flat.nbytes <= extension.SharedAllreduce.small(context.size)
+        self.nbytes_sent = (context.size - 1) * flat.nbytes // (1 if small else context.size) * (1 if small else 2)
         self.bind(flat)
 
     def bind(self, buffer: Array) -> None:
         """See Runner."""
         self._buffer = buffer
-        self.pieces = [(address_of(buffer), buffer.size, buffer.itemsize, self._kernel)]
+        self.operands = [(address_of(buffer), buffer.size, buffer.itemsize, self._kernel)]
         self.operation: extension.SharedAllreduce | None = extension.SharedAllreduce(
-            self._shared.node, self._signature, self.pieces, self._shared.region_of(buffer)
+            self._shared.node, self._signature, self.operands, self._shared.region_of(buffer)
         )
 
     def unbind(self) -> None:

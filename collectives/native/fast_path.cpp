@@ -90,12 +90,12 @@ Status run_for(Operation& operation, double seconds) {
     }
 }
 
-Direct::Direct(std::shared_ptr<Node> node, nb::object ndarray, nb::object in_place)
+FastPath::FastPath(std::shared_ptr<Node> node, nb::object ndarray, nb::object in_place)
     : node_(std::move(node)), ndarray_(std::move(ndarray)), in_place_(std::move(in_place)) {
-    operation_ = std::make_shared<SharedAllreduce>(node_, Intent{}, std::vector<Piece>(1), nullptr);
+    operation_ = std::make_shared<SharedAllreduce>(node_, Intent{}, std::vector<Operand>(1), nullptr);
 }
 
-void Direct::serve(nb::object op, Op operation, Type type, std::uint64_t signature) {
+void FastPath::serve(nb::object op, Op operation, Type type, std::uint64_t signature) {
     for (Served& served : served_) {
         if (!served.op.is(op)) continue;
         served.signatures[std::size_t(type)] = signature;
@@ -107,13 +107,13 @@ void Direct::serve(nb::object op, Op operation, Type type, std::uint64_t signatu
     serve(op, operation, type, signature);
 }
 
-void Direct::remove(std::uint64_t number) {
+void FastPath::remove(std::uint64_t number) {
     regions_.erase(std::remove_if(regions_.begin(), regions_.end(),
                                   [&](const Region* region) { return region->number() == number; }),
                    regions_.end());
 }
 
-Outcome Direct::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
+Outcome FastPath::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
     if (closed() || Py_TYPE(recvbuf.ptr()) != reinterpret_cast<PyTypeObject*>(ndarray_.ptr())) {
         return Outcome::declined;
     }
@@ -142,14 +142,14 @@ Outcome Direct::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op)
                 intent.where = region->where(from);
             }
         }
-        operation_->rebind(intent, Piece{from, receive.data(), n, receive.itemsize(), served.kernels[type]}, region);
+        operation_->rebind(intent, Operand{from, receive.data(), n, receive.itemsize(), served.kernels[type]}, region);
         in_allreduce_ = true;
         return run_open(*operation_, 0.2);
     }
     return Outcome::declined;
 }
 
-Outcome Direct::run_open(Operation& operation, double seconds) {
+Outcome FastPath::run_open(Operation& operation, double seconds) {
     inside_ = PyThread_get_thread_ident();
     operation.begin();  // which calls no library
     const Status status = run_for(operation, seconds);

@@ -24,9 +24,9 @@ enum class Outcome : int {
 };
 
 // The way past the engine, for one thread at a time. Python's lock is held wherever this changes.
-class Direct {
+class FastPath {
 public:
-    Direct(std::shared_ptr<Node> node, nanobind::object ndarray, nanobind::object in_place);
+    FastPath(std::shared_ptr<Node> node, nanobind::object ndarray, nanobind::object in_place);
 
     // `op`, the very object, means `operation`; ranks that reduce `type` under it say `signature` (and the count).
     void serve(nanobind::object op, Op operation, Type type, std::uint64_t signature);
@@ -53,7 +53,7 @@ public:
 
     // As run(), of one operation, with as little around it as can be.
     struct Runs {
-        std::shared_ptr<Direct> direct;
+        std::shared_ptr<FastPath> fast_path;
         std::shared_ptr<Operation> operation;
         double seconds;
     };

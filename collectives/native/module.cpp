@@ -106,7 +106,7 @@ std::shared_ptr<OwnerExchange> make_owner_exchange(
 // something to be read before any of them sends (-1).
 int drive(const std::vector<Operation*>& operations, std::atomic<int>& wake, double seconds, bool gentle) {
     nb::gil_scoped_release released;
-    const Crew::Waiting waiting(!gentle);
+    const ThreadPool::Waiting waiting(!gentle);
     Patience patience(gentle);
     const auto limit = std::uint64_t(seconds * 1e9);
     while (wake.load(std::memory_order_relaxed) == 0 && !News::of_process().unread_lately()) {
@@ -173,7 +173,7 @@ NB_MODULE(_native, m) {
                                          reinterpret_cast<void* const*>(out.data()));
     }, "kernel"_a, "n"_a, "inputs"_a, "outputs"_a);
     m.def("with_count", &with_count, "signature"_a, "count"_a);
-    m.def("limit_threads", [](int threads) { Crew::of_process().limit(threads); }, "threads"_a);
+    m.def("limit_threads", [](int threads) { ThreadPool::of_process().limit(threads); }, "threads"_a);
     m.def("set_crowded", [](bool value) { crowded() = value; }, "value"_a);
     m.def("news_comes_to", [](int descriptor) { News::of_process().comes_to(descriptor); }, "descriptor"_a);
     m.def("unread_news", [] { return News::of_process().unread(); });
@@ -193,8 +193,8 @@ NB_MODULE(_native, m) {
     nb::class_<Presence>(m, "Presence")
         .def_static("make", &Presence::make, "name"_a)
         .def_static("open", &Presence::open, "pid"_a, "descriptor"_a, "name"_a)
-        .def_prop_ro("left", [](const Presence& presence) { return presence.state() == Presence::State::left; })
-        .def_prop_ro("dead", [](const Presence& presence) { return presence.state() == Presence::State::dead; })
+        .def_prop_ro("left", [](const Presence& presence) { return presence.liveness() == Presence::Liveness::left; })
+        .def_prop_ro("dead", [](const Presence& presence) { return presence.liveness() == Presence::Liveness::dead; })
         .def("leave", &Presence::leave)
         .def_prop_ro("memory", &Presence::memory, nb::rv_policy::reference_internal);
 
@@ -272,17 +272,17 @@ NB_MODULE(_native, m) {
 
     nb::class_<SharedAllreduce, Operation>(m, "SharedAllreduce")
         .def("__init__", [](SharedAllreduce* self, std::shared_ptr<Node> node, std::uint64_t signature,
-                            const std::vector<std::tuple<std::uintptr_t, std::size_t, std::size_t, std::uintptr_t>>& pieces,
+                            const std::vector<std::tuple<std::uintptr_t, std::size_t, std::size_t, std::uintptr_t>>& operands,
                             std::shared_ptr<const Region> region) {
             Intent intent{signature, 0, 0};
-            std::vector<Piece> made;
-            for (const auto& [data, n, itemsize, kernel] : pieces) {
+            std::vector<Operand> made;
+            for (const auto& [data, n, itemsize, kernel] : operands) {
                 void* values = reinterpret_cast<void*>(data);
-                made.push_back(Piece{values, values, n, itemsize, reinterpret_cast<Reduce>(kernel)});
+                made.push_back(Operand{values, values, n, itemsize, reinterpret_cast<Reduce>(kernel)});
             }
             if (region) intent.where = region->where(made[0].to);
             new (self) SharedAllreduce(std::move(node), intent, std::move(made), std::move(region));
-        }, "node"_a, "signature"_a, "pieces"_a, "region"_a.none())
+        }, "node"_a, "signature"_a, "operands"_a, "region"_a.none())
         .def_prop_ro("verdict", &SharedAllreduce::verdict)
         .def_static("small", &SharedAllreduce::small, "size"_a);
 
@@ -327,14 +327,14 @@ NB_MODULE(_native, m) {
         .def_ro("sums", &OwnerExchange::Norms::sums)
         .def_ro("residual", &OwnerExchange::Norms::residual);
 
-    nb::class_<OwnerExchange::Record>(m, "Record")
-        .def_ro("nanoseconds", &OwnerExchange::Record::nanoseconds)
-        .def_ro("encode", &OwnerExchange::Record::encode)
-        .def_ro("decode", &OwnerExchange::Record::decode)
-        .def_ro("bytes_sent", &OwnerExchange::Record::bytes_sent)
-        .def_ro("norms", &OwnerExchange::Record::norms)
-        .def_ro("owner_norms", &OwnerExchange::Record::owner_norms)
-        .def_ro("finite", &OwnerExchange::Record::finite);
+    nb::class_<OwnerExchange::RunStats>(m, "RunStats")
+        .def_ro("nanoseconds", &OwnerExchange::RunStats::nanoseconds)
+        .def_ro("encode", &OwnerExchange::RunStats::encode)
+        .def_ro("decode", &OwnerExchange::RunStats::decode)
+        .def_ro("bytes_sent", &OwnerExchange::RunStats::bytes_sent)
+        .def_ro("norms", &OwnerExchange::RunStats::norms)
+        .def_ro("owner_norms", &OwnerExchange::RunStats::owner_norms)
+        .def_ro("finite", &OwnerExchange::RunStats::finite);
 
     // Addresses of the functions and settings of compression/kernels/functions.py.
     nb::class_<Codec>(m, "Codec")
@@ -360,27 +360,27 @@ NB_MODULE(_native, m) {
         }, "residual"_a, "owner_residual"_a)
         .def("forget", &OwnerExchange::forget)
         .def("bring_back", &OwnerExchange::bring_back)
-        .def_prop_ro("record", &OwnerExchange::record, nb::rv_policy::copy);
+        .def_prop_ro("stats", &OwnerExchange::stats, nb::rv_policy::copy);
 
-    nb::class_<Direct>(m, "Direct")
+    nb::class_<FastPath>(m, "FastPath")
         .def(nb::init<std::shared_ptr<Node>, nb::object, nb::object>(), "node"_a, "ndarray"_a, "in_place"_a)
-        .def("serve", &Direct::serve, "op"_a, "operation"_a, "type"_a, "signature"_a)
-        .def("limit", &Direct::limit, "least"_a, "most"_a)
-        .def("add", &Direct::add, "region"_a)
-        .def("remove", &Direct::remove, "number"_a)
-        .def("allreduce", &Direct::allreduce, "sendbuf"_a.none(), "recvbuf"_a.none(), "op"_a.none())
-        .def("runs", [](std::shared_ptr<Direct> direct, std::shared_ptr<Operation> operation, double seconds) {
-            return Direct::Runs{std::move(direct), std::move(operation), seconds};
+        .def("serve", &FastPath::serve, "op"_a, "operation"_a, "type"_a, "signature"_a)
+        .def("limit", &FastPath::limit, "least"_a, "most"_a)
+        .def("add", &FastPath::add, "region"_a)
+        .def("remove", &FastPath::remove, "number"_a)
+        .def("allreduce", &FastPath::allreduce, "sendbuf"_a.none(), "recvbuf"_a.none(), "op"_a.none())
+        .def("runs", [](std::shared_ptr<FastPath> fast_path, std::shared_ptr<Operation> operation, double seconds) {
+            return FastPath::Runs{std::move(fast_path), std::move(operation), seconds};
         }, "operation"_a, "seconds"_a)
-        .def_prop_ro("inside", &Direct::inside)
-        .def_prop_ro("in_allreduce", &Direct::in_allreduce)
-        .def("refuse", &Direct::refuse)
-        .def("taken_over", &Direct::taken_over)
-        .def("close", &Direct::close)
-        .def_prop_ro("operation", &Direct::operation)
-        .def("keep_to", &Direct::keep_to, "busy"_a, "thread"_a);
+        .def_prop_ro("inside", &FastPath::inside)
+        .def_prop_ro("in_allreduce", &FastPath::in_allreduce)
+        .def("refuse", &FastPath::refuse)
+        .def("taken_over", &FastPath::taken_over)
+        .def("close", &FastPath::close)
+        .def_prop_ro("operation", &FastPath::operation)
+        .def("keep_to", &FastPath::keep_to, "busy"_a, "thread"_a);
 
-    nb::class_<Direct::Runs>(m, "Runs").def("run", [](Direct::Runs& runs) {
-        return runs.direct->run(*runs.operation, runs.seconds);
+    nb::class_<FastPath::Runs>(m, "Runs").def("run", [](FastPath::Runs& runs) {
+        return runs.fast_path->run(*runs.operation, runs.seconds);
     });
 }

@@ -13,7 +13,7 @@ namespace bitring {
 
 namespace {
 
-// Of so many segments that are encoded, one is looked at for the norms of the record.
+// Of so many segments that are encoded, one is looked at for the norms of a run.
 constexpr std::size_t kSample = 16;
 
 // What the processor notes when finite numbers make Inf or NaN.
@@ -133,7 +133,7 @@ OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Typ
             most = std::max(most, n);
         }
     }
-    if (values >= kLarge * std::int64_t(segments_.size())) most_ = std::size_t(Crew::of_process().limit());
+    if (values >= kLarge * std::int64_t(segments_.size())) most_ = std::size_t(ThreadPool::of_process().limit());
     tasks_.reserve(most_);
     sums_.resize(std::min(most_, mine_.size()), std::vector<char>(std::size_t(most) * wide_));
     // All owners get their first segments first: each has something to add, and later to send, as early as can be.
@@ -146,25 +146,25 @@ OwnerExchange::OwnerExchange(std::unique_ptr<Wire> wire, int rank, int size, Typ
     for (auto& kept : kept_) kept.resize(segments_.size());
     missing_.resize(mine_.size());
     arrived_.reserve(segments_.size());
-    messages_.reserve(landed_.size());
+    posted_.reserve(landed_.size());
 }
 
 void OwnerExchange::start() {
     began_ = std::int64_t(now_nanoseconds());
-    record_ = Record();
+    stats_ = RunStats();
     next_encode_ = next_sum_ = next_decode_ = 0;
     sending_ = 0;
     awaited_ = -1;
     error_ = 0;
-    messages_.clear();
+    posted_.clear();
     arrived_.clear();
     std::fill(from_.begin(), from_.end(), 0);
     std::fill(missing_.begin(), missing_.end(), size_);
     const auto receive = [&](std::size_t s, bool summed, int peer, std::vector<std::uint8_t>& to) {
         if (error_ != 0) return;
-        messages_.push_back(Message{false, summed, int(s), peer});
+        posted_.push_back(Posted{false, summed, int(s), peer});
         ++from_[std::size_t(peer)];
-        error_ = wire_->start(false, to.data(), to.size(), peer, tags_[summed], int(messages_.size()) - 1);
+        error_ = wire_->start(false, to.data(), to.size(), peer, tags_[summed], int(posted_.size()) - 1);
     };
     for (std::size_t k = 0; k < mine_.size(); ++k) {
         for (int r = 0; r < size_; ++r) {
@@ -178,10 +178,10 @@ void OwnerExchange::start() {
 
 void OwnerExchange::send(std::size_t s, bool summed, int peer, std::vector<std::uint8_t>& payload, std::size_t nbytes) {
     if (error_ != 0) return;
-    messages_.push_back(Message{true, summed, int(s), peer});
+    posted_.push_back(Posted{true, summed, int(s), peer});
     ++sending_;
-    record_.bytes_sent += std::int64_t(nbytes);
-    error_ = wire_->start(true, payload.data(), nbytes, peer, tags_[summed], int(messages_.size()) - 1);
+    stats_.bytes_sent += std::int64_t(nbytes);
+    error_ = wire_->start(true, payload.data(), nbytes, peer, tags_[summed], int(posted_.size()) - 1);
 }
 
 std::size_t OwnerExchange::residual_at(std::size_t s, bool sum, char** residual, char** kept) {
@@ -307,7 +307,7 @@ void OwnerExchange::work(Task& task) {
 
 // As many tasks as there are threads; what others wait for goes first.
 void OwnerExchange::gather_tasks() {
-    const std::size_t most = std::min(most_, std::size_t(Crew::of_process().threads()));
+    const std::size_t most = std::min(most_, std::size_t(ThreadPool::of_process().threads()));
     tasks_.clear();
     const auto add = [&](Task::Kind kind, std::size_t s, std::size_t k) {
         Task task{};
@@ -327,7 +327,7 @@ void OwnerExchange::gather_tasks() {
 
 void OwnerExchange::work_on_all() {
     const auto begin = std::int64_t(now_nanoseconds());
-    Crew::of_process().run(
+    ThreadPool::of_process().run(
         tasks_.size(),
         [](void* self, std::size_t i) {
             auto* exchange = static_cast<OwnerExchange*>(self);
@@ -342,17 +342,17 @@ void OwnerExchange::work_on_all() {
     }
     // What went on at once took no longer than the whole.
     const double part = std::min(1.0, took / std::max(1.0, encoding + decoding));
-    record_.encode += std::int64_t(part * encoding);
-    record_.decode += std::int64_t(part * decoding);
+    stats_.encode += std::int64_t(part * encoding);
+    stats_.decode += std::int64_t(part * decoding);
     for (const Task& task : tasks_) finish(task);
 }
 
 void OwnerExchange::finish(const Task& task) {
-    Norms& norms = task.kind == Task::sum ? record_.owner_norms : record_.norms;
+    Norms& norms = task.kind == Task::sum ? stats_.owner_norms : stats_.norms;
     norms.values += task.norms.values;
     norms.sums += task.norms.sums;
     norms.residual += task.norms.residual;
-    record_.finite &= task.finite;
+    stats_.finite &= task.finite;
     if (error_ == 0) error_ = task.error;
     if (task.kind == Task::sum) {
         for (int turn = 1; turn < size_; ++turn) send(task.s, true, (rank_ + turn) % size_, summed_[task.s], task.nbytes);
@@ -368,7 +368,7 @@ Status OwnerExchange::step() {
     int count = 0;
     if (error_ == 0) error_ = wire_->complete(landed_.data(), int(landed_.size()), &count);
     for (int i = 0; i < count; ++i) {
-        const Message& message = messages_[std::size_t(landed_[std::size_t(i)])];
+        const Posted& message = posted_[std::size_t(landed_[std::size_t(i)])];
         if (message.sends) {
             --sending_;
             continue;
@@ -386,7 +386,7 @@ Status OwnerExchange::step() {
     } else if (!tasks_.empty()) {
         work_on_all();
     } else if (sending_ == 0 && arrived_.size() == segments_.size()) {
-        record_.nanoseconds = std::int64_t(now_nanoseconds()) - began_;
+        stats_.nanoseconds = std::int64_t(now_nanoseconds()) - began_;
         return Status::done;
     } else if (count == 0) {
         const auto late = std::find_if(from_.begin(), from_.end(), [](int messages) { return messages > 0; });

@@ -50,7 +50,7 @@ public:
 
     // What one run took; the norms over a sample of the segments, for the rank's values and for the sums it owns;
     // whether all residuals left behind are finite.
-    struct Record {
+    struct RunStats {
         std::int64_t nanoseconds = 0, encode = 0, decode = 0, bytes_sent = 0;
         Norms norms, owner_norms;
         bool finite = true;
@@ -86,7 +86,7 @@ public:
     int awaited() const override { return awaited_; }
     int error() const override { return error_; }
     const char* reason() const override;
-    const Record& record() const { return record_; }
+    const RunStats& stats() const { return stats_; }
 
     // error(), where it is none of the MPI library's.
     static constexpr int kCorrupt = -1;  // a payload could not be decoded
@@ -100,7 +100,7 @@ protected:
     Status step() override;
 
 private:
-    struct Message {
+    struct Posted {
         bool sends, summed;
         int segment, peer;
     };
@@ -154,7 +154,7 @@ private:
     std::vector<std::vector<char>> sums_;                        // of one segment, by place
     std::size_t most_ = 1;                                       // tasks that go on at once
     std::vector<Task> tasks_;
-    std::vector<Message> messages_;
+    std::vector<Posted> posted_;
     std::vector<int> landed_;
     std::vector<int> missing_;  // by own segment: payloads that have not come
     std::vector<int> from_;     // by rank: messages that have not come
@@ -168,7 +168,7 @@ private:
     int awaited_ = -1;
     int error_ = 0;
     std::int64_t began_ = 0;
-    Record record_;
+    RunStats stats_;
 };
 
 }  // namespace bitring

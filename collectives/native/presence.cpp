@@ -42,12 +42,12 @@ Presence Presence::open(int pid, int descriptor, const std::string& name) {
     return presence;
 }
 
-Presence::State Presence::state() const {
-    if (left(memory_).load(std::memory_order_acquire) != 0) return State::left;
+Presence::Liveness Presence::liveness() const {
+    if (left(memory_).load(std::memory_order_acquire) != 0) return Liveness::left;
     struct flock lock = first_byte();
     // Where locks cannot be asked for, a silence is warned of all the same.
-    if (fcntl(memory_.descriptor(), F_GETLK, &lock) != 0) return State::here;
-    return lock.l_type == F_UNLCK ? State::dead : State::here;
+    if (fcntl(memory_.descriptor(), F_GETLK, &lock) != 0) return Liveness::here;
+    return lock.l_type == F_UNLCK ? Liveness::dead : Liveness::here;
 }
 
 void Presence::leave() { left(memory_).store(1, std::memory_order_release); }

@@ -18,10 +18,10 @@ public:
     // Another process's, which has made its own.
     static Presence open(int pid, int descriptor, const std::string& name);
 
-    enum class State : int { here, left, dead };
+    enum class Liveness : int { here, left, dead };
 
     // From another process: it runs; it has said that it leaves; it has ended without a word.
-    State state() const;
+    Liveness liveness() const;
 
     // This process will not take part in anything any more, though it may run on.
     void leave();

@@ -21,23 +21,23 @@ std::size_t chunk_start(std::size_t n, std::size_t chunks, std::size_t c) {
 
 std::size_t SharedAllreduce::small(int size) { return std::min(Node::kSmall, (std::size_t(64) << 10) / std::size_t(size)); }
 
-SharedAllreduce::SharedAllreduce(std::shared_ptr<Node> node, const Intent& intent, std::vector<Piece> pieces,
+SharedAllreduce::SharedAllreduce(std::shared_ptr<Node> node, const Intent& intent, std::vector<Operand> operands,
                                  std::shared_ptr<const Region> region)
     : node_(std::move(node)),
       intent_(intent),
-      pieces_(std::move(pieces)),
+      operands_(std::move(operands)),
       keep_(std::move(region)),
       region_(keep_.get()),
       in_(std::size_t(node_->size())),
       out_(std::size_t(node_->size()) + 1) {
-    for (const Piece& piece : pieces_) nbytes_ += piece.n * piece.itemsize;
+    for (const Operand& operand : operands_) nbytes_ += operand.n * operand.itemsize;
 }
 
-void SharedAllreduce::rebind(const Intent& intent, const Piece& piece, const Region* region) {
+void SharedAllreduce::rebind(const Intent& intent, const Operand& operand, const Region* region) {
     intent_ = intent;
-    pieces_.assign(1, piece);
+    operands_.assign(1, operand);
     region_ = region;
-    nbytes_ = piece.n * piece.itemsize;
+    nbytes_ = operand.n * operand.itemsize;
 }
 
 void SharedAllreduce::start() {
@@ -46,10 +46,10 @@ void SharedAllreduce::start() {
         node_->arrive(intent_, nullptr, 0);
     } else {
         char* room = node_->prepare(intent_, nbytes_);
-        for (const Piece& piece : pieces_) {
-            if (piece.n == 0) continue;
-            copy_bytes(room, piece.from, piece.n * piece.itemsize);
-            room += piece.n * piece.itemsize;
+        for (const Operand& operand : operands_) {
+            if (operand.n == 0) continue;
+            copy_bytes(room, operand.from, operand.n * operand.itemsize);
+            room += operand.n * operand.itemsize;
         }
         node_->publish();
     }
@@ -80,16 +80,16 @@ Status SharedAllreduce::arrived() {
         return Status::done;
     }
     const auto size = std::size_t(node_->size());
-    const Piece& piece = pieces_[0];
+    const Operand& operand = operands_[0];
     if (verdict_.same_place && region_ != nullptr) {
         const auto rank = std::size_t(node_->rank());
-        at_ = chunk_start(piece.n, size, rank);
-        end_ = chunk_start(piece.n, size, rank + 1);
+        at_ = chunk_start(operand.n, size, rank);
+        end_ = chunk_start(operand.n, size, rank + 1);
         phase_ = Phase::resident;
         return Status::moved;
     }
-    const std::size_t values = node_->stage_nbytes() / piece.itemsize / size * size;
-    rounds_ = (piece.n + values - 1) / values;
+    const std::size_t values = node_->stage_nbytes() / operand.itemsize / size * size;
+    rounds_ = (operand.n + values - 1) / values;
     out_done_ = reduced_ = in_done_ = 0;
     phase_ = Phase::staged;
     return Status::moved;
@@ -98,28 +98,28 @@ Status SharedAllreduce::arrived() {
 void SharedAllreduce::reduce_small() {
     const int size = node_->size();
     std::size_t offset = 0;
-    for (const Piece& piece : pieces_) {
+    for (const Operand& operand : operands_) {
         for (int r = 0; r < size; ++r) {
             in_[std::size_t(r)] = static_cast<const char*>(node_->contribution(r, nbytes_)) + offset;
         }
-        void* to = piece.to;
-        piece.reduce(piece.n, std::size_t(size), in_.data(), 1, &to);
-        offset += piece.n * piece.itemsize;
+        void* to = operand.to;
+        operand.reduce(operand.n, std::size_t(size), in_.data(), 1, &to);
+        offset += operand.n * operand.itemsize;
     }
 }
 
 Status SharedAllreduce::reduce_resident() {
-    const Piece& piece = pieces_[0];
+    const Operand& operand = operands_[0];
     const int size = node_->size();
-    const std::size_t n = std::min(end_ - at_, kPieceNbytes / piece.itemsize);
+    const std::size_t n = std::min(end_ - at_, kPieceNbytes / operand.itemsize);
     const std::size_t first = backwards_ ? end_ - n : at_;
     const auto offset =
-        std::size_t(static_cast<char*>(piece.to) - region_->part(region_->rank())) + first * piece.itemsize;
+        std::size_t(static_cast<char*>(operand.to) - region_->part(region_->rank())) + first * operand.itemsize;
     for (int r = 0; r < size; ++r) {
         in_[std::size_t(r)] = region_->part(r) + offset;
         out_[std::size_t(r)] = region_->part(r) + offset;
     }
-    piece.reduce(n, std::size_t(size), in_.data(), std::size_t(size), out_.data());
+    operand.reduce(n, std::size_t(size), in_.data(), std::size_t(size), out_.data());
     (backwards_ ? end_ : at_) = backwards_ ? first : first + n;
     if (at_ == end_) {
         backwards_ = !backwards_;
@@ -131,10 +131,10 @@ Status SharedAllreduce::reduce_resident() {
 
 void SharedAllreduce::chunk(std::size_t round, int r, std::size_t* first, std::size_t* last) const {
     const auto size = std::size_t(node_->size());
-    const Piece& piece = pieces_[0];
-    const std::size_t values = node_->stage_nbytes() / piece.itemsize / size * size;
+    const Operand& operand = operands_[0];
+    const std::size_t values = node_->stage_nbytes() / operand.itemsize / size * size;
     const std::size_t begin = round * values;
-    const std::size_t n = std::min(values, piece.n - begin);
+    const std::size_t n = std::min(values, operand.n - begin);
     *first = begin + chunk_start(n, size, std::size_t(r));
     *last = begin + chunk_start(n, size, std::size_t(r) + 1);
 }
@@ -166,41 +166,41 @@ Status SharedAllreduce::pass_stages() {
 
 // A chunk keeps its place in the stage: that of its values in the round.
 void SharedAllreduce::copy_out(std::size_t round) {
-    const Piece& piece = pieces_[0];
+    const Operand& operand = operands_[0];
     char* stage = node_->stage(node_->rank(), round);
     std::size_t begin, first, last;
     chunk(round, 0, &begin, &last);
     for (int r = 0; r < node_->size(); ++r) {
         if (r == node_->rank()) continue;
         chunk(round, r, &first, &last);
-        copy_bytes(stage + (first - begin) * piece.itemsize,
-                    static_cast<const char*>(piece.from) + first * piece.itemsize, (last - first) * piece.itemsize);
+        copy_bytes(stage + (first - begin) * operand.itemsize,
+                    static_cast<const char*>(operand.from) + first * operand.itemsize, (last - first) * operand.itemsize);
     }
 }
 
 void SharedAllreduce::reduce_stage(std::size_t round) {
-    const Piece& piece = pieces_[0];
+    const Operand& operand = operands_[0];
     const int rank = node_->rank();
     std::size_t begin, first, last;
     chunk(round, 0, &begin, &last);
     chunk(round, rank, &first, &last);
-    const std::size_t offset = (first - begin) * piece.itemsize;
+    const std::size_t offset = (first - begin) * operand.itemsize;
     for (int r = 0; r < node_->size(); ++r) in_[std::size_t(r)] = node_->stage(r, round) + offset;
-    in_[std::size_t(rank)] = static_cast<const char*>(piece.from) + first * piece.itemsize;
-    out_[0] = static_cast<char*>(piece.to) + first * piece.itemsize;
+    in_[std::size_t(rank)] = static_cast<const char*>(operand.from) + first * operand.itemsize;
+    out_[0] = static_cast<char*>(operand.to) + first * operand.itemsize;
     out_[1] = node_->stage(rank, round) + offset;
-    piece.reduce(last - first, in_.size(), in_.data(), 2, out_.data());
+    operand.reduce(last - first, in_.size(), in_.data(), 2, out_.data());
 }
 
 void SharedAllreduce::copy_in(std::size_t round) {
-    const Piece& piece = pieces_[0];
+    const Operand& operand = operands_[0];
     std::size_t begin, first, last;
     chunk(round, 0, &begin, &last);
     for (int r = 0; r < node_->size(); ++r) {
         if (r == node_->rank()) continue;
         chunk(round, r, &first, &last);
-        copy_bytes(static_cast<char*>(piece.to) + first * piece.itemsize,
-                    node_->stage(r, round) + (first - begin) * piece.itemsize, (last - first) * piece.itemsize);
+        copy_bytes(static_cast<char*>(operand.to) + first * operand.itemsize,
+                    node_->stage(r, round) + (first - begin) * operand.itemsize, (last - first) * operand.itemsize);
     }
 }
 

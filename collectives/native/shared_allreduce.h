@@ -18,7 +18,7 @@
 namespace bitring {
 
 // Values to reduce from `from` into `to`, which may be the same memory.
-struct Piece {
+struct Operand {
     const void* from;
     void* to;
     std::size_t n;
@@ -28,13 +28,13 @@ struct Piece {
 
 class SharedAllreduce final : public Operation {
 public:
-    // Several pieces travel together, and must be small. `region` may be null; otherwise the one piece is in place in
+    // Several operands travel together, and must be small. `region` may be null; otherwise the one operand is in place in
     // it and is reduced there when all ranks say the same `where`.
-    SharedAllreduce(std::shared_ptr<Node> node, const Intent& intent, std::vector<Piece> pieces,
+    SharedAllreduce(std::shared_ptr<Node> node, const Intent& intent, std::vector<Operand> operands,
                     std::shared_ptr<const Region> region);
 
-    // Use the object for another piece in the next run.
-    void rebind(const Intent& intent, const Piece& piece, const Region* region);
+    // Use the object for another operand in the next run.
+    void rebind(const Intent& intent, const Operand& operand, const Region* region);
 
     int awaited() const override { return node_->name(awaited_); }
     const Verdict& verdict() const { return verdict_; }
@@ -61,7 +61,7 @@ private:
 
     std::shared_ptr<Node> node_;
     Intent intent_;
-    std::vector<Piece> pieces_;
+    std::vector<Operand> operands_;
     std::shared_ptr<const Region> keep_;
     const Region* region_;
     std::size_t nbytes_ = 0;

@@ -18,21 +18,21 @@ constexpr std::uint64_t kSpinNanoseconds = 50000;
 
 }  // namespace
 
-Crew& Crew::of_process() {
-    static Crew* crew = new Crew;
-    return *crew;
+ThreadPool& ThreadPool::of_process() {
+    static ThreadPool* pool = new ThreadPool;
+    return *pool;
 }
 
-void Crew::limit(int threads) {
+void ThreadPool::limit(int threads) {
     threads = std::max(1, std::min(threads, kMost));
     int before = limit_.load();
     while ((before == 0 || threads < before) && !limit_.compare_exchange_weak(before, threads)) {
     }
 }
 
-int Crew::threads() const { return waiting() ? limit() : 1; }
+int ThreadPool::threads() const { return waiting() ? limit() : 1; }
 
-void Crew::start(int helpers) {
+void ThreadPool::start(int helpers) {
     if (helpers_ >= helpers) return;
     // Signals are the interpreter's, whose thread has to wake up for them; but a fault is its thread's.
     sigset_t signals, before;
@@ -40,14 +40,14 @@ void Crew::start(int helpers) {
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&signals, fault);
     pthread_sigmask(SIG_SETMASK, &signals, &before);
     try {
-        for (; helpers_ < helpers; ++helpers_) std::thread(&Crew::help, this, helpers_).detach();
+        for (; helpers_ < helpers; ++helpers_) std::thread(&ThreadPool::help, this, helpers_).detach();
     } catch (const std::exception&) {
         limit(helpers_ + 1);  // the system has no more
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-void Crew::run(std::size_t count, void (*task)(void* context, std::size_t i), void* context) {
+void ThreadPool::run(std::size_t count, void (*task)(void* context, std::size_t i), void* context) {
     const int helpers = std::min(threads() - 1, int(std::min<std::size_t>(count, kMost)) - 1);
     std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
     if (helpers < 1 || !turn.try_lock()) {
@@ -71,7 +71,7 @@ void Crew::run(std::size_t count, void (*task)(void* context, std::size_t i), vo
     left_.wait(locked, [&] { return busy_ == 0; });
 }
 
-void Crew::help(int number) {
+void ThreadPool::help(int number) {
     pthread_setname_np(pthread_self(), "bitring-helper");
     std::uint64_t seen = 0;
     while (true) {

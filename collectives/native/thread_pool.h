@@ -10,10 +10,10 @@
 
 namespace bitring {
 
-class Crew {
+class ThreadPool {
 public:
-    // The process's crew. It is never destroyed: its threads sleep until the process ends.
-    static Crew& of_process();
+    // The process's pool. It is never destroyed: its threads sleep until the process ends.
+    static ThreadPool& of_process();
 
     // From now on at most so many threads, the caller's included, whatever was said before; the first limit is the only
     // one that can raise the number above one.
@@ -51,7 +51,7 @@ private:
     static constexpr int kMost = 16;  // by then the memory is as busy as it can be
 
     std::atomic<int> limit_{0};  // 0: nobody has said
-    std::mutex turn_;            // held by whoever the crew works for
+    std::mutex turn_;            // held by whoever the pool works for
     int helpers_ = 0;
 
     // Helpers below `wanted_` take part in a job, between ++busy_ and --busy_; it opens and closes under the lock.

@@ -33,7 +33,7 @@ class _Part:
         }
 
 
-class Shared:
+class NodeGroup:
     """``node``: the native Node; ``ranks``: the communicator's ranks on it; ``presences``: one for each of them, None
     for this one and where it cannot be known.
     """
@@ -42,8 +42,8 @@ class Shared:
         self.node = node
         self.ranks = ranks
         self._presences = presences
-        self.direct = extension.Direct(node, np.ndarray, MPI.IN_PLACE)
-        self.direct_serves = False  # it has been told what it may do
+        self.fast_path = extension.FastPath(node, np.ndarray, MPI.IN_PLACE)
+        self.fast_path_serves = False  # it has been told what it may do
         self._regions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._count = 0
 
@@ -67,8 +67,8 @@ class Shared:
         region = yield from share(comm, nbytes, self._count, progress)
         if region is not None:
             self._regions[self._count] = region
-            self.direct.add(region)
-            weakref.finalize(region, self.direct.remove, region.number)
+            self.fast_path.add(region)
+            weakref.finalize(region, self.fast_path.remove, region.number)
         return region
 
     def new_part(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[_Part | None]:
@@ -82,7 +82,7 @@ class Shared:
         return next((region for region in self._regions.values() if region.holds(address, flat.nbytes)), None)
 
 
-def make_shared(comm: MPI.Intracomm, ranks: list[int], progress: Progress) -> StepsTo[Shared | None]:
+def make_node_group(comm: MPI.Intracomm, ranks: list[int], progress: Progress) -> StepsTo[NodeGroup | None]:
     """What the ranks of ``comm``, a node, share; None on all of them where that cannot be.
 
     ``ranks``: their numbers in the communicator that it is for.
@@ -94,4 +94,4 @@ def make_shared(comm: MPI.Intracomm, ranks: list[int], progress: Progress) -> St
         extension.set_crowded(True)
     everyone = yield from allgather_steps(comm, own_descriptor(), progress)
     presences = [None if r == comm.Get_rank() else presence_of(each) for r, each in enumerate(everyone)]
-    return Shared(extension.Node(region, ranks), ranks, presences)
+    return NodeGroup(extension.Node(region, ranks), ranks, presences)

@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run, wait_for
-from bitring.collectives.node.node_group import Shared
+from bitring.collectives.node.node_group import NodeGroup
 from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import WORDS_TAG
 from bitring.errors import MismatchError, PeerError, text_of
@@ -101,7 +101,7 @@ def verdict_of(native_verdict: Any) -> Verdict:
     return Verdict(of.same, of.same_function, of.library, of.bad, of.told)
 
 
-def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress: Progress) -> Steps:
+def agree(comm: MPI.Intracomm, shared: NodeGroup | None, request: Request, progress: Progress) -> Steps:
     """Raise on all ranks alike unless all ask for the same; sets ``request.library`` if any rank needs it, and
     ``request.flag`` if any rank has it set.
 
@@ -122,7 +122,7 @@ def agree(comm: MPI.Intracomm, shared: Shared | None, request: Request, progress
     yield from conclude(comm, request, verdict, progress)
 
 
-def checked(shared: Shared, request: Request, operation: Any) -> Any:
+def checked(shared: NodeGroup, request: Request, operation: Any) -> Any:
     """A native operation: ``operation``, begun when all ranks have been found to ask for the same as ``request``.
 
     ``conclude`` raises what its verdict means where it ``disagrees``.

@@ -18,12 +18,12 @@ from mpi4py import MPI
 from bitring.collectives.interop.library_steps import allgather_steps, beside
 from bitring.collectives.interop.mpi_library import library_version
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, wait_for
-from bitring.collectives.node.node_group import Shared, make_shared
+from bitring.collectives.node.node_group import NodeGroup, make_node_group
 from bitring.collectives.runtime import ending
 from bitring.collectives.runtime.abort import abort_on_exception
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.engine import engine
-from bitring.collectives.runtime.job_queue import Lane, numbers_in
+from bitring.collectives.runtime.job_queue import JobQueue, numbers_in
 from bitring.collectives.runtime.ports import ports
 from bitring.collectives.runtime.turn import Turn, Turns
 from bitring.collectives.runtime.watch import gone_in_words
@@ -36,12 +36,12 @@ from bitring.native import extension, native
 logger = logging.getLogger("bitring")
 
 
-class State:
-    """``lane`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks.
+class Context:
+    """``queue`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks.
 
     The choice of an algorithm depends on ``topology`` and on ``table``, rank 0's measured one; ``shared`` is what this
     node's ranks share. Before ``prepare`` they say that nothing is known and nothing shared, on all ranks alike.
-    ``node`` is the state of the ranks of this node, those that share memory; ``nodes`` the ranks of each node.
+    ``node`` is the context of the ranks of this node, those that share memory; ``nodes`` the ranks of each node.
     """
 
     def __init__(self, comm: MPI.Intracomm, made: MPI.Request | None, rank: int, places: Sequence[int]) -> None:
@@ -49,7 +49,7 @@ class State:
 
         ``places``: the ranks' numbers in MPI.COMM_WORLD.
         """
-        self.lane = Lane(comm, made, rank, places)
+        self.queue = JobQueue(comm, made, rank, places)
         self.rank = rank
         size = len(places)
         self.size = size
@@ -61,7 +61,7 @@ class State:
         """What stays with the communicator for those who use bitring's plans on it."""
         self.topology = Topology(size)
         self.table = BUILT_IN
-        self.shared: Shared | None = None
+        self.shared: NodeGroup | None = None
         self.node = self
         self.nodes = [list(range(size))]
         self._parts: dict[str, MPI.Intracomm] = {}
@@ -72,7 +72,7 @@ class State:
     @property
     def comm(self) -> MPI.Intracomm:
         """The private duplicate; nobody else's messages travel in it."""
-        return self.lane.comm
+        return self.queue.comm
 
     def turn(self, function: str, continues: bool = False) -> Turn:
         """For ``with``: a call that has a place in the communicator's order. Calls may be made of others.
@@ -96,7 +96,7 @@ class State:
         return self.plans
 
     @property
-    def common(self) -> Shared | None:
+    def common(self) -> NodeGroup | None:
         """What all ranks share; None when they are not all on one node."""
         return self.shared if self.topology.nodes == 1 else None
 
@@ -122,7 +122,7 @@ class State:
                 yield from agree(self.comm, self.common, request, progress)
                 return (yield from beside(lambda: MPI.Intracomm(self.comm.Split(color)), progress))
 
-            self._parts[what] = self.lane.call(split, request.function)
+            self._parts[what] = self.queue.call(split, request.function)
         return self._parts[what]
 
     def spare(self, progress: Progress) -> StepsTo[MPI.Intracomm]:
@@ -145,7 +145,7 @@ class State:
         """
         if not self._prepared:
             request = Request(function, error=error)
-            self.lane.call(lambda progress: self._preparation(progress, request), function)
+            self.queue.call(lambda progress: self._preparation(progress, request), function)
 
     def _preparation(self, progress: Progress, request: Request) -> Steps:
         # Another rank's first call may be one that does not prepare.
@@ -156,19 +156,19 @@ class State:
         everyone = yield from allgather_steps(self.comm, mine, progress)
         self.table, engines = everyone[0][0], all(native for _, native, _ in everyone)
         part = yield from beside(lambda: node_of(self.comm), progress)
-        node = State(part, None, part.Get_rank(), numbers_in(MPI.COMM_WORLD, part))
+        node = Context(part, None, part.Get_rank(), numbers_in(MPI.COMM_WORLD, part))
         mates = yield from allgather_steps(part, self.rank, progress)
         found: list[list[int]] = yield from allgather_steps(self.comm, mates, progress)
         nodes = [ranks for rank, ranks in enumerate(found) if ranks[0] == rank]
         fewest, most = min(map(len, nodes)), max(map(len, nodes))
         if engines:
             extension.limit_threads(thread_share([everyone[rank][2] for rank in mates], node.rank))
-        shared = (yield from make_shared(part, mates, progress)) if engines and most > 1 else None
+        shared = (yield from make_node_group(part, mates, progress)) if engines and most > 1 else None
         everywhere = all((yield from allgather_steps(self.comm, shared is not None, progress)))
         self.node, self.nodes = node, nodes
         self.topology = Topology(self.size, len(nodes), fewest, everywhere, engines)
         if shared is not None and everywhere:
-            self.shared = self.lane.shared = shared
+            self.shared = self.queue.shared = shared
         self.choices.clear()
         self._prepared = True
         progress.exchanging = False
@@ -182,7 +182,7 @@ class State:
                 part.Free()
         if self.node is not self:
             self.node.close()
-        self.lane.close()
+        self.queue.close()
         self.shared = None
 
 
@@ -193,8 +193,8 @@ def node_of(comm: MPI.Intracomm) -> MPI.Intracomm:
 
 @functools.cache
 def _keyval() -> int:
-    def delete(comm: MPI.Comm, keyval: int, state: State) -> None:
-        state.close()
+    def delete(comm: MPI.Comm, keyval: int, context: Context) -> None:
+        context.close()
 
     return MPI.Comm.Create_keyval(delete_fn=delete)
 
@@ -216,13 +216,13 @@ def given_comm(comm: MPI.Intracomm | None, function: str) -> MPI.Intracomm:
     return comm
 
 
-def state_of(comm: MPI.Intracomm) -> State:
-    """The communicator's state, made on first use; collective then."""
-    state = comm.Get_attr(_keyval())
-    if state is None:
-        state = _first_state_of(comm)
-    assert isinstance(state, State)
-    return state
+def context_of(comm: MPI.Intracomm) -> Context:
+    """The communicator's context, made on first use; collective then."""
+    context = comm.Get_attr(_keyval())
+    if context is None:
+        context = _first_context_of(comm)
+    assert isinstance(context, Context)
+    return context
 
 
 def check_alive(comm: MPI.Intracomm, function: str) -> list[int]:
@@ -243,10 +243,10 @@ def check_alive(comm: MPI.Intracomm, function: str) -> list[int]:
 _first_use = threading.RLock()
 
 
-def _first_state_of(comm: MPI.Intracomm) -> State:
+def _first_context_of(comm: MPI.Intracomm) -> Context:
     with _first_use:
-        state = comm.Get_attr(_keyval())
-        if state is None:
+        context = comm.Get_attr(_keyval())
+        if context is None:
             engine.check("the first collective of a communicator")
             abort_on_exception()
             _warn_if_alone()
@@ -255,17 +255,17 @@ def _first_state_of(comm: MPI.Intracomm) -> State:
             private, made = MPI.Intracomm(comm).Idup()
             if comm.Get_size() == 1:
                 made.Wait()  # nobody to wait for; and plans of one rank run no job that would
-            state = State(private, made, comm.Get_rank(), places)
-            comm.Set_attr(_keyval(), state)
-        assert isinstance(state, State)
-        return state
+            context = Context(private, made, comm.Get_rank(), places)
+            comm.Set_attr(_keyval(), context)
+        assert isinstance(context, Context)
+        return context
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def one_call(function: str) -> Callable[[_Method], _Method]:
-    """A decorator: the method, of something that has a ``comm``, is one call of that communicator; see ``State.turn``.
+    """A decorator: the method, of something that has a ``comm``, is one call of that communicator, a ``Context.turn``.
 
     So no other thread's call comes between those that the method is made of.
     """
@@ -273,7 +273,7 @@ def one_call(function: str) -> Callable[[_Method], _Method]:
     def decorated(method: _Method) -> _Method:
         @functools.wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with state_of(self.comm).turn(function):
+            with context_of(self.comm).turn(function):
                 return method(self, *args, **kwargs)
 
         return cast(_Method, call)

@@ -25,11 +25,11 @@ def stop(why: str) -> None:
     """End the progress thread; later jobs raise ``why``. The others are told of what is left undone."""
     _say_last_words()
     engine.halt(why)
-    _close_native_ways()
+    _close_fast_paths()
     presence.leave()
-    for lane in engine.join():
-        if lane.contact is not None:
-            lane.contact.tell_quit()
+    for queue in engine.join():
+        if queue.contact is not None:
+            queue.contact.tell_quit()
     ports.leave()
     if engine.bereaved and not MPI.Is_finalized():
         sys.stdout.flush()
@@ -40,21 +40,21 @@ def stop(why: str) -> None:
 def _say_last_words() -> None:
     """Let the others hear what nobody here waits for, for a moment."""
     until = time.monotonic() + _LAST_WORDS_SECONDS
-    for lane in list(engine.lanes):
-        while lane.last_word is not None and not lane.last_word.done and time.monotonic() < until:
+    for queue in list(engine.queues):
+        while queue.last_word is not None and not queue.last_word.done and time.monotonic() < until:
             time.sleep(1e-3)
 
 
 def _disable_in_child() -> None:
     """A forked child shares the parent's MPI connections and memory, and must not touch them."""
     engine.renew(_FORKED)
-    _close_native_ways()
+    _close_fast_paths()
 
 
-def _close_native_ways() -> None:
+def _close_fast_paths() -> None:
     """What runs past the engine otherwise comes to it, and hears that it is stopped."""
-    for lane in engine.lanes:
-        lane.rest()
+    for queue in engine.queues:
+        queue.rest()
 
 
 def register() -> None:

@@ -23,7 +23,7 @@ from bitring.native import extension, native
 
 if TYPE_CHECKING:
     from bitring.collectives.runtime.job import Job
-    from bitring.collectives.runtime.job_queue import Lane
+    from bitring.collectives.runtime.job_queue import JobQueue
 
 logger = logging.getLogger("bitring")
 
@@ -51,7 +51,7 @@ class Engine:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held while any job advances
         self._wake = threading.Condition()
-        self._lanes: list[Lane] = []  # those with jobs
+        self._queues: list[JobQueue] = []  # those with jobs
         self._drivers = 0
         self._polled = 0.0  # when a caller inside the MPI library last asked
         self._polled_since = 0.0  # since when it asks without a break
@@ -59,7 +59,7 @@ class Engine:
         self._rested = 0.0  # when that caller last gave way
         self._thread: threading.Thread | None = None
         self.stopped: str | None = None
-        self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self.queues: weakref.WeakSet[JobQueue] = weakref.WeakSet()
         self.bereaved = False  # a rank is gone, or silent: the MPI library's own end would wait for it
         self._native: Any = native()
         self._wake_driver: Any = None if native() is None else extension.Wake()
@@ -70,12 +70,12 @@ class Engine:
             raise RuntimeError(f"{what}: {self.stopped}")
 
     def enqueue(self, job: Job) -> None:
-        """Put the job at the end of its lane."""
+        """Put the job at the end of its queue."""
         self.check(job.what)
         with self._wake:
-            job.lane.jobs.append(job)
-            if job.lane not in self._lanes:
-                self._lanes.append(job.lane)
+            job.queue.jobs.append(job)
+            if job.queue not in self._queues:
+                self._queues.append(job.queue)
         self.call_back()
 
     def call_back(self) -> None:
@@ -88,12 +88,12 @@ class Engine:
         ports().read()
         self.call_back()
 
-    def give_up(self, lane: Lane, number: int, what: str, error: BaseException) -> None:
-        """End the lane's jobs after ``number``, of a caller who was interrupted."""
+    def give_up(self, queue: JobQueue, number: int, what: str, error: BaseException) -> None:
+        """End the queue's jobs after ``number``, of a caller who was interrupted."""
         with self._lock:
-            for job in [each for each in lane.jobs if each.number > number]:
+            for job in [each for each in queue.jobs if each.number > number]:
                 job.end(error)
-            lane.cut_short(what, error)
+            queue.cut_short(what, error)
 
     def start_thread(self) -> bool:
         """See that started jobs run without anybody waiting. Whether they do: it needs MPI.THREAD_MULTIPLE."""
@@ -119,37 +119,37 @@ class Engine:
                 if gentle and (self._drivers or self._polling()):
                     return True  # a caller waits for the lock, and will be quicker
             moved = self._advance_all()
-            operations = [lane.jobs[0].operation for lane in list(self._lanes) if lane.jobs]
+            operations = [queue.jobs[0].operation for queue in list(self._queues) if queue.jobs]
             if operations and self._native is not None and all(each is not None for each in operations):
                 moved = True
                 try:
                     self._native.drive(operations, self._wake_driver, _DRIVE_SECONDS, gentle)
                 except Exception as error:  # whose fault it is cannot be told
-                    for job in [lane.jobs[0] for lane in list(self._lanes) if lane.jobs]:
+                    for job in [queue.jobs[0] for queue in list(self._queues) if queue.jobs]:
                         job.end(error)
         return moved
 
-    def drop(self, lane: Lane) -> None:
-        """End what is left of a lane that is closed: it would keep all others from native operations for ever."""
+    def drop(self, queue: JobQueue) -> None:
+        """End what is left of a queue that is closed: it would keep all others from native operations for ever."""
         with self._lock:
-            for job in list(lane.jobs):
-                lane.wrecks.append(job)
+            for job in list(queue.jobs):
+                queue.wrecks.append(job)
                 job.end(RuntimeError(f"{job.what}: the communicator was freed"), refused=True)
-            self._advance(lane)
+            self._advance(queue)
 
-    def _advance(self, lane: Lane) -> bool:
-        """Advance the lane's first job, with the lock in hand. Whether anything moved."""
-        moved = bool(lane.jobs) and lane.jobs[0].advance()
-        if not lane.jobs:
+    def _advance(self, queue: JobQueue) -> bool:
+        """Advance the queue's first job, with the lock in hand. Whether anything moved."""
+        moved = bool(queue.jobs) and queue.jobs[0].advance()
+        if not queue.jobs:
             with self._wake:
-                if not lane.jobs and lane in self._lanes:
-                    self._lanes.remove(lane)
+                if not queue.jobs and queue in self._queues:
+                    self._queues.remove(queue)
         return moved
 
     def _advance_all(self) -> bool:
         moved = False
-        for lane in list(self._lanes):
-            moved |= self._advance(lane)
+        for queue in list(self._queues):
+            moved |= self._advance(queue)
         return moved
 
     def drive(self, job: Job) -> None:
@@ -170,11 +170,11 @@ class Engine:
                 self._drivers -= 1
                 self._wake.notify_all()
 
-    def nudge(self, lane: Lane) -> None:
-        """Advance the lane's first job unless another thread is at it."""
+    def nudge(self, queue: JobQueue) -> None:
+        """Advance the queue's first job unless another thread is at it."""
         if self._lock.acquire(blocking=False):
             try:
-                self._advance(lane)
+                self._advance(queue)
             finally:
                 self._lock.release()
 
@@ -205,9 +205,9 @@ class Engine:
 
     def waits_in(self) -> tuple[int, str] | None:
         """What this process waits in, for a rank of a communicator that has no job; None when in nothing."""
-        for lane in list(self._lanes):
-            if lane.jobs:
-                return 0, f"{lane.jobs[0].what} of another communicator"
+        for queue in list(self._queues):
+            if queue.jobs:
+                return 0, f"{queue.jobs[0].what} of another communicator"
         return None
 
     def _polling(self) -> bool:
@@ -218,7 +218,7 @@ class Engine:
         idle = 0
         while True:
             with self._wake:
-                while not self.stopped and (self._drivers or not self._lanes):
+                while not self.stopped and (self._drivers or not self._queues):
                     self._wake.wait()
                     idle = 0
                 if self.stopped:
@@ -236,17 +236,17 @@ class Engine:
             self._wake.notify_all()
         self.call_back()
 
-    def join(self) -> list[Lane]:
+    def join(self) -> list[JobQueue]:
         """Wait for the progress thread's end, when halted. The queues whose jobs will not be done."""
         if self._thread is not None:
             self._thread.join(timeout=5)
-        return self._lanes
+        return self._queues
 
     def renew(self, why: str) -> None:
         """In a forked child: locks may be held by threads that the child does not have. Later jobs raise ``why``."""
-        lanes = self.lanes
+        queues = self.queues
         self.__init__()  # type: ignore[misc]
-        self.lanes = lanes
+        self.queues = queues
         self.stopped = why
 
 

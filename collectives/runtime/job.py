@@ -16,7 +16,7 @@ from bitring.collectives.runtime.watch import Watch, as_death
 from bitring.errors import RefusedError
 
 if TYPE_CHECKING:
-    from bitring.collectives.runtime.job_queue import Lane
+    from bitring.collectives.runtime.job_queue import JobQueue
 
 
 class Job:
@@ -24,13 +24,13 @@ class Job:
 
     def __init__(
         self,
-        lane: Lane,
+        queue: JobQueue,
         steps: Callable[[Progress], Steps],
         what: str,
         number: int,
         on_done: Callable[[], None] | None,
     ) -> None:
-        self.lane = lane
+        self.queue = queue
         self.what = what
         self.number = number
         self.done = False
@@ -38,7 +38,7 @@ class Job:
         self._on_done = on_done
         self._begun = False
         self.progress = Progress()
-        self._steps = lane.run(steps, what, self.progress)
+        self._steps = queue.run(steps, what, self.progress)
         self._surroundings = surroundings()
         self._watch = Watch()
         self._left = False  # by its caller, who was interrupted: nobody may hear of its error
@@ -63,7 +63,7 @@ class Job:
 
     def _advance(self) -> bool:
         # Before anything is sent to whoever is gone. That a rank has failed may be in what comes later.
-        hears = self.lane.hears_of_death if self._begun else self.lane.hears_of_trouble
+        hears = self.queue.hears_of_death if self._begun else self.queue.hears_of_trouble
         if hears() and self._watch.bereaved(self, 0):
             return True
         self._begun = True
@@ -98,13 +98,13 @@ class Job:
             or isinstance(error, (MPI.Exception, MemoryError))
             or not isinstance(error, Exception)
         )
-        self.lane.jobs.remove(self)
+        self.queue.jobs.remove(self)
         try:
             if self.progress.ends:
-                self.lane.ends(self.progress.ends, self)
+                self.queue.ends(self.progress.ends, self)
             elif cut_short:
-                self.lane.cut_short(self.what, error, self)
-            self.lane.rest()
+                self.queue.cut_short(self.what, error, self)
+            self.queue.rest()
         finally:
             self.done = True
         if self._on_done is not None:
@@ -128,5 +128,5 @@ class Job:
     def test(self) -> bool:
         """Whether it is over. Never waits, but takes the job further when nobody else does."""
         if not self.done:
-            engine.nudge(self.lane)
+            engine.nudge(self.queue)
         return self.done

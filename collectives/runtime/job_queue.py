@@ -15,7 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo
-from bitring.collectives.node.node_group import LEFT_SECONDS, Shared
+from bitring.collectives.node.node_group import LEFT_SECONDS, NodeGroup
 from bitring.collectives.runtime.card import CARD_NBYTES, Card
 from bitring.collectives.runtime.contact import Contact
 from bitring.collectives.runtime.engine import engine
@@ -32,7 +32,7 @@ _FEW = 64
 _GENTLE_SECONDS = 1e-3
 
 
-class Lane:
+class JobQueue:
     """The jobs of one communicator, in order. ``comm`` is bitring's private duplicate of it.
 
     ``made``: the request that makes ``comm``, for which the first job waits; None when it is there. ``places``: the
@@ -51,29 +51,29 @@ class Lane:
         self.wrecks: list[Job] = []  # cut short: the library may still write to their memory
         self.contact: Contact | None = None  # past the MPI library; made by the first job
         self._meeting: tuple[MPI.Request, Any] | None = None  # while it is made
-        self._shared: Shared | None = None
+        self._shared: NodeGroup | None = None
         self._occupier = 0  # the thread that is in a call that goes by the engine
         self._ended = False  # all ranks have agreed that what comes now must not run
         self.last_word: Job | None = None  # by which the others are to learn that this rank ends the communicator
         self._kept_to: tuple[bool, int] | None = None  # what ``rest`` noted last
         self._resting = threading.Lock()
-        engine.lanes.add(self)
+        engine.queues.add(self)
 
     @property
-    def shared(self) -> Shared | None:
+    def shared(self) -> NodeGroup | None:
         """What the communicator's ranks on this node share."""
         return self._shared
 
     @shared.setter
-    def shared(self, shared: Shared) -> None:
+    def shared(self, shared: NodeGroup) -> None:
         self._shared = shared
         self._kept_to = None
         self.rest()
 
     @property
-    def direct(self) -> Any:
+    def fast_path(self) -> Any:
         """The native way past the engine; None where there is none."""
-        return None if self._shared is None else self._shared.direct
+        return None if self._shared is None else self._shared.fast_path
 
     def rest(self) -> None:
         """Note whether there is nothing to do, so that a native operation may be run past the engine, and by whom."""
@@ -83,7 +83,7 @@ class Lane:
             now = bool(self.jobs or self.broken or self._made is not None or engine.stopped), self._occupier
             if now != self._kept_to:
                 self._kept_to = now
-                self._shared.direct.keep_to(*now)
+                self._shared.fast_path.keep_to(*now)
 
     def occupy(self, thread: int) -> None:
         """Note which thread is in a call, 0 for none: until its end no other may run anything past the engine."""
@@ -134,7 +134,7 @@ class Lane:
 
     def interrupted(self, what: str, error: BaseException) -> None:
         """A run past the engine was, by ``error``: others may be in it, unless it had not begun or was over."""
-        if self.direct is not None and self.direct.inside == threading.get_ident():
+        if self.fast_path is not None and self.fast_path.inside == threading.get_ident():
             self.cut_short(what, error)
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Lane:
         if self.contact is not None:
             self.contact.close()
         if self._shared is not None:
-            self._shared.direct.close()
+            self._shared.fast_path.close()
             self._shared = None
         if not keep:
             self.comm.Free()
@@ -219,7 +219,7 @@ class Lane:
         self.contact = Contact(self.rank, [Card.unpack(card.tobytes()) for card in cards], self._places, self._where)
 
     def meets(self, comm: MPI.Intracomm) -> None:
-        """The ranks of ``comm``, who are among the lane's, exchange messages: they watch each other where they are few.
+        """The ranks of ``comm``, among the queue's, exchange messages: they watch each other where they are few.
 
         Those at a distance of a power of two do so anyway.
         """

@@ -1,7 +1,7 @@
 """Python objects between all ranks, where bitring itself has something to say to them.
 
 The MPI library's blocking calls would wait for ever for a rank that is gone, and keep Ctrl-C waiting. These are jobs of
-the communicator's lane: watched, interruptible, under ``BITRING_TIMEOUT``; and the ranks first agree that they make the
+the communicator's queue: watched, interruptible, under ``BITRING_TIMEOUT``; the ranks first agree that they make the
 same call. So every communicator is protected alike, MPI.COMM_WORLD as well as a ``bitring.Communicator``.
 """
 
@@ -16,7 +16,7 @@ from mpi4py import MPI
 from bitring.collectives.interop.library_steps import allgather_bytes
 from bitring.collectives.interop.steps import Progress, StepsTo
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.context import State, state_of
+from bitring.collectives.runtime.context import Context, context_of
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def allgather(comm: MPI.Intracomm, value: object, function: str) -> list[Any]:
     Raises on all ranks: MismatchError when another rank is in another call; PeerError when one has died; what pickle
     says of a rank's value there, and PeerError on the others.
     """
-    return gather(state_of(comm), value, function)
+    return gather(context_of(comm), value, function)
 
 
 def broadcast(comm: MPI.Intracomm, value: object, function: str, root: int = 0) -> Any:
@@ -35,21 +35,21 @@ def broadcast(comm: MPI.Intracomm, value: object, function: str, root: int = 0) 
     return allgather(comm, value if comm.Get_rank() == root else None, function)[root]
 
 
-def gather(state: State, value: object, function: str) -> list[Any]:
-    """``allgather`` on the communicator of ``state``."""
-    if state.size == 1:
+def gather(context: Context, value: object, function: str) -> list[Any]:
+    """``allgather`` on the communicator of ``context``."""
+    if context.size == 1:
         return [value]
     pickled, error = b"", None
     try:
         pickled = pickle.dumps(value)
     except Exception as problem:  # whatever it is, the other ranks must not wait for this one
         error = problem
-    everyone = agreed_job(state, lambda progress: allgather_bytes(state.comm, pickled, progress), function, error)
+    everyone = agreed_job(context, lambda progress: allgather_bytes(context.comm, pickled, progress), function, error)
     return list(map(pickle.loads, everyone))
 
 
 def agreed_job(
-    state: State, steps: Callable[[Progress], StepsTo[T]], function: str, error: Exception | None = None
+    context: Context, steps: Callable[[Progress], StepsTo[T]], function: str, error: Exception | None = None
 ) -> T:
     """What ``steps`` return, run as a job when all ranks have agreed that they are at it. Collective and blocking.
 
@@ -57,9 +57,9 @@ def agreed_job(
     """
 
     def agreed(progress: Progress) -> StepsTo[T]:
-        yield from agree(state.comm, state.common, Request(function, error=error), progress)
+        yield from agree(context.comm, context.common, Request(function, error=error), progress)
         return (yield from steps(progress))
 
-    with state.turn(function):
-        state.prepare(function, error)
-        return state.lane.call(agreed, function)
+    with context.turn(function):
+        context.prepare(function, error)
+        return context.queue.call(agreed, function)

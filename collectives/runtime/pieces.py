@@ -1,4 +1,4 @@
-"""Large arrays between ranks, in pieces: each is a job of the communicator's lane, and its arrival is progress.
+"""Large arrays between ranks, in pieces: each is a job of the communicator's queue, and its arrival is progress.
 
 A wait is therefore watched, can be interrupted and is under ``BITRING_TIMEOUT`` as in every other call, no message
 comes near MPI's limit of 2^31 bytes, and no rank needs memory for more than a piece of what it passes on.
@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, wait_for
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import PIECE_TAG
 
@@ -23,7 +23,7 @@ PIECE_NBYTES = 16 << 20
 _ALIGNMENT = 16
 
 
-class Segment(NamedTuple):
+class Span(NamedTuple):
     """Bytes ``begin`` to ``end`` of array number ``array``; none where the array is empty."""
 
     array: int
@@ -31,19 +31,19 @@ class Segment(NamedTuple):
     end: int
 
 
-def cut(sizes: Sequence[int], limit: int = PIECE_NBYTES) -> Iterator[list[Segment]]:
+def split(sizes: Sequence[int], limit: int = PIECE_NBYTES) -> Iterator[list[Span]]:
     """The bytes of arrays of ``sizes`` bytes, one after the other, in pieces of at most ``limit`` (16 or more) bytes.
 
     Small arrays share a piece; large ones are cut between values.
     """
-    piece: list[Segment] = []
+    piece: list[Span] = []
     room = limit
     for array, size in enumerate(sizes):
         begin = 0
         while True:
             end = size if size - begin <= room else begin + room - room % _ALIGNMENT
             if end > begin or size == 0:
-                piece.append(Segment(array, begin, end))
+                piece.append(Span(array, begin, end))
                 room -= end - begin
             if end == size:
                 break
@@ -53,7 +53,7 @@ def cut(sizes: Sequence[int], limit: int = PIECE_NBYTES) -> Iterator[list[Segmen
         yield piece
 
 
-def nbytes_of(piece: Sequence[Segment]) -> int:
+def nbytes_of(piece: Sequence[Span]) -> int:
     """How many bytes a piece has."""
     return sum(end - begin for _, begin, end in piece)
 
@@ -64,26 +64,26 @@ def transfer(comm: MPI.Intracomm, piece: Any, function: str, source: int, target
     ``piece`` is a contiguous NumPy array of bytes, at most 2^31 − 1 of them and equally many where it is read or
     written; None elsewhere. ``function`` is the caller's name. Raises on all ranks as ``allgather`` does.
     """
-    state = state_of(comm)
-    if state.size == 1 or source == target:
+    context = context_of(comm)
+    if context.size == 1 or source == target:
         return
 
     def steps(progress: Progress) -> Steps:
         request = Request(function, {"source": source, "target": target})
-        yield from agree(state.comm, state.common, request, progress)
+        yield from agree(context.comm, context.common, request, progress)
         yield from read_news()
         progress.exchanging = True
         if target is None:
-            progress.peers = frozenset({source} - {state.rank})
-            yield from wait_for(state.comm.Ibcast([piece, MPI.BYTE], source), progress)
-        elif state.rank == source:
+            progress.peers = frozenset({source} - {context.rank})
+            yield from wait_for(context.comm.Ibcast([piece, MPI.BYTE], source), progress)
+        elif context.rank == source:
             progress.peers = frozenset({target})
-            yield from wait_for(state.comm.Isend([piece, MPI.BYTE], target, PIECE_TAG), progress)
-        elif state.rank == target:
+            yield from wait_for(context.comm.Isend([piece, MPI.BYTE], target, PIECE_TAG), progress)
+        elif context.rank == target:
             progress.peers = frozenset({source})
-            yield from wait_for(state.comm.Irecv([piece, MPI.BYTE], source, PIECE_TAG), progress)
+            yield from wait_for(context.comm.Irecv([piece, MPI.BYTE], source, PIECE_TAG), progress)
         progress.exchanging = False
 
-    with state.turn(function):
-        state.prepare(function)
-        state.lane.submit(steps, function).wait()
+    with context.turn(function):
+        context.prepare(function)
+        context.queue.submit(steps, function).wait()

@@ -17,19 +17,19 @@ from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.engine import engine
 
 if TYPE_CHECKING:
-    from bitring.collectives.runtime.context import State
+    from bitring.collectives.runtime.context import Context
 
 
 class Turns:
-    """Who is inside a communicator's calls. What runs past the engine keeps its own note of it, ``native.Direct``."""
+    """Who is inside a communicator's calls. What runs past the engine keeps its own note of it, ``native.FastPath``."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self._lock = threading.Lock()
         self._thread = 0  # the one inside; 0: none
         self._call = ""
         self._depth = 0  # calls are made of others
-        self._before = 0  # jobs that the lane had when it came
+        self._before = 0  # jobs that the queue had when it came
         self._refused: Request | None = None
 
     def enter(self, call: str, continues: bool) -> None:
@@ -37,26 +37,26 @@ class Turns:
 
         Raises RuntimeError while another thread is inside, and when the communicator is unusable.
         """
-        me, lane = threading.get_ident(), self._state.lane
+        me, queue = threading.get_ident(), self._context.queue
         with self._lock:
-            lane.check(call)
-            direct = lane.direct
-            if direct is not None and direct.inside == me:
-                direct.taken_over()
+            queue.check(call)
+            fast_path = queue.fast_path
+            if fast_path is not None and fast_path.inside == me:
+                fast_path.taken_over()
                 if not continues:
-                    lane.cut_short("a run", KeyboardInterrupt())
-                    lane.check(call)
+                    queue.cut_short("a run", KeyboardInterrupt())
+                    queue.check(call)
             if self._thread == me:
                 self._depth += 1
                 return
             inside, doing = self._thread, self._call
             if not inside:
-                lane.occupy(me)  # from now on no other thread begins anything past the engine
-                if direct is not None and direct.refuse():
-                    inside, doing = direct.inside, "Allreduce" if direct.in_allreduce else "a run of a plan"
-                    lane.occupy(0)
+                queue.occupy(me)  # from now on no other thread begins anything past the engine
+                if fast_path is not None and fast_path.refuse():
+                    inside, doing = fast_path.inside, "Allreduce" if fast_path.in_allreduce else "a run of a plan"
+                    queue.occupy(0)
             if not inside:
-                self._thread, self._call, self._depth, self._before = me, call, 1, lane.count
+                self._thread, self._call, self._depth, self._before = me, call, 1, queue.count
                 return
             error = RuntimeError(
                 f"{call}: {_name(me)} called it while {_name(inside)} was in {doing} on the same communicator; one "
@@ -75,31 +75,31 @@ class Turns:
             self._depth -= 1
             if self._depth:
                 return
-            lane = self._state.lane
+            queue = self._context.queue
             refused, self._refused = self._refused, None
             try:
                 interrupted = error is not None and not isinstance(error, Exception)
-                if interrupted and lane.count > self._before and not lane.jobs:
-                    lane.cut_short(self._call, error)
+                if interrupted and queue.count > self._before and not queue.jobs:
+                    queue.cut_short(self._call, error)
                 if refused is not None:
                     self.tell(refused)
             finally:
                 self._thread = 0
-                lane.occupy(0)
+                queue.occupy(0)
 
     def exchanged(self) -> None:
         """All that the call has to exchange is over: an interrupt from now on is this rank's alone."""
-        self._before = self._state.lane.count
+        self._before = self._context.queue.count
 
     def tell(self, request: Request) -> None:
         """Take part in what all ranks do next as one that cannot make the call; nobody here waits for it."""
-        state, lane = self._state, self._state.lane
-        if state.size == 1 or lane.broken:
+        context, queue = self._context, self._context.queue
+        if context.size == 1 or queue.broken:
             return
         what = f"{request.function}, which was refused"
-        job = lane.last_word = lane.submit(lambda p: agree(state.comm, state.common, request, p), what)
+        job = queue.last_word = queue.submit(lambda p: agree(context.comm, context.common, request, p), what)
         if request.refused:
-            lane.breaks(f"two threads were in its calls at the same time: {request.error}")
+            queue.breaks(f"two threads were in its calls at the same time: {request.error}")
         if not engine.start_thread():
             engine.drive(job)
 

@@ -75,21 +75,21 @@ class Watch:
         limit = timeout() if self._warned else min(SILENCE_SECONDS, timeout())
         if seconds >= limit - min(_ANSWER_SECONDS, limit / 2) and self._asked <= max(self._seen_at, self._warned):
             self._asked = now
-            job.lane.ask(job)
+            job.queue.ask(job)
         if seconds < limit:
             return
         ports().read()
-        who = job.lane.missing(job.number)
+        who = job.queue.missing(job.number)
         if not who and job.progress.peers:
             who = f"messages due from ranks {sorted(job.progress.peers)}"
-        complaint = f"rank {job.lane.rank} has waited {seconds:.0f} s in {job.what}; "
+        complaint = f"rank {job.queue.rank} has waited {seconds:.0f} s in {job.what}; "
         complaint += who or "some rank has not come to it"
         if not self._warned:
             self._warned = now
             logger.warning("%s", complaint)
         if seconds >= timeout():
             engine.bereaved = True
-            job.lane.breaks(f"{job.what} timed out", job)
+            job.queue.breaks(f"{job.what} timed out", job)
             job.end(TimeoutError(f"{complaint} (BITRING_TIMEOUT={timeout():g})"))
 
     def bereaved(self, job: Job, seconds: float) -> bool:
@@ -97,15 +97,15 @@ class Watch:
 
         Whether it is.
         """
-        gone = job.lane.gone(job.progress.peers, seconds)
-        if gone and job is job.lane.last_word and not job.lane.gone((), 0.0):
-            job.lane.breaks(job.what, job)
+        gone = job.queue.gone(job.progress.peers, seconds)
+        if gone and job is job.queue.last_word and not job.queue.gone((), 0.0):
+            job.queue.breaks(job.what, job)
             job.end(None)  # they have left in good order, and need not hear it
         elif gone:
             job.end(_death(job, gone))
-        elif job.lane.failed:
-            failed = f"rank {min(job.lane.failed)} has failed in it, or in what came before"
-            job.lane.breaks(failed, job)
+        elif job.queue.failed:
+            failed = f"rank {min(job.queue.failed)} has failed in it, or in what came before"
+            job.queue.breaks(failed, job)
             job.end(PeerError(f"{job.what}: {failed}; {ADVICE}"))
         return job.done
 
@@ -114,15 +114,15 @@ def as_death(job: Job, error: MPI.Exception) -> BaseException:
     """The library's error; a DeadRankError when a rank has died."""
     # The library may see that a process died before its lock is given back, or its port is closed.
     until = time.monotonic() + _LOOK_SECONDS
-    while not (seen := job.lane.gone(job.progress.peers, float("inf"))) and time.monotonic() < until:
+    while not (seen := job.queue.gone(job.progress.peers, float("inf"))) and time.monotonic() < until:
         time.sleep(0.01)
         ports().read()
-    gone = seen or died(error, job.lane.comm)
+    gone = seen or died(error, job.queue.comm)
     return error if gone is None else _death(job, gone)
 
 
 def _death(job: Job, gone: Sequence[int]) -> DeadRankError:
-    job.lane.loses(gone, job)
+    job.queue.loses(gone, job)
     return DeadRankError(f"{job.what}: {gone_in_words(gone)}", gone)
 
 

@@ -21,7 +21,7 @@ class ScheduleError(AssertionError):
     """A schedule is wrong; the text says on which rank, in which round, for which chunk."""
 
 
-class Message(NamedTuple):
+class MatchedTransfer(NamedTuple):
     """A send and its receive: chunks ``first`` to ``last``-1."""
 
     step: int  # on a clock common to all ranks, where every message takes one unit
@@ -43,7 +43,7 @@ class RoundEnd(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Traffic:
     """What a correct schedule costs. Tuples have an entry a rank; traffic is in chunks, ``chunks`` of them a buffer."""
 
     chunks: int
@@ -58,7 +58,7 @@ class Verdict:
         return Fraction(chunks, self.chunks)
 
 
-def walk(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Iterator[Message | RoundEnd]:
+def walk(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Iterator[MatchedTransfer | RoundEnd]:
     """All messages, in an order in which they may happen; each rank's round ends with a :class:`RoundEnd`.
 
     Raises :class:`ScheduleError` for a transfer that names an impossible peer or range, has no counterpart, or differs
@@ -110,7 +110,7 @@ def walk(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Ite
             receive = other if sending else transfer
             assert isinstance(receive, Receive)
             step = max(starts[rank], starts[peer])
-            yield Message(
+            yield MatchedTransfer(
                 step,
                 key[0],
                 numbers[key[0]],
@@ -131,7 +131,7 @@ def walk(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Ite
         raise ScheduleError(_stuck(waiting, numbers, finished))
 
 
-def check(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Verdict:
+def check(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Traffic:
     """Prove a schedule of ``size`` ranks right, and count its rounds and traffic.
 
     Raises :class:`ScheduleError` for what :func:`walk` raises it for, and when a contribution would count twice or is
@@ -149,12 +149,12 @@ def check(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Ve
         held = [[rank if c == rank else _EMPTY for c in range(chunks)] for rank in range(size)]
     else:
         held = [[rank] * chunks for rank in range(size)]
-    arrived: list[list[tuple[Message, list[int]]]] = [[] for _ in range(size)]
+    arrived: list[list[tuple[MatchedTransfer, list[int]]]] = [[] for _ in range(size)]
     messages, sent, received, reduced = ([0] * size for _ in range(4))
     steps = 0
 
     for event in walk(algorithm, collective, size, root):
-        if isinstance(event, Message):
+        if isinstance(event, MatchedTransfer):
             values = held[event.sender][event.first : event.last]
             if _EMPTY in values:
                 c = event.first + values.index(_EMPTY)
@@ -175,7 +175,7 @@ def check(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Ve
             arrived[event.rank].clear()
 
     _require_result(collective, held, sums, root)
-    return Verdict(chunks, steps, tuple(messages), tuple(sent), tuple(received), tuple(reduced))
+    return Traffic(chunks, steps, tuple(messages), tuple(sent), tuple(received), tuple(reduced))
 
 
 _EMPTY = -1
@@ -200,7 +200,7 @@ class _Sums:
         return number
 
 
-def _apply(message: Message, values: list[int], held: list[int], sums: _Sums) -> None:
+def _apply(message: MatchedTransfer, values: list[int], held: list[int], sums: _Sums) -> None:
     first, last = message.first, message.last
     if not message.reduce:
         held[first:last] = values

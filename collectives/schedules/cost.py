@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from bitring.collectives.schedules.check import Message, RoundEnd, walk
+from bitring.collectives.schedules.check import MatchedTransfer, RoundEnd, walk
 from bitring.collectives.schedules.schedule import Algorithm, Receive, Round, Send, chunk_start, rounds
 
 
@@ -73,7 +73,7 @@ class _Passing(NamedTuple):
     reduce: bool
 
 
-def _passing(event: Message | RoundEnd) -> _Passing | RoundEnd:
+def _passing(event: MatchedTransfer | RoundEnd) -> _Passing | RoundEnd:
     if isinstance(event, RoundEnd):
         return event
     m = event

@@ -9,7 +9,7 @@ from math import hypot
 from pathlib import Path
 from typing import Any
 
-from bitring.collectives.schedules.check import Message, walk
+from bitring.collectives.schedules.check import MatchedTransfer, walk
 from bitring.collectives.schedules.schedule import Algorithm, algorithms
 
 DETAILED_RANKS = 32
@@ -35,7 +35,7 @@ def draw(algorithm: Algorithm, collective: str, size: int, path: str | Path, roo
             "a picture needs matplotlib, which is not installed: pip install 'bitring[demo]'", name="matplotlib"
         ) from error
 
-    messages = [event for event in walk(algorithm, collective, size, root) if isinstance(event, Message)]
+    messages = [event for event in walk(algorithm, collective, size, root) if isinstance(event, MatchedTransfer)]
     steps = max((message.step + 1 for message in messages), default=0)
     chunks = algorithm.chunks(size)
     detailed = size <= DETAILED_RANKS
@@ -75,11 +75,11 @@ def _colors(chunks: int) -> list[Any]:
     return [(0.85 * red, 0.75 * green, 0.85 * blue) for red, green, blue, _ in gradient]
 
 
-def _color(message: Message, colors: list[Any]) -> Any:
+def _color(message: MatchedTransfer, colors: list[Any]) -> Any:
     return colors[(message.first + message.last - 1) // 2]
 
 
-def _arrows(axes: Any, messages: list[Message], chunks: int, colors: list[Any], *, labelled: bool) -> None:
+def _arrows(axes: Any, messages: list[MatchedTransfer], chunks: int, colors: list[Any], *, labelled: bool) -> None:
     from matplotlib.patches import FancyArrowPatch
 
     for message in messages:
@@ -121,12 +121,12 @@ def _arrows(axes: Any, messages: list[Message], chunks: int, colors: list[Any], 
             )
 
 
-def _point(message: Message, along: float) -> tuple[float, float]:
+def _point(message: MatchedTransfer, along: float) -> tuple[float, float]:
     """The point of a message's arrow after a fraction ``along`` of its way."""
     return message.step + 0.06 + 0.88 * along, message.sender + along * (message.receiver - message.sender)
 
 
-def _lines(axes: Any, messages: list[Message], colors: list[Any]) -> None:
+def _lines(axes: Any, messages: list[MatchedTransfer], colors: list[Any]) -> None:
     from matplotlib.collections import LineCollection
 
     for reduce in (True, False):
@@ -162,7 +162,7 @@ def _frame(axes: Any, size: int, steps: int, detailed: bool) -> None:
         side.set_visible(False)
 
 
-def _legend(figure: Any, messages: list[Message], chunks: int, colors: list[Any]) -> None:
+def _legend(figure: Any, messages: list[MatchedTransfer], chunks: int, colors: list[Any]) -> None:
     from matplotlib.lines import Line2D
 
     entries = [

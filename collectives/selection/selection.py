@@ -73,7 +73,7 @@ def _default(query: Query) -> Choice:
     raise AssertionError(f"no preference for {query}")
 
 
-def direct_limits(topology: Topology, table: Table) -> tuple[int, int]:
+def fast_path_limits(topology: Topology, table: Table) -> tuple[int, int]:
     """The first and the last size in bytes of a stretch for which "auto" means a self-checking algorithm.
 
     On private memory, of an operation and dtype that anybody reduces. ``(1, 0)`` where there is none. Other sizes are

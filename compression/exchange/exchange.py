@@ -9,7 +9,7 @@ from mpi4py import MPI
 from bitring.arrays import Array
 from bitring.collectives.interop.steps import Progress, Steps, wait_for
 from bitring.collectives.plan import ExactPlan, query_of
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 from bitring.collectives.selection.selection import choose
 from bitring.compression.exchange.once_a_node import once_a_node
 
@@ -25,30 +25,30 @@ class ExactSum(ExactPlan):
 class Exchange:
     """What a reduction communicates by. Made anew for each plan; ``algorithm`` is of the exact sums."""
 
-    def __init__(self, state: State, algorithm: str) -> None:
-        self.rank, self.size = state.rank, state.size
+    def __init__(self, context: Context, algorithm: str) -> None:
+        self.rank, self.size = context.rank, context.size
         self.sums: list[ExactSum] = []
         self._gathered_nbytes = 0
-        self._state = state
+        self._context = context
         self._algorithm = algorithm
 
     def sum(self, flat: Array) -> ExactSum:
         """An exact sum of ``flat``, 1-D, over all ranks in place. Collective."""
-        state = self._state
-        choice = choose(self._algorithm, query_of(state, flat, MPI.SUM), state.table)
-        self.sums.append(ExactSum(state, flat, MPI.SUM, choice))
+        context = self._context
+        choice = choose(self._algorithm, query_of(context, flat, MPI.SUM), context.table)
+        self.sums.append(ExactSum(context, flat, MPI.SUM, choice))
         return self.sums[-1]
 
     def gather(self, room: Array, counts: Sequence[int], progress: Progress) -> Steps:
         """Allgather in place: bytes of every rank, ``counts[r]`` of rank r, one behind the other in ``room``, uint8."""
         starts = [sum(counts[:r]) for r in range(self.size)]
         where = [room, (counts, starts), MPI.BYTE]
-        yield from wait_for(self._state.comm.Iallgatherv(MPI.IN_PLACE, where), progress)
+        yield from wait_for(self._context.comm.Iallgatherv(MPI.IN_PLACE, where), progress)
         self._gathered_nbytes += (self.size - 1) * counts[self.rank]
 
     def once_a_node(self, compile_kernels: Callable[[], None]) -> None:
         """See ``once_a_node``. Collective."""
-        once_a_node(self._state, compile_kernels, "plan_allreduce")
+        once_a_node(self._context, compile_kernels, "plan_allreduce")
 
     @property
     def bytes_sent(self) -> int:

@@ -6,20 +6,20 @@ from collections.abc import Callable
 
 from bitring.collectives.plan import run_agreement
 from bitring.collectives.runtime.agreement import Request
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 
 
-def once_a_node(state: State, compile_kernels: Callable[[], None], function: str) -> None:
+def once_a_node(context: Context, compile_kernels: Callable[[], None], function: str) -> None:
     """Call ``compile_kernels`` on the first rank of each node, then on the others. Collective.
 
     What it raises on one rank is raised on all; ``function`` is the caller's name.
     """
-    state.prepare(function)
+    context.prepare(function)
     for turn in (True, False):
         request = Request(function)
-        if turn == (state.node.rank == 0):
+        if turn == (context.node.rank == 0):
             try:
                 compile_kernels()
             except Exception as error:  # the other ranks wait, and must not go on without this one
                 request.error = error
-        run_agreement(state, request, gentle=True)  # a wait that spins would be on the core that compiles
+        run_agreement(context, request, gentle=True)  # a wait that spins would be on the core that compiles

@@ -35,7 +35,7 @@ from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import message_tag
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.layout import Layout, Piece
-from bitring.compression.exchange.run_stats import SAMPLE, Norms, Record, pieces
+from bitring.compression.exchange.run_stats import SAMPLE, Norms, RunStats, samples
 from bitring.native import address_of, extension, type_of
 
 _TO_OWNER = 1024
@@ -68,7 +68,7 @@ class OwnerExchange(ABC):
         xp, exact = xp_of(like), residual_dtype(like.dtype)
         self.residual = xp.zeros(like.size, exact)
         self.owner_residual = xp.zeros(self.owned[1] - self.owned[0], exact)
-        self.record = Record()
+        self.stats = RunStats()
         self.runs = 0
         """The number of the next run, from 1, on which seeds depend; the caller's to count."""
 
@@ -81,7 +81,7 @@ class OwnerExchange(ABC):
 
     @abstractmethod
     def steps(self, progress: Progress) -> Steps:
-        """One exchange; ``record`` is about it afterwards."""
+        """One exchange; ``stats`` is about it afterwards."""
 
     def forget(self) -> None:
         """The residuals stay as they are now, where they are kept."""
@@ -175,10 +175,10 @@ class NativeOwnerExchange(OwnerExchange):
 
     def note(self) -> None:
         """The operation has been run."""
-        of = self.operation.record
+        of = self.operation.stats
         norms, owner_norms = (Norms(each.values, each.sums, each.residual) for each in (of.norms, of.owner_norms))
         seconds, encode, decode = of.nanoseconds / 1e9, of.encode / 1e9, of.decode / 1e9
-        self.record = Record(seconds, encode, decode, of.bytes_sent, norms, owner_norms, of.finite)
+        self.stats = RunStats(seconds, encode, decode, of.bytes_sent, norms, owner_norms, of.finite)
 
     def steps(self, progress: Progress) -> Steps:
         """See OwnerExchange."""
@@ -187,7 +187,7 @@ class NativeOwnerExchange(OwnerExchange):
         self.note()
 
 
-class _Message:
+class _PayloadBuffer:
     """The payloads of one chunk: where they are encoded or decoded, and where MPI sends or receives them."""
 
     def __init__(self, pieces: Sequence[Piece], fixed_size: bool, like: Array) -> None:
@@ -227,10 +227,10 @@ class PortableOwnerExchange(OwnerExchange):
         fixed = self._fixed_size
         self._sum = xp_of(like).empty(self.owner_residual.size, self.owner_residual.dtype)
         chunks = [list(itertools.chain(*chunk)) for chunk in self._segments]
-        self._encoded = [_Message(pieces, fixed, like) for pieces in chunks]  # by owner: this rank's chunks
-        self._summed = [_Message(pieces, fixed, like) for pieces in chunks]  # by owner: the encoded sums
+        self._encoded = [_PayloadBuffer(pieces, fixed, like) for pieces in chunks]  # by owner: this rank's chunks
+        self._summed = [_PayloadBuffer(pieces, fixed, like) for pieces in chunks]  # by owner: the encoded sums
         mine = chunks[self._rank]
-        self._incoming = [_Message(mine, fixed, like) for r in range(self._size) if r != self._rank]
+        self._incoming = [_PayloadBuffer(mine, fixed, like) for r in range(self._size) if r != self._rank]
         self._incoming.insert(self._rank, self._encoded[self._rank])
         numbers = [[k] * len(segment) for k, segment in enumerate(itertools.chain(*self._segments))]
         starts = (piece.start for piece in itertools.chain(*chunks))
@@ -245,7 +245,7 @@ class PortableOwnerExchange(OwnerExchange):
     def steps(self, progress: Progress) -> Steps:
         """See OwnerExchange."""
         progress.exchanging = True
-        self.record = Record()
+        self.stats = RunStats()
         began = time.perf_counter()
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
         receives = {r: self._receive(self._incoming[r], r, 0) for r in others}
@@ -253,7 +253,7 @@ class PortableOwnerExchange(OwnerExchange):
         sends: list[MPI.Request] = []
         for owner in [*others, self._rank]:
             message = self._encoded[owner]
-            self._encode(message, self._x, self.residual, 0, self._seed(), self.record.norms)
+            self._encode(message, self._x, self.residual, 0, self._seed(), self.stats.norms)
             if owner != self._rank:
                 yield from _reached(message.out(), progress)
                 sends += yield from self._send(message, owner, 0)
@@ -266,7 +266,7 @@ class PortableOwnerExchange(OwnerExchange):
                 self._incoming[r].taken_in()
             self._decode(self._incoming[r], self._sum, begin, accumulate=r > 0)
         summed = self._summed[self._rank]
-        self._encode(summed, self._sum, self.owner_residual, begin, ~self._seed(), self.record.owner_norms)
+        self._encode(summed, self._sum, self.owner_residual, begin, ~self._seed(), self.stats.owner_norms)
         yield from _reached(summed.out(), progress)
         for r in others:
             sends += yield from self._send(summed, r, 1)
@@ -282,9 +282,11 @@ class PortableOwnerExchange(OwnerExchange):
         yield from _reached(None if device is None else device.record(), progress)
         progress.moves += 1
         progress.exchanging = False
-        self.record.seconds = time.perf_counter() - began
+        self.stats.seconds = time.perf_counter() - began
 
-    def _encode(self, message: _Message, values: Array, residual: Array, origin: int, seed: int, norms: Norms) -> None:
+    def _encode(
+        self, message: _PayloadBuffer, values: Array, residual: Array, origin: int, seed: int, norms: Norms
+    ) -> None:
         """Encode a chunk; ``values[0]`` is value ``origin`` of the buffer, and so is ``residual[0]``."""
         began = time.perf_counter()
         on_host = device_of(values) is None
@@ -294,18 +296,18 @@ class PortableOwnerExchange(OwnerExchange):
             v = values[a - origin : b - origin]
             sampled = on_host and self._numbers[a] % self._every == self.runs % self._every
             if sampled:
-                norms.look_before(pieces(v), pieces(left))
+                norms.look_before(samples(v), samples(left))
             used = encoder.encode(v, left, message.bytes[start : start + message.most[k]], piece_seed(seed, a))
             if sampled:
-                norms.look_after(pieces(left))
+                norms.look_after(samples(left))
             if on_host:
-                self.record.look_at_all(left)
+                self.stats.look_at_all(left)
             lengths[k] = used
             start += used
         message.nbytes = start
-        self.record.encode += time.perf_counter() - began
+        self.stats.encode += time.perf_counter() - began
 
-    def _decode(self, message: _Message, out: Array, origin: int, accumulate: bool) -> None:
+    def _decode(self, message: _PayloadBuffer, out: Array, origin: int, accumulate: bool) -> None:
         """Decode a chunk; ``out[0]`` is value ``origin`` of the buffer."""
         began = time.perf_counter()
         start = message.header
@@ -313,14 +315,14 @@ class PortableOwnerExchange(OwnerExchange):
             stop = start + int(nbytes)
             encoder.decode(message.bytes[start:stop], out[a - origin : b - origin], accumulate=accumulate)
             start = stop
-        self.record.decode += time.perf_counter() - began
+        self.stats.decode += time.perf_counter() - began
 
-    def _receive(self, message: _Message, source: int, kind: int) -> MPI.Request:
+    def _receive(self, message: _PayloadBuffer, source: int, kind: int) -> MPI.Request:
         return self._comm.Irecv(message.wire, source, self._tags[kind]) if message.bytes.size else MPI.REQUEST_NULL
 
-    def _send(self, message: _Message, to: int, kind: int) -> StepsTo[list[MPI.Request]]:
+    def _send(self, message: _PayloadBuffer, to: int, kind: int) -> StepsTo[list[MPI.Request]]:
         yield from read_news()
-        self.record.bytes_sent += message.nbytes
+        self.stats.bytes_sent += message.nbytes
         sent = message.wire[: message.nbytes]
         return [self._comm.Isend(sent, to, self._tags[kind])] if message.bytes.size else []
 

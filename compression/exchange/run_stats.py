@@ -13,7 +13,7 @@ import numpy as np
 from bitring.arrays import Array, all_finite
 
 SAMPLE = 16
-"""Of so many segments one is looked at for the norms of a record; others in the next run."""
+"""Of so many segments one is looked at for the norms of a run; others in the next run."""
 
 _SEGMENT_VALUES = 1 << 16
 _PIECE_VALUES = 1 << 13
@@ -46,7 +46,7 @@ class Norms:
 
 
 @dataclass
-class Record:
+class RunStats:
     """What one exchange took on this rank.
 
     ``seconds`` in all, and of them in ``encode`` and ``decode``; ``bytes_sent`` to other ranks. ``norms``, over a
@@ -74,7 +74,7 @@ class Record:
         self.finite = self.finite and all_finite(residual)
 
 
-def pieces(x: Array, every: int = 1, first: int = 0) -> list[Array]:
+def samples(x: Array, every: int = 1, first: int = 0) -> list[Array]:
     """Views of ``x``, 1-D: of ``every`` pieces one, from number ``first`` on."""
     return [x[i : i + _PIECE_VALUES] for i in range(first * _PIECE_VALUES, x.size, every * _PIECE_VALUES)]
 
@@ -82,4 +82,4 @@ def pieces(x: Array, every: int = 1, first: int = 0) -> list[Array]:
 def sample(x: Array, run: int) -> list[Array]:
     """Pieces from all over ``x``, 1-D: all of a small array, about a sixteenth of a large one, others in each run."""
     every = max(1, min(SAMPLE, x.size // _SEGMENT_VALUES))
-    return pieces(x, every, run % every)
+    return samples(x, every, run % every)

@@ -14,7 +14,7 @@ from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.interop.steps import Progress
 from bitring.collectives.plan import Plan, checked_flat, plan_exact, run_agreement
 from bitring.collectives.runtime.agreement import Request
-from bitring.collectives.runtime.context import State, given_comm, state_of
+from bitring.collectives.runtime.context import Context, context_of, given_comm
 from bitring.collectives.runtime.tags import channel_of
 from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import Compressor, parsed
@@ -22,8 +22,8 @@ from bitring.compression.encoder import Encoder, compressors, residual_dtype
 from bitring.compression.exchange.layout import lay_out
 from bitring.compression.exchange.once_a_node import once_a_node
 from bitring.compression.exchange.owner_exchange import OwnerExchange, exchange_for
-from bitring.compression.exchange.route import DirectWay, LeaderWay, NodeWay, Way, make_lane_way
-from bitring.compression.exchange.run_stats import Record
+from bitring.compression.exchange.route import FlatRoute, LeaderRoute, NodeRoute, Route, make_lane_route
+from bitring.compression.exchange.run_stats import RunStats
 from bitring.compression.plans.parameters import Shape, checked_boundaries, checked_shapes
 from bitring.compression.plans.reduced_plan import plan_reduced, reducer_of
 from bitring.compression.plans.watched_plan import WatchedPlan, add_owed, check_flags
@@ -70,7 +70,7 @@ def plan_allreduce(
     reducer = reducer_of(compression)
     if reducer is not None:
         return plan_reduced(x, comm, op, algorithm, reducer, hierarchical, boundaries, shapes, check_finite)
-    state = state_of(comm)
+    context = context_of(comm)
     request = Request("plan_allreduce")
     flat: Array = np.empty(0, np.float32)
     encoder: Encoder | None = None
@@ -94,7 +94,7 @@ def plan_allreduce(
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
         places = checked_boundaries(boundaries, flat.size)
         parts = checked_shapes(x, flat, shapes, places)
-        encoders = {encoder, *(encoder.for_shape(shape, state.size) for shape in parts)}
+        encoders = {encoder, *(encoder.for_shape(shape, context.size) for shape in parts)}
         request.flag = not all(each.has_functions for each in encoders)
         if device_of(flat) is not None:
             for each in encoders:
@@ -110,11 +110,11 @@ def plan_allreduce(
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
-    with state.turn("plan_allreduce"):
-        run_agreement(state, request)
+    with context.turn("plan_allreduce"):
+        run_agreement(context, request)
         assert encoder is not None
-        all_native = state.topology.native and not request.flag
-        return CompressedPlan(state, flat, encoder, encoders, hierarchical, parts, check_finite, all_native)
+        all_native = context.topology.native and not request.flag
+        return CompressedPlan(context, flat, encoder, encoders, hierarchical, parts, check_finite, all_native)
 
 
 _COMPRESSED_DTYPES = ("float16", BFLOAT16.name, "float32", "float64")
@@ -130,7 +130,7 @@ class CompressedPlan(WatchedPlan):
 
     def __init__(
         self,
-        state: State,
+        context: Context,
         flat: Array,
         encoder: Encoder,
         encoders: Iterable[Encoder],
@@ -143,68 +143,68 @@ class CompressedPlan(WatchedPlan):
 
         ``all_native``: whether all ranks have the native engine and the encoders' C functions.
         """
-        super().__init__(state, flat, encoder, check_finite)
+        super().__init__(context, flat, encoder, check_finite)
         self._encoder = encoder
         self._draws = any(each.draws for each in encoders)
         self._all_native = all_native
         if hierarchical is None:
-            hierarchical = state.topology.nodes > 1
+            hierarchical = context.topology.nodes > 1
         if device_of(flat) is None:
-            once_a_node(state, lambda: _warm_up(encoders, flat.dtype), "plan_allreduce")
-        self._way = self._make_way(hierarchical, shapes)
+            once_a_node(context, lambda: _warm_up(encoders, flat.dtype), "plan_allreduce")
+        self._route = self._make_route(hierarchical, shapes)
         self._runs = np.zeros(1, np.int64)
         # What is handed to this rank as residual of values that are in others' exchange waits to be added.
         self._to_add: Array | None = None
-        self._parts += (self._way,)
-        self.owned = self._way.owned
-        how = f"{state.size} ranks exchange directly"
-        if isinstance(self._way, NodeWay):
-            self.algorithm, how = self._way.algorithm, "all ranks are on one node, whose sum is exact"
+        self._parts += (self._route,)
+        self.owned = self._route.owned
+        how = f"{context.size} ranks exchange directly"
+        if isinstance(self._route, NodeRoute):
+            self.algorithm, how = self._route.algorithm, "all ranks are on one node, whose sum is exact"
         elif hierarchical:
-            how = f"{state.topology.nodes} nodes exchange their exact sums"
+            how = f"{context.topology.nodes} nodes exchange their exact sums"
         self.why = f"{encoder} was asked for; {how}"
 
-    def _make_way(self, hierarchical: bool, shapes: Sequence[Shape]) -> Way:
-        state, flat, channel = self.state, self._flat, channel_of(self.number)
+    def _make_route(self, hierarchical: bool, shapes: Sequence[Shape]) -> Route:
+        context, flat, channel = self.context, self._flat, channel_of(self.number)
 
         def make(comm: MPI.Intracomm, like: Array, first: int) -> OwnerExchange:
-            state.lane.meets(comm)
+            context.queue.meets(comm)
             layout = lay_out(self._encoder, shapes, comm.Get_size(), first, first + like.size)
             return exchange_for(like, self._all_native)(comm, like, layout, channel)
 
-        if not hierarchical or state.size == 1:
-            return DirectWay(state, flat, make)
-        if state.topology.nodes == 1:
-            return NodeWay(state, flat, self.number, self._run.kind)
+        if not hierarchical or context.size == 1:
+            return FlatRoute(context, flat, make)
+        if context.topology.nodes == 1:
+            return NodeRoute(context, flat, self.number, self._run.kind)
         lanes = None
-        if state.shared is not None and device_of(flat) is None and self._all_native:
-            lanes = make_lane_way(state, flat, self._run.kind, make)
-        return LeaderWay(state, flat, self.number, make) if lanes is None else lanes
+        if context.shared is not None and device_of(flat) is None and self._all_native:
+            lanes = make_lane_route(context, flat, self._run.kind, make)
+        return LeaderRoute(context, flat, self.number, make) if lanes is None else lanes
 
     @property
     def expected_nbytes(self) -> float:
         """The payload bytes that a run may be expected to send from this rank to others."""
-        exchange = self._way.exchange
-        return self._way.nbytes_sent + (0 if exchange is None else exchange.expected_nbytes)
+        exchange = self._route.exchange
+        return self._route.nbytes_sent + (0 if exchange is None else exchange.expected_nbytes)
 
     def _finite(self) -> bool:
         return all_finite(self._flat)
 
-    def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
+    def _compressed_steps(self, progress: Progress) -> Generator[None, None, RunStats | None]:
         if self._to_add is not None and not add_owed(self._flat, self._to_add):
             self._to_add = None
-        exchange = self._way.exchange
+        exchange = self._route.exchange
         self._runs += 1
         if exchange is not None:
             exchange.runs = int(self._runs[0])
-        yield from self._way.steps(progress)
-        record = Record() if exchange is None else exchange.record
-        nbytes = record.bytes_sent + self._way.nbytes_sent
+        yield from self._route.steps(progress)
+        stats = RunStats() if exchange is None else exchange.stats
+        nbytes = stats.bytes_sent + self._route.nbytes_sent
         self.bytes_sent += nbytes
-        return None if isinstance(self._way, NodeWay) else dataclasses.replace(record, bytes_sent=nbytes)
+        return None if isinstance(self._route, NodeRoute) else dataclasses.replace(stats, bytes_sent=nbytes)
 
     def _carried(self, outside: bool) -> dict[str, Array]:
-        exchange, arrays = self._way.exchange, {"runs": self._runs}
+        exchange, arrays = self._route.exchange, {"runs": self._runs}
         if exchange is not None and (outside or not exchange.keeps):
             arrays |= {"residual": exchange.residual, "owner_residual": exchange.owner_residual}
         if self._to_add is not None:
@@ -213,21 +213,21 @@ class CompressedPlan(WatchedPlan):
 
     def _forget(self) -> None:
         super()._forget()
-        if self._way.exchange is not None:
-            self._way.exchange.forget()
+        if self._route.exchange is not None:
+            self._route.exchange.forget()
 
     def undo(self) -> None:
         """See Plan."""
         super().undo()
-        if self._way.exchange is not None:  # what it kept is older than what was copied since
-            self._way.exchange.bring_back()
+        if self._route.exchange is not None:  # what it kept is older than what was copied since
+            self._route.exchange.bring_back()
 
     def _owed(self) -> list[tuple[Array, Array]]:
         owed = [] if self._to_add is None else [(self._flat, self._to_add)]
-        exchange = self._way.exchange
+        exchange = self._route.exchange
         if exchange is not None:
             for (first, last), residual in (
-                (self._way.extent, exchange.residual),
+                (self._route.extent, exchange.residual),
                 (self.owned, exchange.owner_residual),
             ):
                 owed.append((self._flat[first:last], residual))
@@ -243,7 +243,7 @@ class CompressedPlan(WatchedPlan):
         return {**self._residuals(), "runs": self._runs} if self._draws else self._residuals()
 
     def _residuals(self) -> dict[str, Array]:
-        exchange, (first, last), n = self._way.exchange, self._way.extent, self._flat.size
+        exchange, (first, last), n = self._route.exchange, self._route.extent, self._flat.size
         if exchange is not None and (first, last) == (0, n):
             return {"residual": exchange.residual, "owner_residual": exchange.owner_residual}
         zeros = xp_of(self._flat).zeros
@@ -257,7 +257,7 @@ class CompressedPlan(WatchedPlan):
     def load_state_dict(self, state: dict[str, Array]) -> None:
         """See WatchedPlan."""
         mine = self._copy_in(state)
-        exchange, (first, last) = self._way.exchange, self._way.extent
+        exchange, (first, last) = self._route.exchange, self._route.extent
         if exchange is not None and exchange.residual is not mine["residual"]:
             exchange.residual[...] = mine["residual"][first:last]
         if exchange is None or exchange.residual is not mine["residual"]:

@@ -14,16 +14,16 @@ from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.interop.steps import Progress
 from bitring.collectives.plan import checked_flat, run_agreement
 from bitring.collectives.runtime.agreement import Request
-from bitring.collectives.runtime.context import State, state_of
+from bitring.collectives.runtime.context import Context, context_of
 from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import parsed
 from bitring.compression.encoder import VALUE_DTYPES
 from bitring.compression.exchange.exchange import Exchange
-from bitring.compression.exchange.run_stats import Record, sample
+from bitring.compression.exchange.run_stats import RunStats, sample
 from bitring.compression.factors import Factors
 from bitring.compression.plans.parameters import checked_boundaries, checked_shapes
 from bitring.compression.plans.watched_plan import WatchedPlan, check_flags
-from bitring.compression.reducer import Reducer, cut
+from bitring.compression.reducer import Reducer, unflatten
 
 
 def reducer_of(compression: object) -> Reducer | None:
@@ -47,7 +47,7 @@ def plan_reduced(
     check_finite: bool,
 ) -> ReducedPlan:
     """See ``bitring.plan_allreduce``. Collective."""
-    state = state_of(comm)
+    context = context_of(comm)
     flat: Array = np.empty(0, np.float32)
     parts: list[tuple[int, ...]] = []
     request = Request("plan_allreduce")
@@ -74,9 +74,9 @@ def plan_reduced(
         }
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
-    with state.turn("plan_allreduce"):
-        run_agreement(state, request)
-        return ReducedPlan(state, flat, reducer, parts, algorithm, check_finite)
+    with context.turn("plan_allreduce"):
+        run_agreement(context, request)
+        return ReducedPlan(context, flat, reducer, parts, algorithm, check_finite)
 
 
 class ReducedPlan(WatchedPlan):
@@ -86,16 +86,16 @@ class ReducedPlan(WatchedPlan):
 
     def __init__(
         self,
-        state: State,
+        context: Context,
         flat: Array,
         reducer: Reducer,
         shapes: Sequence[tuple[int, ...]],
         algorithm: str,
         check_finite: bool,
     ) -> None:
-        super().__init__(state, flat, reducer, check_finite)
-        self._exchange = Exchange(state, algorithm)
-        self._reduction = reducer.bind(flat, cut(flat, shapes), self._exchange)
+        super().__init__(context, flat, reducer, check_finite)
+        self._exchange = Exchange(context, algorithm)
+        self._reduction = reducer.bind(flat, unflatten(flat, shapes), self._exchange)
         self._runs = 0
         self.why = (
             f"{reducer} was asked for; {self._reduction.why}; exact sums are node-aware themselves, so hierarchical "
@@ -123,14 +123,14 @@ class ReducedPlan(WatchedPlan):
     def _finite(self) -> bool:
         return self._reduction.finite()
 
-    def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
-        record = self._reduction.record = Record()
+    def _compressed_steps(self, progress: Progress) -> Generator[None, None, RunStats | None]:
+        stats = self._reduction.stats = RunStats()
         device, residual = device_of(self._flat), self._reduction.state.get("residual")
         before, began = self._exchange.bytes_sent, time.perf_counter()
         self._runs += 1
         if residual is not None and device is None:
-            with record.during("encode"):
-                record.norms.look_before(sample(self._flat, self._runs), sample(residual, self._runs))
+            with stats.during("encode"):
+                stats.norms.look_before(sample(self._flat, self._runs), sample(residual, self._runs))
         yield from self._reduction.steps(progress)
         if device is not None:
             event = device.record()
@@ -138,13 +138,13 @@ class ReducedPlan(WatchedPlan):
                 yield
             progress.moves += 1
         elif residual is not None:
-            with record.during("encode"):
-                record.norms.look_after(sample(residual, self._runs))
-                record.look_at_all(residual)
-        record.seconds = time.perf_counter() - began
-        record.bytes_sent = self._exchange.bytes_sent - before
-        self.bytes_sent += record.bytes_sent
-        return record
+            with stats.during("encode"):
+                stats.norms.look_after(sample(residual, self._runs))
+                stats.look_at_all(residual)
+        stats.seconds = time.perf_counter() - began
+        stats.bytes_sent = self._exchange.bytes_sent - before
+        self.bytes_sent += stats.bytes_sent
+        return stats
 
     def state_dict(self) -> dict[str, Array]:
         """What the reducer carries from run to run; the plan's own arrays, not copies.

@@ -12,8 +12,8 @@ from mpi4py import MPI
 
 from bitring.collectives.execution.runner import schedule_runner
 from bitring.collectives.interop.steps import Progress, Steps
-from bitring.collectives.runtime.context import State
-from bitring.compression.exchange.run_stats import Record
+from bitring.collectives.runtime.context import Context
+from bitring.compression.exchange.run_stats import RunStats
 
 OUT_OF_PROPORTION = 10_000
 """A residual of so many times the values' norm is far behind: error feedback keeps it some 1 / (1 - contraction)."""
@@ -54,19 +54,19 @@ class Telemetry:
     owner_residual_ratio: float
 
 
-def telemetry_of(record: Record, wait_seconds: float, slowest_rank: int | None) -> Telemetry:
-    """The telemetry of a run whose exchange left ``record``."""
+def telemetry_of(stats: RunStats, wait_seconds: float, slowest_rank: int | None) -> Telemetry:
+    """The telemetry of a run whose exchange left ``stats``."""
     return Telemetry(
-        record.seconds,
-        record.encode,
-        record.decode,
-        max(0.0, record.seconds - record.encode - record.decode),
+        stats.seconds,
+        stats.encode,
+        stats.decode,
+        max(0.0, stats.seconds - stats.encode - stats.decode),
         wait_seconds,
         slowest_rank,
-        record.bytes_sent,
-        math.sqrt(_over(record.norms.residual, record.norms.values)),
-        _over(record.norms.residual, record.norms.sums),
-        math.sqrt(_over(record.owner_norms.residual, record.owner_norms.values)),
+        stats.bytes_sent,
+        math.sqrt(_over(stats.norms.residual, stats.norms.values)),
+        _over(stats.norms.residual, stats.norms.sums),
+        math.sqrt(_over(stats.owner_norms.residual, stats.owner_norms.values)),
     )
 
 
@@ -93,10 +93,10 @@ class Watch:
         other._largest, other.state = list(self._largest), self.state
         return other
 
-    def look(self, record: Record) -> None:
+    def look(self, stats: RunStats) -> None:
         """Take a run into account."""
-        self.state = 0 if record.finite else DIVERGED
-        for k, norms in enumerate((record.norms, record.owner_norms)):
+        self.state = 0 if stats.finite else DIVERGED
+        for k, norms in enumerate((stats.norms, stats.owner_norms)):
             self._largest[k] = max(self._largest[k], norms.values)
             if 0 < OUT_OF_PROPORTION**2 * self._largest[k] < norms.residual:
                 self.state = max(self.state, DIVERGED if norms.residual > EXPANDED * norms.sums else BEHIND)
@@ -142,18 +142,18 @@ class Totals:
         return result
 
 
-class Verdict:
+class HealthCheck:
     """A tiny AllReduce before each run: is a value NaN or Inf, has a residual diverged, who was slowest last time.
 
     After ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None; ``worst``,
     the largest state of a Watch; ``slowest_rank``. ``wait_seconds``: from when this rank came to the run.
     """
 
-    def __init__(self, state: State, channel: int) -> None:
-        self._rank, self._size = state.rank, state.size
+    def __init__(self, context: Context, channel: int) -> None:
+        self._rank, self._size = context.rank, context.size
         self._words = np.zeros(3, np.int64)
         self._runner = schedule_runner(
-            state.comm, "allreduce", "recursive_doubling", self._words, MPI.MAX, 0, channel, persistent=True
+            context.comm, "allreduce", "recursive_doubling", self._words, MPI.MAX, 0, channel, persistent=True
         )
         self.wait_seconds = 0.0
         self._came = 0.0

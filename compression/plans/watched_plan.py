@@ -14,16 +14,16 @@ from bitring.arrays import Array, device_of, xp_of
 from bitring.collectives.execution.runner import Runner, schedule_runner
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import Plan
-from bitring.collectives.runtime.context import State
+from bitring.collectives.runtime.context import Context
 from bitring.collectives.runtime.tags import channel_of
 from bitring.compression.compressor import Compressor
-from bitring.compression.exchange.run_stats import Record
+from bitring.compression.exchange.run_stats import RunStats
 from bitring.compression.plans.telemetry import (
     BEHIND,
     DIVERGED,
     OUT_OF_PROPORTION,
+    HealthCheck,
     Telemetry,
-    Verdict,
     Watch,
     telemetry_of,
 )
@@ -110,26 +110,26 @@ class WatchedPlan(Plan):
     _exact: Runner | None = None  # what sums, then
     _parts: tuple[_Part, ...] = ()  # that are closed at the end
 
-    def __init__(self, state: State, flat: Array, compressor: Compressor, check_finite: bool) -> None:
-        super().__init__(state, f"allreduce of {flat.size} {flat.dtype} values, compressed by {compressor}")
+    def __init__(self, context: Context, flat: Array, compressor: Compressor, check_finite: bool) -> None:
+        super().__init__(context, f"allreduce of {flat.size} {flat.dtype} values, compressed by {compressor}")
         self._flat = flat
         self._compressor = compressor
         self._check_finite = check_finite
-        self._verdict = Verdict(state, channel_of(self.number))
+        self._health = HealthCheck(context, channel_of(self.number))
         self._watch = Watch()
         self._warned = False
         self._owes = False  # whether a single rank was handed residuals
         self._before = Before()
         self._marked = False  # whether ``undo`` goes back further than the last run
-        self._parts = (self._verdict,)
+        self._parts = (self._health,)
 
     @abstractmethod
     def _finite(self) -> bool:
         """Whether this rank's values hold neither NaN nor Inf."""
 
     @abstractmethod
-    def _compressed_steps(self, progress: Progress) -> Generator[None, None, Record | None]:
-        """One compressed run; returns its record, None where sums are exact. Adds to ``bytes_sent``."""
+    def _compressed_steps(self, progress: Progress) -> Generator[None, None, RunStats | None]:
+        """One compressed run; returns its stats, None where sums are exact. Adds to ``bytes_sent``."""
 
     @abstractmethod
     def _carried(self, outside: bool) -> Mapping[str, Array]:
@@ -157,7 +157,7 @@ class WatchedPlan(Plan):
 
     def checked_steps(self, progress: Progress) -> Steps:
         """See Plan."""
-        self._verdict.come()
+        self._health.come()
         yield from super().checked_steps(progress)
 
     def mark(self) -> None:
@@ -182,7 +182,7 @@ class WatchedPlan(Plan):
         if not self._marked:
             self._forget()
         bad = self._check_finite and not self._finite()
-        if self.state.size == 1:
+        if self.context.size == 1:
             if bad:
                 self._refuse()
                 raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank 0; nothing was changed")
@@ -190,19 +190,19 @@ class WatchedPlan(Plan):
             self._settle()
             return
         # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
-        yield from self._verdict.steps(bad, DIVERGED if self._exact is not None else self._watch.state, progress)
-        if self._verdict.bad_rank is not None:
+        yield from self._health.steps(bad, DIVERGED if self._exact is not None else self._watch.state, progress)
+        if self._health.bad_rank is not None:
             self._refuse()
             raise NonFiniteError(
-                f"{self.what}: x holds NaN or Inf on rank {self._verdict.bad_rank}; nothing was changed"
+                f"{self.what}: x holds NaN or Inf on rank {self._health.bad_rank}; nothing was changed"
             )
-        gives_up = self._verdict.worst == DIVERGED and self._exact is None
+        gives_up = self._health.worst == DIVERGED and self._exact is None
         self._before.keep(self, self._carried(gives_up))
         if gives_up:
             self._give_up()
-        elif self._verdict.worst == BEHIND and not self._warned:
+        elif self._health.worst == BEHIND and not self._warned:
             self._warned = True
-            if self.state.rank == 0:
+            if self.context.rank == 0:
                 logger.warning(
                     "%s: a residual is more than %d times what is summed: most of it has not been sent yet",
                     self.what,
@@ -212,16 +212,16 @@ class WatchedPlan(Plan):
             yield from self._exact.steps(progress)
             self.bytes_sent += self._exact.nbytes_sent
             return
-        record = yield from self._compressed_steps(progress)
-        if record is not None:
-            self._watch.look(record)
-            self.telemetry = telemetry_of(record, self._verdict.wait_seconds, self._verdict.slowest_rank)
+        stats = yield from self._compressed_steps(progress)
+        if stats is not None:
+            self._watch.look(stats)
+            self.telemetry = telemetry_of(stats, self._health.wait_seconds, self._health.slowest_rank)
 
     def _give_up(self) -> None:
         """Sum exactly from now on; the first time, what the residuals hold too."""
         if self._ring is None:
             self._ring = schedule_runner(
-                self.state.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
+                self.context.comm, "allreduce", "ring", self._flat, MPI.SUM, 0, channel_of(self.number), persistent=True
             )
             self._parts += (self._ring,)
         self._exact = self._ring
@@ -231,7 +231,7 @@ class WatchedPlan(Plan):
         self.telemetry = None
         self._chosen = self.algorithm, self.why
         self.algorithm, self.why = "ring", f"the residual of {self._compressor} diverged, so sums are exact now"
-        if self.state.rank == 0:
+        if self.context.rank == 0:
             logger.warning("%s: %s", self.what, self.why)
 
     def load_state_dict(self, state: dict[str, Array]) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 from bitring.arrays import Array
 from bitring.compression.encoder import residual_dtype
 from bitring.compression.exchange.shared_random import uniform
-from bitring.compression.reducer import Reducer, Reduction, check_host, cut
+from bitring.compression.reducer import Reducer, Reduction, check_host, unflatten
 from bitring.settings import setting
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class _LowRank(Reduction):
         super().__init__(parameters)
         wide = residual_dtype(flat.dtype)
         residual = np.zeros(flat.size, wide)
-        residuals = cut(residual, [values.shape for values in parameters])
+        residuals = unflatten(residual, [values.shape for values in parameters])
         columns = [settings.columns(values.shape, flat.dtype) for values in parameters]
         self._exact = [values for values, r in zip(parameters, columns, strict=True) if not r]
         firsts = [values.shape for values in self._exact]
@@ -99,8 +99,8 @@ class _LowRank(Reduction):
                 firsts.append((len(values), r))
                 seconds.append((r, values.size // len(values)))
         first, second = (np.empty(sum(map(math.prod, shapes)), wide) for shapes in (firsts, seconds))
-        self._exact_wide = cut(first, firsts)[: len(self._exact)]
-        factors = zip(cut(first, firsts)[len(self._exact) :], cut(second, seconds), strict=True)
+        self._exact_wide = unflatten(first, firsts)[: len(self._exact)]
+        factors = zip(unflatten(first, firsts)[len(self._exact) :], unflatten(second, seconds), strict=True)
         self.state = {"residual": residual}
         self._matrices: list[_Matrix] = []
         for number, (values, left, r) in enumerate(zip(parameters, residuals, columns, strict=True)):
@@ -132,20 +132,20 @@ class _LowRank(Reduction):
             yield from self._whole.steps(progress)
             return
         assert self._first is not None and self._second is not None
-        with self.record.during("encode"), np.errstate(over="ignore", invalid="ignore"):
+        with self.stats.during("encode"), np.errstate(over="ignore", invalid="ignore"):
             for values, wide in zip(self._exact, self._exact_wide, strict=True):
                 wide[...] = values
             for each in self._matrices:
                 each.residual += each.values.astype(self._wide, copy=False)
                 np.matmul(each.residual, each.start.T, out=each.p)
         yield from self._first.steps(progress)
-        with self.record.during("encode"), np.errstate(over="ignore", invalid="ignore"):
+        with self.stats.during("encode"), np.errstate(over="ignore", invalid="ignore"):
             for each in self._matrices:
                 orthogonalise(each.p, self._least)
                 np.matmul(each.p.T, each.residual, out=each.q)
                 subtract_low_rank(each.p, each.q, each.residual)
         yield from self._second.steps(progress)
-        with self.record.during("decode"):
+        with self.stats.during("decode"):
             for values, wide in zip(self._exact, self._exact_wide, strict=True):
                 values[...] = wide
             for each in self._matrices:

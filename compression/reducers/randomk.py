@@ -64,7 +64,7 @@ class _Drawn(Reduction):
     def steps(self, progress: Progress) -> Steps:
         """See Reduction."""
         residual, runs = self.state["residual"], self.state["runs"]
-        with self.record.during("encode"):
+        with self.stats.during("encode"):
             where = words(self._seed, int(runs[0]), self._widths.size, xp_of(self._flat)) % self._widths
             where = where.astype(np.int64) + self._starts
             residual += self._flat.astype(residual.dtype, copy=False)
@@ -72,6 +72,6 @@ class _Drawn(Reduction):
             residual[where] = 0
             runs += 1
         yield from self._sum.steps(progress)
-        with self.record.during("decode"):
+        with self.stats.during("decode"):
             self._flat[...] = 0
             self._flat[where] = self._drawn.astype(self._flat.dtype, copy=False)

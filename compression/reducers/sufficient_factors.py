@@ -113,7 +113,7 @@ class _Gathered(Reduction):
             for i, samples in zip(self._matrices, self._samples.T, strict=True):
                 if samples.min() >= 0 and pays(int(samples.sum()), self.parameters[i].shape):
                     gathered.append(i)
-        with self.record.during("encode"):
+        with self.stats.during("encode"):
             for i, factors in given.items():
                 if i not in gathered:
                     factors.multiply(self.parameters[i])
@@ -125,10 +125,10 @@ class _Gathered(Reduction):
             if i not in gathered:
                 yield from self._single[i].steps(progress)
         if self._rest.size and self._rest_sum is not None:
-            with self.record.during("encode"):
+            with self.stats.during("encode"):
                 np.concatenate([values.reshape(-1) for values in self._others], out=self._rest)
             yield from self._rest_sum.steps(progress)
-            with self.record.during("decode"):
+            with self.stats.during("decode"):
                 start = 0
                 for values in self._others:
                     values[...] = self._rest[start : start + values.size].reshape(values.shape)
@@ -150,12 +150,12 @@ class _Gathered(Reduction):
             parts.append(self._room[start : start + count].view(self._dtype))
             start += count
         if counts[exchange.rank]:
-            with self.record.during("encode"):
+            with self.stats.during("encode"):
                 mine = [np.ravel(x) for i in gathered for x in (given[i].u, given[i].v)]
                 np.concatenate(mine, out=parts[exchange.rank])
         yield from exchange.gather(self._room, counts, progress)
         at = [0] * exchange.size
-        with self.record.during("decode"):
+        with self.stats.during("decode"):
             for i in gathered:
                 stacked: list[Array] = []
                 for width in self.parameters[i].shape:

@@ -9,7 +9,7 @@ from typing import Any
 from mpi4py import MPI
 
 from bitring import launcher, machine
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.objects import allgather
 
 
@@ -30,9 +30,9 @@ def describe(comm: MPI.Intracomm) -> dict[str, Any]:
 
 def node_map(comm: MPI.Intracomm) -> list[list[int]]:
     """The ranks of each node, by what MPI says of shared memory. Collective."""
-    state = state_of(comm)
-    state.prepare("node_map")
-    return state.nodes
+    context = context_of(comm)
+    context.prepare("node_map")
+    return context.nodes
 
 
 def thread_share(comm: MPI.Intracomm) -> int:

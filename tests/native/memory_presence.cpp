@@ -105,41 +105,41 @@ void presence_in_child(int out, int in) {
 }
 
 void presences() {
-    const auto is = [](const Presence& presence, Presence::State state, const std::string& what) {
+    const auto is = [](const Presence& presence, Presence::Liveness liveness, const std::string& what) {
         for (int k = 0; k < 200; ++k) {
-            if (presence.state() == state) return;
+            if (presence.liveness() == liveness) return;
             usleep(10000);
         }
-        fail(what + ": " + std::to_string(int(presence.state())));
+        fail(what + ": " + std::to_string(int(presence.liveness())));
     };
     {
         Child child(presence_in_child);
         const Presence presence = Presence::open(child.pid, child.descriptor, "");
-        check(presence.state() == Presence::State::here, "a child that runs");
+        check(presence.liveness() == Presence::Liveness::here, "a child that runs");
         kill(child.pid, SIGSTOP);
         int status;
         waitpid(child.pid, &status, WUNTRACED);
-        check(presence.state() == Presence::State::here, "a child that is stopped");
+        check(presence.liveness() == Presence::Liveness::here, "a child that is stopped");
         kill(child.pid, SIGCONT);
         child.tell('x');
-        is(presence, Presence::State::dead, "a child that ended without a word");
+        is(presence, Presence::Liveness::dead, "a child that ended without a word");
         child.end();
-        is(presence, Presence::State::dead, "a child that is gone altogether");
+        is(presence, Presence::Liveness::dead, "a child that is gone altogether");
     }
     {
         Child child(presence_in_child);
         const Presence presence = Presence::open(child.pid, child.descriptor, "");
         kill(child.pid, SIGKILL);
-        is(presence, Presence::State::dead, "a child that was killed");
+        is(presence, Presence::Liveness::dead, "a child that was killed");
         child.end();
     }
     {
         Child child(presence_in_child);
         const Presence presence = Presence::open(child.pid, child.descriptor, "");
         child.tell('l');
-        check(presence.state() == Presence::State::left, "a child that left");
+        check(presence.liveness() == Presence::Liveness::left, "a child that left");
         child.end();
-        check(presence.state() == Presence::State::left, "a child that left, and ended");
+        check(presence.liveness() == Presence::Liveness::left, "a child that left, and ended");
     }
     {
         // A lock belongs to a process: not to a fork of it, and a second look in the same process must not drop it.
@@ -157,9 +157,9 @@ void presences() {
             }
         });
         const Presence presence = Presence::open(child.pid, child.descriptor, "");
-        check(presence.state() == Presence::State::here, "a child that has forked");
+        check(presence.liveness() == Presence::Liveness::here, "a child that has forked");
         kill(child.pid, SIGKILL);
-        is(presence, Presence::State::dead, "a child that was killed, but not its own child");
+        is(presence, Presence::Liveness::dead, "a child that was killed, but not its own child");
         kill(-child.pid, SIGKILL);
         child.end();
     }

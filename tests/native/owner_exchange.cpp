@@ -108,7 +108,7 @@ void check(int size, std::int64_t n, unsigned longest, bool variable) {
     std::vector<std::thread> threads;
     for (int rank = 0; rank < size; ++rank) {
         threads.emplace_back([&, rank] {
-            const Crew::Waiting waiting(rank != 1);
+            const ThreadPool::Waiting waiting(rank != 1);
             std::vector<float> x(count + 1), left(count + 1), owner_left(count + 1);
             OwnerExchange exchange(network.wire(rank), rank, size, Type::f32, {codecs[0], codecs[1]}, !variable, segments,
                                    left.data(), owner_left.data(), begins[std::size_t(rank)], 1, 2);
@@ -127,12 +127,12 @@ void check(int size, std::int64_t n, unsigned longest, bool variable) {
                 if (x[count] != 42) {
                     fail(what + ": wrote past the end");
                 }
-                const auto& record = exchange.record();
-                if (n > 0 && size > 1 && record.bytes_sent <= 0) fail(what + ": nothing was counted");
-                for (const auto& norms : {record.norms, record.owner_norms}) {
+                const auto& stats = exchange.stats();
+                if (n > 0 && size > 1 && stats.bytes_sent <= 0) fail(what + ": nothing was counted");
+                for (const auto& norms : {stats.norms, stats.owner_norms}) {
                     if (norms.residual > norms.sums) fail(what + ": the residual is larger than what was encoded");
                 }
-                if (!record.finite) fail(what + ": finite numbers passed for others");
+                if (!stats.finite) fail(what + ": finite numbers passed for others");
             }
             const auto& mine = residual[std::size_t(rank)];
             if (!std::equal(mine.begin(), mine.end(), left.begin())) fail(what + ": residual");
@@ -171,7 +171,7 @@ void check_corrupt_with_helpers() {
     std::vector<float> x(kLength * kSegments), left(x.size()), owed(x.size());
     const auto segments = of_one_piece(kLength, kSegments);
     x[4 * kLength + 1] = 99;
-    const Crew::Waiting waiting(true);
+    const ThreadPool::Waiting waiting(true);
     OwnerExchange exchange(network.wire(0), 0, 1, Type::f32, {codec}, true, segments, left.data(), owed.data(), 0, 1, 2);
     exchange.bind(x.data());
     exchange.begin();
@@ -211,7 +211,7 @@ void check_not_finite() {
         exchange.begin();
         while (!is_over(exchange.advance())) {
         }
-        if (exchange.record().finite != (at < 0)) fail("not finite: " + std::to_string(at));
+        if (exchange.stats().finite != (at < 0)) fail("not finite: " + std::to_string(at));
     }
 }
 
@@ -232,7 +232,7 @@ void check_outgrown() {
 }  // namespace
 
 int main() {
-    Crew::of_process().limit(3);
+    ThreadPool::of_process().limit(3);
     for (const bool variable : {false, true}) check(2, 400000, 60000, variable);
     for (int size = 1; size <= 5; ++size) {
         for (const std::int64_t n : {0, 1, 3, 7, 1000, 4093}) {

@@ -36,7 +36,7 @@ void fill(std::uint32_t operation, int r, float* x, std::size_t n) {
 }
 
 enum Way { small_way, pieces_way, staged, staged_out, resident, elsewhere, agreement, signatures, flagged, way_count };
-const char* const names[] = {"small", "pieces", "staged", "out of place", "resident", "resident elsewhere",
+const char* const names[] = {"small", "operands", "staged", "out of place", "resident", "resident elsewhere",
                              "agreement", "signatures differ", "flagged"};
 
 struct Step {
@@ -101,8 +101,8 @@ private:
         const auto region = this->region(rank);
         const Reduce add = reduce_kernel(Op::sum, Type::f32);
         std::mt19937 random(seed * 31 + unsigned(rank));
-        // One object is used for all private operations, as Direct does; others are made anew, as plans do.
-        SharedAllreduce again(shared, Intent{}, std::vector<Piece>(1), nullptr);
+        // One object is used for all private operations, as FastPath does; others are made anew, as plans do.
+        SharedAllreduce again(shared, Intent{}, std::vector<Operand>(1), nullptr);
         std::uint32_t number = seed * 100003;
         for (const Step& step : steps) {
             ++number;
@@ -126,22 +126,22 @@ private:
             fill(number, rank, at, step.n);
             x[step.n] = y[step.n] = 42;
             float* to = step.way == staged_out ? y.data() : at;
-            Piece piece{at, to, step.n, sizeof(float), add};
+            Operand operand{at, to, step.n, sizeof(float), add};
             if (step.way == signatures && last) intent.signature ^= 1;
             if (step.way == flagged && last) intent.flags = kBad;
-            std::vector<Piece> pieces{piece};
+            std::vector<Operand> operands{operand};
             if (step.way == pieces_way) {
                 const std::size_t a = step.n / 3, b = step.n / 2;
-                pieces = {{at, at, a, 4, add}, {at + a, at + a, b - a, 4, add}, {at + b, at + b, step.n - b, 4, add}};
+                operands = {{at, at, a, 4, add}, {at + a, at + a, b - a, 4, add}, {at + b, at + b, step.n - b, 4, add}};
             }
             Status status;
             Verdict verdict;
-            if (pieces.size() == 1 && number % 2) {
-                again.rebind(intent, piece, intent.where ? region.get() : nullptr);
+            if (operands.size() == 1 && number % 2) {
+                again.rebind(intent, operand, intent.where ? region.get() : nullptr);
                 status = finish(again, random);
                 verdict = again.verdict();
             } else {
-                SharedAllreduce operation(shared, intent, pieces, intent.where ? region : nullptr);
+                SharedAllreduce operation(shared, intent, operands, intent.where ? region : nullptr);
                 status = finish(operation, random);
                 verdict = operation.verdict();
             }

@@ -43,7 +43,7 @@ struct Job {
     }
 
     void run(const std::string& what) {
-        Crew::of_process().run(done.size(), &Job::task, this);
+        ThreadPool::of_process().run(done.size(), &Job::task, this);
         for (const auto& times : done) {
             if (times.load() != 1) fail(what + ": a task was done " + std::to_string(times.load()) + " times");
         }
@@ -53,46 +53,46 @@ struct Job {
 }  // namespace
 
 int main() {
-    Crew& crew = Crew::of_process();
+    ThreadPool& pool = ThreadPool::of_process();
     {
-        const Crew::Waiting waiting(true);
-        if (crew.threads() != 1) fail("without a limit there are helpers");
+        const ThreadPool::Waiting waiting(true);
+        if (pool.threads() != 1) fail("without a limit there are helpers");
     }
-    crew.limit(3);
-    crew.limit(8);
-    if (crew.threads() != 1) fail("there are helpers for one who does not wait");
+    pool.limit(3);
+    pool.limit(8);
+    if (pool.threads() != 1) fail("there are helpers for one who does not wait");
     Job alone(5);
     alone.run("alone");
     if (alone.elsewhere != 0) fail("one who does not wait was helped");
     {
-        const Crew::Waiting waiting(true);
-        if (crew.threads() != 3) fail("a limit was raised");
+        const ThreadPool::Waiting waiting(true);
+        if (pool.threads() != 3) fail("a limit was raised");
         Job together(2);
         together.meets = true;
         together.run("together");
         if (together.elsewhere < 1) fail("nobody helped");
         {
-            const Crew::Waiting not_waiting(false);
-            if (crew.threads() != 1) fail("there are helpers inside");
+            const ThreadPool::Waiting not_waiting(false);
+            if (pool.threads() != 1) fail("there are helpers inside");
         }
         for (std::size_t count = 0; count < 2000; ++count) Job(count % 7).run("many jobs");
     }
     std::vector<std::thread> callers;
     for (int c = 0; c < 3; ++c) {
         callers.emplace_back([] {
-            const Crew::Waiting waiting(true);
+            const ThreadPool::Waiting waiting(true);
             for (std::size_t count = 0; count < 1000; ++count) Job(count % 5).run("several callers");
         });
     }
     for (std::thread& caller : callers) caller.join();
-    const Crew::Waiting waiting(true);
-    crew.limit(2);
+    const ThreadPool::Waiting waiting(true);
+    pool.limit(2);
     for (int i = 0; i < 200; ++i) {
         Job fewer(50);
         fewer.run("fewer");
         if (fewer.helpers() > 1) fail("more than the limit took part");
     }
-    crew.limit(1);
+    pool.limit(1);
     Job last(4);
     last.run("after the limit");
     if (last.elsewhere != 0) fail("helped beyond the limit");

@@ -39,8 +39,8 @@ class _Summed(Reduction):
 
     def steps(self, progress: Progress) -> Steps:
         """See Reduction."""
-        with self.record.during("encode"):
+        with self.stats.during("encode"):
             self._wide[...] = self._flat
         yield from self._sum.steps(progress)
-        with self.record.during("decode"):
+        with self.stats.during("decode"):
             self._flat[...] = self._wide.astype(self._flat.dtype)

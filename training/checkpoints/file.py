@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from bitring.collectives.runtime.pieces import Segment
+from bitring.collectives.runtime.pieces import Span
 from bitring.paths import as_path
 from bitring.training.checkpoints.header import CheckpointError, Header, checked_header
 from bitring.training.checkpoints.resharding import Share
@@ -281,7 +281,7 @@ class CheckpointFile:
         """The bytes of all that is to be checked; ``check`` takes pieces of these."""
         return [member.end - member.begin for member in self._members]
 
-    def check(self, piece: Sequence[Segment]) -> None:
+    def check(self, piece: Sequence[Span]) -> None:
         """Compare checksums; to be called with all pieces in order. Raises CheckpointError."""
         for number, begin, end in piece:
             member = self._members[number]

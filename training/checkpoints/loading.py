@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from bitring.collectives.runtime.jointly import jointly
 from bitring.collectives.runtime.objects import allgather, broadcast
-from bitring.collectives.runtime.pieces import Segment, cut, nbytes_of, transfer
+from bitring.collectives.runtime.pieces import Span, nbytes_of, split, transfer
 from bitring.collectives.selection.selection import check_name
 from bitring.training.checkpoints.file import CheckpointFile, file_path
 from bitring.training.checkpoints.header import CheckpointError, Header
@@ -64,7 +64,7 @@ def _load(trainer: DataParallel, path: str | os.PathLike[str], stack: contextlib
 
     file = jointly(comm, LOAD, opened, alike)
     sizes, header = broadcast(comm, None if file is None else (file.sizes, file.header), LOAD)
-    for piece in cut(sizes):
+    for piece in split(sizes):
         jointly(comm, LOAD, partial(_checked, file, piece), alike)
 
     names = {number: (tuple(b.shapes), tuple(map(math.prod, b.shapes.values()))) for number, (b, _) in owners.items()}
@@ -91,7 +91,7 @@ def _load(trainer: DataParallel, path: str | os.PathLike[str], stack: contextlib
     return dict(header.extra)
 
 
-def _checked(file: CheckpointFile | None, piece: Sequence[Segment]) -> None:
+def _checked(file: CheckpointFile | None, piece: Sequence[Span]) -> None:
     if file is not None:
         file.check(piece)
 
@@ -157,7 +157,7 @@ def _arrived(
         owner = target or 0
         mine = target in (None, rank)
 
-        def read(piece: Sequence[Segment], chosen: Sequence[At] = chosen, owner: int = owner, mine: bool = mine) -> Any:
+        def read(piece: Sequence[Span], chosen: Sequence[At] = chosen, owner: int = owner, mine: bool = mine) -> Any:
             if file is None:
                 return np.empty(nbytes_of(piece), np.uint8) if mine else None
             data = bytearray()
@@ -166,7 +166,7 @@ def _arrived(
                 data += file.read(everyone[owner][at], kinds[at][0], begin, end)
             return np.frombuffer(data, np.uint8)
 
-        for piece in cut([values(at, owner) * kinds[at][0].itemsize for at in chosen]):
+        for piece in split([values(at, owner) * kinds[at][0].itemsize for at in chosen]):
             data = jointly(comm, LOAD, partial(read, piece), (OSError, CheckpointError))
             transfer(comm, data, LOAD, 0, target)
             start = 0

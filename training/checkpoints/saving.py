@@ -24,7 +24,7 @@ from mpi4py import MPI
 
 from bitring.collectives.runtime.jointly import jointly
 from bitring.collectives.runtime.objects import allgather
-from bitring.collectives.runtime.pieces import Segment, cut, nbytes_of, transfer
+from bitring.collectives.runtime.pieces import Span, nbytes_of, split, transfer
 from bitring.errors import MismatchError
 from bitring.training.checkpoints.file import CheckpointWriter, file_path, member_name
 from bitring.training.checkpoints.header import FORMAT, is_number
@@ -101,7 +101,7 @@ def _write(
         dtype, whole = _gathered(comm, bucket, plan)
         paths = [("owner_residual", name) for name in bucket.shapes]
         entries = [(member_name(0, at), dtype, bucket.shapes[at[1]]) for at in paths]
-        _append(comm, writer, 0, entries, [part for _, part in bucket.cut(whole)] if root else [])
+        _append(comm, writer, 0, entries, [part for _, part in bucket.unflatten(whole)] if root else [])
         owed += [[at, member_name(0, at)] for at in paths]
 
     def finished() -> None:
@@ -177,7 +177,7 @@ class _Bytes:
         self._number = -1
         self._host: Any = None
 
-    def of(self, piece: Sequence[Segment]) -> Any:
+    def of(self, piece: Sequence[Span]) -> Any:
         """A piece of them, not to be changed."""
         parts: list[Any] = []
         for number, begin, end in piece:
@@ -198,10 +198,10 @@ def _append(
     at_source = comm.Get_rank() == source
     values = _Bytes(arrays)
     alike = (OSError,) if writer is not None else ()  # a disk's errors are everyone's
-    pieces = list(cut([math.prod(shape) * dtype.itemsize for _, dtype, shape in entries]))
+    pieces = list(split([math.prod(shape) * dtype.itemsize for _, dtype, shape in entries]))
     room: list[Any] = []  # one piece's, in which each arrives: new memory costs more than copying does
 
-    def written(piece: Sequence[Segment], data: Any) -> None:
+    def written(piece: Sequence[Span], data: Any) -> None:
         if writer is None:
             return
         at = 0
@@ -211,7 +211,7 @@ def _append(
             writer.write(data[at : at + end - begin])
             at += end - begin
 
-    def turned(before: tuple[Sequence[Segment], Any] | None, piece: Sequence[Segment]) -> Any:
+    def turned(before: tuple[Sequence[Span], Any] | None, piece: Sequence[Span]) -> Any:
         """Write the piece before this one, and give the memory that holds this one, or will."""
         if before is not None:
             written(*before)
@@ -223,7 +223,7 @@ def _append(
             room.append(np.empty(max(map(nbytes_of, pieces)), np.uint8))
         return room[0][: nbytes_of(piece)]
 
-    before: tuple[Sequence[Segment], Any] | None = None
+    before: tuple[Sequence[Span], Any] | None = None
     for piece in pieces:
         data = jointly(comm, SAVE, partial(turned, before, piece), alike)
         transfer(comm, data, SAVE, source, 0)
@@ -241,7 +241,7 @@ def _gathered(comm: MPI.Intracomm, bucket: Bucket, plan: Any) -> tuple[np.dtype[
         if root and rank == 0:
             whole[first:last] = mine
         data = bytes_of(whole[first:last] if root else mine)
-        for piece in cut([(last - first) * mine.itemsize]):
+        for piece in split([(last - first) * mine.itemsize]):
             for _, begin, end in piece:
                 transfer(comm, data[begin:end], SAVE, rank, 0)
     return mine.dtype, whole

@@ -25,7 +25,7 @@ def kept_by(trainer: DataParallel) -> dict[Path, Any]:
         if bucket.compressed:
             state = plan.state_dict()
             if "residual" in state:
-                kept |= {("residual", name): part for name, part in bucket.cut(state["residual"])}
+                kept |= {("residual", name): part for name, part in bucket.unflatten(state["residual"])}
             for at, key in alike_in(bucket, state).items():
                 # One number for all buckets; that of one which has stopped compressing stays behind.
                 kept[at] = np.maximum(kept[at], state[key]) if at in kept else state[key]

@@ -108,7 +108,7 @@ class _Exchange(NamedTuple):
     moving: float
 
 
-class _Way(NamedTuple):
+class _Costing(NamedTuple):
     """How ``exchange`` serves buckets, of which those with parameters of ``block`` values or more are compressed."""
 
     exchange: Callable[[BucketSizes], _Exchange]
@@ -146,11 +146,11 @@ class _Step:
 
     def predict(self, name: str) -> Prediction | None:
         """The prediction for one exchange; None where it would not be used at all."""
-        way = self._way(name)
-        if way is None:
+        costing = self._costing(name)
+        if costing is None:
             return None
-        buckets = bucket_sizes(self.values, ITEMSIZE, way.block, BUCKET_BYTES)
-        exchanges = [way.exchange(bucket) for bucket in buckets]
+        buckets = bucket_sizes(self.values, ITEMSIZE, costing.block, BUCKET_BYTES)
+        exchanges = [costing.exchange(bucket) for bucket in buckets]
         alone = self._timeline(buckets, [_Exchange(Times(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, "", 0.0)] * len(buckets), 0.0)
         agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha
         seconds = self._timeline(buckets, exchanges, agree)
@@ -165,20 +165,20 @@ class _Step:
             sum(each.times.decode for each in exchanges),
             seconds - alone,
             seconds,
-            lossless=way.lossless,
-            measured=way.measured,
+            lossless=costing.lossless,
+            measured=costing.measured,
         )
 
-    def _way(self, name: str) -> _Way | None:
+    def _costing(self, name: str) -> _Costing | None:
         if name == "exact":
-            return _Way(self._exactly, lossless=True)
+            return _Costing(self._exactly, lossless=True)
         if name == "mpi":
-            return _Way(self._library, lossless=True)
+            return _Costing(self._library, lossless=True)
         if name == "powersgd":
-            return _Way(self._powersgd)
+            return _Costing(self._powersgd)
         if name == "sufficient_factors":
             used = self.cluster.ranks > 1 and any(self._factored(layer) for layer in self.layers)
-            return _Way(self._sufficient_factors, lossless=True) if used else None
+            return _Costing(self._sufficient_factors, lossless=True) if used else None
         return self._owners(name)
 
     def _timeline(self, buckets: Sequence[BucketSizes], exchanges: Sequence[_Exchange], agree: float) -> float:
@@ -241,7 +241,7 @@ class _Step:
         moving = seconds if network.inside else network.node_seconds(nbytes) + self._wire_work(leaving)
         return _Exchange(Times(0, seconds, 0, seconds), sent, leaving, how, moving)
 
-    def _owners(self, name: str) -> _Way:
+    def _owners(self, name: str) -> _Costing:
         """An encoder's. On several nodes the ranks of each first sum exactly, and each exchanges a lane of the sum."""
         encoder, machine, network = encoders.get(name)(), self.machine, self.network
         between = not network.inside and self.cluster.ranks_per_node > 1
@@ -277,7 +277,7 @@ class _Step:
             sent += self._share(lanes) * ITEMSIZE * n
             return _Exchange(times, sent, leaving, "node sums, owners", moving + inside)
 
-        return _Way(exchange, encoder.block, measured=measured)
+        return _Costing(exchange, encoder.block, measured=measured)
 
     def _powersgd(self, bucket: BucketSizes) -> _Exchange:
         """Two exact sums, of the factors P (rows × rank) and Q (columns × rank) of all matrices; the rest exactly."""

@@ -36,12 +36,12 @@ class Bucket:
         self.starts = [0, *ends[:-1]]
         self.flat = empty(ends[-1], first.dtype)
         self.shapes = {name: array.shape for name, array in parameters.items()}
-        self.views = dict(self.cut(self.flat))
+        self.views = dict(self.unflatten(self.flat))
         self.runs = _runs(list(parameters), self.starts, ends)
         self.wide = np.float64 if first.dtype == np.float64 else np.float32
         self._xp = xp_of(first)
 
-    def cut(self, flat: Any) -> list[tuple[str, Any]]:
+    def unflatten(self, flat: Any) -> list[tuple[str, Any]]:
         """Name and part of an array as large as the bucket, each part of the parameter's shape."""
         return [
             (name, flat[start : start + math.prod(shape)].reshape(shape))

@@ -16,7 +16,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.plan import plan_exact
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.objects import allgather
 from bitring.errors import MismatchError
 
@@ -45,7 +45,7 @@ class Meeting:
 
     def __init__(self, comm: MPI.Intracomm, settings: Callable[[], Sequence[str]]) -> None:
         self._comm = comm
-        self._state = state_of(comm)
+        self._context = context_of(comm)
         self._settings = settings
         self._plan, self._records = _shared_plan(comm)
         self.waited = 0.0
@@ -54,11 +54,11 @@ class Meeting:
     @property
     def broken(self) -> bool:
         """Whether the communicator cannot be used any more."""
-        return bool(self._state.lane.broken)
+        return bool(self._context.queue.broken)
 
     def cut_short(self, what: str, error: BaseException) -> None:
         """Make the communicator unusable, since others exchange what this rank has given up; they are told."""
-        self._state.lane.cut_short(what, error)
+        self._context.queue.cut_short(what, error)
 
     def exchange(
         self, record: Sequence[float], where: str, heard: Callable[[Records], None] = lambda records: None
@@ -67,7 +67,7 @@ class Meeting:
 
         Raises on all ranks alike: MismatchError unless all are at the same operation and step, with equal settings.
         """
-        if self._state.size == 1:
+        if self._context.size == 1:
             alone = [list(record)]
             heard(alone)
             return alone
@@ -87,7 +87,7 @@ class Meeting:
 
     def _run(self, record: Sequence[float], where: str) -> Records:
         self._records[...] = 0.0
-        self._records[self._state.rank] = record
+        self._records[self._context.rank] = record
         self._plan.what = where
         began = time.perf_counter()
         self._plan()
@@ -117,11 +117,11 @@ class Meeting:
 
 def _shared_plan(comm: MPI.Intracomm) -> tuple[Any, Any]:
     """The plan of the communicator's records, and its buffer. Collective when it is made, for the first trainer."""
-    state = state_of(comm)
-    if "records" not in state.kept:
-        records = np.zeros((state.size, _WIDTH))
-        state.kept["records"] = plan_exact(records, comm, MPI.SUM, "auto", "DataParallel"), records
-    plan, records = state.kept["records"]
+    context = context_of(comm)
+    if "records" not in context.kept:
+        records = np.zeros((context.size, _WIDTH))
+        context.kept["records"] = plan_exact(records, comm, MPI.SUM, "auto", "DataParallel"), records
+    plan, records = context.kept["records"]
     return plan, records
 
 

@@ -17,7 +17,7 @@ from mpi4py import MPI
 from bitring.arrays import BFLOAT16
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.plan import Plan, library_reduces
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._others import LIBRARY, Others
 from bitring.commands._pictures import COLORS, figure, plain, size_text
@@ -181,7 +181,7 @@ def _limit(comm: Communicator, shared: Any) -> Callable[[], None] | None:
 
     Of ``p`` ranks' buffers of ``n`` values, ``p·n`` values are read and ``p·n`` written.
     """
-    common = state_of(comm).common
+    common = context_of(comm).common
     region = None if common is None else common.region_of(shared)
     function = kernel("add", shared.dtype)
     if shared.nbytes < _LIMIT_FROM_NBYTES or not comm.allreduce(region is not None and function != 0, MPI.LAND):

@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.commands._bench_allreduce import dtype_of
 from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._ranks import ending_together, limit_threads, meet, together
@@ -28,7 +28,7 @@ from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.exchange import Exchange
 from bitring.compression.exchange.once_a_node import once_a_node
 from bitring.compression.exchange.owner_schedule import encoders
-from bitring.compression.reducer import cut
+from bitring.compression.reducer import unflatten
 from bitring.compression.reducers import powersgd
 from bitring.nodes import describe
 from bitring.settings import make
@@ -69,7 +69,7 @@ def run(
         limit_threads(world)
         machine = describe(world)
         types = [dtype_of(each) for each in dtypes]
-        once_a_node(state_of(world), lambda: _compile(chosen.values(), types), "bench compress")
+        once_a_node(context_of(world), lambda: _compile(chosen.values(), types), "bench compress")
         contenders = together(world, lambda: _contenders(world, chosen, types, n))
         if world.rank == 0:
             click.echo(f"compress, {n:,} values, {world.size} ranks, {machine['processor']}")
@@ -162,8 +162,8 @@ def _step(gradients: list[Any]) -> Callable[[], None]:
 def _low_rank(random: np.random.Generator, shapes: Sequence[tuple[int, int]]) -> Callable[[], object]:
     """The computation of PowerSGD in a run, without its exchanges."""
     flat = random.standard_normal(sum(map(math.prod, shapes)), np.float32)
-    exchange = Exchange(state_of(MPI.COMM_SELF), "auto")
-    reduction = powersgd.PowerSGD().bind(flat, cut(flat, shapes), exchange)
+    exchange = Exchange(context_of(MPI.COMM_SELF), "auto")
+    reduction = powersgd.PowerSGD().bind(flat, unflatten(flat, shapes), exchange)
     return lambda: list(reduction.steps(Progress()))
 
 

@@ -29,7 +29,7 @@ from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer
 from bitring.training.preemption import Preemption
 
-Record = dict[str, Any]
+EpochMetrics = dict[str, Any]
 """One line of metrics.jsonl.
 
 epoch: from 1 on. train_loss: the mean over the epoch's samples, each as its step found it. test_accuracy.
@@ -74,7 +74,7 @@ class Course:
     comm: MPI.Intracomm
     parts: Parts
     trainer: DataParallel
-    history: list[Record]
+    history: list[EpochMetrics]
     epoch: Epoch
     sent_before: int
     preemption: Preemption

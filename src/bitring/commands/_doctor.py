@@ -9,7 +9,7 @@ import click
 from mpi4py import MPI
 
 from bitring.collectives.interop.mpi_library import library_version
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.commands._doctor_cuda import cuda
 from bitring.commands._doctor_process import (
     kernel_cache,
@@ -118,9 +118,9 @@ def _by_rank(comm: MPI.Intracomm, checks: list[Callable[[], Finding]]) -> Iterat
 def _resident(comm: MPI.Intracomm) -> Finding:
     """Whether the ranks of each node share memory. Collective."""
     what = "shared memory"
-    state = state_of(comm)
-    state.prepare("doctor")
-    topology = state.topology
+    context = context_of(comm)
+    context.prepare("doctor")
+    topology = context.topology
     if topology.shared:
         return Finding(what, OK, "the ranks of each node reduce each other's arrays in place")
     if topology.native and topology.nodes < topology.size:

@@ -87,10 +87,10 @@ def run(asked: Asked, json_path: Path | None, plot: Path | None) -> None:
     if not all(each.measured for each in predictions):
         click.echo("~ not measured on this machine: as fast as a copy of its bytes")
     click.echo()
-    verdict = advice(predictions, cluster) + _assumed(asked, machine)
-    click.echo(verdict)
+    advised = advice(predictions, cluster) + _assumed(asked, machine)
+    click.echo(advised)
     if json_path is not None:
-        kept = _kept(asked, cluster, machine, predictions, verdict, bandwidths, curves)
+        kept = _kept(asked, cluster, machine, predictions, advised, bandwidths, curves)
         json_path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     if plot is not None:
         draw(asked, cluster, bandwidths, curves, plot)
@@ -211,7 +211,7 @@ def _kept(
     cluster: Cluster,
     machine: Machine,
     predictions: Sequence[Prediction],
-    verdict: str,
+    advised: str,
     bandwidths: Sequence[float],
     curves: Sequence[Sequence[Prediction]],
 ) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _kept(
             "machine": machine.title,
         },
         "exchanges": [dataclasses.asdict(each) for each in predictions],
-        "advice": verdict,
+        "advice": advised,
     }
     if curves:
         kept["by_bandwidth"] = [

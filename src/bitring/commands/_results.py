@@ -14,7 +14,7 @@ from typing import Any
 import click
 from mpi4py import MPI
 
-from bitring.commands._course import Course, Record
+from bitring.commands._course import Course, EpochMetrics
 from bitring.commands._pictures import draw_curve
 from bitring.commands._units import count, traffic
 from bitring.machine import versions
@@ -22,12 +22,12 @@ from bitring.machine import versions
 _METRICS = "metrics.jsonl"
 
 
-def begin_metrics(folder: Path, history: Sequence[Record]) -> None:
+def begin_metrics(folder: Path, history: Sequence[EpochMetrics]) -> None:
     """Write ``metrics.jsonl`` anew: a line for each of the epochs that are over."""
     _write(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in history))
 
 
-def append_metrics(folder: Path, record: Record) -> None:
+def append_metrics(folder: Path, record: EpochMetrics) -> None:
     """Append an epoch's line to ``metrics.jsonl``."""
     with (folder / _METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -67,7 +67,7 @@ def conclude(course: Course) -> None:
         click.echo(f"curve          {curve}")
 
 
-def _mean_speed(history: list[Record]) -> float:
+def _mean_speed(history: list[EpochMetrics]) -> float:
     """Samples per second over all epochs."""
     return float(len(history) / sum(1 / record["samples_per_second"] for record in history))
 

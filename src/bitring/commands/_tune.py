@@ -14,7 +14,7 @@ from mpi4py import MPI
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.interop.mpi_library import library_version
 from bitring.collectives.plan import Plan, library_reduces
-from bitring.collectives.runtime.context import state_of
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.selection.table import BUILT_IN, Rules, crossovers, path_of_table, read_table, write_table
 from bitring.commands._bench_allreduce import dtype_of
@@ -80,7 +80,7 @@ def _measure(
     """Median seconds by algorithm; nothing where no memory is shared but was wanted. Collective."""
     n = max(nbytes // dtype.itemsize, 1)
     array = comm.empty(n, dtype) if resident else np.empty(n, dtype)
-    shared = state_of(comm).shared
+    shared = context_of(comm).shared
     if resident and not comm.allreduce(shared is not None and shared.region_of(array) is not None, MPI.LAND):
         return {}
     plans: list[Plan] = [plan_allreduce(array, comm=comm, algorithm=name) for name in algorithms.names()]
@@ -98,7 +98,7 @@ def _measure(
 
 
 def _rules(comm: Communicator, itemsize: int, resident: bool, measured: dict[int, dict[str, float]]) -> Rules:
-    native = state_of(comm).topology.native
+    native = context_of(comm).topology.native
     return Rules(library_version(), comm.size, len(node_map(comm)), itemsize, resident, native, crossovers(measured))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from bitring.collectives.schedules.check import Message, ScheduleError, Verdict, check, walk
+from bitring.collectives.schedules.check import MatchedTransfer, ScheduleError, Traffic, check, walk
 from bitring.collectives.schedules.drawing import draw
 from bitring.collectives.schedules.schedule import COLLECTIVES, Algorithm, algorithms
 from bitring.commands._units import count
@@ -58,12 +58,12 @@ def command(algorithm: str, ranks: int, collective: str | None, root: int, plot:
 
     click.echo(f"{algorithm} {collective}, {count(ranks, 'rank')}{f', root {root}' * rooted}")
     try:
-        verdict = check(made, collective, ranks, root)
+        traffic = check(made, collective, ranks, root)
     except ScheduleError as error:
         raise click.ClickException(f"the schedule is wrong: {error}") from error
-    for line in _table(made, collective, ranks, root, verdict.rounds):
+    for line in _table(made, collective, ranks, root, traffic.rounds):
         click.echo(line)
-    for line in _summary(collective, verdict):
+    for line in _summary(collective, traffic):
         click.echo(line)
     if plot is not None:
         try:
@@ -75,9 +75,9 @@ def command(algorithm: str, ranks: int, collective: str | None, root: int, plot:
 
 def _table(algorithm: Algorithm, collective: str, ranks: int, root: int, steps: int) -> Iterator[str]:
     """A line per round; of many rounds the first and the last, of many messages the first."""
-    by_step: list[list[Message]] = [[] for _ in range(steps)]
+    by_step: list[list[MatchedTransfer]] = [[] for _ in range(steps)]
     for event in walk(algorithm, collective, ranks, root):
-        if isinstance(event, Message):
+        if isinstance(event, MatchedTransfer):
             by_step[event.step].append(event)
     for step, messages in enumerate(by_step):
         if steps > _ROUNDS_SHOWN and _ROUNDS_SHOWN // 2 <= step < steps - _ROUNDS_SHOWN // 2:
@@ -94,7 +94,7 @@ def _table(algorithm: Algorithm, collective: str, ranks: int, root: int, steps: 
         yield f"round {step:<3} {'  '.join(shown)}"
 
 
-def _summary(collective: str, verdict: Verdict) -> Iterator[str]:
+def _summary(collective: str, traffic: Traffic) -> Iterator[str]:
     proved = {
         "allreduce": "each contribution exactly once in every chunk, added in the same order on all ranks",
         "reduce_scatter": "each contribution exactly once in every rank's own chunk",
@@ -103,11 +103,11 @@ def _summary(collective: str, verdict: Verdict) -> Iterator[str]:
         "broadcast": "the root's chunks on every rank",
     }
     yield f"check    passed: {proved[collective]}; no deadlock"
-    yield f"rounds   {verdict.rounds}"
-    yield f"chunks   {verdict.chunks}"
-    yield f"messages {_spread(verdict.messages, str)} sent by a rank"
-    for verb, counts in (("sent", verdict.sent), ("received", verdict.received), ("reduced", verdict.reduced)):
-        yield f"{verb:<8} {_spread(counts, lambda count: _share(verdict.share(count)))} by a rank"
+    yield f"rounds   {traffic.rounds}"
+    yield f"chunks   {traffic.chunks}"
+    yield f"messages {_spread(traffic.messages, str)} sent by a rank"
+    for verb, counts in (("sent", traffic.sent), ("received", traffic.received), ("reduced", traffic.reduced)):
+        yield f"{verb:<8} {_spread(counts, lambda count: _share(traffic.share(count)))} by a rank"
     yield "         n: the bytes of the buffer"
 
 
