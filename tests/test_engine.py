@@ -18,7 +18,7 @@ from bitring.collectives.plan import plan_exact
 from bitring.collectives.runtime import watch
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
-from bitring.collectives.runtime.watch import ADVICE
+from bitring.collectives.runtime.watch import ADVICE, timeout
 
 
 @pytest.fixture
@@ -248,9 +248,11 @@ os._exit(0)
 
 
 @pytest.mark.single
-def test_a_timeout_that_is_no_number(clean_environment):
-    done, _ = run(clean_environment, "", 1, BITRING_TIMEOUT="soon")
-    assert "ValueError: BITRING_TIMEOUT must be a number of seconds; got 'soon'" in done.stderr
+@pytest.mark.parametrize("text", ["soon", "-3", "nan"])
+def test_a_timeout_that_is_no_number(monkeypatch, text):
+    monkeypatch.setenv("BITRING_TIMEOUT", text)
+    with pytest.raises(ValueError, match=f"BITRING_TIMEOUT must be a number of seconds above 0; got '{text}'"):
+        timeout.__wrapped__()
 
 
 @pytest.mark.single

@@ -38,9 +38,12 @@ def timeout() -> float:
     """Seconds without progress after which a wait is an error; infinite unless BITRING_TIMEOUT is set."""
     text = os.environ.get("BITRING_TIMEOUT", "")
     try:
-        return float(text) if text else float("inf")
+        seconds = float(text) if text else float("inf")
     except ValueError:
-        raise ValueError(f"BITRING_TIMEOUT must be a number of seconds; got {text!r}") from None
+        seconds = 0.0
+    if not seconds > 0:  # NaN is not, either
+        raise ValueError(f"BITRING_TIMEOUT must be a number of seconds above 0; got {text!r}")
+    return seconds
 
 
 class Watch:
