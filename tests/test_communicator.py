@@ -8,6 +8,8 @@ import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +18,7 @@ from mpi4py import MPI
 from run import launcher
 
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.runtime.context import context_of
+from bitring.collectives.runtime.context import Context, context_of
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.errors import MismatchError, PeerError
 
@@ -722,3 +724,23 @@ def test_communicators_are_made_by_all_ranks_or_by_none(agree):
         part.Free()
     group.Free()
     world.Free()
+
+
+def test_a_duplicate_that_the_library_cannot_make_is_not_used(comm, agree):
+    """MPICH crashes when what it has made of one is used."""
+
+    answers = iter([MPI.Exception(MPI.ERR_OTHER)])
+
+    def test() -> bool:
+        for error in answers:
+            raise error
+        return True  # as of a request that is over
+
+    made: Any = SimpleNamespace(Test=test)
+    context = Context(MPI.Intracomm(comm.Dup()), made, comm.rank, list(range(comm.size)))
+    errors = [raised(lambda: context.queue.call(lambda progress: iter(()), "try")) for _ in range(2)]  # pyright: ignore[reportArgumentType]
+    agree(comm, "could not duplicate the communicator; where too many are in use" in str(errors[0]), repr(errors[0]))
+    agree(comm, "unusable since the MPI library could not duplicate it" in str(errors[1]), repr(errors[1]))
+    time.sleep(0.1)  # the progress thread may have something to tell
+    agree(comm, context.queue.contact is None, "messages went through it")
+    context.close()

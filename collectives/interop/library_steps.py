@@ -36,6 +36,16 @@ def allgather_bytes(comm: MPI.Intracomm, value: bytes, progress: Progress) -> St
     return [everyone[a:b].tobytes() for a, b in itertools.pairwise(starts)]
 
 
+class NoCommunicatorError(MPI.Exception):
+    """The library's error where it makes no communicator, as when too many are in use."""
+
+    def __str__(self) -> str:
+        return (
+            "the MPI library could not duplicate the communicator; where too many are in use (MPICH has 2046 in all), "
+            f"free some: {super().__str__()}"
+        )
+
+
 def beside(call: Callable[[], T], progress: Progress) -> StepsTo[T]:
     """What ``call``, one of the library's that has no nonblocking form, returns; it runs in a thread of its own.
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 from mpi4py import MPI
 
-from bitring.collectives.interop.library_steps import allgather_steps, beside
+from bitring.collectives.interop.library_steps import NoCommunicatorError, allgather_steps, beside
 from bitring.collectives.interop.mpi_library import library_version
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, wait_for
 from bitring.collectives.node.node_group import NodeGroup, make_node_group
@@ -129,7 +129,10 @@ class Context:
         """Another private duplicate, for calls that the library may refuse on some ranks; made when first needed."""
         if self._spare is None:
             comm, made = self.comm.Idup()
-            yield from wait_for(made, progress)
+            try:
+                yield from wait_for(made, progress)
+            except MPI.Exception as error:  # on all ranks alike
+                raise NoCommunicatorError(error.Get_error_code()) from error
             comm.Set_errhandler(MPI.ERRORS_RETURN)
             self._spare = MPI.Intracomm(comm)
         return self._spare

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.interop.library_steps import NoCommunicatorError
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo
 from bitring.collectives.node.node_group import LEFT_SECONDS, NodeGroup
 from bitring.collectives.runtime.card import CARD_NBYTES, Card
@@ -194,7 +195,7 @@ class JobQueue:
     def run(self, steps: Callable[[Progress], Steps], what: str, progress: Progress) -> Steps:
         """A job's steps, when the communicator is there, and the ranks know where to reach each other."""
         while self._made is not None:
-            if self._made.Test():
+            if self._is_made():
                 self._made = None
                 self.comm.Set_errhandler(MPI.ERRORS_RETURN)
                 progress.moves += 1
@@ -205,6 +206,15 @@ class JobQueue:
         if self._ended:
             self.check(what)
         yield from steps(progress)
+
+    def _is_made(self) -> bool:
+        """Whether the communicator is there. That none is to be had, all ranks learn from the library."""
+        assert self._made is not None
+        try:
+            return bool(self._made.Test())
+        except MPI.Exception as error:
+            self.breaks("the MPI library could not duplicate it")  # what it has left of one is not to be used
+            raise NoCommunicatorError(error.Get_error_code()) from error
 
     def _meet(self, progress: Progress) -> Steps:
         if self._meeting is None:  # else by a job that was given up
