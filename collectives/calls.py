@@ -118,6 +118,7 @@ def reduce_call(context: Context, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: 
             _same("Reduce", given, work)
             before = _copy_to(work, given)
         order = _order("Reduce", send, receive)
+        reduced = operation(op, work, "Reduce")
         terms = {"dtype": work.dtype, "count": work.size, "order": order, "op": op_name(op), "root": int(root)}
         return {
             "sendbuf": _send_spec(sendbuf, send),
@@ -126,7 +127,7 @@ def reduce_call(context: Context, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: 
             "work": work,
             "before": before,
             "plain": (lambda: (given, None)) if receive is None else _plain(given, work, before),
-            **operation(op, work, "Reduce"),
+            **reduced,
             "terms": terms,
         }
 
