@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -183,7 +184,17 @@ def _encoding(written: Callable[..., int]) -> Callable[..., int]:
     module = written.__module__
 
     @functools.wraps(written)
-    def encode(self: Encoder, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
+    def encode(
+        self: Encoder,
+        values: Array,
+        residual: Array,
+        payload: Array,
+        seed: int = 0,
+        shape: tuple[int, ...] | None = None,
+    ) -> int:
+        each = _shaped(self, "encode", shape, values)
+        if each is not self:
+            return each.encode(values, residual, payload, seed)
         check_encode(self, values, residual, payload)
         n = values.size
         if n == 0:
@@ -219,7 +230,13 @@ def _decoding(written: Callable[..., None]) -> Callable[..., None]:
     module = written.__module__
 
     @functools.wraps(written)
-    def decode(self: Encoder, payload: Array, out: Array, accumulate: bool = False) -> None:
+    def decode(
+        self: Encoder, payload: Array, out: Array, accumulate: bool = False, shape: tuple[int, ...] | None = None
+    ) -> None:
+        each = _shaped(self, "decode", shape, out)
+        if each is not self:
+            each.decode(payload, out, accumulate)
+            return
         check_decode(self, payload, out)
         if self.fixed_size:
             check_size(self, payload, out, self.nbytes(out.size))
@@ -253,6 +270,18 @@ def _decoding(written: Callable[..., None]) -> Callable[..., None]:
             ) from reason
 
     return decode
+
+
+def _shaped(encoder: Encoder, method: str, shape: tuple[int, ...] | None, values: Array) -> Encoder:
+    """What encodes ``values`` that are a parameter of this ``shape``, all of it; None: flat."""
+    if shape is None:
+        return encoder
+    if math.prod(shape) != values.size:
+        raise ValueError(
+            f"{type(encoder).__name__}.{method}: shape must be of {values.size} values, as many as there are; "
+            f"got {tuple(shape)}"
+        )
+    return encoder.for_shape(tuple(shape), 1)
 
 
 def write_out(decoded: Array, out: Array, accumulate: bool) -> None:

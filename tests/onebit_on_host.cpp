@@ -60,23 +60,28 @@ static unsigned short float_to_float16(float x) { return round_to_float16(x); }
 
 static void (*kernel5)(const void*, void*, void*, long long, long long);
 static void (*kernel4)(const void*, void*, long long, long long);
-static void *a, *b, *c;
-static long long n, block;
+static void (*kernel7)(const void*, void*, void*, void*, long long, long long, long long);
+static void *a, *b, *c, *d;
+static long long n, block, most;
 
 static void thread() {
-    if (c)
+    if (most)
+        kernel7(a, b, c, d, n, block, most);
+    else if (c)
         kernel5(a, b, c, n, block);
     else
         kernel4(a, b, n, block);
     done[threadIdx.x % 32] = true;
 }
 
-// Runs a kernel of three arrays, or two if the third is null. Returns 0, or 1 if lanes of a warp made different numbers
-// of warp-wide calls.
-extern "C" int run(void* kernel, void* a_, void* b_, void* c_, long long n_, long long block_, int blocks, int warps) {
+// Runs a kernel of three arrays, or two if the third is null; with `most`, one of panels: of four arrays, which has
+// columns instead of a block. Returns 0, or 1 if lanes of a warp made different numbers of warp-wide calls.
+extern "C" int run(void* kernel, void* a_, void* b_, void* c_, void* d_, long long n_, long long block_,
+                   long long most_, int blocks, int warps) {
     std::memcpy(&kernel5, &kernel, sizeof kernel);
     std::memcpy(&kernel4, &kernel, sizeof kernel);
-    a = a_, b = b_, c = c_, n = n_, block = block_;
+    std::memcpy(&kernel7, &kernel, sizeof kernel);
+    a = a_, b = b_, c = c_, d = d_, n = n_, block = block_, most = most_;
     gridDim.x = blocks;
     blockDim.x = 32 * warps;
     for (int warp = 0; warp < blocks * warps; ++warp) {

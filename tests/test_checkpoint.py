@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import bitring
 from bitring.errors import PeerError
 from bitring.training.checkpoints.header import CheckpointError
 from bitring.training.checkpoints.loading import load_checkpoint
@@ -20,6 +21,7 @@ from bitring.training.data_parallel import DataParallel
 from bitring.training.modes.block_momentum import BlockMomentum
 from bitring.training.modes.local import Local
 from bitring.training.optimizers.sgd import SGD
+from bitring.training.step.checks import difference, resumable, text_of
 
 SHAPES = {"a": (40, 51), "b/c": (7,), "c": (1100,), "d": (1500,), "none": (0, 2), "e": ()}
 DTYPES = {"a": np.float32, "b/c": np.float32, "c": np.float32, "d": np.float64, "none": np.float32, "e": np.float32}
@@ -142,6 +144,35 @@ def test_other_buckets_and_settings(comm, agree, path):
     agree(comm, all(np.allclose(found[name], owed[name], rtol=1e-5, atol=1e-5) for name in SHAPES))
     trainer.free()
     other.free()
+
+
+@pytest.mark.parametrize("levels", [("block", "rank_one"), ("rank_one", "row"), ("auto", "block")], ids=str)
+def test_levels_may_change(comm, agree, path, levels):
+    """Residuals are of values; the owners' are cut where panels or blocks of the new levels are."""
+    trainer, other = (new_trainer(comm, compression=bitring.OneBit(levels=each)) for each in levels)
+    train(trainer, 5)
+    save_checkpoint(path, trainer)
+    load_checkpoint(path, other)
+    owed, found = residual_sum(trainer), residual_sum(other)
+    agree(comm, other.digest() == trainer.digest() and any(x.any() for x in owed.values()) == (comm.size > 1))
+    agree(comm, all(np.allclose(found[name], owed[name], rtol=1e-5, atol=1e-5) for name in SHAPES))
+    train(other, 3)
+    agree(comm, len(set(comm.allgather(other.digest()))) == 1)
+    if levels[0] != "auto":  # a rank's own state is of its own levels
+        error = raised(other.load_state_dict, trainer.state_dict())
+        agree(comm, isinstance(error, ValueError) and "compression is OneBit(" in str(error), repr(error))
+    trainer.free()
+    other.free()
+
+
+@pytest.mark.single
+def test_blocks_of_before_there_were_levels_are_resumed() -> None:
+    description = {"parameters": {}, "optimizer": "SGD()", "mode": "Sync()"}
+    before = {**description, "compression": "OneBit(block=1024)"}
+    now = {**description, "compression": text_of(bitring.OneBit())}
+    assert difference(resumable(now, True), resumable(before, True)) is None
+    other = {**description, "compression": text_of(bitring.OneBit(block=512))}
+    assert difference(resumable(other, True), resumable(before, True)) is not None
 
 
 def test_chosen_algorithms_are_used_again(comm, agree, path):

@@ -79,7 +79,8 @@ def test_without_error_feedback_one_bit_is_visibly_worse(comm: Any, agree: Any, 
     block = 10 * HIDDEN  # the last layer
     for seed in range(3 if request.config.getoption("--all") else 1):
         exact, onebit, without = (
-            train(comm, compression, seed) for compression in (None, bitring.OneBit(block), WithoutFeedback(block))
+            train(comm, compression, seed)
+            for compression in (None, bitring.OneBit(block, "block"), WithoutFeedback(block, "block"))
         )
         told = f"seed {seed}: exact {exact}, with feedback {onebit}, without {without}"
         agree(comm, onebit[2] > 0 and without[2] == 0, told)

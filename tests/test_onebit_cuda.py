@@ -15,6 +15,8 @@ import pytest
 
 from bitring.compression.encoder import VALUE_DTYPES, residual_dtype
 from bitring.compression.encoders.onebit import OneBit
+from bitring.compression.kernels import rank_one_cuda
+from bitring.compression.rank_one import RankOne
 
 pytestmark = pytest.mark.single
 
@@ -95,8 +97,8 @@ def test_source_run_on_the_host(on_host: Any, dtype: Any, block: int, blocks: in
     def launch(name: str, arrays: list[Any], n: int) -> None:
         kernel = ctypes.cast(on_host[f"{name}_{dtype.name}"], ctypes.c_void_p)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
-        pointers += [ctypes.c_void_p(None)] * (3 - len(pointers))
-        sizes = [ctypes.c_longlong(n), ctypes.c_longlong(block), blocks, warps]
+        pointers += [ctypes.c_void_p(None)] * (4 - len(pointers))
+        sizes = [ctypes.c_longlong(n), ctypes.c_longlong(block), ctypes.c_longlong(0), blocks, warps]
         assert on_host.run(kernel, *pointers, *sizes) == 0, "the lanes of a warp went different ways"
 
     def encode(values: Any, residual: Any, payload: Any, block: int) -> None:
@@ -107,6 +109,88 @@ def test_source_run_on_the_host(on_host: Any, dtype: Any, block: int, blocks: in
 
     for n in LENGTHS:
         check_against_reference(encode, decode, dtype, n, block)
+
+
+SHAPES = [(1, 1, 1), (5, 7, 2), (64, 300, 64), (33, 64, 16), (70, 100, 25), (3, 2000, 64), (130, 33, 64)]
+"""Rows, columns, and rows of a panel."""
+
+
+def example_of_panels(rows: int, columns: int, dtype: Any) -> tuple[Any, Any]:
+    rng = np.random.default_rng(rows)
+    values = rng.normal(size=(rows, columns)) * rng.lognormal(size=(rows, 1)) * rng.lognormal(size=columns)
+    values[rng.random(rows) < 0.1] = 0
+    values[:, rng.random(columns) < 0.1] = -0.0
+    residual = rng.normal(size=(rows, columns)) * (values != 0)
+    return values.astype(dtype).reshape(-1), residual.astype(residual_dtype(dtype)).reshape(-1)
+
+
+def check_panels(encode: Any, decode: Any, dtype: Any, shape: tuple[int, int, int], huge: bool) -> None:
+    rows, columns, most = shape
+    panels: Any = RankOne(columns, most)
+    values, residual = example_of_panels(rows, columns, dtype)
+    if huge:
+        largest = min(float(ml_dtypes.finfo(dtype).max), float(np.finfo(np.float32).max))
+        values = (np.sign(values.astype(np.float64)) * 0.9 * largest).astype(dtype)
+    expected_residual = residual.copy()
+    payload = np.full(panels.nbytes(values.size), 0xAA, np.uint8)
+    expected = payload.copy()
+    encode(panels, values, residual, payload)
+    RankOne.encode.__wrapped__(panels, values, expected_residual, expected)  # type: ignore[attr-defined]
+    assert payload.tobytes() == expected.tobytes()
+    assert residual.tobytes() == expected_residual.tobytes()
+    for accumulate in (False, True):
+        out, expected_out = values.copy(), values.copy()
+        decode(panels, payload, out, accumulate)
+        RankOne.decode.__wrapped__(panels, payload, expected_out, accumulate)  # type: ignore[attr-defined]
+        assert out.tobytes() == expected_out.tobytes()
+
+
+@each_dtype
+@pytest.mark.parametrize(("blocks", "warps"), [(1, 1), (3, 2)])
+def test_panels_run_on_the_host(
+    on_host: Any, monkeypatch: pytest.MonkeyPatch, dtype: Any, blocks: int, warps: int
+) -> None:
+    """The launches of rank_one_cuda.py, one after the other."""
+
+    def launch(name: str, values: Any, _: int, arguments: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
+        kernel = ctypes.cast(on_host[f"{name}_{values.dtype.name}"], ctypes.c_void_p)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in arguments]
+        numbers = [ctypes.c_longlong(x) for x in (values.size, *sizes)]
+        assert on_host.run(kernel, *pointers, *numbers, blocks, warps) == 0, "the lanes of a warp went different ways"
+
+    monkeypatch.setattr(rank_one_cuda, "launch", launch)
+
+    def encode(panels: Any, values: Any, residual: Any, payload: Any) -> None:
+        assert rank_one_cuda.encode(panels, values, residual, payload, 0) == payload.size
+
+    for shape in SHAPES:
+        for huge in (False, True):
+            check_panels(encode, rank_one_cuda.decode, dtype, shape, huge)
+
+
+@pytest.mark.gpu
+@each_dtype
+def test_panels_on_a_gpu(dtype: Any) -> None:
+    import cupy  # pyright: ignore[reportMissingImports]
+
+    def to_device(x: Any) -> Any:
+        return cupy.asarray(x.view(np.uint8)).view(x.dtype)
+
+    def encode(panels: Any, values: Any, residual: Any, payload: Any) -> None:
+        left, code = to_device(residual), cupy.zeros(payload.size + 1, np.uint8)[1:]
+        assert panels.encode(to_device(values), left, code) == payload.size
+        residual[:] = left.view(np.uint8).get().view(residual.dtype)
+        payload[:] = code.get()
+
+    def decode(panels: Any, payload: Any, out: Any, accumulate: bool) -> None:
+        on_device, code = to_device(out), cupy.zeros(payload.size + 1, np.uint8)[1:]
+        code[:] = cupy.asarray(payload)
+        panels.decode(code, on_device, accumulate)
+        out[:] = on_device.view(np.uint8).get().view(out.dtype)
+
+    for shape in [*SHAPES, (1000, 1003, 64)]:
+        for huge in (False, True):
+            check_panels(encode, decode, dtype, shape, huge)
 
 
 @pytest.mark.gpu

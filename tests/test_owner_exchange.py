@@ -147,10 +147,10 @@ class ByRows(Encoder):
             at += 4 + here.size
 
 
-SHAPES: list[tuple[int, ...]] = [(50,), (9, 40), (3, 4, 5, 6), (1, 7), (0, 3), (100,), (64, 70)]
+SHAPES: list[tuple[int, ...]] = [(50,), (9, 40), (3, 4, 5, 6), (1, 7), (0, 3), (100,), (64, 256), (5000,)]
 
 
-@pytest.mark.parametrize("encoder", [ByRows()], ids=str)
+@pytest.mark.parametrize("encoder", [ByRows(), OneBit(), OneBit(levels="rank_one"), OneBit(levels="row")], ids=str)
 def test_panels_have_the_same_bits_as_all_ranks_in_one_process(comm: MPI.Intracomm, agree: Any, encoder: Any) -> None:
     rank, size, n = comm.rank, comm.size, sum(map(math.prod, SHAPES))
     everyone = Everyone(n, np.float32, size, (), encoder, SHAPES)
@@ -195,11 +195,12 @@ def test_the_shape_of_x_is_that_of_its_parameter(comm: MPI.Intracomm, agree: Any
     agree(comm, same == [0, 0, 0, 3, 3, 5, 5], f"{same}")
 
 
-def test_lanes_keep_whole_rows_together(two_nodes: Any, agree: Any) -> None:
+@pytest.mark.parametrize("encoder", [ByRows(), OneBit(levels="rank_one")], ids=str)
+def test_lanes_keep_whole_rows_together(two_nodes: Any, agree: Any, encoder: Any) -> None:
     """Lanes cut parameters anywhere: what is no whole row is flat, nothing is lost, and all ranks get the same."""
     comm, n = two_nodes, sum(map(math.prod, SHAPES))
     x = comm.empty(n)
-    plan: Any = bitring.plan_allreduce(x, comm=comm, compression=ByRows(), shapes=SHAPES)
+    plan: Any = bitring.plan_allreduce(x, comm=comm, compression=encoder, shapes=SHAPES)
     applied, given = np.zeros(n), np.zeros(n)
     for step in range(4):
         x[:] = gradient(comm.rank, step, n, np.float32)
@@ -549,8 +550,16 @@ def test_kernels_run_beside_a_loop(comm: MPI.Intracomm, agree: Any) -> None:
 @pytest.mark.parametrize(
     ("here", "there", "text"),
     [
-        ("onebit", None, "disagree on compression: rank {last} gave OneBit(block=1024), rank 0 gave none"),
-        (None, "onebit", "disagree on compression: rank {last} gave none, rank 0 gave OneBit(block=1024)"),
+        (
+            "onebit",
+            None,
+            "disagree on compression: rank {last} gave OneBit(block=1024, levels='auto'), rank 0 gave none",
+        ),
+        (
+            None,
+            "onebit",
+            "disagree on compression: rank {last} gave none, rank 0 gave OneBit(block=1024, levels='auto')",
+        ),
         ("powersgd", "onebit", "disagree on compression: rank {last} gave PowerSGD("),
     ],
 )

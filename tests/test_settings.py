@@ -41,6 +41,7 @@ def registry_of(text: str) -> Registry[Any]:
         ("linear:bits=4", bitring.Linear()),
         ("powersgd:matrix_rank=2,seed=7", bitring.PowerSGD(matrix_rank=2, seed=7)),
         ("onebit:block=4096", bitring.OneBit(block=4096)),
+        ("onebit:levels=row", bitring.OneBit(levels="row")),
         ("sufficient_factors", bitring.SufficientFactors()),
         ("sync", bitring.Sync()),
         ("local:tau=20", bitring.Local(tau=20)),
@@ -73,8 +74,12 @@ def test_every_setting_can_be_given_and_is_spelled_again(registry: Registry[Any]
     # All others that are as good.
     others: dict[str, Any] = {}
     for field in dataclasses.fields(default):
-        now = getattr(default, field.name)
-        others[field.name] = {type(None): 0.25, bool: not now, int: 2 * (now or 1), float: (now or 1) / 3}[type(now)]
+        now: Any = getattr(default, field.name)
+        others[field.name] = (
+            next(text for text in field.metadata["range"].one_of if text != now)
+            if isinstance(now, str)
+            else {type(None): 0.25, bool: not now, int: 2 * (now or 1), float: (now or 1) / 3}[type(now)]
+        )
     for field, other in others.items():
         try:
             changed = dataclasses.replace(default, **{field: other})

@@ -1,6 +1,9 @@
 """1-bit quantization: the sign of each value, and two levels a block (Seide et al., "1-Bit Stochastic Gradient
 Descent and its Application to Data-Parallel Distributed Training of Speech DNNs", Interspeech 2014).
 
+Parameters of two dimensions or more have levels of rank one instead, see ``rank_one.py``; or, with ``levels="row"``,
+blocks that are rows. What follows is of blocks.
+
 v = values + residual. A value's bit is v >= 0, so -0.0 has it and NaN has not. A block's levels are the mean of its
 values whose bit is clear (low) and of those whose bit is set (high), as float32; 0 for a mean of none. Decoded is the
 level of the bit, and residual = v - decoded. A block of zeros decodes to zeros. NaN or infinity in a block makes one of
@@ -22,33 +25,56 @@ count, rounded to float32. Where that is not finite, the lanes add in float64 in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bitring.compression.encoder import Array, Encoder, write_out
+from bitring.compression.rank_one import panels_of, pays
 from bitring.settings import setting
 
 
 @dataclass(frozen=True)
 class OneBit(Encoder):
-    """One bit a value, and two float32 levels for every ``block`` values (a positive multiple of 64)."""
+    """One bit a value, and two float32 levels for every ``block`` values (a positive multiple of 64).
+
+    ``levels``: of parameters whose shape is known and has two dimensions or more: the first one counts rows.
+    "rank_one" are products of numbers of rows and columns; "row", two a row; "block", as if there were no shape; and
+    "auto" is rank_one where that takes no more bytes than blocks of 1024 values do, else block.
+    """
 
     block: int = setting(1024, multiple_of=64)
+    levels: str = setting("auto", one_of=("auto", "rank_one", "row", "block"))
 
-    def nbytes(self, n: int) -> int:
+    def for_shape(self, shape: tuple[int, ...], ranks: int) -> Encoder:
         """See Encoder."""
+        if len(shape) < 2 or self.levels == "block" or not math.prod(shape):
+            return self
+        rows, columns = shape[0], math.prod(shape[1:])
+        if self.levels == "row":
+            return _Rows(columns)
+        panels = panels_of(rows, columns, ranks)
+        return panels if self.levels == "rank_one" or pays(panels, rows) else self
+
+    def nbytes(self, n: int, shape: tuple[int, ...] | None = None) -> int:
+        """See Encoder; of a parameter of this ``shape``, where one is given."""
+        each = self if shape is None else self.for_shape(shape, 1)
+        if each is not self:
+            return each.nbytes(n)
         blocks, rest = divmod(n, self.block)
-        return blocks * (8 + self.block // 8) + (8 + (rest + 7) // 8 if rest else 0)
+        return blocks * (8 + (self.block + 7) // 8) + (8 + (rest + 7) // 8 if rest else 0)
 
     def settings(self) -> tuple[float, ...]:
         """See Encoder."""
         return (self.block,)
 
     @np.errstate(all="ignore")
-    def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
-        """See Encoder."""
+    def encode(
+        self, values: Array, residual: Array, payload: Array, seed: int = 0, shape: tuple[int, ...] | None = None
+    ) -> int:
+        """See Encoder; ``shape``: of the parameter that the values are."""
         used = 0
         for first in range(0, values.size, self.block):
             block = slice(first, first + self.block)
@@ -61,8 +87,10 @@ class OneBit(Encoder):
             used += encoded.size
         return used
 
-    def decode(self, payload: Array, out: Array, accumulate: bool = False) -> None:
-        """See Encoder."""
+    def decode(
+        self, payload: Array, out: Array, accumulate: bool = False, shape: tuple[int, ...] | None = None
+    ) -> None:
+        """See Encoder; ``shape``: with which the payload was encoded."""
         at = 0
         for first in range(0, out.size, self.block):
             here = out[first : first + self.block]
@@ -71,6 +99,13 @@ class OneBit(Encoder):
             is_high = np.unpackbits(payload[at + 8 : end], count=here.size, bitorder="little").astype(bool)
             write_out(np.where(is_high, high, low), here, accumulate)
             at = end
+
+
+@dataclass(frozen=True)
+class _Rows(OneBit):
+    """Blocks that are rows, of any length."""
+
+    block: int = 1024
 
 
 def _mean(x: Array, members: Array) -> np.float32:

@@ -45,19 +45,19 @@ class Functions(NamedTuple):
     settings: int
 
 
-_ENCODERS = "bitring.compression.encoders."
+_COMPRESSION = "bitring.compression."
 
 
 @functools.cache
 def kernel_file(module: str, kind: str) -> str | None:
     """The module with the kernels of the encoder that was written in ``module``; None where there is none.
 
-    ``kind``: "numba" or "cuda". Of ``compression/encoders/NAME.py`` it is ``compression/kernels/NAME_KIND.py``; in
+    ``kind``: "numba" or "cuda". Of a NAME.py in ``compression`` it is ``compression/kernels/NAME_KIND.py``; in
     packages outside, ``their_package/NAME_KIND.py`` beside ``their_package/NAME.py``.
     """
     name = f"{module}_{kind}"
-    if name.startswith(_ENCODERS):
-        name = f"bitring.compression.kernels.{name.removeprefix(_ENCODERS)}"
+    if name.startswith(_COMPRESSION):
+        name = f"bitring.compression.kernels.{name.rpartition('.')[2]}"
     try:
         return name if importlib.util.find_spec(name) is not None else None
     except ModuleNotFoundError:  # what it is in is no package

@@ -14,7 +14,7 @@ import numpy as np
 from bitring.compression.encoder import Array, Encoder
 
 WARPS_PER_BLOCK = 8
-MOST_BLOCKS = 1 << 16  # of threads; each warp takes quantization blocks in turn until none is left
+MOST_BLOCKS = 1 << 16  # of threads; each warp takes blocks, or rows, in turn until none is left
 
 
 @functools.cache
@@ -31,27 +31,30 @@ def _kernel(name: str, device: int) -> Any:
     return _module().get_function(name)
 
 
-def _launch(name: str, values: Array, block: int, arguments: tuple[Any, ...]) -> None:
-    """Launch in CuPy's current stream. Does not wait."""
+def launch(name: str, values: Array, warps: int, arguments: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
+    """Launch the kernel ``name`` for values like these, with something for so many warps, in CuPy's current stream.
+
+    Does not wait.
+    """
     if values.size == 0:
         return
     if values.data.ptr % values.itemsize:
         raise ValueError(
             f"OneBit: a device array of {values.dtype.name} must be aligned; got address {values.data.ptr}"
         )
-    quantization_blocks = -(-values.size // block)
-    blocks = min(-(-quantization_blocks // WARPS_PER_BLOCK), MOST_BLOCKS)
+    blocks = min(-(-warps // WARPS_PER_BLOCK), MOST_BLOCKS)
     with values.device:
         kernel = _kernel(f"{name}_{values.dtype.name}", values.device.id)
-        kernel((blocks,), (32 * WARPS_PER_BLOCK,), (*arguments, np.int64(values.size), np.int64(block)))
+        kernel((blocks,), (32 * WARPS_PER_BLOCK,), (*arguments, *map(np.int64, (values.size, *sizes))))
 
 
 def encode(encoder: Encoder, values: Array, residual: Array, payload: Array, seed: int) -> int:
     """See ``OneBit.encode``; unchecked but for alignment. Draws nothing."""
-    _launch("encode", values, encoder.block, (values, residual, payload))
+    launch("encode", values, -(-values.size // encoder.block), (values, residual, payload), (encoder.block,))
     return encoder.nbytes(values.size)
 
 
 def decode(encoder: Encoder, payload: Array, out: Array, accumulate: bool) -> None:
     """See ``OneBit.decode``; unchecked but for alignment."""
-    _launch("accumulate" if accumulate else "decode", out, encoder.block, (payload, out))
+    name = "accumulate" if accumulate else "decode"
+    launch(name, out, -(-out.size // encoder.block), (payload, out), (encoder.block,))

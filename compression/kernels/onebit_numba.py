@@ -25,6 +25,7 @@ from bitring.compression.kernels.vectors_numba import (
     PART,
     Kind,
     address,
+    clear,
     copy,
     element,
     get,
@@ -194,6 +195,7 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
         highs = _ones(bits, groups)
         at, at_left, at_bits = groups * GROUP * nbytes, groups * GROUP * wide_nbytes, groups * WORD_NBYTES
         if rest:
+            clear(last_left, GROUP * wide_nbytes)  # of what the block before left there
             copy(last_here, here + at, rest * nbytes)
             copy(last_left, left + at_left, rest * wide_nbytes)
             _scan(last_here, last_left, last_bits, 1, sums, values)

@@ -23,15 +23,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that are allowed; None where there is no such bound."""
+    """The numbers that are allowed, or texts; None where there is no such bound."""
 
     least: float | None = None
     above: float | None = None
     most: float | None = None
     below: float | None = None
     multiple_of: int | None = None
+    one_of: tuple[str, ...] | None = None
 
     def __contains__(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return self.one_of is None or value in self.one_of
         return (
             -math.inf < value < math.inf
             and (self.least is None or value >= self.least)
@@ -42,7 +45,9 @@ class Range:
         )
 
     def words(self, kind: type) -> str:
-        """The range as a message says it, for values of ``kind``: int or float."""
+        """The range as a message says it, for values of ``kind``: int, float or str."""
+        if self.one_of is not None:
+            return f"one of {', '.join(map(repr, self.one_of))}"
         if self.multiple_of is not None:
             return f"a positive multiple of {self.multiple_of}"
         if self.least is not None and self.most is not None:
@@ -62,13 +67,15 @@ def setting(
     most: float | None = None,
     below: float | None = None,
     multiple_of: int | None = None,
+    one_of: tuple[str, ...] | None = None,
 ) -> T:
-    """A field whose numbers have a range: ``tau: int = setting(50, least=1)``."""
-    return dataclasses.field(default=default, metadata={"range": Range(least, above, most, below, multiple_of)})
+    """A field whose numbers have a range, ``tau: int = setting(50, least=1)``, or whose texts are known."""
+    within = Range(least, above, most, below, multiple_of, one_of)
+    return dataclasses.field(default=default, metadata={"range": within})
 
 
 class Settings:
-    """Base of settings. Making an instance checks its fields of the types bool, int and float, or None beside them.
+    """Base of settings. Making an instance checks its fields of the types bool, int, float and str, or None beside.
 
     Raises TypeError for a value of another type and ValueError for one outside its ``setting``'s range. A class with
     rules between its fields checks them in its own ``__post_init__``, after this one.
@@ -86,7 +93,7 @@ class Settings:
 
 
 def checked(owner: str, name: str, value: Any, kind: type, within: Range = Range()) -> Any:
-    """``value``, which must be of ``kind`` (bool, int or float) and ``within`` a range.
+    """``value``, which must be of ``kind`` (bool, int, float or str) and ``within`` a range.
 
     NumPy's scalars will do, and an int for a float; a bool is no number. An int or a bool is returned as Python's own,
     a float as it is. Raises TypeError and ValueError, which begin with ``owner`` and ``name``.
@@ -95,7 +102,8 @@ def checked(owner: str, name: str, value: Any, kind: type, within: Range = Range
     if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
         raise TypeError(f"{owner}: {name} must be {words}; got {type(value).__name__}")
     if kind is not bool and value not in within:
-        raise ValueError(f"{owner}: {name} must be {within.words(kind)}; got {value}")
+        got = repr(value) if kind is str else value
+        raise ValueError(f"{owner}: {name} must be {within.words(kind)}; got {got}")
     return value if kind is float else kind(value)
 
 
@@ -103,6 +111,7 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool, np.bool_), "a bool"),
     int: ((int, np.integer), "an int"),
     float: ((int, float, np.integer, np.floating), "a number"),
+    str: ((str,), "a str"),
 }
 
 
@@ -175,6 +184,7 @@ _READ: dict[type, tuple[Callable[[str], Any], str]] = {
     bool: (_bool, "true or false"),
     int: (int, "a whole number"),
     float: (float, "a number"),
+    str: (str, "text"),
 }
 
 

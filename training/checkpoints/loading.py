@@ -100,7 +100,7 @@ def _check(file: CheckpointFile, trainer: DataParallel, kept: Mapping[At, tuple[
     """Raise CheckpointError unless the file has what the trainer needs, of the same kinds."""
     header = file.header
     numbers, owners = numbers_of(trainer), with_owners(trainer)
-    text = difference(resumable(trainer.describe()), resumable(header.settings))
+    text = difference(resumable(trainer.describe(), True), resumable(header.settings, True))
     if text is None:
         owned = {("owner_residual", name) for bucket, _ in owners.values() for name in bucket.shapes}
         here = {*kept, *numbers, *owned}

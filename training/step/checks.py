@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -134,13 +135,18 @@ def not_finite(arrays: Mapping[str, Any]) -> str | None:
     return None
 
 
-def resumable(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a description that a state must share with the trainer that goes on from it."""
+def resumable(description: Mapping[str, Any], owners_anew: bool = False) -> dict[str, Any]:
+    """The part of a description that a state must share with the trainer that goes on from it.
+
+    ``owners_anew``: whether owners' residuals are put together and cut again. A compressor's ``levels`` are free then:
+    they say how values travel, and who owns which; residuals are of values.
+    """
+    compression = description["compression"]
     return {
         "parameters": description["parameters"],
         "optimizer": description["optimizer"].partition("(")[0],
         "mode": description["mode"].partition("(")[0],
-        "compression": description["compression"],
+        "compression": re.sub(r", levels='\w+'", "", compression) if owners_anew else compression,
     }
 
 
