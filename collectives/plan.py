@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
 from mpi4py import MPI
+from typing_extensions import Self
 
 from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
 from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE, REFUSED
@@ -55,7 +56,9 @@ class Plan(ABC):
         self.what = f"{what} (plan {self.number})"
         self._run = Request(RUN, {"plan": self.what})
         self._job: Job | None = None
+        self._told = False  # whoever asked for it has been told that the last run is over
         self._freed = False
+        self._remake: Callable[[MPI.Intracomm], Plan] | None = None
         self.bytes_sent = 0
 
     @abstractmethod
@@ -82,33 +85,49 @@ class Plan(ABC):
                 if not (checked and over):
                     yield None if over or not checked else waiting
 
-    def start(self) -> None:
+    def start(self, on_done: Callable[[BaseException | None], None] | None = None) -> None:
         """Begin a run. It goes on beside the caller on the progress thread, in place on the buffer.
 
-        Raises RuntimeError when the last run has not been waited for.
+        ``on_done`` is called when the run is over, with what went wrong or None, in the thread that ends it: the
+        progress thread or one that waits. It must be brief and must not call bitring. Such a run may be waited for, but
+        need not be. Raises RuntimeError when the last run has not been waited for.
         """
         with self.context.turn(self.what):
-            self._submit()
+            self._submit(on_done)
         engine.start_thread()
+
+    def on(self, comm: MPI.Intracomm) -> Plan:
+        """Another plan of the same array, with the same settings, on ``comm``. Collective there; this one stays.
+
+        What this one carries from run to run is not in it: see ``state_dict`` and ``load_state_dict``.
+        """
+        assert self._remake is not None, "made by plan_allreduce"
+        return self._remake(comm)
+
+    def remade_by(self, remake: Callable[[MPI.Intracomm], Plan]) -> Self:
+        """This plan; ``remake`` makes one like it on another communicator."""
+        self._remake = remake
+        return self
 
     def check_startable(self) -> None:
         """Raise RuntimeError when a run cannot begin now."""
         if self._freed:
             raise RuntimeError(f"{self.what}: start: the plan was freed")
-        if self._job is not None:
+        if self._job is not None and not (self._told and self._job.done):
             raise RuntimeError(f"{self.what}: start: the last run must be waited for first")
 
     def take_job(self, job: Job) -> None:
         """``job``, under way, is a run of this plan."""
-        self._job = job
+        self._job, self._told = job, False
 
-    def _submit(self) -> None:
+    def _submit(self, on_done: Callable[[BaseException | None], None] | None = None) -> None:
         try:
             self.check_startable()
         except RuntimeError as error:  # the other ranks must not wait for this one's run
             self.refuse(error)
             raise
-        self._job = self.context.queue.submit(self.checked_steps, self.what)
+        self._told = on_done is not None
+        self._job = self.context.queue.submit(self.checked_steps, self.what, on_done)
 
     def refuse(self, error: Exception) -> None:
         """Let the other ranks hear, in their run of this plan, why this one cannot begin; in the turn of a call."""
@@ -208,7 +227,7 @@ class ExactPlan(Plan):
     def __call__(self) -> None:
         """Run the collective in the calling thread, in place on the buffer."""
         run, outcome = self._past_engine, DECLINED
-        if run is not None and self._job is None:
+        if run is not None and (self._job is None or (self._told and self._job.done)):
             try:
                 outcome = run()
             except BaseException as error:
@@ -320,7 +339,8 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
         request.error = error
     with context.turn(function):
         run_agreement(context, request)
-        return ExactPlan(context, flat, op, choose(algorithm, query_of(context, flat, op), context.table))
+        plan = ExactPlan(context, flat, op, choose(algorithm, query_of(context, flat, op), context.table))
+        return plan.remade_by(lambda other: plan_exact(x, other, op, algorithm, function))
 
 
 def query_of(context: Context, flat: Array, op: MPI.Op) -> Query:

@@ -31,7 +31,7 @@ class _Run:
         self._interrupt: BaseException | None = None
         self._told = False  # somebody has heard, or is about to hear, what went wrong
         try:
-            self._job = context.queue.submit(work, what, on_done=self._complete)
+            self._job = context.queue.submit(work, what, on_done=lambda error: self._complete())
         except BaseException:
             self.request.Complete()
             self.request.Free()

@@ -193,3 +193,22 @@ def test_what_is_said_can_be_typed(tmp_path: Path, clean_environment):
         assert typed[1:3] == ["-n", "2"]
         command = [*prefix, *typed[3:]]  # with what this machine's mpirun wants besides
     assert command.count("--resume") == 1
+
+
+ENDING = """
+import atexit, os, signal, sys
+def strike():
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+atexit.register(strike)  # called after what is registered later
+from bitring.__main__ import main
+sys.argv[:] = ["bitring", "train", "--model", "softmax", "--epochs", "1", "--output", sys.argv[1]]
+main()
+"""
+
+
+def test_a_signal_while_the_process_ends_does_not_change_its_status(tmp_path: Path, clean_environment):
+    command = [sys.executable, "-c", ENDING, str(tmp_path)]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "summary.json").exists()

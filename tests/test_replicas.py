@@ -14,7 +14,7 @@ import pytest
 import bitring
 from bitring.errors import MismatchError, PeerError
 from bitring.training.data_parallel import DataParallel
-from bitring.training.optimizer import Optimizer
+from bitring.training.optimizer import Elementwise
 
 
 def raised(call: Any, *arguments: Any) -> Any:
@@ -84,7 +84,7 @@ def test_broadcast(comm, agree, mode):
     trainer.free()
 
 
-class Custom(Optimizer):
+class Custom(Elementwise):
     """Settings that can be changed in place."""
 
     slots = ()  # type: ignore[assignment]

@@ -1,7 +1,8 @@
 """The base of optimizers: settings in a frozen dataclass, state in plain dicts, the update in place.
 
-A class ``class Name(Optimizer):`` in ``training/optimizers/NAME.py`` is registered as ``NAME``. It says which arrays
+A class ``class Name(Elementwise):`` in ``training/optimizers/NAME.py`` is registered as ``NAME``. It says which arrays
 it keeps for a parameter (``slots``) and what happens to a run of values (``apply``); the walk over parameters is here.
+One whose values depend on each other, by a norm or by rows, is a ``class Name(Optimizer):`` with ``update_parameter``.
 """
 
 from __future__ import annotations
@@ -40,25 +41,17 @@ def cannot_raise(apply: _Apply) -> _Apply:
 
 
 class Optimizer(Settings, ABC):
-    """Base of every optimizer; instances are settings and hold no state."""
+    """Base of every optimizer; instances are settings and hold no state. Updates look at whole parameters."""
 
     @property
     def may_raise(self) -> bool:
         """Whether an update of host arrays, which match and are writable, may end in the middle of it."""
-        own = type(self)
-        return own.update is not Optimizer.update or not getattr(own.apply, "cannot_raise", False)
+        return True
 
     @property
     @abstractmethod
     def slots(self) -> tuple[str, ...]:
         """Names of the arrays kept for each parameter; they start as zeros."""
-
-    @abstractmethod
-    def apply(self, w: Any, g: Any, slots: Mapping[str, Any], t: Any, u: Any) -> None:
-        """Update the values ``w`` and their ``slots`` in place from the gradient ``g``, which is only read.
-
-        All are 1-D, of one size and dtype; ``t`` and ``u`` are scratch.
-        """
 
     def init(self, parameters: Mapping[str, Any]) -> State:
         """New state for ``parameters``: zeros, of each parameter's shape, dtype and device."""
@@ -68,7 +61,45 @@ class Optimizer(Settings, ABC):
         """One step, in place on ``parameters`` and ``state``; ``gradients`` are only read.
 
         ``parameters`` are floating-point arrays, NumPy or CuPy; they may be some of those that ``state`` was made for.
-        ``gradients`` has an array of the same shape and dtype for each. Small arrays are updated together, in copies.
+        ``gradients`` has an array of the same shape and dtype for each.
+        """
+        for name, w in parameters.items():
+            self.update_parameter(w, gradients[name], {slot: arrays[name] for slot, arrays in state.items()})
+
+    @abstractmethod
+    def update_parameter(self, w: Any, g: Any, slots: Mapping[str, Any]) -> None:
+        """Update the parameter ``w`` and its ``slots`` in place from the gradient ``g``, which is only read.
+
+        All have the parameter's shape and dtype: its norm and its rows can be seen here.
+        """
+
+    def restart(self, state: State) -> None:
+        """Forget the directions of past steps (momentum), in place; what scales the steps stays."""
+
+
+class Elementwise(Optimizer):
+    """Base of those whose values do not see each other: they are updated in runs that stay in the cache."""
+
+    @property
+    def may_raise(self) -> bool:
+        """See Optimizer."""
+        own = type(self)
+        return own.update is not Elementwise.update or not getattr(own.apply, "cannot_raise", False)
+
+    @abstractmethod
+    def apply(self, w: Any, g: Any, slots: Mapping[str, Any], t: Any, u: Any) -> None:
+        """Update the values ``w`` and their ``slots`` in place from the gradient ``g``, which is only read.
+
+        All are 1-D, of one size and dtype; ``t`` and ``u`` are scratch.
+        """
+
+    def update_parameter(self, w: Any, g: Any, slots: Mapping[str, Any]) -> None:
+        """See Optimizer."""
+        self._update_alone(w, g, dict(slots), {})
+
+    def update(self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: State) -> None:
+        """See Optimizer. Small arrays are updated together, in copies.
+
         Allocates scratch of a few pieces, and copies of parameters that are not C-contiguous.
         """
         together: dict[Any, list[str]] = {}
@@ -124,9 +155,6 @@ class Optimizer(Settings, ABC):
                 stop = start + array.size
                 array[...] = values[start:stop] if array.ndim == 1 else values[start:stop].reshape(array.shape)
                 start = stop
-
-    def restart(self, state: State) -> None:
-        """Forget the directions of past steps (momentum), in place; what scales the steps stays."""
 
 
 optimizers: Registry[Optimizer] = Registry("optimizer", Optimizer, "training/optimizers", group="bitring.optimizers")

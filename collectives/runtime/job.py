@@ -28,7 +28,7 @@ class Job:
         steps: Callable[[Progress], Steps],
         what: str,
         number: int,
-        on_done: Callable[[], None] | None,
+        on_done: Callable[[BaseException | None], None] | None,
     ) -> None:
         self.queue = queue
         self.what = what
@@ -109,7 +109,7 @@ class Job:
             self.done = True
         if self._on_done is not None:
             try:
-                self._on_done()
+                self._on_done(error)
             except Exception as failure:
                 self.error = self.error or failure
 

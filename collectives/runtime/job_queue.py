@@ -179,10 +179,15 @@ class JobQueue:
             raise
         return results[0]
 
-    def submit(self, steps: Callable[[Progress], Steps], what: str, on_done: Callable[[], None] | None = None) -> Job:
+    def submit(
+        self,
+        steps: Callable[[Progress], Steps],
+        what: str,
+        on_done: Callable[[BaseException | None], None] | None = None,
+    ) -> Job:
         """Queue a job; it begins when the progress thread or a waiting caller comes to it.
 
-        ``on_done`` is called at its end, in the thread that drove it there.
+        ``on_done`` is called at its end with what went wrong, None for nothing, in the thread that drove it there.
         """
         self.check(what)
         timeout()  # a bad setting is the caller's error, not the progress thread's

@@ -65,11 +65,27 @@ def plan_allreduce(
     ranks when a value is NaN or Inf on any; nothing has changed then.
     """
     comm = given_comm(comm, "plan_allreduce")
+
+    def again(other: MPI.Intracomm) -> Plan:
+        return plan_allreduce(
+            x,
+            comm=other,
+            op=op,
+            algorithm=algorithm,
+            compression=compression,
+            hierarchical=hierarchical,
+            boundaries=boundaries,
+            shapes=shapes,
+            check_finite=check_finite,
+        )
+
     if compression is None:
         return plan_exact(x, comm, op, algorithm)
     reducer = reducer_of(compression)
     if reducer is not None:
-        return plan_reduced(x, comm, op, algorithm, reducer, hierarchical, boundaries, shapes, check_finite)
+        return plan_reduced(x, comm, op, algorithm, reducer, hierarchical, boundaries, shapes, check_finite).remade_by(
+            again
+        )
     context = context_of(comm)
     request = Request("plan_allreduce")
     flat: Array = np.empty(0, np.float32)
@@ -114,7 +130,8 @@ def plan_allreduce(
         run_agreement(context, request)
         assert encoder is not None
         all_native = context.topology.native and not request.flag
-        return CompressedPlan(context, flat, encoder, encoders, hierarchical, parts, check_finite, all_native)
+        plan = CompressedPlan(context, flat, encoder, encoders, hierarchical, parts, check_finite, all_native)
+        return plan.remade_by(again)
 
 
 _COMPRESSED_DTYPES = ("float16", BFLOAT16.name, "float32", "float64")

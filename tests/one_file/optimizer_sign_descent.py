@@ -8,11 +8,11 @@ from typing import Any
 
 from bitring.arrays import xp_of
 from bitring.settings import setting
-from bitring.training.optimizer import Optimizer
+from bitring.training.optimizer import Elementwise
 
 
 @dataclass(frozen=True)
-class SignDescent(Optimizer):
+class SignDescent(Elementwise):
     """``lr`` > 0."""
 
     lr: float = setting(0.001, above=0)

@@ -17,11 +17,11 @@ from typing import Any
 
 from bitring.arrays import xp_of
 from bitring.settings import setting
-from bitring.training.optimizer import Optimizer, cannot_raise
+from bitring.training.optimizer import Elementwise, cannot_raise
 
 
 @dataclass(frozen=True)
-class AdaGrad(Optimizer):
+class AdaGrad(Elementwise):
     """Settings of AdaGrad. ``lr`` > 0; ``eps`` > 0 keeps the division finite; ``weight_decay`` ≥ 0 (L2)."""
 
     lr: float = setting(0.01, above=0)

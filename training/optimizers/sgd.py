@@ -18,11 +18,11 @@ from typing import Any
 
 from bitring.arrays import xp_of
 from bitring.settings import setting
-from bitring.training.optimizer import Optimizer, State, cannot_raise
+from bitring.training.optimizer import Elementwise, State, cannot_raise
 
 
 @dataclass(frozen=True)
-class SGD(Optimizer):
+class SGD(Elementwise):
     """Settings of SGD. ``lr`` > 0; 0 ≤ ``momentum`` < 1; ``nesterov`` needs momentum; ``weight_decay`` ≥ 0 (L2)."""
 
     lr: float = setting(0.01, above=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,7 @@ from mpi4py import MPI
 from bitring.commands._ranks import meet
 from bitring.exit_codes import ExitCode
 from bitring.launcher import launch_words
+from bitring.training.preemption import SIGNALS
 
 _BEGINNINGS = {"--resume", "--fresh"}
 """Options that say from where to begin."""
@@ -34,6 +36,16 @@ def stop_for_now(comm: MPI.Intracomm, preempted: PreemptedError) -> NoReturn:
     sys.stdout.flush()
     meet(comm)  # a launcher may kill the other ranks when one has ended
     raise click.exceptions.Exit(ExitCode.SAVED)
+
+
+def end_with_the_status() -> None:
+    """All is done and saved: a signal while the process ends changes nothing. A second one ends it at once."""
+
+    def once(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in SIGNALS:
+        signal.signal(number, once)
 
 
 def _command_line(size: int, resume: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import math
@@ -16,9 +17,17 @@ from mpi4py import MPI
 
 from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.commands._course import Course, Epoch, Parts, checkpoint_path, go_on, last_checkpoint
-from bitring.commands._going_on import PreemptedError, stop_for_now
+from bitring.commands._going_on import PreemptedError, end_with_the_status, stop_for_now
 from bitring.commands._progress import Progress
-from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, same_everywhere, together
+from bitring.commands._ranks import (
+    ending_together,
+    fail,
+    limit_threads,
+    meet,
+    refuse_if_alone,
+    same_everywhere,
+    together,
+)
 from bitring.commands._results import append_metrics, begin_metrics, conclude
 from bitring.commands._settings import Settings
 from bitring.commands._units import count
@@ -42,6 +51,7 @@ def run(settings: Settings) -> None:
     refuse_if_alone()
     comm = MPI.COMM_WORLD
     courses: list[Course] = []
+    atexit.register(end_with_the_status)
     with ending_together(comm), Preemption(comm) as preemption:
         try:
             _run(settings, comm, courses, preemption)
@@ -94,6 +104,7 @@ def _run(settings: Settings, comm: MPI.Intracomm, courses: list[Course], preempt
     _train(course)
     if comm.rank == 0:
         conclude(course)
+    meet(comm)  # a launcher may kill the ranks that still write when one that has ended gets a signal
 
 
 def _stop_before_training(settings: Settings, preemption: Preemption) -> None:
