@@ -353,11 +353,14 @@ def judge(step: Step, everyone: Sequence[Sequence[str]], shared: bool) -> str:
 
 
 def _judge_late(step: Step, names: Sequence[Sequence[str]]) -> str:
-    """Either the interrupt broke the call off, on all ranks, or all goes on as if it had not been."""
+    """Either the interrupt broke the call off, or all goes on as if it had not been.
+
+    Others who had all that they needed by then are right all the same; they hear of it in their next call.
+    """
     victim = list(names[step.victims[0]])
     others = {name for rank, got in enumerate(names) if rank not in step.victims for name in got}
     begun = step.rounds[0][0].function in BESIDE
-    broken_off = others == {"PeerError"} and victim in (
+    broken_off = others <= {"PeerError", "right"} and victim in (
         ["KeyboardInterrupt", "RuntimeError"],
         ["KeyboardInterrupt", "KeyboardInterrupt"] if begun else [],
     )

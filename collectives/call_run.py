@@ -227,8 +227,8 @@ class CallRun:
             self._call.before()
         try:
             outcome = shared.fast_path.runs(operation, ALONE_SECONDS).run()
-        except BaseException as error:
-            self._context.queue.interrupted(self._call.request.function, error)
+        except BaseException as error:  # an interrupt: others may be in the run
+            self._context.queue.cut_short(self._call.request.function, error)
             raise
         if outcome == DONE:
             self._end()

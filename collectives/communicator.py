@@ -218,8 +218,8 @@ class Communicator(MPI.Intracomm):
         if fast_path is not None:
             try:
                 outcome = fast_path.allreduce(sendbuf, recvbuf, op)
-            except BaseException as error:
-                context_of(self).queue.interrupted("Allreduce", error)
+            except BaseException as error:  # an interrupt: others may be in the run
+                context_of(self).queue.cut_short("Allreduce", error)
                 raise
             if outcome == DONE:
                 return

@@ -230,8 +230,8 @@ class ExactPlan(Plan):
         if run is not None and (self._job is None or (self._told and self._job.done)):
             try:
                 outcome = run()
-            except BaseException as error:
-                self.context.queue.interrupted(self.what, error)
+            except BaseException as error:  # an interrupt: others may be in the run
+                self.context.queue.cut_short(self.what, error)
                 raise
             if outcome == DONE:
                 self.bytes_sent += self._nbytes

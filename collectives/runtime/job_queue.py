@@ -133,11 +133,6 @@ class JobQueue:
                 engine.enqueue(Job(self, tell, what, self.count, None))
                 engine.start_thread()
 
-    def interrupted(self, what: str, error: BaseException) -> None:
-        """A run past the engine was, by ``error``: others may be in it, unless it had not begun or was over."""
-        if self.fast_path is not None and self.fast_path.inside == threading.get_ident():
-            self.cut_short(what, error)
-
     def close(self) -> None:
         """The communicator is freed. Silent where it is broken."""
         # What others still exchange may be under way: the library may give the next communicator this one's number.
