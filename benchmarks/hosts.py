@@ -55,7 +55,7 @@ class HostsError(Exception):
 
 
 class Lab(NamedTuple):
-    """What a run's hosts are: ``rate`` in bytes a second, None for unshaped; ``burst`` bytes may go at once."""
+    """What a run's hosts are: ``rate`` in bytes per second, None for unshaped; ``burst`` bytes may go at once."""
 
     hosts: int
     ranks_per_host: int
@@ -155,8 +155,9 @@ def parse_rate(text: str) -> float | None:
 def run(command: Sequence[str], *, hosts: int, ranks_per_host: int = 1, rate: float | None) -> int:
     """Run ``command`` on emulated hosts, and return its exit status; 1 when it was faster than the wire.
 
-    ``rate`` is in bytes a second. Only from the main thread: it takes SIGINT, SIGTERM and SIGHUP, on which the command
-    is ended, everything cleaned up, and 128 + the signal's number returned. Raises HostsError when there are none.
+    ``rate`` is in bytes per second. Only from the main thread: it takes SIGINT, SIGTERM and SIGHUP, on which the
+    command is ended, everything cleaned up, and 128 + the signal's number returned. Raises HostsError when
+    there are none.
     """
     # Two milliseconds' worth: while all processors are busy, a timer may be that late. A packet of 64 KiB must fit.
     made = Lab(hosts, ranks_per_host, rate, max(round(2e-3 * (rate or 0)), 128 << 10))
@@ -225,7 +226,7 @@ class Meter:
         self._counters = counters
         self._begin = time.perf_counter()  # of the last reading
         self._first = self._last = self._read()
-        self._fastest = [0.0] * len(counters)  # bytes a second
+        self._fastest = [0.0] * len(counters)  # bytes per second
         self._excess: str | None = None
 
     def _read(self) -> list[int]:
@@ -248,7 +249,7 @@ class Meter:
             if seconds * _TOLERANCE < self._made.least_seconds(nbytes):
                 self._excess = (
                     f"{nbytes} bytes left host {number + 1} in {seconds:.3f} s, faster than the wire's "
-                    f"{self._made.rate:.0f} bytes a second: they did not pass it, and no time measured here is right"
+                    f"{self._made.rate:.0f} bytes per second: they did not pass it, and no time measured here is right"
                 )
         self._last = counted
 

@@ -30,7 +30,7 @@ def main() -> int:
     hosts.add_options(parser, hosts=4, rate="1gbit")
     parser.add_argument("--compressors", type=lambda text: text.split(","), default="onebit", help="%(default)s")
     parser.add_argument("--accuracy", type=float, default=0.82, help="of the test samples (%(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="samples a step, of all ranks (%(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="samples per step, of all ranks (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.05, help="of plain SGD (%(default)s)")
     parser.add_argument("--every", type=int, default=20, help="steps between looks at the accuracy (%(default)s)")
     parser.add_argument("--most", type=int, default=1000, help="steps at most (%(default)s)")
@@ -167,7 +167,7 @@ def line(run: dict[str, Any], wanted: float) -> str:
     ending = f"reached {wanted:.0%}" if run["reached"] else f"stopped at {last:.1%}"
     return (
         f"{run['exchange']:<12}{ending} after {run['steps']} steps, {run['seconds']:.1f} s, "
-        f"{run['seconds_a_step'] * 1e3:.0f} ms a step"
+        f"{run['seconds_a_step'] * 1e3:.0f} ms per step"
     )
 
 

@@ -50,7 +50,7 @@ def test_two_ranks(on_ranks):
     found = rows(done.stdout)
     assert found["ranks"] == "ok 2"
     assert found["thread level"] == "ok multiple"
-    assert re.match(r"ok ranks 0-1: cores .*, \d+ threads? a rank", found["node 0"]), found["node 0"]
+    assert re.match(r"ok ranks 0-1: cores .*, \d+ threads? per rank", found["node 0"]), found["node 0"]
     for name in ("ring", "mpi", "binomial_tree", "double_binary_tree", "recursive_doubling", "rabenseifner", "onebit"):
         assert found[f"allreduce {name}"].startswith("ok right on all ranks"), found
     assert re.search(r"µs for 8 bytes, [\d.]+ GB/s for 4 MiB", found["rank 0 to 1"])

@@ -35,11 +35,12 @@ def test_the_table_and_the_advice():
     result = run(*VGG, "--bandwidth", "1Gbit")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert lines[0] == "model    vgg16: 138,357,544 parameters, 15.5 G multiply-adds a sample"
-    assert lines[1] == "ranks    8 on 8 nodes, 1 Gbit/s, 50 µs a message"
+    assert lines[0] == "model    vgg16: 138,357,544 parameters, 15.5 G multiply-adds per sample"
+    assert lines[1] == "ranks    8 on 8 nodes, 1 Gbit/s, 50 µs per message"
     assert lines[2].endswith("2.97 Tflop at 10 Tflop/s; exchanges begin when all gradients are there")
     assert lines[3] == (
-        "alone    606 ms without an exchange: 297 ms for the gradients, 309 ms more to look for NaN, pack and update"
+        "alone    606 ms without an exchange: 297 ms for the gradients, "
+        "309 ms more for the NaN check, packing and the update"
     )
     assert lines[4] == f"machine  {BUILT_IN.title} (built-in figures)"
     assert "leaving a node" in lines[6]
@@ -53,14 +54,15 @@ def test_one_node_is_advised_against():
     result = run("--model", "mlp", "--ranks", 4, "--nodes", 1)
     assert result.exit_code == 0, result.output
     assert "4 on 1 node, through the node's memory" in result.output
-    assert "sent a rank" in result.output
+    assert "sent per rank" in result.output
     assert result.output.splitlines()[-1].startswith("Compression does not pay within one node: ")
 
 
 def test_the_advice_names_the_speed_it_rests_on(tmp_path: Path):
     network = "--bandwidth", "10Gbit"
     assumed = (
-        " This is at 69.8 Gflop/s a rank, as where bitring is developed; --flops, --compute or --machine tell of yours."
+        " This is at 69.8 Gflop/s per rank, as where bitring is developed; "
+        "--flops, --compute or --machine tell of yours."
     )
     assert run("--model", "mlp", "--ranks", 4, *network).output.splitlines()[-1].endswith(assumed)
     machine = tmp_path / "m.json"
@@ -77,7 +79,7 @@ def test_files(tmp_path: Path):
     result = run("--model", "resnet50", "--ranks", 4, *arguments, "--json", kept, "--plot", plot)
     assert result.exit_code == 0, result.output
     assert "machine  a slow one\n" in result.output
-    assert "10 Gbit/s, 20 µs a message" in result.output
+    assert "10 Gbit/s, 20 µs per message" in result.output
     assert "80 ms of computing; exchanges begin as back-propagation makes the gradients" in result.output
     assert plot.read_bytes()[:4] == b"\x89PNG"
     found = json.loads(kept.read_text())
@@ -102,9 +104,9 @@ def test_the_network_is_the_machine_s_unless_it_is_given(tmp_path: Path):
     machine = tmp_path / "m.json"
     measured = dataclasses.replace(BUILT_IN, latency=3e-5, bandwidth=1e9 * BUILT_IN.wire)
     machine.write_text(json.dumps({"constants": write_constants(measured)}))
-    assert "8 nodes, 8 Gbit/s, 30 µs a message" in run(*VGG, "--machine", machine).output
+    assert "8 nodes, 8 Gbit/s, 30 µs per message" in run(*VGG, "--machine", machine).output
     given = run(*VGG, "--machine", machine, "--bandwidth", "10Gbit", "--latency", "20us").output
-    assert "8 nodes, 10 Gbit/s, 20 µs a message" in given
+    assert "8 nodes, 10 Gbit/s, 20 µs per message" in given
 
 
 def test_mistakes_say_what_is_expected(tmp_path: Path):

@@ -53,7 +53,7 @@ def test_two_ranks(on_ranks, tmp_path: Path):
     lines = done.stdout.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [["epoch", f"{epoch}/3"] for epoch in (1, 2, 3)]
     assert lines[3].startswith("test accuracy  0.")
-    assert "MB a rank; an exact exchange in each step sends" in lines[4]
+    assert "MB per rank; an exact exchange in each step sends" in lines[4]
     assert lines[5] == f"curve          {folder}/curve.png"
     assert len(lines) == 6  # rank 0 alone prints
 

@@ -78,7 +78,7 @@ def test_a_preempted_run_ends_as_an_undisturbed_one(on_ranks, tmp_path: Path):
 
 def train(*arguments: object) -> Any:
     """On one rank, in this process."""
-    arguments = ("train", "--model", "softmax", "--batch", "360", "--output", *arguments)  # 4 steps an epoch
+    arguments = ("train", "--model", "softmax", "--batch", "360", "--output", *arguments)  # 4 steps per epoch
     return CliRunner().invoke(__main__._bitring, [*map(str, arguments)], prog_name="bitring")
 
 

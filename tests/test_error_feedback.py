@@ -26,7 +26,7 @@ HIDDEN, EPOCHS, LR = 64, 12, 0.5
 
 @functools.cache
 def forgetful(encode: int, itemsize: int) -> Any:
-    """The C function at ``encode``, but what it leaves as residual, of so many bytes a value, is dropped."""
+    """The C function at ``encode``, but what it leaves as residual, of so many bytes per value, is dropped."""
     function = ENCODE(encode)
 
     def call(values: int, residual: int, n: int, *rest: int) -> int:

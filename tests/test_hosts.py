@@ -144,7 +144,7 @@ def test_a_sum_over_the_wire(run):
 def test_faster_than_the_wire_fails(run):
     status, _, err = run("--rate", "200mbit", "--", sys.executable, "-c", CHEAT)
     assert status == 1
-    assert "faster than the wire's 25000000 bytes a second" in err
+    assert "faster than the wire's 25000000 bytes per second" in err
 
 
 def test_the_exit_status_is_passed_on(run):

@@ -76,7 +76,7 @@ def test_who_travels_exactly() -> None:
     assert columns((64, 3, 5, 5), np.float32) == 4
     assert columns((8, 8), np.float32) == 0  # 4·16 values are no fewer than 64
     assert columns((9, 9), np.float32) == 4
-    assert columns((9, 9), np.float16) == 0  # P and Q have 4 bytes a value
+    assert columns((9, 9), np.float16) == 0  # P and Q have 4 bytes per value
     assert columns((2, 1000), np.float32) == 0
     assert columns((0, 7), np.float32) == 0
 

@@ -253,7 +253,7 @@ def test_users_mistakes():
         check(get("mpi"), "allreduce", 4)
     with pytest.raises(ValueError, match=r"expected size >= 1 and 0 <= root < size, got size 4, root 4"):
         check(get("ring"), "reduce", 4, root=4)
-    with pytest.raises(ScheduleError, match=r"allgather needs a chunk a rank; among 2 ranks the algorithm has 1"):
+    with pytest.raises(ScheduleError, match=r"allgather needs one chunk per rank; among 2 ranks the algorithm has 1"):
         check(Written(1, [[], []]), "allgather", 2)
 
 

@@ -1,9 +1,9 @@
 """Ring: every rank talks to its two neighbours only, and every link carries data in every round.
 
 With n bytes on p ranks (Patarasu and Yuan, 2009): reduce-scatter in p−1 rounds, chunk c travelling once round the ring
-and growing by one contribution a hop, then allgather in p−1 rounds. AllReduce takes 2(p−1)α + 2(p−1)/p·nβ + (p−1)/p·nγ:
-bandwidth-optimal for every p, with a latency that grows with p. Broadcast and reduce run along the chain 0, 1, …, p−1,
-pipelined by segments.
+and growing by one contribution per hop, then allgather in p−1 rounds. AllReduce takes
+2(p−1)α + 2(p−1)/p·nβ + (p−1)/p·nγ: bandwidth-optimal for every p, with a latency that grows with p. Broadcast and
+reduce run along the chain 0, 1, …, p−1, pipelined by segments.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def share(comm: MPI.Intracomm, nbytes: int, number: int, progress: Progress) -> 
         if not reasons:
             return region
     if comm.Get_rank() == 0:
-        logger.warning("no shared memory of %d bytes a rank inside this node: %s", nbytes, reasons[0])
+        logger.warning("no shared memory of %d bytes per rank inside this node: %s", nbytes, reasons[0])
     return None
 
 

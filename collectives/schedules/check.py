@@ -44,7 +44,7 @@ class RoundEnd(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a correct schedule costs. Tuples have an entry a rank; traffic is in chunks, ``chunks`` of them a buffer."""
+    """The cost of a correct schedule. Tuples have an entry per rank; traffic is in chunks, ``chunks`` per buffer."""
 
     chunks: int
     rounds: int  # steps on the common clock from the first message to the last
@@ -141,7 +141,7 @@ def check(algorithm: Algorithm, collective: str, size: int, root: int = 0) -> Tr
     _require(algorithm, collective, size, root)
     chunks = algorithm.chunks(size)
     if collective in ("reduce_scatter", "allgather") and chunks != size:
-        raise ScheduleError(f"{collective} needs a chunk a rank; among {size} ranks the algorithm has {chunks}")
+        raise ScheduleError(f"{collective} needs one chunk per rank; among {size} ranks the algorithm has {chunks}")
     sums = _Sums(size)
     if collective == "broadcast":
         held = [[root if rank == root else _EMPTY] * chunks for rank in range(size)]

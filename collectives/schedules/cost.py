@@ -1,4 +1,4 @@
-"""Seconds of a schedule in the alpha-beta-gamma model: one clock a rank, one a message.
+"""Seconds of a schedule in the alpha-beta-gamma model: one clock per rank, one per message.
 
 A message of m bytes takes alpha + m·beta seconds, adding m bytes gamma·m. A rank sends one message at a time, receives
 one at a time and adds one at a time, all three at once; it starts whatever can start first. A message starts as soon as

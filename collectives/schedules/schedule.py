@@ -71,7 +71,7 @@ class Network(Protocol):
     gamma: float
 
     def clock(self, algorithm: Algorithm, size: int, nbytes: int) -> float:
-        """Seconds of the schedule of an AllReduce of ``nbytes`` among ``size`` ranks, one a node."""
+        """Seconds of the schedule of an AllReduce of ``nbytes`` among ``size`` ranks, one per node."""
         ...
 
     def node_seconds(self, nbytes: int) -> float:

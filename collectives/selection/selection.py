@@ -108,7 +108,7 @@ def segment_values(nbytes: int, itemsize: int, chunks: int) -> int:
     """Values in a segment, for a buffer of ``nbytes`` of which a schedule makes ``chunks``.
 
     A quarter of a chunk keeps trees and rings pipelined. Between hosts at 1 Gbit/s all from 128 KiB to 2 MiB do as
-    well, and whole chunks do badly. At most 1024 segments a buffer keep a message's tag unique while it is under way.
+    well, and whole chunks do badly. At most 1024 segments per buffer keep a message's tag unique while it is under way.
     """
     quarter = min(2 << 20, max(nbytes // chunks // 4, 256 << 10))
     return max(1, quarter // itemsize, -(-nbytes // 1024) // itemsize)

@@ -58,7 +58,7 @@ def plan_allreduce(
     ``shapes``: of the parameters in ``x``, one behind the other, for compressors that look at matrices, whose rows are
     the first dimension; without it x is one parameter of its own shape. ``boundaries``: the positions in ``x`` where a
     new parameter begins; one that only they tell of is flat to an encoder. No values of two parameters share levels.
-    ``check_finite=False`` leaves out the look for NaN and Inf, for callers that have looked on all ranks.
+    ``check_finite=False`` leaves out the NaN check (of Inf, too), for callers that have made it on all ranks.
 
     Raises on all ranks alike: MismatchError where ranks differ in dtype, count, shape, op, algorithm or compression,
     and what is wrong with one rank's arguments (PeerError on the others). A compressed run raises NonFiniteError on all

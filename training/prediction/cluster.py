@@ -58,7 +58,7 @@ class Machine:
     ``flops``: float32 operations per second of one rank, in a matrix product. ``add``: bytes per second reduced by one
     rank (γ is its inverse). ``copy``: bytes per second read and written by a copy, of one rank alone;
     ``copy_together``: of all ranks at once, together. ``step``, ``step_together``: seconds per value of what a step of
-    ``DataParallel`` does beside exchanging: it looks for NaN, packs, and updates by SGD with momentum; ``step_array``:
+    ``DataParallel`` does beside exchanging: NaN check, packing, and the update by SGD with momentum; ``step_array``:
     seconds that each parameter adds, whatever its size. ``powersgd``, ``powersgd_together``, ``powersgd_array``: of
     what PowerSGD computes, likewise. ``cores``: of a node. ``kernels``, ``kernels_together``: by encoder, of a rank
     alone and of each of ``together`` at once. ``wire``: the part of a network's bandwidth that payloads get.
@@ -93,7 +93,7 @@ class Machine:
     def kernel(self, encoder: str, payload: float, ranks: int, beside: bool = False) -> tuple[Kernel, bool]:
         """The speed of an encoder for each of ``ranks`` that share a node, and whether it was measured.
 
-        What was not is taken to be as fast as a copy of its bytes: 12 and 8 a value, and ``payload`` of each. Several
+        What was not is taken to be as fast as a copy of its bytes: 12 and 8 per value, and ``payload`` of each. Several
         threads of one rank are as fast as so many ranks: as many as it has cores, and were measured at once; but one
         where it encodes ``beside`` a training loop.
         """

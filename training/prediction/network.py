@@ -65,7 +65,7 @@ class Network:
         return (p - 1) * (self.alpha + nbytes * self.beta)
 
     def clock(self, algorithm: Algorithm, size: int, nbytes: int) -> float:
-        """Seconds of the schedule of an AllReduce of ``nbytes`` among ``size`` ranks, one a node.
+        """Seconds of the schedule of an AllReduce of ``nbytes`` among ``size`` ranks, one per node.
 
         Infinite where they are known, before the slow clocking of ranks that differ, to be no better than the best.
         """

@@ -34,7 +34,7 @@ BUCKET_BYTES = 25 << 20
 BACKWARD = 2.0  # times the operations of the way forward
 
 CHECK, PACK, UPDATE = 4 / 32, 8 / 32, 20 / 32
-"""Parts of what a step does beside exchanging: to look for NaN; to scale into the bucket; SGD with momentum. By the
+"""Parts of what a step does beside exchanging: NaN check; scaling into the bucket; SGD with momentum. By the
 bytes that they move."""
 
 RANK = 4
@@ -77,7 +77,7 @@ def predict(
 ) -> list[Prediction]:
     """A prediction for each exchange that there is, ``exact`` first.
 
-    ``batch``: samples per rank in a step. ``compute``: seconds a rank takes for the gradients; by default, from the
+    ``batch``: samples per rank in a step. ``compute``: a rank's seconds for the gradients; by default, from the
     layers' multiply-adds and the machine's speed. ``overlap``: buckets are exchanged as back-propagation completes
     them; ``DataParallel.step`` begins when all gradients are there, which is the default. Raises ValueError for no
     layers, and numbers that are out of range.

@@ -87,7 +87,7 @@ def run(
             if network is not None:
                 found = dataclasses.replace(found, **network._asdict())
                 click.echo(
-                    f"\nbetween nodes: {network.latency * 1e6:.3g} µs a message, {network.bandwidth / 1e9:.3g} GB/s "
+                    f"\nbetween nodes: {network.latency * 1e6:.3g} µs per message, {network.bandwidth / 1e9:.3g} GB/s "
                     f"each way, which takes {network.wire_work * 1e9:.2g} ns of a processor a byte"
                 )
             kept = {
@@ -270,7 +270,7 @@ def _rows(
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     show_table(
-        ("kernel", "type", "median", "10⁹ values/s", "of np.add", "bytes a value", "GB/s", "of the roofline"),
+        ("kernel", "type", "median", "10⁹ values/s", "of np.add", "bytes per value", "GB/s", "of the roofline"),
         [
             (
                 row["kernel"],
@@ -343,7 +343,7 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
         for axes, field, scale in ((left, "values_a_second", 1e9), (right, "of_the_roofline", 0.01)):
             lengths = [by_kernel[kernel][field] / scale for kernel in kernels]
             axes.barh(places, lengths, height=0.34, color=COLORS[k], label=label)
-    for axes, label in ((left, "10⁹ values a second"), (right, "bandwidth, % of the memory's as measured")):
+    for axes, label in ((left, "10⁹ values per second"), (right, "bandwidth, % of the memory's as measured")):
         plain(axes)
         axes.set_xlabel(label)
     right.axvline(100, color="0.2", linestyle=":", linewidth=1.2)

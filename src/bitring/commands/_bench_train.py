@@ -69,7 +69,7 @@ def run(json_path: Path | None, model: str, names: list[str] | None, samples: in
             f"{machine['processor']}"
         )
         show_table(
-            ("exchange", "by", "sent a rank", "a step", "speed-up"),
+            ("exchange", "by", "sent per rank", "per step", "speed-up"),
             [
                 (
                     row["exchange"],

@@ -144,7 +144,7 @@ def go_on(course: Course, path: Path) -> None:
     if not 0 <= done <= each:
         raise ValueError(
             f"--resume: the checkpoint is of {count(len(history), 'epoch')} and {trainer.steps} steps; "
-            f"the data given now make {each} steps an epoch"
+            f"the data given now make {each} steps per epoch"
         )
     # What each rank had of its own is the sum, or the most, of all on another number of ranks.
     epoch = extra.get("epoch", {"seconds": 0.0, "loss": [0.0]})

@@ -91,7 +91,7 @@ def _nodes(comm: MPI.Intracomm) -> Iterator[Finding]:
     for number, ranks in enumerate(nodes):
         usable = {core for rank in ranks for core in cores[rank]}
         each = {f"{spans(cores[rank])}, {count(threads[rank], 'thread')}" for rank in ranks}
-        text = f"{ranks_text(ranks, comm.size)}: cores {' | '.join(sorted(each))} a rank"
+        text = f"{ranks_text(ranks, comm.size)}: cores {' | '.join(sorted(each))} per rank"
         if len(ranks) > len(usable):
             yield Finding(
                 f"node {number}",

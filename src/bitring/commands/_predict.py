@@ -80,7 +80,7 @@ def run(asked: Asked, json_path: Path | None, plot: Path | None) -> None:
     click.echo()
     best = min(range(len(predictions)), key=lambda i: predictions[i].seconds)
     show_table(
-        ("exchange", "by", _sent(cluster), "encode", "wire", "decode", "exposed", "a step", "speed-up"),
+        ("exchange", "by", _sent(cluster), "encode", "wire", "decode", "exposed", "per step", "speed-up"),
         [_row(each, cluster) for each in predictions],
         emphasis=best,
     )
@@ -151,7 +151,7 @@ def _assumed(asked: Asked, machine: Machine) -> str:
     if asked.ranks == 1 or any(told is not None for told in (asked.flops, asked.compute, asked.machine)):
         return ""
     return (
-        f" This is at {_operations(machine.flops)}flop/s a rank, as where bitring is developed; "
+        f" This is at {_operations(machine.flops)}flop/s per rank, as where bitring is developed; "
         "--flops, --compute or --machine tell of yours."
     )
 
@@ -165,7 +165,7 @@ def _head(
     network = (
         "through the node's memory"
         if cluster.nodes == 1
-        else f"{rate(cluster.bandwidth)}, {_time(cluster.latency)} a message"
+        else f"{rate(cluster.bandwidth)}, {_time(cluster.latency)} per message"
     )
     operations = 2 * (1 + BACKWARD) * multiply_adds * asked.batch
     if asked.compute is None:
@@ -178,18 +178,18 @@ def _head(
     alone = exact.seconds - exact.exposed
     begin = "as back-propagation makes the gradients" if asked.overlap else "when all gradients are there"
     return [
-        f"model    {asked.model}: {values:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds a sample",
+        f"model    {asked.model}: {values:,} parameters, {multiply_adds / 1e9:.3g} G multiply-adds per sample",
         f"ranks    {cluster.ranks} on {nodes}, {network}",
-        f"step     {asked.batch} samples a rank, {compute}; exchanges begin {begin}",
+        f"step     {asked.batch} samples per rank, {compute}; exchanges begin {begin}",
         f"alone    {_time(alone)} without an exchange: {_time(seconds)} for the gradients, "
-        f"{_time(max(alone - seconds, 0.0))} more to look for NaN, pack and update",
+        f"{_time(max(alone - seconds, 0.0))} more for the NaN check, packing and the update",
         f"machine  {machine.title}{' (built-in figures)' if asked.machine is None else ''}",
     ]
 
 
 def _sent(cluster: Cluster) -> str:
     """The column of bytes: what a network carries, where there is one."""
-    return "sent a rank" if cluster.nodes == 1 else "leaving a node"
+    return "sent per rank" if cluster.nodes == 1 else "leaving a node"
 
 
 def _row(each: Prediction, cluster: Cluster) -> tuple[str, ...]:
@@ -281,7 +281,7 @@ def draw(
     axes.set_ylabel("predicted time of a step")
     picture.legend(loc="outside right center", frameon=False, fontsize=9)
     nodes = f" on {cluster.nodes} nodes" * (cluster.nodes != cluster.ranks)
-    picture.suptitle(f"{asked.model}, {cluster.ranks} ranks{nodes}, {asked.batch} samples a rank", fontsize=11)
+    picture.suptitle(f"{asked.model}, {cluster.ranks} ranks{nodes}, {asked.batch} samples per rank", fontsize=11)
     picture.savefig(path)
 
 

@@ -77,7 +77,7 @@ def _traffic(comm: MPI.Intracomm, last: Mapping[str, Any]) -> str:
         return "none, there is one rank"
     sent, exact = last["bytes_sent"], last["bytes_exact"]
     ratio = f"1/{exact / sent:.1f} of it" if sent else "nothing"
-    return f"{traffic(sent)} a rank; an exact exchange in each step sends {traffic(exact)}: {ratio}"
+    return f"{traffic(sent)} per rank; an exact exchange in each step sends {traffic(exact)}: {ratio}"
 
 
 def _write(path: Path, text: str) -> None:

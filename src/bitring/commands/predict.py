@@ -16,7 +16,7 @@ from bitring.models.architecture import layer_tables
 @click.command("predict")
 @click.option("--model", required=True, help=f"One of: {', '.join(layer_tables())}.")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="Number of ranks.")
-@click.option("--nodes", type=click.IntRange(min=1), help="Nodes that they are spread over.  [default: one a rank]")
+@click.option("--nodes", type=click.IntRange(min=1), help="Nodes that they are spread over.  [default: one per rank]")
 @click.option("--bandwidth", type=BANDWIDTH, help="Of a node's network, each way, such as 10Gbit.  [default: measured]")
 @click.option("--latency", type=DURATION, help="Of a message between nodes.  [default: measured, or 50us]")
 @click.option(
@@ -34,7 +34,7 @@ from bitring.models.architecture import layer_tables
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw seconds a step by bandwidth to this .png, .svg or .pdf.",
+    help="Draw seconds per step by bandwidth to this .png, .svg or .pdf.",
 )
 def command(
     model: str,
@@ -50,7 +50,7 @@ def command(
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
-    """Predict seconds a step of synchronous training for each way to exchange the gradients, for example:
+    """Predict seconds per step of synchronous training for each way to exchange the gradients, for example:
 
     bitring predict --model vgg16 --ranks 64 --bandwidth 10Gbit --flops 10Tflops
 
