@@ -28,16 +28,16 @@ def allreduce(
     """Reduce ``x`` over all ranks; every rank gets the same bits.
 
     ``x``: a NumPy or CuPy array, or anything that offers DLPack, ``__cuda_array_interface__`` or the buffer protocol,
-    of any shape and numeric dtype, alike on all ranks; any strides and either byte order. NumPy's subclasses are taken
-    for their plain data. Returns a new array of x's shape and dtype, in C order and the machine's byte order, in x's
-    memory; or ``out``, a contiguous writable array like x, in one memory order on all ranks, which may be ``x`` itself:
-    then the sum is made in place. NaN and Inf are passed on, as MPI does. ``comm``: MPI.COMM_WORLD by default.
+    of any shape and numeric dtype, identical on all ranks; any strides and either byte order. NumPy's subclasses are
+    taken for their plain data. Returns a new array of x's shape and dtype, in C order and the machine's byte order, in
+    x's memory; or ``out``, a contiguous writable array like x, in one memory order on all ranks, which may be ``x``
+    itself: then the sum is made in place. NaN and Inf are passed on, as MPI does. ``comm``: MPI.COMM_WORLD by default.
     ``algorithm``: a registered name, or ``"auto"``.
 
     ``mean``: the sum divided by the number of ranks, for float and complex dtypes and ``op=MPI.SUM``. 16-bit floats are
     added and divided in float32 and rounded once, so that a float16 mean neither over- nor underflows on the way.
 
-    Raises on all ranks alike: MismatchError where ranks differ in dtype, count, shape, op, mean or algorithm, and what
+    Raises on all ranks: MismatchError where ranks differ in dtype, count, shape, op, mean or algorithm, and what
     is wrong with one rank's arguments (TypeError, ValueError; PeerError on the others).
     """
     context = context_of(given_comm(comm, "allreduce"))

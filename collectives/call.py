@@ -41,7 +41,7 @@ class Call:
 
 
 def read_call(function: str, collective: str, algorithm: str, read: Callable[[], dict[str, Any]]) -> Call:
-    """The call of ``function`` with the fields that ``read`` returns; ``terms`` among them must be alike on all ranks.
+    """The call of ``function`` with the fields of ``read``, of which ``terms`` must be identical on all ranks.
 
     What it raises is kept for the agreement, so that all ranks raise.
     """

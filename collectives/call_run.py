@@ -1,4 +1,4 @@
-"""How a call without a plan is run: ranks agree on it, choose the algorithm, and run that, or the library's own call.
+"""The run of a call without a plan: ranks agree on it, choose the algorithm, and run that, or the library's own call.
 
 Where all share a node, and such a call was run before, that is one call into the extension. Else it is a job.
 """
@@ -27,7 +27,7 @@ from bitring.errors import PeerError, RefusedError
 _CACHED_CHOICES = 1024
 _CACHED_RUNNERS = 16
 _CACHED_SCRATCH_NBYTES = 64 << 20
-"""What a communicator keeps for calls without a plan, the last used ones; the very last is kept whatever its size."""
+"""Limits of what a communicator keeps for calls without a plan; the runner used last stays whatever its size."""
 
 Library = Callable[[MPI.Intracomm, Any, Any], MPI.Request]
 """Begins the MPI library's own call on a communicator, with a send and a receive buffer. It is not the blocking one, so
@@ -128,7 +128,7 @@ class CallRun:
         )
 
     def _take_kept_runner(self) -> bool:
-        """Have what ran such a call before, if it is there; which is not so on all ranks alike."""
+        """Take the runner of such a call before, if one was kept. Ranks may differ in that."""
         work = self._call.work
         if self._choice is None or self._handed_on or work is None:
             return False

@@ -1,4 +1,4 @@
-"""What ``Communicator.Allreduce`` and its like do with their arguments: each is read into a ``Call``."""
+"""Reading the arguments of ``Communicator.Allreduce`` and the other collectives into a ``Call``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _send_spec(sendbuf: Any, send: Values) -> Any:
 
 
 def _order(function: str, send: Values | None, receive: Values | None) -> str:
-    """The memory order of a call's values, which all ranks must have alike: C where no buffer has two longer axes."""
+    """The memory order of a call's values, identical on all ranks: C where no buffer has two longer axes."""
     sent, received = (values.order if values is not None else "" for values in (send, receive))
     if sent and received and sent != received:
         raise ValueError(f"{function}: sendbuf and recvbuf must have one memory order; got {sent} and {received} order")

@@ -116,9 +116,9 @@ class Communicator(MPI.Intracomm):
         return type(self)(comm, self._algorithm) if isinstance(comm, MPI.Intracomm) else comm
 
     def _made(self, function: str, make: Callable[[], MPI.Comm], check: Callable[[], object] = lambda: None) -> Any:
-        """What ``make``, a blocking call of the library's, returns, as a Communicator, once all ranks are at it.
+        """Return the Communicator of ``make``, a blocking call of the library's, made once all ranks have come to it.
 
-        ``check`` looks at this rank's arguments; what it raises, the other ranks hear of.
+        ``check`` raises where this rank's arguments are bad; the other ranks then raise PeerError.
         """
         check_alive(self, function)
         request = Request(function)
@@ -189,8 +189,8 @@ class Communicator(MPI.Intracomm):
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
         """A new NumPy array in memory that the ranks of this node share, so that they reduce it in place. Collective.
 
-        ``shape`` and ``dtype`` must be alike on all ranks, whose arrays are their own all the same: each rank gets
-        one. The values are undefined. Where no memory can be shared it is an ordinary array, and the log says why.
+        ``shape`` and ``dtype`` must be identical on all ranks. Each rank gets an array of its own, whose values are
+        undefined. Where no memory can be shared it is an ordinary array, and the log says why.
         Raises TypeError or ValueError for what NumPy cannot make an array of, MismatchError where ranks differ.
         """
         request = Request("empty")

@@ -47,7 +47,7 @@ def start(plans: Sequence[Plan]) -> None:
 
 
 def _mistake(plans: Sequence[Any]) -> Exception | None:
-    """Why ``plans`` cannot be started together."""
+    """The error by which ``plans`` cannot be started together."""
     for i, plan in enumerate(plans):
         if not isinstance(plan, Plan):
             return TypeError(f"start: plans must be plans, as plan_allreduce returns; got {type(plan).__name__}")

@@ -30,7 +30,7 @@ HOST = "host memory"
 _OVER: Any = object()
 
 RUN = "a run of a plan"
-"""What ranks are at, in their words to each other; a run of a request of Allreduce_init, too."""
+"""Name of a plan's run when ranks agree; of a run of Allreduce_init's request, too."""
 
 
 class Plan(ABC):
@@ -45,7 +45,7 @@ class Plan(ABC):
     """The chosen algorithm's registered name."""
 
     why: str
-    """Why it was chosen."""
+    """The reason for the choice."""
 
     by_library = False
     """Whether a run is a collective of the MPI library's, which another rank's must not meet while they find out."""
@@ -174,11 +174,11 @@ class Plan(ABC):
         """Give what the plan carries from run to run the values of the last ``mark``; not during a run."""
 
     def state_dict(self) -> dict[str, Array]:
-        """What the plan carries from run to run; nothing for an exact one."""
+        """Arrays that the plan carries from run to run; empty for an exact plan."""
         return {}
 
     def load_state_dict(self, state: dict[str, Array]) -> None:
-        """Take over what ``state_dict`` returned. Raises TypeError or ValueError for anything else."""
+        """Load the arrays that ``state_dict`` returned. Raises TypeError or ValueError for anything else."""
         if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{self.what}: load_state_dict: state must be a dict; got {type(state).__name__}")
         if state:
@@ -256,11 +256,11 @@ class ExactPlan(Plan):
         return self.context.size > 1 and device_of(self.flat) is None and self.fusion is not None
 
     def operands(self) -> list[tuple[int, int, int, int]]:
-        """What a run reduces, for fusion by operands."""
+        """The arrays that a run reduces, for fusion by operands."""
         return cast(OperandRunner, self._runner).operands
 
     def count_run(self) -> None:
-        """A run is over that something else has made."""
+        """Count a run that was made together with other plans'."""
         self.bytes_sent += self._nbytes
 
     def _finish(self, progress: Progress) -> Steps:
@@ -292,7 +292,7 @@ class ExactPlan(Plan):
 
 
 def checked_flat(x: Any, function: str) -> tuple[Array, dict[str, object]]:
-    """``x`` as the 1-D writable array that a plan works on in place, and what of it must be alike on all ranks."""
+    """``x`` as the 1-D writable array that a plan works on in place, and its ``array_terms``."""
     array = as_array(x, function, "x")
     require_numeric(array.dtype, function, "x")
     flat = flat_view(array, function, "x", writable=True)
@@ -300,7 +300,7 @@ def checked_flat(x: Any, function: str) -> tuple[Array, dict[str, object]]:
 
 
 def array_terms(x: Array) -> dict[str, object]:
-    """What must be alike on all ranks of the array that they reduce value by value."""
+    """The properties of an array, reduced value by value, that must be identical on all ranks."""
     return {
         "dtype": x.dtype,
         "count": x.size,
@@ -344,7 +344,7 @@ def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function
 
 
 def query_of(context: Context, flat: Array, op: MPI.Op) -> Query:
-    """What an algorithm of a plan for the AllReduce of ``flat`` is chosen for. Collective: see ``resident``."""
+    """The query by which an algorithm is chosen for the AllReduce of ``flat``. Collective: see ``resident``."""
     return Query(
         collective="allreduce",
         nbytes=flat.nbytes,
@@ -376,12 +376,12 @@ def resident(context: Context, flat: Array) -> bool:
 
 
 def memory_name(flat: Array) -> str:
-    """Where an array lives, as messages say it."""
+    """The memory that an array is in, as messages name it."""
     return HOST if device_of(flat) is None else "device memory"
 
 
 def explain(plan: Plan) -> str:
-    """What was chosen for a plan, and why, in one line. Raises TypeError for anything but a plan."""
+    """Explain in one line which algorithm was chosen for a plan, and why. Raises TypeError for anything but a plan."""
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"explain: plan must be what plan_allreduce returns; got {type(plan).__name__}")
     return f"{plan.algorithm}: {plan.why}"

@@ -1,4 +1,4 @@
-"""What every encoder is: a gradient and a residual go in, a payload and a new residual come out.
+"""Base of all encoders: a gradient and a residual go in, a payload and a new residual come out.
 
 An encoder object is settings, a frozen dataclass; residuals are state, and belong to the caller.
 """
@@ -78,7 +78,7 @@ class Encoder(Compressor, ABC):
                 setattr(cls, name, checked)
 
     def for_shape(self, shape: tuple[int, ...], ranks: int) -> Encoder:
-        """What encodes a parameter of this ``shape``, of which ``ranks`` ranks own parts; by default this: it is flat.
+        """The encoder of a parameter of this ``shape``, of which ``ranks`` ranks own parts; by default this one: flat.
 
         An encoder whose levels belong to rows and columns returns one that knows them. Its ``block`` is a panel: whole
         rows, each the ``prod(shape[1:])`` values of an index of the first dimension. Values are encoded panel by panel,
@@ -273,7 +273,7 @@ def _decoding(written: Callable[..., None]) -> Callable[..., None]:
 
 
 def _shaped(encoder: Encoder, method: str, shape: tuple[int, ...] | None, values: Array) -> Encoder:
-    """What encodes ``values`` that are a parameter of this ``shape``, all of it; None: flat."""
+    """The encoder of ``values`` that are a parameter of this ``shape``, all of it; None: flat."""
     if shape is None:
         return encoder
     if math.prod(shape) != values.size:

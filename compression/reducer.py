@@ -1,4 +1,4 @@
-"""What every reducer is: a gradient's small representation that can be summed, exchanged by exact AllReduces.
+"""Base of all reducers: a gradient's small representation that can be summed, exchanged by exact AllReduces.
 
 A reducer object is settings, a frozen dataclass. Bound to a plan's buffer it becomes a reduction, which has the memory,
 the state (residuals, warm starts, counters) and the steps of a run.
@@ -25,14 +25,14 @@ class Reduction(ABC):
     """A reducer bound to ``parameters``, the parts of a buffer: views of it, one for each parameter."""
 
     why = ""
-    """How it serves these parameters, in words."""
+    """A description of how it serves these parameters."""
 
     def __init__(self, parameters: Sequence[Array]) -> None:
         self.parameters = list(parameters)
         self.state: dict[str, Array] = {}
-        """What it carries from run to run; changed in place.
+        """Arrays that it carries from run to run; changed in place.
 
-        ``residual``, if there is one, has a value for each of the buffer. All else is alike on all ranks, and is a
+        ``residual``, if there is one, has a value for each of the buffer. All else is identical on all ranks, and is a
         parameter's own where the key ends in ``/`` and the parameter's number.
         """
         self.stats = RunStats()

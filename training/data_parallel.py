@@ -77,7 +77,7 @@ class DataParallel:
     ``unused``: what a gradient is that is None or not there, of a parameter that had no part in the loss: an "error",
     or "zeros".
 
-    Raises on all ranks alike: a rank's own mistake there as TypeError or ValueError, and on the others as PeerError
+    Raises on all ranks: a rank's own mistake there as TypeError or ValueError, and on the others as PeerError
     naming that rank; MismatchError where the ranks' arguments differ.
     """
 
@@ -219,7 +219,7 @@ class DataParallel:
         return self._exchange.bytes_sent
 
     def telemetry(self) -> dict[str, float | int | None]:
-        """What exchanges took on this rank since the last call; empty where there were none.
+        """Times and losses of this rank's exchanges since the last call; empty where there were none.
 
         ``wait_seconds`` for the slowest rank, before exchanges, and ``slowest_rank``, the one that was so most often.
         Where there were compressed exchanges also ``encode_seconds``, ``wire_seconds``, ``decode_seconds`` and
@@ -423,7 +423,7 @@ class DataParallel:
     # What checkpoints call
 
     def meet(self, operation: str, error: Exception | None, afresh: bool = False) -> None:
-        """Raise on all ranks alike when one has an ``error``, or is not at the same operation and step. Collective.
+        """Raise on all ranks when one has an ``error``, or is not at the same operation and step. Collective.
 
         So does what a step of this rank's found, which waits for the ranks to meet; with ``afresh`` it is forgotten.
         """
@@ -500,12 +500,12 @@ class DataParallel:
         return changes + [(path, [array]) for path, array in arrays_in({"mode": self._mode_state})]
 
     def _save(self) -> None:
-        """What this step may change from here on can be brought back."""
+        """Copy what this step may change from here on, so that it can be restored."""
         for key, arrays in self._changes:
             self._transaction.undo.save(key, arrays)
 
     def _words(self) -> list[str]:
-        """What ranks compare in each step."""
+        """The settings that ranks compare in each step, as words."""
         return [f"the optimizer {text_of(self._optimizer)}", f"the mode {text_of(self._mode)}"]
 
     def _set_words(self) -> None:

@@ -50,5 +50,5 @@ class Multilane(Algorithm):
         return Estimate(network.node_seconds(nbytes) + between)
 
     def sent(self, size: int) -> float | None:
-        """What a ring among the nodes sends."""
+        """As a ring among the nodes."""
         return algorithms.get(self.between)().sent(size)

@@ -43,5 +43,5 @@ class SharedMemory(Algorithm):
         return Estimate(network.node_seconds(nbytes))
 
     def sent(self, size: int) -> float:
-        """What a ring sends, through memory."""
+        """As a ring, through memory."""
         return 2 * (size - 1) / size

@@ -87,7 +87,7 @@ def _outcome(name: str) -> Any:
 
 
 DONE, DECLINED, REFUSED = map(_outcome, ("done", "declined", "refused"))
-"""What became of a run past the engine; any other outcome: it has begun, and goes on by the engine."""
+"""Outcomes of a run past the engine. After any other one the run has begun, and the engine takes it further."""
 
 ALONE_SECONDS = 0.2
 """A run past the engine that waits for longer is handed to it, which looks for ranks that are gone."""

@@ -1,4 +1,4 @@
-"""What runs an algorithm's collective on a buffer: an executor its schedule, or what the algorithm names instead."""
+"""Runners of collectives on a buffer: an executor runs an algorithm's schedule, unless the algorithm names a runner."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class OperandRunner(Runner, Protocol):
     """A runner of an algorithm whose small plans travel as pieces."""
 
     operands: list[tuple[int, int, int, int]]
-    """What one run reduces, each as the native engine takes it: address, values, bytes of a value, kernel."""
+    """The arrays that one run reduces, as the native engine takes them: address, values, bytes per value, kernel."""
 
 
 class Task(NamedTuple):
-    """What a runner is made for: ``collective`` on ``flat``, 1-D, under ``op``, from or to ``root``.
+    """The task of a runner: ``collective`` on ``flat``, 1-D, under ``op``, from or to ``root``.
 
-    ``number``: the plan's that it is for, whose buffer stays the same; 0 for a call without one. ``signature``: what
-    tells a run of the plan from those of others.
+    ``number``: the plan's, whose buffer stays the same; 0 for a call without a plan. ``signature``: a hash that tells
+    the plan's runs from those of others.
     """
 
     collective: str

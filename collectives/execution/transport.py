@@ -1,4 +1,4 @@
-"""How one message of a program travels: from and to host memory, device memory, or a device through pinned memory.
+"""Transport of one message of a program: from and to host memory, device memory, or a device through pinned memory.
 
 The only place where bitring waits for a device's stream: an event stands before every send of device memory and
 after every copy or reduction into it.
@@ -70,7 +70,7 @@ class Transport:
         return np
 
     def prepare(self, index: int) -> Event | None:
-        """What has to happen on the device before ``begin``; None when nothing has."""
+        """Start the device's part before ``begin``: an event to wait for, None where there is none."""
         return None
 
     def begin(self, index: int) -> MPI.Request:
@@ -93,7 +93,7 @@ class Transport:
         return comm.Recv_init(memory, m.peer, tag) if persistent else comm.Irecv(memory, m.peer, tag)
 
     def _memory(self, index: int) -> Any:
-        """What MPI sends from or receives into, as bytes."""
+        """The memory that MPI sends from or receives into, as bytes."""
         m = self.program.messages[index]
         if m.slot >= 0:
             return bytes_of(self._scratch[m.slot][: m.stop - m.start])

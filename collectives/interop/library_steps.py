@@ -47,10 +47,10 @@ class NoCommunicatorError(MPI.Exception):
 
 
 def beside(call: Callable[[], T], progress: Progress) -> StepsTo[T]:
-    """What ``call``, one of the library's that has no nonblocking form, returns; it runs in a thread of its own.
+    """Run ``call``, one of the library's that has no nonblocking form, in a thread of its own; return its result.
 
-    So a rank that dies in it does not keep the others for ever. Below MPI.THREAD_MULTIPLE it is made at once. The
-    caller sees to it that all ranks are there: the thread is not to be stopped.
+    So a rank that dies in it does not keep the others for ever. Below MPI.THREAD_MULTIPLE it is called at once, in this
+    thread. The caller makes sure that all ranks are there, since the thread cannot be stopped.
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         return call()

@@ -1,4 +1,4 @@
-"""Which array function reduces for an MPI operation, and which pairs of operation and dtype bitring reduces itself.
+"""The array function that reduces for an MPI operation, and the pairs of operation and dtype that bitring reduces.
 
 ``MPI.MAXLOC`` on its pair types and operations made by ``MPI.Op.Create`` are the library's own call's. Combinations
 that MPI does not define are nobody's.

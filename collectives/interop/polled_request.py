@@ -22,7 +22,7 @@ from bitring.collectives.interop.mpi_library import library_path
 
 
 class Callbacks(NamedTuple):
-    """What the library calls of a request."""
+    """The functions of a request that the library calls."""
 
     query: Callable[[], None]  # at its completion; an MPI.Exception is the request's error
     poll: Callable[[], None]  # now and then while somebody waits for any of several, or tests

@@ -1,4 +1,4 @@
-"""What a job's work is to the engine: steps that never block, and how far they have come.
+"""Work of a job as the engine sees it: steps that never block, and their progress.
 
 Work waits for one of the library's requests (``wait_for``) or for a native operation (``run``).
 """
@@ -21,7 +21,7 @@ takes to its end without Python, or None. It is resumed when the operation is ov
 
 
 class Progress:
-    """How far a running job has come, read by the engine: whether it moved, and which peers it waits for.
+    """Progress of a running job, read by the engine: whether it moved, and the peers that it waits for.
 
     ``exchanging``: messages are under way, so that an error now leaves the communicator unusable. ``ends``: why all
     ranks have agreed that no job may follow this one.

@@ -1,4 +1,4 @@
-"""What the ranks of one communicator on one node share through the native engine, made once, by all of them."""
+"""Sharing among the ranks of one communicator on one node through the native engine, made once, by all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bitring.collectives.node.presence import own_descriptor, presence_of
 from bitring.native import address_of, extension
 
 LEFT_SECONDS = 5.0
-"""What a process has done before it left has come by then."""
+"""Seconds after which everything that a process did before it left has arrived."""
 
 
 class _Part:
@@ -83,9 +83,9 @@ class NodeGroup:
 
 
 def make_node_group(comm: MPI.Intracomm, ranks: list[int], progress: Progress) -> StepsTo[NodeGroup | None]:
-    """What the ranks of ``comm``, a node, share; None on all of them where that cannot be.
+    """The group of the ranks of ``comm``, a node; None on all of them where memory cannot be shared.
 
-    ``ranks``: their numbers in the communicator that it is for.
+    ``ranks``: their numbers in the communicator that the group is for.
     """
     region = yield from share(comm, extension.Node.nbytes(comm.Get_size()), 0, progress)
     if region is None:

@@ -1,4 +1,4 @@
-"""Who of this node is still there: a rank that died, or left the job, is told apart from one that is slow."""
+"""Presence of the node's ranks: a rank that died, or left the job, is told apart from one that is slow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _own() -> tuple[Any, bytes]:
 
 
 def own_descriptor() -> Descriptor:
-    """What others need to watch this process."""
+    """The descriptor by which others watch this process."""
     presence, token = _own()
     return os.getpid(), presence.memory.descriptor, token
 

@@ -1,4 +1,4 @@
-"""Before ranks exchange anything, they find out whether they all mean the same thing.
+"""Agreement: before ranks exchange anything they compare what each of them asks for.
 
 A hash of what this rank asks for, whether its arguments are bad, and whether it needs the library's own call are left
 in the node's shared memory where all ranks share it, and go through one library AllReduce of a few integers elsewhere.
@@ -30,7 +30,7 @@ def _number(text: str, nbytes: int = 7) -> int:
 
 
 _PLAIN = (str, int, np.dtype)
-"""What is equal exactly where its text is."""
+"""Types whose values are equal exactly where their texts are."""
 
 
 @functools.lru_cache(1024)
@@ -39,11 +39,11 @@ def _kind(function: str, terms: tuple[tuple[str, object], ...]) -> int:
 
 
 class Request:
-    """What one rank asks for.
+    """The request of one rank.
 
-    ``function`` is the call's name; ``terms`` what all ranks must give alike, as ordered (name, value) pairs;
-    ``library`` whether this rank needs the MPI library's own call; ``error`` what is wrong with its arguments.
-    ``flag`` is one bit for the others to learn: after ``agree`` it says whether any rank had it set.
+    ``function``: the call's name. ``terms``: settings that must be identical on all ranks, ordered (name, value) pairs.
+    ``library``: whether this rank needs the MPI library's own call. ``error``: the mistake in its arguments, if any.
+    ``flag``: one bit of each rank; after ``agree`` it is set where any rank had set it.
     ``refused``: the call was not made, since another thread was in one.
     """
 
@@ -86,7 +86,7 @@ class Request:
 
 
 class Verdict(NamedTuple):
-    """What the ranks' requests have in common, and whether any rank needs the library, has bad arguments or a flag."""
+    """A comparison of all ranks' requests: the same or not, and whether any needs the library, has an error, a flag."""
 
     same: bool
     same_function: bool
@@ -102,11 +102,11 @@ def verdict_of(native_verdict: Any) -> Verdict:
 
 
 def agree(comm: MPI.Intracomm, shared: NodeGroup | None, request: Request, progress: Progress) -> Steps:
-    """Raise on all ranks alike unless all ask for the same; sets ``request.library`` if any rank needs it, and
+    """Raise on all ranks unless all ask for the same; sets ``request.library`` if any rank needs it, and
     ``request.flag`` if any rank has it set.
 
-    ``shared``: what all ranks of ``comm`` share; None where some do not. A rank's own argument error is raised on that
-    rank as it is, and as PeerError on the others. Ranks that name different functions, or different terms while none
+    ``shared``: the group of all ranks of ``comm``; None for none. A rank's own argument error is raised there
+    as it is, and as PeerError on the others. Ranks that name different functions, or different terms while none
     needs the library's call, get MismatchError.
     """
     if shared is None:
@@ -142,14 +142,14 @@ class Check:
 
     @property
     def verdict(self) -> Verdict:
-        """What all ranks' hashes say."""
+        """The verdict of all ranks' hashes."""
         most = self._most
         same, same_function = bool(most[2] == ~most[3]), bool(most[0] == ~most[1])
         return Verdict(same, same_function, bool(most[4]), bool(most[5]), bool(most[6]))
 
 
 def conclude(comm: MPI.Intracomm, request: Request, verdict: Verdict, progress: Progress) -> Steps:
-    """What ``agree`` does when the verdict is there, which is the same on all ranks."""
+    """End ``agree``: raise by the verdict, which is identical on all ranks."""
     request.library, request.flag = verdict.library, verdict.flag
     if verdict.same_function and not verdict.bad and (verdict.same or verdict.library):
         return
@@ -195,7 +195,7 @@ def _words_of_all(comm: MPI.Intracomm, words: object, progress: Progress) -> Ste
 
 
 def _difference(everyone: list[tuple[str, dict[str, str], str, bool]]) -> str:
-    """Which ranks differ from most, and in what."""
+    """Name the ranks that differ from most, and the difference."""
     functions = Counter(function for function, *_ in everyone)
     usual, _ = functions.most_common(1)[0]
     others = [r for r, (function, *_) in enumerate(everyone) if function != usual]

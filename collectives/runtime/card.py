@@ -1,4 +1,4 @@
-"""What a process tells the others of itself: where it can be reached."""
+"""Addresses at which a process can be reached, which it tells the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Process = tuple[bytes, int, int]
 
 
 class Card(NamedTuple):
-    """Where a process can be reached; ports are 0 where it cannot be. ``door`` is the one to connect to.
+    """Addresses and ports of a process; ports are 0 where it cannot be reached. ``door`` is the one to connect to.
 
     ``host`` is equal for processes that share loopback addresses. ``secret``: rank 0's names the communicator.
     """
@@ -47,7 +47,7 @@ class Card(NamedTuple):
 
     @property
     def process(self) -> Process:
-        """Whose it is."""
+        """The process that the card belongs to."""
         return self.host, self.words, self.door
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a communicator tell each other when a collective does not go on, and how a death is noticed.
+"""Messages between the ranks of a communicator when a collective does not go on, and the notice of a death.
 
 Words travel between the processes' ports (``ports``). Where they do not get through, nobody is taken for dead or
 silent: only what has been heard counts.
@@ -111,7 +111,7 @@ class Contact:
             self._tell([sender], WAITS, *answer)
 
     def _bury(self, rank: int) -> None:
-        """Its process takes part in nothing any more, in whatever communicator."""
+        """Note that a rank's process takes part in nothing any more, in any communicator."""
         if self._cards[rank].words:
             ports().dead.add(self._cards[rank].process)
 

@@ -1,4 +1,4 @@
-"""What bitring keeps for a communicator: a private duplicate, and the jobs and caches that use it.
+"""Context of a communicator, kept by bitring: a private duplicate, and the jobs and caches that use it.
 
 It hangs on the communicator as an MPI attribute: made at the first collective call, shared by every library that uses
 bitring on the communicator, freed with it. Nothing is keyed by address or handle.
@@ -39,8 +39,8 @@ logger = logging.getLogger("bitring")
 class Context:
     """``queue`` runs the communicator's jobs; ``plans`` counts the plans created, the same on all ranks.
 
-    The choice of an algorithm depends on ``topology`` and on ``table``, rank 0's measured one; ``shared`` is what this
-    node's ranks share. Before ``prepare`` they say that nothing is known and nothing shared, on all ranks alike.
+    The choice of an algorithm depends on ``topology`` and on ``table``, rank 0's measured one; ``shared`` is the
+    group of this node's ranks. Before ``prepare`` nothing is known and nothing shared, identically on all ranks.
     ``node`` is the context of the ranks of this node, those that share memory; ``nodes`` the ranks of each node.
     """
 
@@ -56,9 +56,9 @@ class Context:
         self.plans = 0
         self.cache: dict[Any, Any] = {}
         self.choices: dict[Any, tuple[Any, bool]] = {}
-        """Which algorithm was chosen for what calls, and whether it is the library's own call."""
+        """The algorithm chosen for each kind of call, and whether it is the library's own call."""
         self.kept: dict[str, Any] = {}
-        """What stays with the communicator for those who use bitring's plans on it."""
+        """Objects that users of bitring's plans keep with the communicator, by name."""
         self.topology = Topology(size)
         self.table = BUILT_IN
         self.shared: NodeGroup | None = None
@@ -97,7 +97,7 @@ class Context:
 
     @property
     def common(self) -> NodeGroup | None:
-        """What all ranks share; None when they are not all on one node."""
+        """The group of all ranks; None when they are not all on one node."""
         return self.shared if self.topology.nodes == 1 else None
 
     @property

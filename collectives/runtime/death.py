@@ -1,4 +1,4 @@
-"""What the MPI library says of processes that have died, where it says anything (Open MPI with ``--with-ft ulfm``)."""
+"""Deaths that the MPI library reports, where it reports any (Open MPI with ``--with-ft ulfm``)."""
 
 from __future__ import annotations
 

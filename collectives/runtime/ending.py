@@ -1,4 +1,4 @@
-"""How this process stops taking part: at its end, and in a child that it forks."""
+"""The end of taking part: at the process's exit, and in a child that it forks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _disable_in_child() -> None:
 
 
 def _close_fast_paths() -> None:
-    """What runs past the engine otherwise comes to it, and hears that it is stopped."""
+    """Close fast paths, so that their runs come to the engine, which refuses them."""
     for queue in engine.queues:
         queue.rest()
 

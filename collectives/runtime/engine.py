@@ -1,4 +1,4 @@
-"""Who runs collectives: the caller that waits, or one progress thread beside a training loop.
+"""The engine, which runs collectives in the caller that waits, or on one progress thread beside a training loop.
 
 A job is a generator that does what it can and yields when it has to wait; so any thread can take it a step further.
 Jobs of one communicator run in the order they were submitted, which MPI asks to be the same on all ranks; jobs of
@@ -204,7 +204,7 @@ class Engine:
             _rest(self._idle_polls)
 
     def waits_in(self) -> tuple[int, str] | None:
-        """What this process waits in, for a rank of a communicator that has no job; None when in nothing."""
+        """Name the job that this process waits in, for a rank of a communicator without one; None when in none."""
         for queue in list(self._queues):
             if queue.jobs:
                 return 0, f"{queue.jobs[0].what} of another communicator"

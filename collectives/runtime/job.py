@@ -88,7 +88,7 @@ class Job:
         return self.done
 
     def end(self, error: BaseException | None, refused: bool = False) -> None:
-        """It is over, by ``error`` or well; with the engine's lock in hand. ``refused``: nothing was exchanged."""
+        """End the job, by ``error`` or well; with the engine's lock in hand. ``refused``: nothing was exchanged."""
         if self.done:
             return
         self.error = error

@@ -62,7 +62,7 @@ class JobQueue:
 
     @property
     def shared(self) -> NodeGroup | None:
-        """What the communicator's ranks on this node share."""
+        """The group of the communicator's ranks on this node."""
         return self._shared
 
     @shared.setter
@@ -151,9 +151,9 @@ class JobQueue:
     def call(
         self, steps: Callable[[Progress], StepsTo[T]], what: str, gentle: bool = False, continues: bool = False
     ) -> T:
-        """What ``steps`` return, run as a job in the calling thread; ``gentle``: it sleeps where it has to wait.
+        """Run ``steps`` as a job in the calling thread and return their result; ``gentle``: sleep while waiting.
 
-        ``continues``: it is the rest of what the last job began, which some ranks may have done in that one. A caller
+        ``continues``: the job is the rest of the last one, in which some ranks may have done all. A caller
         that is interrupted never comes back to the job, so all ranks hear that it was given up.
         """
         results: list[T] = []
@@ -291,7 +291,7 @@ class JobQueue:
 
 
 def numbers_in(other: MPI.Intracomm, comm: MPI.Intracomm) -> list[int]:
-    """What the ranks of ``comm`` are called in the other; MPI.UNDEFINED, a negative number, where it has them not."""
+    """Numbers of the ranks of ``comm`` in the other; MPI.UNDEFINED, which is negative, for those it does not have."""
     groups = comm.Get_group(), other.Get_group()
     try:
         return list(groups[0].Translate_ranks(None, groups[1]))

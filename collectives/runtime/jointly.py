@@ -17,7 +17,7 @@ Kinds = tuple[type[Exception], ...]
 
 
 def jointly(comm: MPI.Intracomm, function: str, work: Callable[[], T], alike: Kinds = ()) -> T:
-    """What ``work`` returns on this rank, once it has ended well on all. Collective; ``function`` is the caller's name.
+    """Return this rank's result of ``work`` once it has ended well on all. Collective; ``function``: the caller's name.
 
     When it raises anything on any rank, all raise, as ``raise_everywhere`` does.
     """
@@ -41,7 +41,7 @@ def raise_everywhere(comm: MPI.Intracomm, function: str, error: BaseException | 
 def common_error(
     comm: MPI.Intracomm, function: str, error: BaseException | None, alike: Kinds = ()
 ) -> BaseException | None:
-    """What this rank is to raise when any rank has an ``error``; None when none has. Collective.
+    """The exception for this rank to raise when any rank has an ``error``; None when none has. Collective.
 
     A rank raises its own; the others the same kind, with the same text, where it is one of ``alike``, else PeerError,
     which names the rank and the exception.

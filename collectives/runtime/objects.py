@@ -1,8 +1,8 @@
-"""Python objects between all ranks, where bitring itself has something to say to them.
+"""Python objects exchanged between all ranks by bitring itself.
 
 The MPI library's blocking calls would wait for ever for a rank that is gone, and keep Ctrl-C waiting. These are jobs of
 the communicator's queue: watched, interruptible, under ``BITRING_TIMEOUT``; the ranks first agree that they make the
-same call. So every communicator is protected alike, MPI.COMM_WORLD as well as a ``bitring.Communicator``.
+same call. So every communicator is protected, MPI.COMM_WORLD as well as a ``bitring.Communicator``.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def gather(context: Context, value: object, function: str) -> list[Any]:
 def agreed_job(
     context: Context, steps: Callable[[Progress], StepsTo[T]], function: str, error: Exception | None = None
 ) -> T:
-    """What ``steps`` return, run as a job when all ranks have agreed that they are at it. Collective and blocking.
+    """Run ``steps`` as a job once all ranks have come to it, and return their result. Collective and blocking.
 
-    ``error``: why this rank cannot take part, which is raised here, and on the others as PeerError.
+    ``error``: the reason why this rank cannot take part; raised here, and as PeerError on the others.
     """
 
     def agreed(progress: Progress) -> StepsTo[T]:

@@ -54,7 +54,7 @@ def split(sizes: Sequence[int], limit: int = PIECE_NBYTES) -> Iterator[list[Span
 
 
 def nbytes_of(piece: Sequence[Span]) -> int:
-    """How many bytes a piece has."""
+    """Number of bytes in a piece."""
     return sum(end - begin for _, begin, end in piece)
 
 

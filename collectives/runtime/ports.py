@@ -86,7 +86,7 @@ class Ports:
                     self._words.sendto(data, address)
 
     def watch(self, process: Process, address: str) -> None:
-        """From now on, hear of its end."""
+        """Watch another process: hear of its end from now on."""
         if self._events is None or process in self._connected:
             return
         with contextlib.suppress(OSError):
@@ -112,7 +112,7 @@ class Ports:
             self.read()
 
     def read(self) -> None:
-        """Take what has come."""
+        """Read all words that have come."""
         if self._events is None or self._words is None or not self.unread():
             return
         with self._reading:
@@ -126,9 +126,9 @@ class Ports:
                         self._take(data, address)
 
     def gone(self, places: Sequence[int], left: bool) -> list[int]:
-        """Which of the processes with these ranks in MPI.COMM_WORLD are dead, by their positions in ``places``.
+        """Positions in ``places``, ranks of MPI.COMM_WORLD, of the processes that are dead.
 
-        ``left``: or have left.
+        ``left``: also of those that have left the job.
         """
         processes = self.dead | self.left if left else self.dead
         gone = {self.places[process] for process in processes if process in self.places}

@@ -14,7 +14,7 @@ PIECE_TAG = _TAGS - 1
 
 
 WORDS_TAG = 2 * _TAGS - 1
-"""What ranks say that do not agree; the last tag of another channel."""
+"""Tag of the words of ranks that do not agree; the last one of another channel."""
 
 
 def channel_of(number: int) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Turns:
-    """Who is inside a communicator's calls. What runs past the engine keeps its own note of it, ``native.FastPath``."""
+    """The thread that is inside a communicator's calls. Runs past the engine note it in ``native.FastPath``."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -88,7 +88,7 @@ class Turns:
                 queue.occupy(0)
 
     def exchanged(self) -> None:
-        """All that the call has to exchange is over: an interrupt from now on is this rank's alone."""
+        """Say that the call has nothing more to exchange: an interrupt from now on is this rank's alone."""
         self._before = self._context.queue.count
 
     def tell(self, request: Request) -> None:

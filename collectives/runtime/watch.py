@@ -47,7 +47,7 @@ def timeout() -> float:
 
 
 class Watch:
-    """How far one job has come, as it was seen; and what was said of its wait."""
+    """Progress of one job when last looked at, and the warnings given of its wait."""
 
     __slots__ = ("_asked", "_look_at", "_moves", "_seen_at", "_warned")
 
@@ -130,7 +130,7 @@ def _death(job: Job, gone: Sequence[int]) -> DeadRankError:
 
 
 def gone_in_words(ranks: Sequence[int]) -> str:
-    """That these ranks are gone, and what that may mean."""
+    """Words that say that these ranks are gone, and what that may mean."""
     return f"{are(ranks)} gone: the process has ended or left the job"
 
 

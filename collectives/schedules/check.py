@@ -269,7 +269,7 @@ def _text(transfer: Transfer) -> str:
 def _stuck(
     waiting: dict[tuple[int, int], deque[tuple[int, Transfer]]], numbers: list[int], finished: list[bool]
 ) -> str:
-    """Why the walk ended early: a transfer whose peer has finished, else a circle of ranks that wait for each other."""
+    """Explain an early end of the walk: a transfer whose peer has finished, else a circle of ranks that wait."""
     waits: dict[int, tuple[int, str]] = {}  # rank -> the peer that it waits for, and how
     for (sender, receiver), queue in waiting.items():
         for _, transfer in queue:

@@ -1,4 +1,4 @@
-"""What an algorithm is asked about: one collective on one kind of buffer, and where its ranks are."""
+"""Query to an algorithm: one collective on one kind of buffer, and where its ranks are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Query:
     resident: bool = False
 
     def unshared(self) -> str | None:
-        """Why the values cannot be reduced through memory that the ranks of a node share; None: they can."""
+        """The reason why values cannot be reduced through memory that a node's ranks share; None: they can."""
         if not self.host:
             return "the values are on a device"
         if not self.topology.native:

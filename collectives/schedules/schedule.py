@@ -50,9 +50,9 @@ Schedule = Iterable[Round]
 
 
 class Estimate(NamedTuple):
-    """What an AllReduce takes: ``seconds``; ``how``: by what, where that is more than the algorithm's name.
+    """Estimated ``seconds`` of an AllReduce. ``how``: a description where that is more than the algorithm's name.
 
-    It begins with the name of the algorithm that sends as much, before a comma.
+    It begins with the name of an algorithm that sends as many bytes, and a comma.
     """
 
     seconds: float
@@ -60,7 +60,7 @@ class Estimate(NamedTuple):
 
 
 class Network(Protocol):
-    """What an algorithm's estimate is made from.
+    """The network that an algorithm's estimate is made from.
 
     A message of m bytes takes ``alpha`` + m·``beta`` seconds, reducing m bytes ``gamma``·m.
     """
@@ -99,7 +99,7 @@ class Algorithm(ABC):
     """
 
     runner: ClassVar[str | None] = None
-    """What runs it, ``"module:name"``, called as ``execution.runner.MakeRunner``; None: an executor, its schedule."""
+    """The runner, ``"module:name"``, called as ``execution.runner.MakeRunner``; None: an executor, its schedule."""
 
     library: ClassVar[bool] = False
     """Whether it hands calls on to the MPI library, which reads the caller's own arguments."""
@@ -108,8 +108,8 @@ class Algorithm(ABC):
     """Whether ranks find out in a run itself that all mean the same, so that nothing need come before it."""
 
     fusion: ClassVar[Literal["values", "pieces"] | None] = "values"
-    """How small plans started together travel as one: by their values, copied together; as pieces, where they are, by
-    a runner that has ``pieces``; None: they do not."""
+    """Fusion of small plans that are started together. ``"values"``: copied together; ``"pieces"``: in place, by a
+    runner that has ``operands``; None: each runs by itself."""
 
     alike: ClassVar[bool] = False
     """Whether all ranks do the same in each round, at least if they are a power of two: it is quick to clock then."""
@@ -158,7 +158,7 @@ class Algorithm(ABC):
 
     @classmethod
     def missing(cls, query: Query) -> str | None:
-        """Why it cannot run there, as what follows its name and "but"; None: it can."""
+        """The reason why it cannot run there, in words that follow its name and "but"; None: it can."""
         if not query.own:
             return "only the MPI library serves this operation on this dtype"
         if query.collective not in cls.serves():
@@ -166,7 +166,7 @@ class Algorithm(ABC):
         return None
 
     def estimate(self, network: Network, nbytes: int) -> Estimate | None:
-        """What an AllReduce of ``nbytes`` takes there.
+        """The estimate of an AllReduce of ``nbytes`` there.
 
         None where that is not known: of schedules where nodes have several ranks, as no messages inside a node are.
         """
@@ -175,7 +175,7 @@ class Algorithm(ABC):
         return Estimate(network.clock(self, network.topology.size, nbytes))
 
     def sent(self, size: int) -> float | None:
-        """How many times the buffer the busiest of ``size`` ranks sends in an AllReduce; None: see its schedule.
+        """Bytes that the busiest of ``size`` ranks sends in an AllReduce, over the buffer's; None: see its schedule.
 
         Of an algorithm that sums inside the nodes first, ``size`` is the number of nodes.
         """

@@ -1,4 +1,4 @@
-"""Where the ranks of a communicator are, as far as a choice of algorithm depends on it."""
+"""Topology: the places of a communicator's ranks, as far as a choice of algorithm depends on them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Topology(NamedTuple):
-    """Where the ranks of a communicator are; the same on all of them.
+    """The places of a communicator's ranks; identical on all of them.
 
     ``lanes``: ranks of the smallest node. ``shared``: the ranks of each node share memory. ``native``: all ranks run
     the native engine. Zero nodes: not known yet.

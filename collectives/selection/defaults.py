@@ -19,10 +19,10 @@ LITTLE_NBYTES = 64 << 10
 """Up to here it is the number of rounds that costs, not what travels in them."""
 
 LIBRARY = "mpi"
-"""What serves that bitring does not have, and what one rank alone does."""
+"""The algorithm for collectives that bitring does not have, and for one rank alone."""
 
 ANYWHERE = "ring"
-"""What stands in for an algorithm that cannot run: it runs whatever bitring serves, anywhere."""
+"""The algorithm that stands in for one that cannot run: it runs whatever bitring serves, anywhere."""
 
 NO_LIBRARY = "the MPI library does not serve this operation, dtype or memory"
 

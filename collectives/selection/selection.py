@@ -43,7 +43,7 @@ def _missing(name: str, query: Query) -> str | None:
 
 
 def _instead(asked: str, missing: str, query: Query) -> Choice:
-    """What stands in for an algorithm that cannot run: the library for what the algorithm never does, or a ring."""
+    """The algorithm that stands in for one that cannot run: the library for what that never does, or a ring."""
     why = f"{asked} was asked for, but {missing}"
     never = query.collective not in algorithms.get(asked).serves()
     if not query.own or (never and query.library):
@@ -66,7 +66,7 @@ def _measured(query: Query, table: Table) -> Choice | None:
 
 
 def _default(query: Query) -> Choice:
-    """What is known without having measured this machine."""
+    """The choice by built-in rules, where this machine was not measured."""
     for name, reason in PREFERENCES:
         if _missing(name, query) is None and (why := reason(query)) is not None:
             return Choice(name, f"{why} (built-in default)")

@@ -28,9 +28,9 @@ _SWITCH = math.log(1.1)
 
 
 class Rules(NamedTuple):
-    """What was the best for one kind of AllReduce, and which kind that was.
+    """The best algorithms for one kind of AllReduce, as measured.
 
-    ``library``: the MPI library's name and version. ``itemsize``: bytes of a value. ``resident``: the buffers are in
+    ``library``: the MPI library's name and version. ``itemsize``: bytes per value. ``resident``: the buffers are in
     memory that the node's ranks share. ``native``: the native engine took part. ``best``: ``(from_nbytes, algorithm)``
     by rising size, the first from 0.
     """
@@ -54,7 +54,7 @@ class Rules(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What was measured, in words."""
+        """The kind that was measured, in words."""
         return (
             f"{self.ranks} ranks on {self.nodes} node{'s' * (self.nodes != 1)}, {self.itemsize}-byte values, "
             f"{'resident' if self.resident else 'private'}"
@@ -124,7 +124,7 @@ def crossovers(seconds: Mapping[int, Mapping[str, float]]) -> tuple[tuple[int, s
 
 
 def path_of_table() -> Path:
-    """Where this user's table is: ``$BITRING_TABLE``, or ``bitring/table.json`` in the user's folder for settings."""
+    """Path of this user's table: ``$BITRING_TABLE``, or ``bitring/table.json`` in the user's folder for settings."""
     if named := os.environ.get("BITRING_TABLE"):
         return Path(named)
     folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"

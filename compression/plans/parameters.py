@@ -36,7 +36,7 @@ def checked_shapes(
 
 
 def checked_boundaries(boundaries: Sequence[int], values: int) -> tuple[int, ...]:
-    """Where parameters begin in ``values`` values. Raises TypeError and ValueError."""
+    """Indices at which parameters begin in ``values`` values. Raises TypeError and ValueError."""
     try:
         places = tuple(map(operator.index, boundaries))
     except TypeError:

@@ -60,7 +60,7 @@ def plan_allreduce(
     new parameter begins; one that only they tell of is flat to an encoder. No values of two parameters share levels.
     ``check_finite=False`` leaves out the NaN check (of Inf, too), for callers that have made it on all ranks.
 
-    Raises on all ranks alike: MismatchError where ranks differ in dtype, count, shape, op, algorithm or compression,
+    Raises on all ranks: MismatchError where ranks differ in dtype, count, shape, op, algorithm or compression,
     and what is wrong with one rank's arguments (PeerError on the others). A compressed run raises NonFiniteError on all
     ranks when a value is NaN or Inf on any; nothing has changed then.
     """

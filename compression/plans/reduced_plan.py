@@ -147,10 +147,10 @@ class ReducedPlan(WatchedPlan):
         return stats
 
     def state_dict(self) -> dict[str, Array]:
-        """What the reducer carries from run to run; the plan's own arrays, not copies.
+        """Arrays that the reducer carries from run to run; the plan's own, not copies.
 
         ``residual``, where the reducer leaves something out, is 1-D with one for each value, in x's memory, float32
-        (float64 for float64 values). All else is alike on all ranks.
+        (float64 for float64 values). All else is identical on all ranks.
         """
         return dict(self._reduction.state)
 

@@ -1,4 +1,4 @@
-"""What compressed runs cost and lose, and what ranks tell each other before each of them."""
+"""Telemetry of compressed runs, their costs and losses, and the check by all ranks before each of them."""
 
 from __future__ import annotations
 

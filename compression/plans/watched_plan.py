@@ -1,4 +1,4 @@
-"""What compressed plans have in common: a look at all ranks before each run, telemetry after it, and the way out."""
+"""Base of compressed plans: a check by all ranks before each run, telemetry after it, and the way out."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_flags(hierarchical: object, check_finite: object) -> None:
 
 
 class Before:
-    """What a plan carries from run to run, as it was before a run. The arrays' copies stay, for the next time."""
+    """Copy of what a plan carries from run to run, from before a run. Its arrays are kept for the next time."""
 
     _OTHER = ("_watch", "_warned", "_exact", "_owes", "_to_add", "_runs", "telemetry", "algorithm", "why")
 
@@ -139,7 +139,7 @@ class WatchedPlan(Plan):
         """
 
     def _forget(self) -> None:
-        """What runs have changed by now stays."""
+        """Keep what runs have changed by now: ``undo`` does not bring back what was before."""
         self._before.forget()
 
     @abstractmethod

@@ -45,7 +45,7 @@ class RefusedError(Exception):
 
 
 def text_of(error: BaseException) -> str:
-    """What an exception says, also one of a user's class whose own text cannot be had or holds no characters."""
+    """Text of an exception, also one of a user's class whose own text cannot be had or holds no characters."""
     try:
         return str(error).encode(errors="replace").decode()
     except Exception as problem:

@@ -114,7 +114,7 @@ class CheckpointWriter:
             raise kind(f"save_checkpoint: {self._path} cannot be written: {problem}") from problem
 
     def begin(self, member: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        """What is written from now on are the bytes of this array."""
+        """Begin an array: the bytes written from now on are its."""
         with self._failing():
             self._end()
             self._dtypes[member] = dtype.name
@@ -334,7 +334,7 @@ class CheckpointFile:
 
 
 def _members(file: Any) -> list[_Member]:
-    """Where everything in the file is. Raises CheckpointError and what zipfile does."""
+    """Places of the arrays in the file. Raises CheckpointError and what zipfile does."""
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         end_of_data = archive.start_dir

@@ -1,4 +1,4 @@
-"""What a checkpoint's ``header.json`` says, with every field looked at before anything is done with it."""
+"""Contents of a checkpoint's ``header.json``, with every field looked at before anything is done with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank takes from a checkpoint of p ranks, also where there are q ranks now: a pure function.
+"""Re-sharding: the parts of a checkpoint of p ranks that each rank takes, also where there are q now; pure functions.
 
 New rank r takes what old rank r mod p kept: parameters, which are equal on all, its optimizer's state, its mode's. Old
 rank r's residual is added to new rank r mod q's, so that their sum, what all ranks still owe, stays; the owners'
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bitring.training.tree import Path
 
 Table = Mapping[Path, str]
-"""Where what a rank keeps is: its path -> the name of an array in the file."""
+"""Places of a rank's arrays: path -> the name of an array in the file."""
 
 
 class Part(NamedTuple):
@@ -47,7 +47,7 @@ def shares(
     rank: int,
     size: int,
 ) -> dict[Path, Share]:
-    """What makes up each of the arrays of rank ``rank`` of ``size``.
+    """The parts that make up each array of rank ``rank`` of ``size``.
 
     ``tables``: of all old ranks; ``owner_residuals``: parameter -> array; ``shapes``: of what a rank keeps, by path;
     ``owned``: of each bucket with owners, by a name. The result has ("owner_residual", that name) for each of them.

@@ -131,7 +131,7 @@ def _versions() -> dict[str, str]:
 
 
 def _described(trainer: DataParallel) -> tuple[dict[At, Any], dict[At, Any], bytes]:
-    """What this rank keeps, arrays and numbers, and the arrays' digests."""
+    """The arrays and numbers that this rank keeps, and the arrays' digests."""
     kept, numbers = kept_by(trainer), numbers_of(trainer)
     for at, x in numbers.items():
         if not is_number(x):

@@ -1,4 +1,4 @@
-"""What of a trainer a checkpoint holds, by path."""
+"""The parts of a trainer that a checkpoint holds, by path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def kept_by(trainer: DataParallel) -> dict[Path, Any]:
 
 
 def alike_in(bucket: Bucket, state: Mapping[str, Any]) -> dict[Path, str]:
-    """What of a compressed plan's state is alike on all ranks: path -> key. Keys may end in a parameter's number."""
+    """The parts of a compressed plan's state that are identical on all ranks: path -> key.
+
+    Keys may end in a parameter's number.
+    """
     names = list(bucket.shapes)
     common: dict[Path, str] = {}
     for key in state:
@@ -44,7 +47,7 @@ def alike_in(bucket: Bucket, state: Mapping[str, Any]) -> dict[Path, str]:
 
 
 def numbers_of(trainer: DataParallel) -> dict[Path, Any]:
-    """The numbers of its state, alike on all ranks between two blocks."""
+    """The numbers of its state, identical on all ranks between two blocks."""
     return {at: x for at, x in leaves(trainer.live()) if not is_array(x)}
 
 

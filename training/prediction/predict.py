@@ -109,7 +109,7 @@ class _Exchange(NamedTuple):
 
 
 class _Costing(NamedTuple):
-    """How ``exchange`` serves buckets, of which those with parameters of ``block`` values or more are compressed."""
+    """The costs of ``exchange`` for buckets; those with parameters of ``block`` values or more are compressed."""
 
     exchange: Callable[[BucketSizes], _Exchange]
     block: int | None = None
@@ -205,7 +205,7 @@ class _Step:
         return max(updated, self.compute + agree + sum(seconds) + work)
 
     def _ready(self, bucket: BucketSizes) -> float:
-        """When back-propagation, last layer first, has made the bucket's gradients."""
+        """Seconds until back-propagation, last layer first, has made the bucket's gradients."""
         first = min(self.layer_of[name] for name in bucket.names)
         work = sum(layer.multiply_adds for layer in self.layers) or 1
         done = sum(layer.multiply_adds for layer in self.layers[first:])
@@ -218,7 +218,7 @@ class _Step:
         return 2 * (size - 1) / size
 
     def _wire_work(self, leaving: float) -> float:
-        """What a rank's processor has to do with its part of the bytes that leave its node."""
+        """A rank's processor time for its part of the bytes that leave its node."""
         return self.machine.wire_work * leaving / self.cluster.ranks_per_node
 
     # Exchanges of a bucket

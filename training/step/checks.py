@@ -1,4 +1,4 @@
-"""What a trainer looks at before it takes part: parameters, gradients, settings; and how it says what is wrong."""
+"""Checks of parameters, gradients and settings before a trainer takes part, and the words for what is wrong."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checked_weight(weight: Any, where: str) -> float:
 
 
 def checked_unused(unused: str) -> str:
-    """What a missing gradient is. Raises ValueError."""
+    """``unused``, checked. Raises ValueError."""
     if not isinstance(unused, str) or unused not in ("error", "zeros"):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"DataParallel: unused must be 'error' or 'zeros', got {unused!r}")
     return unused
@@ -93,7 +93,7 @@ def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str,
 
 
 def _gradient(g: Any, where: str, name: str, sharing: set[type]) -> Any:
-    """What a gradient is to be taken as. ``sharing``: types met in this step whose memory NumPy takes by DLPack."""
+    """A gradient as an array, or ``Factors``. ``sharing``: types met in this step whose memory NumPy can share."""
     kind = type(g)
     if kind not in sharing:
         if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
@@ -189,7 +189,7 @@ def checked_leaves(state: Mapping[str, Any], live: Mapping[str, Any], plans: Seq
 
 
 def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
-    """What differs first between two descriptions, in words; None when nothing does."""
+    """The first difference between two descriptions, in words; None when there is none."""
     for key, value in here.items():
         other = there[key]
         if value == other and (key != "parameters" or list(value) == list(other)):

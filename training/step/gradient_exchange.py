@@ -1,4 +1,4 @@
-"""How arrays like the parameters travel: packed into buckets, a plan for each; and what happens when that fails."""
+"""Exchange of arrays like the parameters: packed into buckets, a plan for each; and what happens when that fails."""
 
 from __future__ import annotations
 

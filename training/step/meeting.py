@@ -1,4 +1,4 @@
-"""Where the ranks of a trainer meet: a small record of each, exchanged before anything else is, and after it.
+"""Meetings of a trainer's ranks: a small record of each, exchanged before anything else is, and after it.
 
 The records travel in a plan of their own, one for all trainers of a communicator, so that trainers that were mixed up
 meet, too. It is watched as every plan is, on whatever communicator: a rank that is gone, late or elsewhere is named.
@@ -21,7 +21,7 @@ from bitring.collectives.runtime.objects import allgather
 from bitring.errors import MismatchError
 
 OPERATIONS = ("step", "synchronize", "save_checkpoint", "load_checkpoint", "broadcast")
-"""What ranks can be doing when they meet; the record holds the index."""
+"""Operations that ranks can be in when they meet; the record holds the index."""
 
 TRAINER, OPERATION, ENDS, STEPS, SETTINGS, WRONG, WEIGHT, TOLD, WAITED = range(9)
 """A record: the trainer's number, the operation and whether it is at its end, the steps made, a hash of the settings,
@@ -65,7 +65,7 @@ class Meeting:
     ) -> Records:
         """All ranks' records; ``heard`` is called with them first.
 
-        Raises on all ranks alike: MismatchError unless all are at the same operation and step, with equal settings.
+        Raises on all ranks: MismatchError unless all are at the same operation and step, with equal settings.
         """
         if self._context.size == 1:
             alone = [list(record)]

@@ -69,7 +69,7 @@ class Transaction:
     def _at_the_end(
         self, failure: BaseException | None, end: Callable[[bool], Sequence[float]], where: str
     ) -> BaseException | None:
-        """What all ranks are to raise, if any has failed."""
+        """The exception for all ranks to raise, if any has failed."""
         if failure is None and self._comm.Get_size() == 1:
             return None
         interrupted = failure is not None and not isinstance(failure, Exception)

@@ -1,4 +1,4 @@
-"""How long ranks wait for each other, and for whom."""
+"""Waiting times: how long ranks wait for each other, and for which."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Epoch:
 
 @dataclass
 class Course:
-    """A run under way, alike on all ranks but for what is this rank's own.
+    """A run under way, identical on all ranks but for what is this rank's own.
 
     ``history``: the records of the epochs that are over; ``epoch``: the one after them; ``sent_before``: payload bytes
     of this rank before its trainer was made; ``saved``: where the last checkpoint was made, in words, None before it.

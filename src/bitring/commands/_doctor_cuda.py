@@ -31,7 +31,7 @@ raise SystemExit(0 if bool((sent == received).all()) else 1)
 
 
 def cuda(comm: MPI.Intracomm) -> Finding:
-    """What the library says of device pointers, and what happens when it gets some. Collective."""
+    """Findings on device pointers: what the library says of them, and what happens when it gets some. Collective."""
     asked = cuda_aware()
     finding = _probed(asked) if comm.rank == 0 else None
     found: Finding = comm.bcast(finding)

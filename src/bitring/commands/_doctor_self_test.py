@@ -52,7 +52,7 @@ def _exact_error(comm: MPI.Intracomm, algorithm: str) -> str | None:
 
 
 def _onebit_error(comm: MPI.Intracomm) -> str | None:
-    """What was applied and what is still owed add up to what was given."""
+    """The error of what was applied and what residuals hold, together, against what was given."""
     n = 100_003
     x = _values(comm.rank, n)
     plan: Any = plan_allreduce(x, comm=comm, compression="onebit")

@@ -1,4 +1,4 @@
-"""When the next checkpoint of a training run is due: the same answer on all ranks, without an exchange of its own."""
+"""Time of a training run's next checkpoint: the same answer on all ranks, without an exchange of its own."""
 
 from __future__ import annotations
 

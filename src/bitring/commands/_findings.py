@@ -1,4 +1,4 @@
-"""What ``bitring doctor`` found, as lines of a report and as words."""
+"""Findings of ``bitring doctor``, as lines of a report and as words."""
 
 from __future__ import annotations
 

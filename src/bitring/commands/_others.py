@@ -1,4 +1,4 @@
-"""What ``bitring bench allreduce`` compares with outside its own processes and library: another job, and gloo."""
+"""Contenders of ``bitring bench allreduce`` outside its own processes and library: another job, and gloo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIBRARY = ("library", "library out of place")
 
 
 class Others:
-    """What is compared with that is not in this process: the library at another thread level, and gloo.
+    """Contenders that are not in this process: the library at another thread level, and gloo.
 
     ``remarks`` says what could not be had, and why.
     """
@@ -45,7 +45,7 @@ class Others:
         self._begin_gloo()
 
     def _on_first(self, action: Callable[[], Any]) -> Any:
-        """What ``action`` returns on rank 0, while the other ranks sleep. Collective."""
+        """Return the result of ``action`` on rank 0, while the other ranks sleep. Collective."""
         outcome = action() if self._comm.rank == 0 else None
         arrival = self._comm.Ibarrier()
         while not arrival.Test():

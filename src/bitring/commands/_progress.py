@@ -56,7 +56,7 @@ class Progress:
 
 
 def _of_exchanges(telemetry: Mapping[str, Any]) -> str:
-    """Where the epoch's exchanges spent their time, whom they waited for, and what encoding left out."""
+    """Summary of the epoch's exchanges: their time, the rank waited for, and the part that encoding left out."""
     if not telemetry:
         return ""
     names = [name for name in ("encode", "wire", "decode", "wait") if f"{name}_seconds" in telemetry]

@@ -1,4 +1,4 @@
-"""What the network between nodes takes, by messages that all nodes send at once. Importing this initialises MPI."""
+"""Measurement of the network between nodes, by messages that all nodes send at once. Importing this initialises MPI."""
 
 from __future__ import annotations
 
