@@ -8,6 +8,7 @@ Inside, arrays are addresses of any alignment; ``like`` is a pointer that tells 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from bitring.compression.kernels.vectors_numba import (
     DOUBLE,
     I1,
     I8,
+    I16,
     I64,
     LARGEST,
     PART,
+    WORDS,
     Kind,
     address,
     clear,
@@ -34,6 +37,7 @@ from bitring.compression.kernels.vectors_numba import (
     intrinsic,
     itemsize,
     not_negative,
+    prefetch,
     put,
     read,
     splat,
@@ -43,36 +47,49 @@ from bitring.compression.kernels.vectors_numba import (
 HEAD_NBYTES = 8  # two float32 before the codes
 COLUMN_NBITS, ROW_NBITS = 3, 4
 ROW_SUMS_NBYTES = 32  # four float64: the sum and the count of negative values, then of the others
+AHEAD = 64  # parts that are fetched before they are needed
 STEP = 22
 ONE = 0x3F800000 >> STEP
 
 
 @intrinsic
-def _scan(typing: Any, values: Any, residual: Any, bits: Any, groups: Any, sums: Any, columns: Any, like: Any) -> Any:
+def _scan(typing: Any, values: Any, residual: Any, bits: Any, parts: Any, sums: Any, columns: Any, like: Any) -> Any:
     """Write the bits of v = values + residual; add negative v to the 32 lanes at ``sums``, other v to the 32 after.
 
     And abs(v)·2**-8 to the sums of ``columns``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, residual, bits, groups, sums, columns, _ = arguments
+        values, residual, bits, parts, sums, columns, _ = arguments
         kind = Kind(like)
         zero = ir.Constant(kind.wide, None)
         part_of_one = ir.Constant(kind.wide, [2.0**-8] * PART)
         lanes = [cgutils.alloca_once_value(builder, kind.load_wide(builder, sums, I64(k))) for k in range(2 * PARTS)]
+
+        def work(part: Any, k: int) -> None:
+            low, high = lanes[k], lanes[PARTS + k]
+            v = builder.fadd(kind.load(builder, values, part), kind.load_wide(builder, residual, part))
+            is_high = not_negative(builder, v)
+            write(builder, builder.bitcast(is_high, I8), builder.add(bits, part))
+            negative, other = builder.select(is_high, zero, v), builder.select(is_high, v, zero)
+            builder.store(builder.fadd(builder.load(low), negative), low)
+            builder.store(builder.fadd(builder.load(high), other), high)
+            size = builder.fmul(builder.fsub(other, negative), part_of_one)
+            total = builder.fadd(kind.load_wide(builder, columns, part), size)
+            write(builder, total, element(builder, columns, part, kind.wide_nbytes))
+
+        groups = builder.sdiv(parts, I64(PARTS))
         with cgutils.for_range(builder, groups) as loop:
             first = builder.mul(loop.index, I64(PARTS))
+            ahead = builder.add(first, I64(AHEAD))
+            prefetch(builder, element(builder, values, ahead, kind.stored_nbytes), PARTS * kind.stored_nbytes)
+            prefetch(builder, element(builder, residual, ahead, kind.wide_nbytes), PARTS * kind.wide_nbytes)
             for k in range(PARTS):
-                low, high, part = lanes[k], lanes[PARTS + k], builder.add(first, I64(k))
-                v = builder.fadd(kind.load(builder, values, part), kind.load_wide(builder, residual, part))
-                is_high = not_negative(builder, v)
-                write(builder, builder.bitcast(is_high, I8), builder.add(bits, part))
-                negative, other = builder.select(is_high, zero, v), builder.select(is_high, v, zero)
-                builder.store(builder.fadd(builder.load(low), negative), low)
-                builder.store(builder.fadd(builder.load(high), other), high)
-                size = builder.fmul(builder.fsub(other, negative), part_of_one)
-                total = builder.fadd(kind.load_wide(builder, columns, part), size)
-                write(builder, total, element(builder, columns, part, kind.wide_nbytes))
+                work(builder.add(first, I64(k)), k)
+        done = builder.mul(groups, I64(PARTS))
+        for k in range(PARTS - 1):
+            with builder.if_then(builder.icmp_signed("<", builder.add(done, I64(k)), parts)):
+                work(builder.add(done, I64(k)), k)
         for k, lane in enumerate(lanes):
             write(builder, builder.load(lane), element(builder, sums, I64(k), kind.wide_nbytes))
         return context.get_dummy_value()
@@ -87,25 +104,39 @@ def _scan(typing: Any, values: Any, residual: Any, bits: Any, groups: Any, sums:
 def _levels(builder: Any, kind: Kind, is_high: Any, low: Any, high: Any, numbers: Any, part: Any) -> Any:
     """(high if the bit is set, else low) times the columns' numbers, in float32, widened."""
     row = builder.select(is_high, high, low)
-    x = builder.fmul(row, read(builder, row.type, element(builder, numbers, part, 4 * PART)))
+    halves = read(builder, ir.VectorType(I16, PART), element(builder, numbers, part, 2 * PART))
+    words = builder.shl(builder.zext(halves, WORDS), ir.Constant(WORDS, [16] * PART))
+    x = builder.fmul(row, builder.bitcast(words, row.type))
     return builder.fpext(x, kind.wide) if kind.wide.element == DOUBLE else x
 
 
+def _for_parts(builder: Any, parts: Any, work: Callable[[Any], None]) -> None:
+    """``work`` on each of so many parts, whole groups of them first."""
+    groups = builder.sdiv(parts, I64(PARTS))
+    with cgutils.for_range(builder, groups) as loop:
+        first = builder.mul(loop.index, I64(PARTS))
+        for k in range(PARTS):
+            work(builder.add(first, I64(k)))
+    done = builder.mul(groups, I64(PARTS))
+    with cgutils.for_range(builder, builder.sub(parts, done)) as loop:
+        work(builder.add(done, loop.index))
+
+
 @intrinsic
-def _leave(typing: Any, values: Any, residual: Any, groups: Any, low: Any, high: Any, numbers: Any, like: Any) -> Any:
+def _leave(typing: Any, values: Any, residual: Any, parts: Any, low: Any, high: Any, numbers: Any, like: Any) -> Any:
     """residual = v - decoded, of v = values + residual."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, residual, groups, low, high, numbers, _ = arguments
+        values, residual, parts, low, high, numbers, _ = arguments
         kind = Kind(like)
         low, high = splat(builder, low), splat(builder, high)
-        with cgutils.for_range(builder, groups) as loop:
-            first = builder.mul(loop.index, I64(PARTS))
-            for k in range(PARTS):
-                part = builder.add(first, I64(k))
-                v = builder.fadd(kind.load(builder, values, part), kind.load_wide(builder, residual, part))
-                x = _levels(builder, kind, not_negative(builder, v), low, high, numbers, part)
-                write(builder, builder.fsub(v, x), element(builder, residual, part, kind.wide_nbytes))
+
+        def work(part: Any) -> None:
+            v = builder.fadd(kind.load(builder, values, part), kind.load_wide(builder, residual, part))
+            x = _levels(builder, kind, not_negative(builder, v), low, high, numbers, part)
+            write(builder, builder.fsub(v, x), element(builder, residual, part, kind.wide_nbytes))
+
+        _for_parts(builder, parts, work)
         return context.get_dummy_value()
 
     signature = types.void(
@@ -117,23 +148,24 @@ def _leave(typing: Any, values: Any, residual: Any, groups: Any, low: Any, high:
 
 @intrinsic
 def _unpack(
-    typing: Any, bits: Any, out: Any, groups: Any, low: Any, high: Any, numbers: Any, accumulate: Any, like: Any
+    typing: Any, bits: Any, out: Any, parts: Any, low: Any, high: Any, numbers: Any, accumulate: Any, like: Any
 ) -> Any:
     """out = or += decoded."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits, out, groups, low, high, numbers, accumulate, _ = arguments
+        bits, out, parts, low, high, numbers, accumulate, _ = arguments
         kind = Kind(like)
         low, high = splat(builder, low), splat(builder, high)
 
         def loop_over_parts(adds: bool) -> None:
-            with cgutils.for_range(builder, builder.mul(groups, I64(PARTS))) as loop:
-                byte = read(builder, I8, builder.add(bits, loop.index))
-                is_high = builder.bitcast(byte, ir.VectorType(I1, PART))
-                x = _levels(builder, kind, is_high, low, high, numbers, loop.index)
+            def work(part: Any) -> None:
+                is_high = builder.bitcast(read(builder, I8, builder.add(bits, part)), ir.VectorType(I1, PART))
+                x = _levels(builder, kind, is_high, low, high, numbers, part)
                 if adds:
-                    x = builder.fadd(kind.load(builder, out, loop.index), x)
-                write(builder, kind.narrow(builder, x), element(builder, out, loop.index, kind.stored_nbytes))
+                    x = builder.fadd(kind.load(builder, out, part), x)
+                write(builder, kind.narrow(builder, x), element(builder, out, part, kind.stored_nbytes))
+
+            _for_parts(builder, parts, work)
 
         with builder.if_else(builder.trunc(accumulate, I1)) as (then, otherwise):
             with then:
@@ -224,7 +256,7 @@ def _put_numbers(codes: int, columns: int, group: int, numbers: int) -> Any:
             code |= np.int64(get(codes + at // 8 + 1, np.uint8(0))) << (8 - at % 8)
         number = _number(code & ((1 << COLUMN_NBITS) - 1), COLUMN_NBITS)
         for j in range(k, min(k + group, columns)):
-            put(numbers + 4 * j, number)
+            put(numbers + 2 * j, np.uint16(np.float32(number).view(np.uint32) >> 16))
             total += np.float64(number)
     return total
 
@@ -238,7 +270,7 @@ def _put_column_codes(sums: int, codes: int, columns: int, group: int, values: A
         total = _wide_total(sums, k, values)
         for j in range(k + 1, min(k + group, columns)):
             total += _wide_total(sums, j, values)
-        mean = total / np.float32(min(group, columns - k))
+        mean = total if group == 1 else total / np.float32(min(group, columns - k))
         finite = finite and mean - mean == 0
         if mean > largest or k == 0:
             largest = mean
@@ -281,12 +313,13 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
     most: Any = np.int64(settings[1])
     nbytes, wide = itemsize(values), itemsize(residual)
     groups, rest, row_nbytes = columns // GROUP, columns % GROUP, (columns + 7) // 8
+    parts, odd = columns // PART, columns % PART
     tail, tail_wide, tail_bits = groups * GROUP * nbytes, groups * GROUP * wide, groups * WORD_NBYTES
     padded = (groups + 1) * GROUP
-    memory = np.zeros(padded * (wide + 4) + most * ROW_SUMS_NBYTES, np.uint8)
+    memory = np.zeros(padded * (wide + 2) + most * ROW_SUMS_NBYTES, np.uint8)
     column_sums = memory.ctypes.data
     numbers = column_sums + padded * wide
-    row_sums = numbers + padded * 4
+    row_sums = numbers + padded * 2
     here, left, code = address(values), address(residual), address(payload)
     end = code + capacity
     last_here, last_left, last_bits = _group(), _group(), _group()
@@ -304,16 +337,20 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
         for i in range(rows):
             x, r, b = here + i * columns * nbytes, left + i * columns * wide, bits + i * row_nbytes
             sums = _group()
-            _scan(x, r, b, groups, sums, column_sums, values)
+            _scan(x, r, b, groups * PARTS if odd else parts, sums, column_sums, values)
             highs = _ones(b, groups)
-            if rest:
+            if odd:
                 clear(last_left, GROUP * wide)
                 copy(last_here, x + tail, rest * nbytes)
                 copy(last_left, r + tail_wide, rest * wide)
-                _scan(last_here, last_left, last_bits, 1, sums, column_sums + groups * GROUP * wide, values)
+                _scan(last_here, last_left, last_bits, PARTS, sums, column_sums + groups * GROUP * wide, values)
                 put(last_bits, get(last_bits, np.uint32(0)) & np.uint32((1 << rest) - 1))
-                highs += _ones(last_bits, 1)
                 copy(b + tail_bits, last_bits, (rest + 7) // 8)
+            elif rest:
+                put(last_bits, np.uint32(0))
+                copy(last_bits, b + tail_bits, rest // 8)
+            if rest:
+                highs += _ones(last_bits, 1)
             low, high = _total(sums, values), _total(sums + GROUP * wide, values)
             begin = first + i * columns
             if low - low != 0:
@@ -336,12 +373,13 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
             byte: Any = np.int64(get(row_codes + i // row_group, np.uint8(0)))
             low_row = low_level * _number(byte & ((1 << ROW_NBITS) - 1), ROW_NBITS)
             high_row = high_level * _number(byte >> ROW_NBITS, ROW_NBITS)
-            _leave(here, left, groups, low_row, high_row, numbers, values)
-            if rest:
-                copy(last_here, here + tail, rest * nbytes)
-                copy(last_left, left + tail_wide, rest * wide)
-                _leave(last_here, last_left, 1, low_row, high_row, numbers + groups * GROUP * 4, values)
-                copy(left + tail_wide, last_left, rest * wide)
+            _leave(here, left, parts, low_row, high_row, numbers, values)
+            if odd:
+                place, place_wide = here + parts * PART * nbytes, left + parts * PART * wide
+                copy(last_here, place, odd * nbytes)
+                copy(last_left, place_wide, odd * wide)
+                _leave(last_here, last_left, 1, low_row, high_row, numbers + parts * PART * 2, values)
+                copy(place_wide, last_left, odd * wide)
             here += columns * nbytes
             left += columns * wide
         code = bits + rows * row_nbytes
@@ -353,13 +391,13 @@ def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, setting
     columns: Any = np.int64(settings[0])
     most: Any = np.int64(settings[1])
     size = itemsize(out)
-    groups, rest, row_nbytes = columns // GROUP, columns % GROUP, (columns + 7) // 8
-    tail, unused = groups * GROUP * size, row_nbytes * 8 - columns
-    memory = np.zeros((groups + 1) * GROUP, np.float32)
+    parts, odd, row_nbytes = columns // PART, columns % PART, (columns + 7) // 8
+    tail = parts * PART * size
+    memory = np.zeros((parts + 1) * PART, np.uint16)
     numbers = memory.ctypes.data
     here, code = address(out), address(payload)
     end = code + nbytes
-    last_here, last_bits = _group(), _group()
+    last_here = _group()
     row_group = _row_group(columns)
     for first in range(0, n, columns * most):
         rows = min(most, (n - first) // columns)
@@ -378,14 +416,13 @@ def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, setting
             byte: Any = np.int64(get(row_codes + i // row_group, np.uint8(0)))
             low = low_level * _number(byte & ((1 << ROW_NBITS) - 1), ROW_NBITS)
             high = high_level * _number(byte >> ROW_NBITS, ROW_NBITS)
-            _unpack(bits, here, groups, low, high, numbers, accumulate != 0, out)
-            if rest:
-                if unused and get(bits + row_nbytes - 1, np.uint8(0)) >> (8 - unused):
+            _unpack(bits, here, parts, low, high, numbers, accumulate != 0, out)
+            if odd:
+                if get(bits + parts, np.uint8(0)) >> odd:
                     return -1
-                copy(last_here, here + tail, rest * size)
-                copy(last_bits, bits + groups * WORD_NBYTES, (rest + 7) // 8)
-                _unpack(last_bits, last_here, 1, low, high, numbers + groups * GROUP * 4, accumulate != 0, out)
-                copy(here + tail, last_here, rest * size)
+                copy(last_here, here + tail, odd * size)
+                _unpack(bits + parts, last_here, 1, low, high, numbers + parts * PART * 2, accumulate != 0, out)
+                copy(here + tail, last_here, odd * size)
             here += columns * size
             bits += row_nbytes
         code = bits
