@@ -37,8 +37,8 @@ def allreduce(
     ``mean``: the sum divided by the number of ranks, for float and complex dtypes and ``op=MPI.SUM``. 16-bit floats are
     added and divided in float32 and rounded once, so that a float16 mean neither over- nor underflows on the way.
 
-    Raises on all ranks: MismatchError where ranks differ in dtype, count, shape, op, mean or algorithm, and what
-    is wrong with one rank's arguments (TypeError, ValueError; PeerError on the others).
+    Raises on all ranks: MismatchError where ranks differ in dtype, count, shape, op, mean or algorithm. A rank's bad
+    arguments raise TypeError or ValueError there, and PeerError on the others.
     """
     context = context_of(given_comm(comm, "allreduce"))
     reduction = _Reduction()

@@ -36,7 +36,7 @@ class Reduction(ABC):
         parameter's own where the key ends in ``/`` and the parameter's number.
         """
         self.stats = RunStats()
-        """Of this run. ``steps`` notes down when it encodes and when it decodes; the plan does the rest."""
+        """Stats of this run. ``steps`` records its times of encoding and decoding; the plan records the rest."""
 
     @abstractmethod
     def steps(self, progress: Progress) -> Steps:
@@ -47,7 +47,7 @@ class Reduction(ABC):
         factors.multiply(self.parameters[number])
 
     def drop(self) -> None:
-        """Forget what was taken: the run is not made."""
+        """Forget the factors that ``take`` was given: the run is not made."""
 
     def finish(self) -> None:
         """One run where there is one rank: bring the buffer up to date."""

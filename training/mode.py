@@ -52,8 +52,8 @@ class Trainer(Protocol):
     def update(self, gradients: Mapping[str, Any], at_end: bool = False) -> None:
         """Let the optimizer change the parameters that ``gradients`` names, in place. ``gradients`` are only read.
 
-        ``at_end``: nothing else of the step comes of it, so it may be made at the step's end, which saves copies of
-        what it changes; ``gradients`` must stay as they are until then.
+        ``at_end``: the step uses nothing that the update changes, so that it may be made at the step's end, which saves
+        copies of parameters and state; ``gradients`` must stay as they are until then.
         """
         ...
 

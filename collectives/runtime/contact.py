@@ -1,7 +1,7 @@
 """Messages between the ranks of a communicator when a collective does not go on, and the notice of a death.
 
-Words travel between the processes' ports (``ports``). Where they do not get through, nobody is taken for dead or
-silent: only what has been heard counts.
+Words travel between the processes' ports (``ports``). Where they do not get through, no rank is taken for dead or
+silent.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Contact:
         return set(range(len(self._cards))) - {self.rank} - self.dead
 
     def hear(self, data: bytes, address: str) -> None:
-        """Take what came from an address."""
+        """Handle words that came from an address."""
         if len(data) < _HEAD.size:
             return
         _, kind, sender, number = _HEAD.unpack_from(data)
@@ -137,7 +137,7 @@ class Contact:
         self.watch(new)
 
     def watch(self, awaited: Collection[int]) -> None:
-        """Hear of the end of these ranks, too; of the neighbours' it is heard anyway."""
+        """Watch these ranks for their end, too; neighbours are always watched."""
         for rank in awaited:
             if rank in self._heard:
                 ports().watch(self._cards[rank].process, self._heard[rank])
@@ -171,5 +171,5 @@ class Contact:
         return [rank for rank in late if rank not in self._waits], {r: self._waits[r] for r in late if r in self._waits}
 
     def close(self) -> None:
-        """Hear nothing more."""
+        """Stop listening."""
         ports().contacts.pop(self.name, None)

@@ -83,7 +83,7 @@ class Context:
         return Turn(self._turns, function, continues)
 
     def exchanged(self) -> None:
-        """All that this turn's call has to exchange is over: an interrupt from now on is this rank's alone."""
+        """Say that this turn's call has nothing more to exchange: an interrupt from now on is this rank's alone."""
         self._turns.exchanged()
 
     def refuse(self, function: str, error: Exception) -> None:
@@ -144,7 +144,7 @@ class Context:
     def prepare(self, function: str, error: Exception | None = None) -> None:
         """Find out where the ranks are, and make what those of a node share. Collective and blocking; once.
 
-        ``function`` is what a complaint names; ``error`` what is wrong with this rank's arguments, which all raise.
+        ``function``: the call that errors name. ``error``: this rank's bad arguments, which all ranks raise.
         """
         if not self._prepared:
             request = Request(function, error=error)
@@ -204,7 +204,7 @@ def _keyval() -> int:
 
 @functools.cache
 def _warn_if_alone() -> None:
-    """Once, by the first of processes that were started together and do not know each other."""
+    """Warn once, on the first of several processes that were started together, each with a world of its own."""
     mistake = alone_by_mistake(MPI.COMM_WORLD.Get_size(), library_version())
     if mistake is not None and launched_rank() == 0:
         logger.warning(mistake)

@@ -38,7 +38,7 @@ def stop(why: str) -> None:
 
 
 def _say_last_words() -> None:
-    """Let the others hear what nobody here waits for, for a moment."""
+    """Go on for a moment, so that the others get words that no caller here waits for."""
     until = time.monotonic() + _LAST_WORDS_SECONDS
     for queue in list(engine.queues):
         while queue.last_word is not None and not queue.last_word.done and time.monotonic() < until:
@@ -58,6 +58,6 @@ def _close_fast_paths() -> None:
 
 
 def register() -> None:
-    """See to both, from now on."""
+    """Install both, at exit and at fork."""
     atexit.register(stop, "the interpreter is exiting")
     os.register_at_fork(after_in_child=_disable_in_child)

@@ -84,7 +84,7 @@ class Engine:
             self._wake_driver.set()
 
     def hear(self) -> None:
-        """Read what has come, in a thread that drives no job: the one that does is to look at it."""
+        """Read words that have come, in a thread that drives no job, and have the one that drives a job act on them."""
         ports().read()
         self.call_back()
 
@@ -96,7 +96,7 @@ class Engine:
             queue.cut_short(what, error)
 
     def start_thread(self) -> bool:
-        """See that started jobs run without anybody waiting. Whether they do: it needs MPI.THREAD_MULTIPLE."""
+        """Start the progress thread, if it does not run. Returns whether there is one: it needs MPI.THREAD_MULTIPLE."""
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             _say_no_thread()
             return False
@@ -108,10 +108,10 @@ class Engine:
         return True
 
     def _turn(self, gentle: bool) -> bool:
-        """Advance the first job of every communicator. Whether anything moved.
+        """Advance the first job of every communicator. Returns whether anything moved.
 
-        Where all that is left to do is native operations', this goes on with them until one is over, or for as long as
-        any moves. ``gentle``: without keeping a core busy that a training loop may want.
+        Where all jobs wait for native operations, this advances them until one is over, or for as long as any moves.
+        ``gentle``: without keeping a core busy that a training loop may want.
         """
         with self._lock:
             if self._wake_driver is not None:
@@ -138,7 +138,7 @@ class Engine:
             self._advance(queue)
 
     def _advance(self, queue: JobQueue) -> bool:
-        """Advance the queue's first job, with the lock in hand. Whether anything moved."""
+        """Advance the queue's first job, with the lock in hand. Returns whether anything moved."""
         moved = bool(queue.jobs) and queue.jobs[0].advance()
         if not queue.jobs:
             with self._wake:
@@ -230,14 +230,14 @@ class Engine:
             _rest(idle)
 
     def halt(self, why: str) -> None:
-        """Run nothing any more; later jobs raise ``why``."""
+        """Stop running jobs; later ones raise ``why``."""
         with self._wake:
             self.stopped = why
             self._wake.notify_all()
         self.call_back()
 
     def join(self) -> list[JobQueue]:
-        """Wait for the progress thread's end, when halted. The queues whose jobs will not be done."""
+        """Wait for the progress thread's end, when halted. Returns the queues whose jobs will not be done."""
         if self._thread is not None:
             self._thread.join(timeout=5)
         return self._queues

@@ -46,7 +46,7 @@ class Job:
         self.operation: Any = None  # a native operation that it waits for
 
     def advance(self) -> bool:
-        """Do what can be done now. Whether anything moved. What goes wrong here ends this job, and no other."""
+        """Advance the job as far as it goes now. Returns whether anything moved. An error ends this job only."""
         try:
             return self._advance()
         except StopIteration:

@@ -134,7 +134,7 @@ class JobQueue:
                 engine.start_thread()
 
     def close(self) -> None:
-        """The communicator is freed. Silent where it is broken."""
+        """End the queue of a communicator that is freed. Silent where it is broken."""
         # What others still exchange may be under way: the library may give the next communicator this one's number.
         engine.hear()
         keep = bool(self.broken or self.jobs or self._made is not None) or self.hears_of_trouble()
@@ -208,7 +208,7 @@ class JobQueue:
         yield from steps(progress)
 
     def _is_made(self) -> bool:
-        """Whether the communicator is there. That none is to be had, all ranks learn from the library."""
+        """Whether the private duplicate has been made. Where none can be made, the library tells all ranks."""
         assert self._made is not None
         try:
             return bool(self._made.Test())
@@ -243,7 +243,7 @@ class JobQueue:
         return engine.waits_in()
 
     def gone(self, awaited: Collection[int], seconds: float) -> list[int]:
-        """The ranks that a wait of ``seconds`` for the ranks ``awaited`` (none: not known) is in vain for.
+        """The ranks that are gone, of a wait of ``seconds`` for the ranks ``awaited`` (none: not known).
 
         One that died is missed at once. One that left the job in good order may have done its part before.
         """

@@ -1,4 +1,4 @@
-"""Work that every rank does by itself, and that has ended well only when it has on all of them."""
+"""Joint work: each rank does it by itself, and it has ended well only when it has on all of them."""
 
 from __future__ import annotations
 

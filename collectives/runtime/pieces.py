@@ -1,7 +1,7 @@
 """Large arrays between ranks, in pieces: each is a job of the communicator's queue, and its arrival is progress.
 
-A wait is therefore watched, can be interrupted and is under ``BITRING_TIMEOUT`` as in every other call, no message
-comes near MPI's limit of 2^31 bytes, and no rank needs memory for more than a piece of what it passes on.
+So a wait is watched, can be interrupted and is under ``BITRING_TIMEOUT`` as in every other call. No message comes near
+MPI's limit of 2^31 bytes, and a rank that passes an array on needs memory for one piece only.
 """
 
 from __future__ import annotations

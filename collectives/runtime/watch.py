@@ -96,9 +96,9 @@ class Watch:
             job.end(TimeoutError(f"{complaint} (BITRING_TIMEOUT={timeout():g})"))
 
     def bereaved(self, job: Job, seconds: float) -> bool:
-        """End the job with an error when the wait, of ``seconds`` by now, is for ranks that are gone or have failed.
+        """End the job with an error when its wait, of ``seconds`` by now, is for ranks that are gone or have failed.
 
-        Whether it is.
+        Returns whether it is.
         """
         gone = job.queue.gone(job.progress.peers, seconds)
         if gone and job is job.queue.last_word and not job.queue.gone((), 0.0):

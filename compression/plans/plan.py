@@ -49,20 +49,21 @@ def plan_allreduce(
 
     ``compression``: None is exact; "onebit", "onebit:block=512" or the encoder ``OneBit(block=512)`` sends encoded sums
     of float16, bfloat16, float32 or float64 values with error feedback (Seide et al., 2014): what an encoding leaves
-    out is added to the next run's values. ``hierarchical``: ranks of a node first sum exactly, and only nodes exchange
-    encoded sums; by default where there is more than one node.
+    out, the residual, is added to the next run's values. ``hierarchical``: ranks of a node first sum exactly, and only
+    nodes exchange encoded sums; by default where there is more than one node.
 
     A reducer such as ``PowerSGD(matrix_rank=4)`` sums its own small representation exactly instead, with nodes summed
     first in any case.
 
-    ``shapes``: of the parameters in ``x``, one behind the other, for compressors that look at matrices, whose rows are
-    the first dimension; without it x is one parameter of its own shape. ``boundaries``: the positions in ``x`` where a
-    new parameter begins; one that only they tell of is flat to an encoder. No values of two parameters share levels.
+    ``shapes``: the shapes of the parameters in ``x``, one behind the other, for compressors that look at matrices (the
+    first dimension counts rows); without it x is one parameter of its own shape. ``boundaries``: the positions in ``x``
+    where a new parameter begins, for parameters whose shapes do not matter: they count as flat. Values of two
+    parameters never share levels.
     ``check_finite=False`` leaves out the NaN check (of Inf, too), for callers that have made it on all ranks.
 
-    Raises on all ranks: MismatchError where ranks differ in dtype, count, shape, op, algorithm or compression,
-    and what is wrong with one rank's arguments (PeerError on the others). A compressed run raises NonFiniteError on all
-    ranks when a value is NaN or Inf on any; nothing has changed then.
+    Raises on all ranks: MismatchError where ranks differ in dtype, count, shape, op, algorithm or compression. A rank's
+    bad arguments raise TypeError or ValueError there, and PeerError on the others. A compressed run raises
+    NonFiniteError on all ranks when a value is NaN or Inf on any; nothing has changed then.
     """
     comm = given_comm(comm, "plan_allreduce")
 

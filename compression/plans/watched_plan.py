@@ -34,9 +34,9 @@ logger = logging.getLogger("bitring")
 
 
 def add_owed(x: Array, owed: Array) -> bool:
-    """Add residuals to ``x``, in place; ``owed`` keeps what x's dtype cannot hold. Returns whether that is anything.
+    """Add residuals to ``x``, in place; ``owed`` keeps the rounding error of x's dtype. Returns whether there is any.
 
-    Where the sum is not finite x stays as it is, and nothing is owed.
+    Where the sum is not finite x stays as it is, and ``owed`` becomes 0.
     """
     xp = xp_of(x)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -50,7 +50,7 @@ def add_owed(x: Array, owed: Array) -> bool:
 
 
 def check_flags(hierarchical: object, check_finite: object) -> None:
-    """Raise TypeError unless these arguments of ``plan_allreduce`` are what they may be."""
+    """Raise TypeError unless these arguments of ``plan_allreduce`` are bools, or None for ``hierarchical``."""
     if hierarchical is not None:
         checked("plan_allreduce", "hierarchical", hierarchical, bool)
     checked("plan_allreduce", "check_finite", check_finite, bool)
@@ -153,7 +153,7 @@ class WatchedPlan(Plan):
             self._owes = any(left)
 
     def _refuse(self) -> None:
-        """The run that was asked for is not made."""
+        """Forget what this run was given: it is not made."""
 
     def checked_steps(self, progress: Progress) -> Steps:
         """See Plan."""

@@ -41,7 +41,7 @@ def hash_of(text: str) -> int:
 
 
 class Meeting:
-    """The exchange of records on ``comm``; ``where`` and ``settings`` are this rank's words for errors. Collective."""
+    """The exchange of records on ``comm``; ``settings`` returns this rank's settings in words. Collective."""
 
     def __init__(self, comm: MPI.Intracomm, settings: Callable[[], Sequence[str]]) -> None:
         self._comm = comm
