@@ -150,7 +150,7 @@ class CallRun:
         return True
 
     def _steps(self, progress: Progress) -> Steps:
-        """Run what was taken, with the copies before and after it."""
+        """Run the runner that was taken, with the copies before and after it."""
         if self._runner is not None:
             if self._call.before is not None:
                 self._call.before()
@@ -159,7 +159,7 @@ class CallRun:
             self._end()
 
     def _end(self) -> None:
-        """The runner has run."""
+        """End a run: copy the result, keep the runner."""
         if self._call.after is not None:
             self._call.after()
         self._keep_runner()
@@ -206,9 +206,10 @@ class CallRun:
                 self._context.queue.call(self._steps, self._call.request.function, continues=True)
 
     def _run_past_engine(self) -> Any:
-        """Run the call without a job where all that it takes is there: the operation that did, None if none did.
+        """Run the call without a job, where a kept runner can.
 
-        ``_done`` says whether it was enough; else the operation goes on, or has found that ranks differ.
+        Returns None where none could, or the run is over (``_done``); else its operation, which goes on, or has found
+        that ranks differ.
         """
         shared = self._context.common
         if shared is None or self._call.request.error is not None or self._call.request.library:
@@ -240,7 +241,7 @@ class CallRun:
         return None
 
     def library_steps(self, library: Library, progress: Progress) -> Steps:
-        """The library's own call. What only some ranks' library refuses is raised on all."""
+        """Run the library's own call. Arguments that the library refuses on some ranks are errors on all."""
         call = self._call
         send, receive = call.sendbuf, call.recvbuf
         if not call.request.library and call.plain is not None:
@@ -270,7 +271,7 @@ class CallRun:
         yield from wait_for(request, progress)
 
     def whole(self, library: Library, progress: Progress) -> Steps:
-        """All of a call that does not block its caller."""
+        """Run all of a call that does not block its caller."""
         yield from self.settle(progress, blocking=False)
         if self._handed_on:
             yield from self.library_steps(library, progress)

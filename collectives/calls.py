@@ -239,7 +239,7 @@ def require_root(root: object, size: int, function: str) -> None:
 
 
 def fast_path_of(context: Context) -> Any:
-    """The native way of ``Communicator.Allreduce``, for arrays and operations that it knows; None where it would lose.
+    """The fast path of ``Communicator.Allreduce``, for arrays and operations that it knows; None where there is none.
 
     Ranks that take it agree, in their arrival, with ranks whose arguments it declines.
     """

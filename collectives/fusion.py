@@ -17,7 +17,7 @@ from bitring.collectives.selection.selection import Choice
 from bitring.native import extension
 
 FUSED_NBYTES = 64 << 10
-"""Plans of so many bytes together are fused: what a message costs at any size is then still most of its cost."""
+"""Plans of so many bytes together are fused: up to there most of a message's cost does not depend on its size."""
 
 
 def start(plans: Sequence[Plan]) -> None:

@@ -1,6 +1,6 @@
 """Published networks as tables of layers: what each has to learn, and how much it computes. None can be trained here.
 
-An architecture is a few lines that say what the paper says; shapes and multiply-adds follow. bitring's own models have
+An architecture states the paper's layers in a few lines; shapes and multiply-adds follow. bitring's own models have
 a table too, read from their layers.
 """
 

@@ -73,12 +73,13 @@ class DataParallel:
     ``warmup_steps`` steps are exact.
     ``check_every``: after so many steps ranks compare digests of their parameters, which takes about a second per GB,
     and raise MismatchError with the first parameter and rank that differ; 0: never.
-    ``algorithm``: of the exact exchange, and "auto" chooses. ``bucket_bytes``: buckets are closed at this size.
-    ``unused``: what a gradient is that is None or not there, of a parameter that had no part in the loss: an "error",
-    or "zeros".
+    ``algorithm``: of the exact exchange; "auto" chooses. ``bucket_bytes``: the largest size of a bucket, except for one
+    with a single parameter.
+    ``unused``: how to take a gradient that is None or missing, of a parameter that had no part in the loss: "error"
+    raises, "zeros" counts it as zeros.
 
-    Raises on all ranks: a rank's own mistake there as TypeError or ValueError, and on the others as PeerError
-    naming that rank; MismatchError where the ranks' arguments differ.
+    Raises on all ranks: a rank's bad arguments raise TypeError or ValueError there, and PeerError naming that rank on
+    the others; MismatchError where the ranks' arguments differ.
     """
 
     def __init__(
@@ -245,14 +246,14 @@ class DataParallel:
         """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.
 
         ``gradients`` match the parameters in names (or order), shapes, dtypes and device; any strides, through DLPack
-        as well; NumPy's subclasses are their plain data. They are only read, and not looked at at all, whatever they
-        are, when ``weight`` is 0. One of two dimensions may be given as
-        ``Factors``. All ranks make equally many steps; total weight 0 changes nothing.
+        as well; NumPy's subclasses are their plain data. They are only read, and ignored when ``weight`` is 0. A
+        gradient of two dimensions may be given as ``Factors``. All ranks make equally many steps; total weight 0
+        changes nothing.
 
         A rank's bad arguments raise TypeError or ValueError there and PeerError on the others, NaN or Inf
         NonFiniteError on all; parameters, optimizer and residuals are as before, and training may go on. In a mode that
         exchanges less often, the rank concerned skips that local step and all raise at the next exchange, before
-        anything is averaged. What an optimizer or a mode raises is raised there, and as PeerError on the others. Then
+        anything is averaged. An error in an optimizer or a mode is raised there, and as PeerError on the others; then
         parameters, optimizer, residuals and the mode's state are as before, and the step can be made again.
 
         A Ctrl-C takes effect where ranks meet, and then the step has not been made; or, in a step in which they do not,
@@ -425,7 +426,7 @@ class DataParallel:
     def meet(self, operation: str, error: Exception | None, afresh: bool = False) -> None:
         """Raise on all ranks when one has an ``error``, or is not at the same operation and step. Collective.
 
-        So does what a step of this rank's found, which waits for the ranks to meet; with ``afresh`` it is forgotten.
+        An error of an earlier step of this rank, kept until ranks meet, is raised too, unless ``afresh``.
         """
         self._operation = operation
         self._problem = error if afresh else self._problem or error
@@ -465,7 +466,7 @@ class DataParallel:
     # Inside
 
     def _transact(self, body: Callable[[], None], where: str, steps: int = 0) -> None:
-        """Make ``body``, and what is left to its end, whole or not at all; ``steps`` have been made then."""
+        """Run ``body``, then the updates left to the step's end, all or nothing; then count ``steps``."""
         try:
             self._transaction.run(body, self._numbers, lambda failed: self._record(failed, ends=True), where)
             if not self._updates:

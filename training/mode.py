@@ -2,7 +2,7 @@
 
 A class ``class Name(Mode):`` in ``training/modes/NAME.py`` is registered as ``NAME``. A mode is a frozen dataclass of
 settings. Its state is a dict that ``init`` makes: numbers, arrays, and dicts of these; the trainer keeps it, and
-checkpoints carry it. What a mode may ask of the trainer is :class:`Trainer`, no more.
+checkpoints carry it. A mode uses no more of the trainer than :class:`Trainer` has.
 
 Modes that exchange once in a block of steps share the functions at the end: in between each rank trains alone.
 """

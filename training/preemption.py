@@ -1,8 +1,8 @@
 """A job that is to end soon: all ranks learn of the signal at the same place, and can save together.
 
 Batch systems send SIGTERM or SIGUSR1 some time before they end a job, to all ranks or to one. Ranks that looked at
-their own signals would stop at different steps and wait for each other. So a signal is only noted, and what a loop asks
-is an answer that all ranks were given in the same exchange. Where a trainer steps, that is the record that its ranks
+their own signals would stop at different steps and wait for each other. So a signal is only noted, and ``requested``
+is an answer that all ranks got in the same exchange. Where a trainer steps, that is the record that its ranks
 exchange anyway; elsewhere asking is a small collective of its own.
 """
 

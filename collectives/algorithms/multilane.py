@@ -45,7 +45,7 @@ class Multilane(Algorithm):
         return None
 
     def estimate(self, network: Network, nbytes: int) -> Estimate:
-        """The sums on the nodes; the lanes together carry the buffer between nodes as one rank a node would."""
+        """The sums on the nodes; the lanes together carry the buffer between nodes as one rank per node would."""
         between = network.clock(algorithms.get(self.between)(), network.topology.nodes, nbytes)
         return Estimate(network.node_seconds(nbytes) + between)
 

@@ -79,7 +79,7 @@ class NativeTransport:
         yield from run(self.operation, progress)
 
     def close(self) -> None:
-        """Nothing is kept that MPI would want back."""
+        """Do nothing: no MPI requests are kept."""
 
 
 def _outcome(name: str) -> Any:

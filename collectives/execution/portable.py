@@ -84,7 +84,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
                 todo.append(in_order[turn])
 
     def finish(index: int) -> None:
-        """The message has had its effect: free what it held, and go on with what waited for it."""
+        """End a message: free its memory, and go on with the messages that waited for it."""
         nonlocal unfinished
         done = [index]
         while done:
@@ -107,7 +107,7 @@ def execute(transport: Transport, progress: Progress) -> Steps:
             begin(m.stream)
 
     def apply(index: int) -> bool:
-        """Take over what was received. Whether that is done already: a device's work ends with an event."""
+        """Reduce or copy what was received. Returns whether it is done: a device's work ends with an event."""
         event = transport.apply(index)
         if event is not None:
             events.append((event, index, False))

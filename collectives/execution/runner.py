@@ -45,7 +45,7 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what is MPI's."""
+        """Free its MPI requests."""
         ...
 
 
@@ -72,7 +72,7 @@ class Task(NamedTuple):
 
     @property
     def channel(self) -> int:
-        """Of its messages."""
+        """The channel of its messages."""
         return channel_of(self.number)
 
     @property

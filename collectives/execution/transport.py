@@ -117,7 +117,7 @@ class Transport:
         return None
 
     def release(self, index: int) -> None:
-        """The message has had its effect."""
+        """End the message."""
 
     def close(self) -> None:
         """Free the persistent requests."""
@@ -136,7 +136,7 @@ class CudaAwareTransport(Transport):
         return self._device.xp
 
     def prepare(self, index: int) -> Event | None:
-        """The stream's earlier work may still write the values to send, or use those that are to be replaced."""
+        """Record an event: the stream's earlier work may still write values to send, or read those to be replaced."""
         return self._device.record() if self.program.messages[index].slot < 0 else None
 
     def apply(self, index: int) -> Event | None:

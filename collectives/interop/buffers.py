@@ -122,9 +122,9 @@ def _dtype_of(datatype: MPI.Datatype | str | None) -> np.dtype[Any] | None:
 
 
 def _library_reads(spec: Any, function: str, argument: str, ours: TypeError | None = None) -> None:
-    """Raise what mpi4py has to say of ``spec`` now, before other ranks enter the library's call and wait.
+    """Raise mpi4py's error for ``spec`` now, before other ranks enter the library's call and wait.
 
-    ``ours`` is raised instead: what bitring has to say, where that is clearer.
+    ``ours``, an error of bitring's that is clearer, is raised instead.
     """
     try:
         MPI.COMM_SELF.Bcast(spec, 0)

@@ -1,4 +1,4 @@
-"""The MPI library's own collectives as parts of jobs, so that no wait in them is out of the engine's sight."""
+"""The MPI library's own collectives as parts of jobs, so that the engine watches every wait in them."""
 
 from __future__ import annotations
 

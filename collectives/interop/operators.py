@@ -1,7 +1,7 @@
 """The array function that reduces for an MPI operation, and the pairs of operation and dtype that bitring reduces.
 
-``MPI.MAXLOC`` on its pair types and operations made by ``MPI.Op.Create`` are the library's own call's. Combinations
-that MPI does not define are nobody's.
+``MPI.MAXLOC`` on its pair types and operations made by ``MPI.Op.Create`` are left to the library's own call.
+Combinations that MPI does not define raise TypeError.
 """
 
 from __future__ import annotations

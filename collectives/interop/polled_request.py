@@ -2,7 +2,7 @@
 
 MPI's own generalized requests are completed by another thread, here the progress thread, while a caller in ``Waitany``
 spins inside the library. Where that spinning keeps the library's lock, and there are more ranks than cores, the other
-thread hardly comes to its turn. MPICH has the extension that ends this (R. Latham, W. Gropp, R. Ross, R. Thakur:
+thread hardly gets to run. MPICH has the extension that ends this (R. Latham, W. Gropp, R. Ross, R. Thakur:
 Extending the MPI-2 Generalized Request Interface, EuroPVM/MPI 2007): ``MPIX_Grequest_start`` takes a function that the
 library calls while somebody tests the request or waits for any of several.
 """

@@ -35,7 +35,7 @@ class _Part:
 
 class NodeGroup:
     """``node``: the native Node; ``ranks``: the communicator's ranks on it; ``presences``: one for each of them, None
-    for this one and where it cannot be known.
+    for this rank, and for ranks that this process may not watch.
     """
 
     def __init__(self, node: Any, ranks: list[int], presences: list[Any]) -> None:
@@ -48,7 +48,7 @@ class NodeGroup:
         self._count = 0
 
     def gone(self, awaited: Collection[int], seconds: float) -> list[int]:
-        """The ranks that a wait of ``seconds`` for the ranks ``awaited`` (none: not known) is in vain for.
+        """The ranks that are gone, of a wait of ``seconds`` for the ranks ``awaited`` (none: not known).
 
         One that died is missed at once. One that left the job in good order may have done its part before.
         """
@@ -62,7 +62,7 @@ class NodeGroup:
         return gone
 
     def new_region(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[Any]:
-        """Memory of ``nbytes`` a rank that all ranks of ``comm``, the node's, map; None where there is none."""
+        """Memory of ``nbytes`` per rank that all ranks of ``comm``, the node's, map; None where there is none."""
         self._count += 1
         region = yield from share(comm, nbytes, self._count, progress)
         if region is not None:

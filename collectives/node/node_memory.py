@@ -1,7 +1,8 @@
 """Memory that the ranks of a node share, made by all of them together.
 
-A node is what MPI says of shared memory, and then only if each rank reads in the others' memory what they wrote there:
-emulated hosts and containers share names and process numbers that mean something else elsewhere.
+Ranks are on one node when MPI says that they share memory, and a test confirms it: each rank reads in the others'
+memory what they wrote there. Names of hosts and numbers of processes do not tell: in containers they may be equal by
+chance.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 from bitring.native import extension
 
 Descriptor = tuple[int, int, bytes]
-"""A process's number, its open file's, and what the file begins with."""
+"""A process's number, the number of its open file, and the file's first bytes."""
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def draw(algorithm: Algorithm, collective: str, size: int, path: str | Path, roo
 
 
 def _colors(chunks: int) -> list[Any]:
-    """A colour a chunk: told apart easily while they are few, a gradient when they are many."""
+    """One colour per chunk: told apart easily while they are few, a gradient when they are many."""
     from matplotlib import colormaps
 
     if chunks <= 8:

@@ -16,7 +16,7 @@ NETWORK_FROM_NBYTES = 2 << 20
 64 KiB and 1.1 times at 4 MiB."""
 
 LITTLE_NBYTES = 64 << 10
-"""Up to here it is the number of rounds that costs, not what travels in them."""
+"""Up to here the number of rounds decides the cost, not the bytes."""
 
 LIBRARY = "mpi"
 """The algorithm for collectives that bitring does not have, and for one rank alone."""

@@ -1,5 +1,5 @@
-"""PowerSGD: low-rank gradients by one warm-started power iteration a run (Vogels et al., "PowerSGD: Practical Low-Rank
-Gradient Compression for Distributed Optimization", NeurIPS 2019).
+"""PowerSGD: low-rank gradients by one warm-started power iteration per run (Vogels et al., "PowerSGD: Practical
+Low-Rank Gradient Compression for Distributed Optimization", NeurIPS 2019).
 
 A parameter of shape (m, ...) is taken as a matrix of m rows and n columns, M = gradient + residual. With Q (n, r) from
 the run before:
@@ -14,7 +14,7 @@ each run, towards its best approximation of rank r. Q begins with random numbers
 so does a column of it that has become zero.
 
 Parameters of one dimension, and those with m·n values of no more bytes than the r·(m + n) of P and Q, are summed
-exactly and travel with the P's. P and Q are float32, float64 for float64 gradients. Two AllReduces a run, of r·Σm
+exactly and travel with the P's. P and Q are float32, float64 for float64 gradients. Two AllReduces per run, of r·Σm
 values and the exact ones, and of r·Σn.
 """
 

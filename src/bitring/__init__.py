@@ -1,8 +1,8 @@
 """bitring: exchanging gradients over MPI, exactly or at one bit per value.
 
-This module is the whole public API. Importing it neither initialises MPI nor loads a GPU, plotting or dataset
-library: every name is loaded when it is first used. What it does is to see that a rank that raises does not leave the
-others waiting; see ``bitring.collectives.runtime.abort``.
+This module is the whole public API. Importing it neither initialises MPI nor loads a GPU, plotting or dataset library:
+every name is loaded when it is first used. Importing it installs a hook: a rank that raises an exception that nobody
+catches ends the others, which would wait for it; see ``bitring.collectives.runtime.abort``.
 """
 
 from __future__ import annotations

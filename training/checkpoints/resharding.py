@@ -2,8 +2,8 @@
 
 New rank r takes what old rank r mod p kept: parameters, which are equal on all, its optimizer's state, its mode's. Old
 rank r's residual is added to new rank r mod q's, so that their sum, what all ranks still owe, stays; the owners'
-residuals are put together and cut again where the new owners' parts are. What else a compressed plan keeps is alike on
-all ranks, and stays so.
+residuals are put together and cut again where the new owners' parts are. All else that a compressed plan keeps is
+identical on all ranks, and stays so.
 """
 
 from __future__ import annotations

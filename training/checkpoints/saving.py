@@ -1,7 +1,7 @@
 """Saving a checkpoint: every rank's arrays go to rank 0, which writes one file.
 
 The header maps what each rank keeps to arrays of the file; equal arrays of several ranks are stored once. Whatever a
-rank does between two exchanges it does ``jointly`` with the others: what goes wrong on one, all raise. Arrays travel in
+rank does between two exchanges it does ``jointly`` with the others: an error on one is raised on all. Arrays travel in
 pieces, and rank 0 writes in pieces, so that a wait for it is no longer than one of them takes: under
 ``BITRING_TIMEOUT`` a slow disk does not look like a rank that is gone.
 """

@@ -45,7 +45,7 @@ class Cluster:
 
 
 class Kernel(NamedTuple):
-    """Seconds a float32 value: to encode it, and to decode and add it."""
+    """Seconds per float32 value: to encode it, and to decode and add it."""
 
     encode: float
     decode: float

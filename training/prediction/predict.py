@@ -1,6 +1,6 @@
-"""Seconds a step of synchronous data-parallel training, predicted for every way to exchange the gradients.
+"""Seconds per step of synchronous data-parallel training, predicted for every way to exchange the gradients.
 
-The exact exchange costs what ``collectives.cost`` finds for the schedules that run, the compressed one what
+The exact exchange costs what ``collectives.schedules.cost`` finds for the schedules that run, the compressed one what
 ``compression.exchange.owner_schedule`` does; both bucket by bucket, as ``DataParallel`` packs them. With C seconds to
 compute gradients, A to agree on the step, and for bucket k P_k to check and pack, T_k to exchange and U_k to update:
 
@@ -47,8 +47,8 @@ class Prediction:
 
     ``exchange``: ``"exact"``, ``"mpi"`` or a compressor's name; ``how``: by which algorithm. ``nbytes``: sent by a rank
     in a step, to its own node's ranks as well; ``leaving``: sent by a node to others. ``encode``, ``wire``, ``decode``:
-    of one rank, which overlap; all that powersgd computes is ``encode``. ``exposed``: what the exchange adds to a step
-    without any. ``seconds``: of a step. ``speedup``: over ``exact``. ``lossless``: the sum is exact up to rounding.
+    of one rank, which overlap; all that powersgd computes is ``encode``. ``exposed``: the time that the exchange adds
+    to a step. ``seconds``: of a step. ``speedup``: over ``exact``. ``lossless``: the sum is exact up to rounding.
     ``measured``: the kernels' speeds are.
     """
 

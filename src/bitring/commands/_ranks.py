@@ -102,7 +102,7 @@ class _Shown(logging.Handler):
 
 
 def _say_when_kernels_compile(comm: MPI.Intracomm) -> None:
-    """Rank 0 shows what is logged of them, for good: nothing else would be seen for up to a minute."""
+    """Show log messages about them on rank 0 from now on: nothing else would be seen for up to a minute."""
     logger = logging.getLogger("bitring.kernels")
     if comm.rank == 0 and not logger.handlers:
         logger.addHandler(_Shown())

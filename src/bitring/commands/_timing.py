@@ -74,7 +74,7 @@ def calls_of(comm: MPI.Intracomm, call: Callable[[], None]) -> int:
 
 
 def seconds_of(comm: MPI.Intracomm, call: Callable[[], None], calls: int) -> float:
-    """Seconds a call on this rank, of ``calls`` that begin on all ranks together. Collective."""
+    """Seconds per call on this rank, of ``calls`` that begin on all ranks together. Collective."""
     comm.Barrier()
     begin = time.perf_counter()
     for _ in range(calls):

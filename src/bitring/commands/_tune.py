@@ -122,6 +122,6 @@ class _Progress:
             self._show(f"\rmeasured {self._done} of {self._parts}")
 
     def end(self) -> None:
-        """Take the line away."""
+        """Clear the line."""
         if self._show is not None:
             self._show("\r\x1b[K")

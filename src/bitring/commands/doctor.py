@@ -9,8 +9,8 @@ import click
 def command() -> None:
     """Check this machine and this MPI.
 
-    Run it as training will be run: mpirun -n 4 bitring doctor, or srun bitring doctor. A line a check, with what to do
-    where something is wrong; the exit status is 1 when a check failed.
+    Run it as training will be run: mpirun -n 4 bitring doctor, or srun bitring doctor. One line per check, with what to
+    do where something is wrong; the exit status is 1 when a check failed.
     """
     from bitring.commands import _doctor  # initialises MPI
 
