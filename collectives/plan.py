@@ -50,6 +50,12 @@ class Plan(ABC):
     by_library = False
     """Whether a run is a collective of the MPI library's, which another rank's must not meet while they find out."""
 
+    telemetry: Any = None
+    """What a compressed plan knows of its last run; None before one, and where sums are exact."""
+
+    takes_factors = False
+    """Whether parameters may be given as ``bitring.Factors``, by ``take``."""
+
     def __init__(self, context: Context, what: str) -> None:
         self.context = context
         self.number = context.new_plan()

@@ -5,7 +5,7 @@ Settings may follow the name: ``topk``, or ``topk:density=0.001,sampled=true``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from bitring.registry import Registry
 from bitring.settings import Settings, make, name_of
@@ -13,6 +13,9 @@ from bitring.settings import Settings, make, name_of
 
 class Compressor(Settings):
     """Base of Encoder and Reducer: settings, a frozen dataclass. State belongs to the plan."""
+
+    takes_factors: ClassVar[bool] = False
+    """Whether gradients given as ``bitring.Factors`` travel as such."""
 
 
 compressors: Registry[Compressor] = Registry(

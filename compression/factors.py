@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,3 +99,15 @@ class Factors:
 
 def _memory(x: Array) -> str:
     return "device memory" if is_device(x) else "host memory"
+
+
+def has_factors(arrays: Mapping[str, Any]) -> bool:
+    """Whether any of the arrays is given as ``Factors``."""
+    return Factors in map(type, arrays.values())
+
+
+def dense(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arrays, with ``Factors`` multiplied."""
+    if not has_factors(arrays):
+        return arrays
+    return {name: each.product() if isinstance(each, Factors) else each for name, each in arrays.items()}

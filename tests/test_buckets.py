@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.training.prediction.buckets import bucket_sizes
+from bitring.training.step.bucket_sizes import Size, bucket_sizes
 
 VALUES = {"a": 3000, "b": 10, "c": 5000, "none": 0, "d": 200, "e": 4000, "f": 4}
 
@@ -19,4 +19,5 @@ def test_they_are_data_parallel_s(comm, agree, compression: str | None, bucket_b
     made = [(tuple(bucket.views), bucket.compressed) for bucket in trainer.buckets]
     trainer.free()
     block = bitring.OneBit().block if compression else None
-    agree(comm, made == [tuple(sizes) for sizes in bucket_sizes(VALUES, 4, block, bucket_bytes)])
+    sizes = {name: Size("", count, 4 * count) for name, count in VALUES.items()}
+    agree(comm, made == [tuple(each) for each in bucket_sizes(sizes, block, bucket_bytes)])

@@ -229,7 +229,7 @@ def test_large_buckets_travel_while_others_are_packed(comm, agree, compression, 
     """As bits, it makes no difference."""
     digests = []
     for overlap_bytes in (0, 1 << 30):
-        monkeypatch.setattr("bitring.training.data_parallel.OVERLAP_BYTES", overlap_bytes)
+        monkeypatch.setattr("bitring.training.step.gradient_exchange.OVERLAP_BYTES", overlap_bytes)
         rng = np.random.default_rng(comm.rank)
         parameters = [np.zeros(n, np.float32) for n in (3000, 2000, 5, 4000)]
         trainer = DataParallel(parameters, SGD(momentum=0.9), comm=comm, compression=compression, bucket_bytes=100)
@@ -320,10 +320,10 @@ def test_notices_reach_all_ranks_with_the_record_of_a_step(comm, agree, mode):
     found: list[tuple[int, bool]] = []
     for step in range(9):
         if step == 4:
-            trainer.notice |= 1 if comm.rank == 0 else 0
-            trainer.notice |= 4 if comm.rank == last else 0
+            trainer.notices.own |= 1 if comm.rank == 0 else 0
+            trainer.notices.own |= 4 if comm.rank == last else 0
         trainer.step([np.ones(5)])
-        found.append((trainer.notices, trainer.in_a_block))
+        found.append((trainer.notices.everyone, trainer.in_a_block))
     told = 4 if block == 1 else 5
     expected = [(5 if step == told else 0, (step + 1) % block > 0) for step in range(9)]
     agree(comm, found == expected, str(found))

@@ -216,7 +216,7 @@ def test_ctrl_c_leaves_no_rank_behind(comm, agree, monkeypatch, mode):
     trainer = DataParallel(w, SGD(lr=0.1, momentum=0.9), comm=comm, mode=mode)
     gradients, expected, interrupts = random_gradients(np.random.default_rng(0)), zeros(), 0
     moments = SGD(lr=0.1, momentum=0.9).init(expected)
-    check = trainer._checked
+    check = trainer._exchange.checked
 
     def interrupted(*given):
         signal.raise_signal(signal.SIGINT)
@@ -227,7 +227,7 @@ def test_ctrl_c_leaves_no_rank_behind(comm, agree, monkeypatch, mode):
         for step in range(4):
             with monkeypatch.context() as patch:
                 if step in (1, 2) and comm.rank == comm.size - 1:
-                    patch.setattr(trainer, "_checked", interrupted)
+                    patch.setattr(trainer._exchange, "checked", interrupted)
                 try:
                     trainer.step(gradients)
                 except KeyboardInterrupt:

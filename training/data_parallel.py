@@ -6,57 +6,41 @@ reverse order, since back-propagation finishes the last layer first. What is exc
 
 from __future__ import annotations
 
-import hashlib
-import math
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from bitring.arrays import is_device
 from bitring.collectives.calls import require_root
 from bitring.collectives.runtime.context import context_of, given_comm, one_call
 from bitring.collectives.runtime.jointly import jointly, raise_everywhere
-from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import Compressor, compressors, parsed
-from bitring.compression.factors import Factors
-from bitring.compression.reducers.sufficient_factors import SufficientFactors
-from bitring.errors import MismatchError, NonFiniteError, uncopyable
+from bitring.compression.factors import dense
+from bitring.errors import NonFiniteError, uncopyable
 from bitring.settings import Range, checked
-from bitring.training.mode import Mode, modes
-from bitring.training.optimizer import Optimizer, optimizers
-from bitring.training.preemption import NOTICE, watching
+from bitring.training.mode import Mode
+from bitring.training.optimizer import Optimizer
 from bitring.training.step.checks import (
-    checked_gradients,
-    checked_leaves,
-    checked_parameters,
     checked_unused,
     checked_weight,
     chosen,
-    difference,
-    is_frozen,
-    not_finite,
-    require_state,
-    resumable,
-    text_of,
 )
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.interrupts import HeldBack
-from bitring.training.step.meeting import OPERATIONS, TOLD, WEIGHT, WRONG, Meeting, Records, hash_of
+from bitring.training.step.meeting import OPERATIONS, WRONG, Meeting, total_weight
+from bitring.training.step.notices import Notices
+from bitring.training.step.replica import Replica
 from bitring.training.step.replicas import broadcast_tree, compare
+from bitring.training.step.state_dict import description_of, load_state, require_alike, state_of
 from bitring.training.step.transaction import Transaction
-from bitring.training.step.undo import Numbers, arrays_in
+from bitring.training.step.undo import Numbers
 from bitring.training.step.waits import Waits
-from bitring.training.tree import copied, host_copy, set_leaf
 
-# Below this size the exchange is over before waking the progress thread has paid.
-OVERLAP_BYTES = 8 << 20
-
-_FIXED = {"comm", "compression", "algorithm", "warmup_steps", "check_every"}
-
-_trainers_made = 0
+_FIXED = {"comm", "compression", "algorithm", "warmup_steps", "check_every", "bucket_bytes"}
+_numbers_of_trainers = itertools.count(1)
 
 
 class DataParallel:
@@ -99,10 +83,7 @@ class DataParallel:
         self.rank = self.comm.Get_rank()
         self.steps = 0
         """Steps made, those without samples included."""
-        self.notice = 0
-        """Bits that this rank tells the others when they meet next, in the record that they exchange anyway."""
-        self.notices = 0
-        """Bits that any rank told in the last step; equal on all ranks, 0 where the step did not make them meet."""
+        self.notices = Notices(self.comm)
         self._problem: Exception | None = None
         self._operation = "step"
         self._updates: dict[str, Any] = {}  # gradients that the optimizer is to see at the step's end
@@ -112,8 +93,7 @@ class DataParallel:
         error: Exception | None = None
         mine: dict[str, Any] = {}
         try:
-            self._optimizer = chosen("optimizer", optimizer, optimizers, Optimizer)
-            self._mode = chosen("mode", mode, modes, Mode)
+            self._replica = Replica(parameters, optimizer, mode)
             given = parsed(compression, "DataParallel")
             self.compression = None if given is None else chosen("compression", given, compressors, Compressor)
             check_name(algorithm, "DataParallel")
@@ -121,39 +101,31 @@ class DataParallel:
             self.warmup_steps = checked("DataParallel", "warmup_steps", warmup_steps, int, Range(least=0))
             self.check_every = checked("DataParallel", "check_every", check_every, int, Range(least=0))
             self._check_at = self.check_every
-            self._parameters = checked_parameters(parameters)
-            self._on_device = any(map(is_device, self._parameters.values()))
-            self._bucket_bytes = checked("DataParallel", "bucket_bytes", bucket_bytes, int, Range(least=1))
+            self.bucket_bytes = checked("DataParallel", "bucket_bytes", bucket_bytes, int, Range(least=1))
             self.unused = checked_unused(unused)
             mine = self.describe()
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
         raise_everywhere(self.comm, "DataParallel", error)
 
-        global _trainers_made
-        _trainers_made += 1
-        theirs, self._id = broadcast(self.comm, (mine, _trainers_made), "DataParallel")
-        for rank, text in enumerate(allgather(self.comm, difference(mine, theirs), "DataParallel")):
-            if text is not None:
-                raise MismatchError(f"DataParallel: rank {rank} differs from rank 0: {text}")
-        self._set_words()
-        self._meeting = Meeting(self.comm, self._words)
+        self._id = require_alike(self.comm, mine, next(_numbers_of_trainers))
+        replica = self._replica
+        self._meeting = Meeting(self.comm, replica.words)
         self._exchange = GradientExchange(
             self.comm,
-            self._parameters,
+            replica.parameters,
             self.compression,
             algorithm,
-            self._bucket_bytes,
+            self.bucket_bytes,
             self.warmup_steps > 0,
-            OVERLAP_BYTES,
         )
-        self._exchange.broadcast(self._parameters, root=0)
+        self._exchange.broadcast(replica.parameters, root=0)
         self.buckets, self.plans = self._exchange.buckets, self._exchange.plans
         self._transaction = Transaction(self.comm, self._meeting, self._exchange, self._waits)
-        self._optimizer_state = jointly(self.comm, "DataParallel", lambda: self._optimizer.init(self._parameters))
-        self._mode_state = jointly(self.comm, "DataParallel", lambda: self._mode.init(self))
-        self._numbers = Numbers(self._mode_state)
-        self._changes = self._arrays_that_change()
+        replica.optimizer_state = jointly(self.comm, "DataParallel", lambda: replica.optimizer.init(replica.parameters))
+        replica.mode_state = jointly(self.comm, "DataParallel", lambda: replica.mode.init(self))
+        self._numbers = Numbers(replica.mode_state)
+        self._changes = replica.arrays_that_change(self.buckets)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -171,38 +143,21 @@ class DataParallel:
 
         Raises ValueError for an optimizer that keeps other slots: the state is not made anew.
         """
-        optimizer: Optimizer = self._optimizer
-        return optimizer
+        return self._replica.optimizer
 
     @optimizer.setter
     def optimizer(self, given: Optimizer | str) -> None:
-        new: Optimizer = chosen("optimizer", given, optimizers, Optimizer)
-        if set(new.slots) != set(self._optimizer_state):
-            raise ValueError(
-                f"DataParallel: optimizer must keep the slots {list(self._optimizer_state)} of the trainer's state, "
-                f"got {text_of(new)}, which keeps {list(new.slots)}; make another trainer for it"
-            )
-        self._optimizer = new
-        self._set_words()
+        self._replica.take_optimizer(given)
 
     @property
     def mode(self) -> Mode:
         """The mode's settings. Others of the same mode can be put here, as with ``optimizer``."""
-        mode: Mode = self._mode
-        return mode
+        return self._replica.mode
 
     @mode.setter
     def mode(self, given: Mode | str) -> None:
-        new: Mode = chosen("mode", given, modes, Mode)
-        if type(new) is not type(self._mode):
-            raise ValueError(
-                f"DataParallel: mode must stay {type(self._mode).__name__}, whose state the trainer keeps, "
-                f"got {text_of(new)}; make another trainer for it"
-            )
-        new.take_over(self._mode_state)
-        self._mode = new
-        self._changes = self._arrays_that_change()
-        self._set_words()
+        self._replica.take_mode(given)
+        self._changes = self._replica.arrays_that_change(self.buckets)
 
     @property
     def size(self) -> int:
@@ -212,7 +167,12 @@ class DataParallel:
     @property
     def parameters(self) -> dict[str, Any]:
         """Name -> the caller's array, or an array over the memory of what was given."""
-        return self._parameters
+        return self._replica.parameters
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the parameters are in device memory."""
+        return self._replica.on_device
 
     @property
     def bytes_sent(self) -> int:
@@ -232,7 +192,7 @@ class DataParallel:
     @property
     def in_a_block(self) -> bool:
         """Whether this rank has made steps alone since ranks met last, in a mode that exchanges less often."""
-        return bool(self._mode_state.get("steps"))
+        return bool(self._replica.mode_state.get("steps"))
 
     @property
     def algorithms(self) -> list[str]:
@@ -262,33 +222,34 @@ class DataParallel:
         with self._held:
             self._operation = "step"
             where = self._where()
-            self.notices = 0
+            self.notices.everyone = 0
             problem = self._problem
             taken: dict[str, Any] = {}
             try:
-                taken, weight = self._checked(gradients, weight, where)
+                weight = checked_weight(weight, where)
+                if weight:
+                    taken = self._exchange.checked(gradients, where, self.unused == "zeros")
             except Exception as error:  # whatever it is, the other ranks must not wait
                 self._problem = self._problem or error
                 weight = 0.0
             try:
-                self._transact(lambda: self._mode.step(self, self._mode_state, taken, weight), where, steps=1)
+                self._transact(lambda: self._step(taken, weight), where, steps=1)
             except Exception as error:
                 if self._transaction.came:
                     self._problem = self._problem and problem  # what was found in this step is over, but not what waits
                     raise
                 self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
-                self._transact(lambda: self._mode.step(self, self._mode_state, {}, 0.0), where, steps=1)
-            for preemption in watching(self.comm):
-                preemption.answer_is_new = True
+                self._transact(lambda: self._step({}, 0.0), where, steps=1)
+            self.notices.step_is_made()
             if self._compares_after(0):
                 self._check_at = self.steps + self.check_every
-                compare(self.comm, self._parameters, where)
+                compare(self.comm, self._replica.parameters, where)
 
     @one_call("DataParallel.synchronize")
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks, as the mode does it. Collective, but for ``sync``."""
         self._operation = "synchronize"
-        self._transact(lambda: self._mode.synchronize(self, self._mode_state), self._where())
+        self._transact(lambda: self._replica.mode.synchronize(self, self._replica.mode_state), self._where())
 
     @one_call("DataParallel.broadcast")
     def broadcast(self, root: int = 0) -> None:
@@ -306,11 +267,7 @@ class DataParallel:
 
     def digest(self) -> str:
         """A hash of this rank's parameters, bit for bit; equal on all ranks when the replicas are."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, array in self._parameters.items():
-            digest.update(name.encode(errors="surrogatepass"))
-            digest.update(host_copy(array).reshape(-1).view(np.uint8))
-        return digest.hexdigest()
+        return self._replica.digest()
 
     def state_dict(self) -> dict[str, Any]:
         """All that this rank needs to go on, as NumPy copies and numbers.
@@ -319,32 +276,14 @@ class DataParallel:
         ``mode``, ``residuals`` (for each bucket, what its plan keeps), ``steps``, ``algorithms`` and ``settings``.
         """
         self.synchronize()
-        return {
-            **copied(self.live()),
-            "residuals": [{key: host_copy(x) for key, x in plan.state_dict().items()} for plan in self.plans],
-            "steps": self.steps,
-            "algorithms": self.algorithms,
-            "settings": self.describe(),
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from this rank's ``state_dict``, of a trainer with the same parameters and settings. Not collective.
 
         Raises TypeError or ValueError, before anything is changed, when they are not the same.
         """
-        where = "DataParallel.load_state_dict"
-        mine: dict[str, Any] = {**self.live(), "residuals": [], "steps": self.steps, "settings": self.describe()}
-        require_state(state, mine, where)
-        text = difference(resumable(mine["settings"]), resumable(state["settings"]))
-        if text is None and state["settings"]["bucket_bytes"] != self._bucket_bytes:
-            text = f"bucket_bytes is {self._bucket_bytes}, not {state['settings']['bucket_bytes']}"
-        if text is None and state["settings"]["ranks"] != self.size:
-            text = f"there are {self.size} ranks, not {state['settings']['ranks']}; load_checkpoint can change that"
-        if text is not None:
-            raise ValueError(f"{where}: the state is of another trainer: {text}")
-        self.restore(checked_leaves(state, self.live(), self.plans, where), state["steps"])
-        for plan, residuals in zip(self.plans, state["residuals"], strict=True):
-            plan.load_state_dict(residuals)
+        load_state(self, state)
 
     def free(self) -> None:
         """Free the plans. Collective; the parameters stay as they are."""
@@ -356,70 +295,50 @@ class DataParallel:
         """See :class:`bitring.training.mode.Trainer`."""
         where = self._where()
         if check is not None and self._problem is None:
-            bad = self._not_finite(check)
+            bad = self._exchange.not_finite(check)
             if bad is not None:
                 self._problem = NonFiniteError(f"{where}: the parameter {bad} on rank {self.rank}; training diverged")
-        told = self.notice
-        preemptions = watching(self.comm)
-        if any(preemption.noted for preemption in preemptions):
-            told |= NOTICE
-
-        def heard(records: Records) -> None:
-            self.notice &= ~told
-            self.notices = 0
-            for record in records:
-                self.notices |= int(record[TOLD])
-            for preemption in preemptions:
-                preemption.learn(bool(self.notices & NOTICE))
-
+        told = self.notices.to_tell()
         self._held.release()
         self._transaction.came = True
-        records = self._meeting.exchange(self._record(self._problem is not None, weight, told), where, heard)
+        records = self._meeting.exchange(
+            self._record(self._problem is not None, weight, told),
+            where,
+            lambda records: self.notices.hear(records, told),
+        )
         if any(record[WRONG] for record in records):
             problem, self._problem = self._problem, None
             raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
-        total = 0.0
-        for record in records:
-            total += record[WEIGHT]
-        if not math.isfinite(total):
-            raise ValueError(f"{where}: the weights of all ranks have no finite sum")
+        total = total_weight(records, where)
         self._transaction.met = True
-        if self._mode_state:
+        if self._replica.mode_state:
             self._save()
         return total
 
     def _record(self, wrong: bool, weight: float = 0.0, told: int = 0, ends: bool = False) -> tuple[float, ...]:
-        if self._settings_may_change:
-            self._set_words()
-        operation = OPERATIONS.index(self._operation)
-        return self._id, operation, ends, self.steps, self._settings_hash, wrong, weight, told, self._meeting.waited
+        operation, settings = OPERATIONS.index(self._operation), self._replica.settings_hash
+        return self._id, operation, ends, self.steps, settings, wrong, weight, told, self._meeting.waited
 
     def exchange(
         self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
     ) -> Iterator[dict[str, Any]]:
         """See :class:`bitring.training.mode.Trainer`."""
-        beside = self._save if self._mode.writes or self._update_may_raise else lambda: None
+        beside = self._save if self._replica.mode.writes or self._replica.update_may_raise else lambda: None
         return self._exchange.run(arrays, scale, minus, self.steps < self.warmup_steps, beside)
 
     def update(self, gradients: Mapping[str, Any], at_end: bool = False) -> None:
         """See :class:`bitring.training.mode.Trainer`."""
-        dense = gradients
-        if self._has_factors(gradients):
-            dense = {name: g.product() if isinstance(g, Factors) else g for name, g in gradients.items()}
-        if at_end and not self._update_may_raise:
-            for name in dense:
-                if not self._parameters[name].flags.writeable:
-                    raise ValueError(
-                        f"{self._where()}: the parameter {name!r} must be writable, and was made read-only"
-                    )
-            self._updates.update(dense)
+        arrays = dense(gradients)
+        if at_end and not self._replica.update_may_raise:
+            self._replica.require_writable(list(arrays), self._where())
+            self._updates.update(arrays)
             return
         self._save()
-        self._optimizer.update({name: self._parameters[name] for name in dense}, dense, self._optimizer_state)
+        self._replica.update(arrays)
 
     def restart_optimizer(self) -> None:
         """See :class:`bitring.training.mode.Trainer`."""
-        self._optimizer.restart(self._optimizer_state)
+        self._replica.optimizer.restart(self._replica.optimizer_state)
 
     # What checkpoints call
 
@@ -434,13 +353,11 @@ class DataParallel:
 
     def live(self) -> dict[str, Any]:
         """The state but for residuals: a tree of the arrays and numbers in use, no copies."""
-        return {"parameters": self._parameters, "optimizer": self._optimizer_state, "mode": self._mode_state}
+        return self._replica.live()
 
     def restore(self, values: Mapping[tuple[str, ...], Any], steps: int) -> None:
         """Fill leaves of ``live``, by path; ``steps`` have been made."""
-        tree = self.live()
-        for path, value in values.items():
-            set_leaf(tree, path, value)
+        self._replica.fill(values)
         self.steps = steps
         self._problem = None
 
@@ -450,20 +367,10 @@ class DataParallel:
 
     def describe(self) -> dict[str, Any]:
         """The settings, as plain data; all ranks give the same."""
-        return {
-            "parameters": {name: [w.dtype.name, list(w.shape)] for name, w in self._parameters.items()},
-            "optimizer": text_of(self._optimizer),
-            "mode": text_of(self._mode),
-            "compression": text_of(self.compression),
-            "algorithm": self.algorithm,
-            "warmup_steps": self.warmup_steps,
-            "check_every": self.check_every,
-            "bucket_bytes": self._bucket_bytes,
-            "device": self._on_device,
-            "ranks": self.size,
-        }
+        return description_of(self)
 
-    # Inside
+    def _step(self, gradients: Mapping[str, Any], weight: float) -> None:
+        self._replica.mode.step(self, self._replica.mode_state, gradients, weight)
 
     def _transact(self, body: Callable[[], None], where: str, steps: int = 0) -> None:
         """Run ``body``, then the updates left to the step's end, all or nothing; then count ``steps``."""
@@ -472,11 +379,10 @@ class DataParallel:
             if not self._updates:
                 self.steps += steps
                 return
-            changed = {name: self._parameters[name] for name in self._updates}
             if not self._compares_after(steps):
                 context_of(self.comm).exchanged()
             with HeldBack(), np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
-                self._optimizer.update(changed, self._updates, self._optimizer_state)
+                self._replica.update(self._updates)
                 self.steps += steps
         finally:
             self._updates.clear()
@@ -485,56 +391,11 @@ class DataParallel:
         """Whether the replicas are compared when so many steps more have been made."""
         return bool(self.check_every) and self._transaction.met and self.steps + steps >= self._check_at
 
-    @property
-    def _update_may_raise(self) -> bool:
-        return self._on_device or self._optimizer.may_raise
-
-    def _arrays_that_change(self) -> list[tuple[Any, list[Any]]]:
-        """The arrays of a step's undo, those of one bucket and slot together, each with a key."""
-        kinds: dict[tuple[str, ...], dict[str, Any]] = {("parameters",): self._parameters}
-        kinds |= {("optimizer", slot): arrays for slot, arrays in self._optimizer_state.items()}
-        changes: list[tuple[Any, list[Any]]] = [
-            ((kind, i), [arrays[name] for name in bucket.shapes])
-            for kind, arrays in kinds.items()
-            for i, bucket in enumerate(self.buckets)
-        ]
-        return changes + [(path, [array]) for path, array in arrays_in({"mode": self._mode_state})]
-
     def _save(self) -> None:
         """Copy what this step may change from here on, so that it can be restored."""
         for key, arrays in self._changes:
             self._transaction.undo.save(key, arrays)
 
-    def _words(self) -> list[str]:
-        """The settings that ranks compare in each step, as words."""
-        return [f"the optimizer {text_of(self._optimizer)}", f"the mode {text_of(self._mode)}"]
-
-    def _set_words(self) -> None:
-        self._settings_hash = hash_of(" ".join(self._words()))
-        self._settings_may_change = not (is_frozen(self._optimizer) and is_frozen(self._mode))
-
     def _where(self) -> str:
-        if self._operation.endswith("checkpoint"):
-            return self._operation
-        return f"DataParallel.{self._operation} (step {self.steps})"
-
-    def _not_finite(self, arrays: Mapping[str, Any]) -> str | None:
-        """The first of the arrays that holds NaN or Inf, and which; see ``not_finite``."""
-        if not self._has_factors(arrays) and self._exchange.sums_are_finite(arrays):
-            return None
-        return not_finite(arrays)
-
-    def _has_factors(self, arrays: Mapping[str, Any]) -> bool:
-        return Factors in map(type, arrays.values())
-
-    def _checked(self, gradients: Any, weight: Any, where: str) -> tuple[dict[str, Any], float]:
-        number = checked_weight(weight, where)
-        if not number:
-            return {}, number
-        taken = checked_gradients(gradients, self._parameters, where, self.unused == "zeros")
-        bad = self._not_finite(taken)
-        if bad is not None:
-            raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self.rank}")
-        if self._has_factors(taken) and not isinstance(self.compression, SufficientFactors):
-            taken = {name: g.product() if isinstance(g, Factors) else g for name, g in taken.items()}
-        return taken, number
+        operation = self._operation
+        return operation if "checkpoint" in operation else f"DataParallel.{operation} (step {self.steps})"

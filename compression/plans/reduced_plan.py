@@ -94,6 +94,7 @@ class ReducedPlan(WatchedPlan):
         check_finite: bool,
     ) -> None:
         super().__init__(context, flat, reducer, check_finite)
+        self.takes_factors = reducer.takes_factors
         self._exchange = Exchange(context, algorithm)
         self._reduction = reducer.bind(flat, unflatten(flat, shapes), self._exchange)
         self._runs = 0

@@ -35,6 +35,8 @@ _DENSE = -1
 class SufficientFactors(Reducer):
     """Exchange ``bitring.Factors`` where that is fewer bytes, all else exactly and densely. Host memory only."""
 
+    takes_factors = True
+
     def check(self, flat: Array) -> None:
         """See Reducer."""
         check_host(self, flat)

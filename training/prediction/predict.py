@@ -25,11 +25,11 @@ from typing import NamedTuple
 from bitring.compression.exchange.layout import segment_length
 from bitring.compression.exchange.owner_schedule import Times, encoders, owner_seconds
 from bitring.models.architecture import LayerTable
-from bitring.training.prediction.buckets import BucketSizes, bucket_sizes
 from bitring.training.prediction.cluster import Cluster, Machine
 from bitring.training.prediction.network import ITEMSIZE, Network
+from bitring.training.step.bucket_sizes import BucketSizes, Size, bucket_sizes
+from bitring.training.step.gradient_exchange import OVERLAP_BYTES
 
-OVERLAP_BYTES = 8 << 20  # as DataParallel has it
 BUCKET_BYTES = 25 << 20
 BACKWARD = 2.0  # times the operations of the way forward
 
@@ -149,7 +149,8 @@ class _Step:
         costing = self._costing(name)
         if costing is None:
             return None
-        buckets = bucket_sizes(self.values, ITEMSIZE, costing.block, BUCKET_BYTES)
+        sizes = {name: Size("", count, count * ITEMSIZE) for name, count in self.values.items()}
+        buckets = bucket_sizes(sizes, costing.block, BUCKET_BYTES)
         exchanges = [costing.exchange(bucket) for bucket in buckets]
         alone = self._timeline(buckets, [_Exchange(Times(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, "", 0.0)] * len(buckets), 0.0)
         agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha

@@ -13,6 +13,7 @@ from mpi4py import MPI
 from bitring.arrays import xp_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.plans.plan import plan_allreduce
+from bitring.training.step.bucket_sizes import Size, bucket_sizes
 
 TOGETHER_VALUES = 1 << 15
 """Neighbours of so many values in all are packed in one call, which is what they mostly cost; larger arrays alone."""
@@ -110,20 +111,9 @@ def _runs(names: list[str], starts: list[int], ends: list[int]) -> list[Run]:
 def make_buckets(
     parameters: Mapping[str, Any], block: int | None, bucket_bytes: int, empty: Callable[[int, Any], Any]
 ) -> list[Bucket]:
-    """Buckets of ``parameters``, the last first, each closed at ``bucket_bytes``. Those without values are in none.
-
-    ``block``: parameters with fewer values travel exactly; None: all do. ``empty`` makes the buffers.
-    """
-    filling: dict[Any, dict[str, Any]] = {}
-    held: dict[Any, int] = {}
-    buckets: list[Bucket] = []
-    for name, array in reversed(list(parameters.items())):
-        if not array.size:
-            continue
-        kind = array.dtype, block is not None and array.size >= block
-        if held.get(kind, 0) and held[kind] + array.nbytes > bucket_bytes:
-            buckets.append(Bucket(filling.pop(kind), kind[1], empty))
-            held[kind] = 0
-        filling.setdefault(kind, {})[name] = array
-        held[kind] = held.get(kind, 0) + array.nbytes
-    return [*buckets, *(Bucket(arrays, kind[1], empty) for kind, arrays in filling.items())]
+    """Buckets of ``parameters``; see ``bucket_sizes``. ``empty`` makes the buffers."""
+    sizes = {name: Size(array.dtype, array.size, array.nbytes) for name, array in parameters.items()}
+    return [
+        Bucket({name: parameters[name] for name in names}, compressed, empty)
+        for names, compressed in bucket_sizes(sizes, block, bucket_bytes)
+    ]

@@ -15,19 +15,21 @@ from mpi4py import MPI
 from bitring.arrays import bytes_of, xp_of
 from bitring.collectives.communicator import Communicator
 from bitring.compression.compressor import Compressor
-from bitring.compression.factors import Factors
-from bitring.compression.plans.reduced_plan import ReducedPlan
+from bitring.compression.factors import Factors, dense, has_factors
 from bitring.compression.plans.telemetry import Totals
-from bitring.compression.plans.watched_plan import WatchedPlan
-from bitring.compression.reducers.sufficient_factors import SufficientFactors
+from bitring.errors import NonFiniteError
 from bitring.training.step.bucket import Bucket, make_buckets
+from bitring.training.step.checks import checked_gradients, not_finite
 from bitring.training.tree import host_copy
+
+OVERLAP_BYTES = 8 << 20
+"""Below this size the exchange is over before waking the progress thread has paid."""
 
 
 class GradientExchange:
     """The buckets of ``parameters`` on ``comm``, and their ``plans``. Collective.
 
-    ``warms_up``: whether there are exact plans, too, for buckets that are compressed. Buckets of ``overlap_bytes`` in
+    ``warms_up``: whether there are exact plans, too, for buckets that are compressed. Buckets of ``OVERLAP_BYTES`` in
     all travel while others are packed.
     """
 
@@ -39,16 +41,16 @@ class GradientExchange:
         algorithm: str,
         bucket_bytes: int,
         warms_up: bool,
-        overlap_bytes: int,
     ) -> None:
         self._comm = comm
+        self._parameters = parameters
         self._xp = xp_of(next(iter(parameters.values())))
-        self._takes_factors = isinstance(compression, SufficientFactors)
+        self.takes_factors = compression is not None and compression.takes_factors
         # In memory that the node's ranks share they reduce each other's gradients where they are.
         empty = Communicator(comm).empty if self._xp is np else self._xp.empty
         block = None if compression is None else getattr(compression, "block", 1)
         self.buckets = make_buckets(parameters, block, bucket_bytes, empty)
-        self._overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= overlap_bytes
+        self._overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= OVERLAP_BYTES
         self.plans: list[Any] = []
         self._exact_plans: dict[int, Any] = {}
         for i, bucket in enumerate(self.buckets):
@@ -96,6 +98,23 @@ class GradientExchange:
         self._packed = arrays
         return bool(np.isfinite(host_copy(sums)).all())
 
+    def not_finite(self, arrays: Mapping[str, Any]) -> str | None:
+        """The first of the arrays that holds NaN or Inf, and which; None where none does."""
+        if not has_factors(arrays) and self.sums_are_finite(arrays):
+            return None
+        return not_finite(arrays)
+
+    def checked(self, gradients: Any, where: str, zeros: bool) -> dict[str, Any]:
+        """A step's gradients, one for each parameter: arrays, or ``Factors`` where these travel.
+
+        Raises NonFiniteError for NaN or Inf, TypeError and ValueError for what is no gradient.
+        """
+        taken = checked_gradients(gradients, self._parameters, where, zeros)
+        bad = self.not_finite(taken)
+        if bad is not None:
+            raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self._comm.Get_rank()}")
+        return taken if self.takes_factors else dict(dense(taken))
+
     # One exchange, and its end
 
     def begin(self) -> None:
@@ -121,7 +140,7 @@ class GradientExchange:
         plans = [self._exact_plans.get(i, plan) if exact else plan for i, plan in enumerate(self.plans)]
         self._left.extend(zip(self.buckets, plans, strict=True))
         for bucket, plan in zip(self.buckets, plans, strict=True):
-            if self._takes_factors:
+            if self.takes_factors:
                 self._load_factors(bucket, plan, arrays, scale, minus)
             elif scale == 0:
                 bucket.flat[...] = 0
@@ -137,7 +156,7 @@ class GradientExchange:
                 self.failed = True
                 raise
             self._left.popleft()
-            if isinstance(plan, WatchedPlan) and plan.telemetry is not None:
+            if plan.telemetry is not None:
                 self.totals.add(plan.telemetry)
             yield bucket.views
 
@@ -145,7 +164,7 @@ class GradientExchange:
         self, bucket: Bucket, plan: Any, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None
     ) -> None:
         """Fill a bucket whose plan may take ``Factors``, where it is not a plan of the warm-up."""
-        takes = isinstance(plan, ReducedPlan)
+        takes = plan.takes_factors
         factor = np.float32(scale) if bucket.flat.dtype.itemsize == 2 else scale
         for number, (name, view) in enumerate(bucket.views.items()):
             if scale == 0:

@@ -6,6 +6,7 @@ meet, too. It is watched as every plan is, on whatever communicator: a rank that
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -123,6 +124,16 @@ def _shared_plan(comm: MPI.Intracomm) -> tuple[Any, Any]:
         context.kept["records"] = plan_exact(records, comm, MPI.SUM, "auto", "DataParallel"), records
     plan, records = context.kept["records"]
     return plan, records
+
+
+def total_weight(records: Records, where: str) -> float:
+    """The sum of all ranks' weights, one after the other in rank order. Raises ValueError where it is not finite."""
+    total = 0.0
+    for record in records:
+        total += record[WEIGHT]
+    if not math.isfinite(total):
+        raise ValueError(f"{where}: the weights of all ranks have no finite sum")
+    return total
 
 
 def _alike(records: Records, part: slice) -> bool:

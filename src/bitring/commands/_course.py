@@ -118,9 +118,10 @@ class Course:
     def stop_if_preempted(self) -> None:
         """Save, unless that was done here, and raise PreemptedError where a signal came. Collective.
 
-        A run whose last step is made goes on to its end.
+        A run whose last step is made goes on to its end. In a block, which begins when the signal was heard of in the
+        exchange of a checkpoint, it goes on to the block's end.
         """
-        if self.preemption.requested and self.trainer.steps < self.parts.steps:
+        if self.preemption.requested and self.trainer.steps < self.parts.steps and not self.trainer.in_a_block:
             if self.saved != self.place:
                 self.save()
             text = f"{checkpoint_path(self.settings)} holds all that was trained, up to {self.place}"

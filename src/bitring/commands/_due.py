@@ -33,7 +33,7 @@ class Due:
         """Let rank 0 tell the others, with the step's record, when it is time."""
         late = self._every.unit == "seconds" and time.monotonic() - self._since >= self._every.number
         if late and self._trainer.rank == 0:
-            self._trainer.notice |= NOTICE
+            self._trainer.notices.own |= NOTICE
 
     def after_step(self) -> bool:
         """Whether a checkpoint is due."""
@@ -44,7 +44,7 @@ class Due:
         if self._every.unit == "epochs":
             return False
         if self._every.unit == "seconds":
-            return bool(self._trainer.notices & NOTICE)
+            return bool(self._trainer.notices.everyone & NOTICE)
         return steps > self._steps and steps - self._steps + self._block > self._every.number
 
     def after_epoch(self, epoch: int) -> bool:

@@ -32,7 +32,6 @@ from bitring.commands._results import append_metrics, begin_metrics, conclude
 from bitring.commands._settings import Settings
 from bitring.commands._units import count
 from bitring.compression.factors import Factors
-from bitring.compression.reducers.sufficient_factors import SufficientFactors
 from bitring.errors import NonFiniteError
 from bitring.exit_codes import ExitCode
 from bitring.models.dataset import Data, load
@@ -184,7 +183,7 @@ def _steps(course: Course, progress: Progress | None) -> None:
     parts, trainer, epoch = course.parts, course.trainer, course.epoch
     number = len(course.history) + 1
     optimizer: Any = parts.optimizer
-    product = Factors if isinstance(parts.compression, SufficientFactors) else None
+    product = Factors if parts.compression is not None and parts.compression.takes_factors else None
     allgather(course.comm, None, "bitring train")  # the clock begins when all are there
     begin = time.perf_counter() - epoch.seconds
     for x, y in shard(parts.batches, course.comm, seed=course.settings.seed, epoch=number, start=epoch.steps):
