@@ -18,7 +18,14 @@ from bitring.compression.rank_one import COLUMN_NBITS, RankOne, _coded, _decoded
 
 pytestmark = pytest.mark.single
 
-each_dtype = pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=lambda dtype: dtype.name)
+each_dtype = pytest.mark.parametrize(
+    "dtype",
+    [
+        # Kernels take long to compile: two types of values show most.
+        pytest.param(dtype, marks=[pytest.mark.slow] if dtype.name in ("float16", "float64") else [], id=dtype.name)
+        for dtype in VALUE_DTYPES
+    ],
+)
 
 
 def matrix(rows: int, columns: int, seed: int = 0, spread: float = 1.0) -> Any:
