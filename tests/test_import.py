@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import bitring
 
 pytestmark = pytest.mark.single
 
@@ -47,3 +51,12 @@ def test_help_starts_no_mpi(command: str):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: bitring" in done.stdout
+
+
+def test_a_file_holds_one_idea() -> None:
+    """No Python file of the library is above 400 lines."""
+    library = Path(bitring.__file__).parent
+    files = [Path(folder) / name for folder, _, names in os.walk(library, followlinks=True) for name in names]
+    lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in files if file.suffix == ".py"}
+    assert len(lengths) > 100
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}

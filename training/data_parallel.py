@@ -199,8 +199,6 @@ class DataParallel:
         """The algorithm chosen for each bucket."""
         return [plan.algorithm for plan in self.plans]
 
-    # What users call
-
     @one_call("DataParallel.step")
     def step(self, gradients: Mapping[str, Any] | Sequence[Any], weight: float = 1.0) -> None:
         """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.

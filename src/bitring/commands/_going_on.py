@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shlex
 import shutil
 import signal
@@ -39,13 +40,16 @@ def stop_for_now(comm: MPI.Intracomm, preempted: PreemptedError) -> NoReturn:
 
 
 def end_with_the_status() -> None:
-    """All is done and saved: a signal while the process ends changes nothing. A second one ends it at once."""
+    """Let a signal while the process ends change nothing: all is done and saved. A second one ends it at once.
 
-    def once(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
+    Handlers in Python are gone before the MPI library has ended, so this one is a function of C's that does nothing.
+    """
+    library = ctypes.CDLL(None)
+    nothing = ctypes.cast(library.abs, ctypes.c_void_p)
     for number in SIGNALS:
-        signal.signal(number, once)
+        signal.signal(number, signal.SIG_IGN)
+        if hasattr(library, "sysv_signal"):  # for one signal
+            library.sysv_signal(int(number), nothing)
 
 
 def _command_line(size: int, resume: bool) -> str:
