@@ -1,6 +1,9 @@
 """What a call and a trainer's step cost here, and in another environment, in turns.
 
     python benchmarks/step.py --against ../before/.venv/bin/python --json FILE
+    python benchmarks/step.py --allreduce --against ../before/.venv/bin/python --json FILE
+
+The second times what ``bench allreduce`` compares, size by size: plans by each algorithm, resident ones, plain calls.
 
 Starts the ranks of both environments at once; each sleeps while the other works. A batch of runs of one case is timed
 by the one, then by the other, over and over, so that both see the same machine. Shown are, per run, the
@@ -26,6 +29,9 @@ _NAP_SECONDS = 1e-3
 _SETTINGS = {"": {}, "portable ": {"BITRING_NATIVE": "0"}}
 """Environment variables of the ranks, by what their cases' names begin with."""
 
+
+_SIZES = [4**k for k in range(1, 13)]
+"""Bytes, up to 16 MiB."""
 
 Case = Callable[[], object]
 
@@ -73,12 +79,40 @@ def cases() -> dict[str, Callable[[], Case]]:
     }
 
 
-def serve() -> None:
+def allreduce_cases() -> dict[str, Callable[[], Case]]:
+    """As ``cases``, of exact sums of float32 values."""
+    import numpy as np
+    from mpi4py import MPI
+
+    import bitring
+
+    world = bitring.Communicator(MPI.COMM_WORLD)
+    made: dict[str, Callable[[], Case]] = {}
+
+    def plain(nbytes: int) -> Case:
+        x = np.ones(nbytes // 4, np.float32)
+        return lambda: world.Allreduce(MPI.IN_PLACE, x)
+
+    def plan(nbytes: int, algorithm: str, empty: Callable[..., Any] = np.empty) -> Case:
+        x = empty(nbytes // 4, np.float32)
+        x[:] = 1
+        return bitring.plan_allreduce(x, comm=world, algorithm=algorithm)
+
+    for nbytes in _SIZES:
+        made[f"{nbytes} B, plain call"] = lambda nbytes=nbytes: plain(nbytes)
+        made[f"{nbytes} B, auto, resident"] = lambda nbytes=nbytes: plan(nbytes, "auto", world.empty)
+        for name in ("auto", *bitring.algorithms()):
+            if name != "multilane":  # there is one node
+                made[f"{nbytes} B, {name}"] = lambda nbytes=nbytes, name=name: plan(nbytes, name)
+    return made
+
+
+def serve(allreduce: bool) -> None:
     """Time what rank 0 is asked for on its standard input, and print it. Asleep in between."""
     import numpy as np
     from mpi4py import MPI
 
-    known, comm = cases(), MPI.COMM_WORLD
+    known, comm = allreduce_cases() if allreduce else cases(), MPI.COMM_WORLD
     names, made = list(known), dict[int, Case]()
     if comm.rank == 0:
         print(json.dumps(names), flush=True)
@@ -107,12 +141,12 @@ def serve() -> None:
 class Job:
     """The ranks of one environment."""
 
-    def __init__(self, python: Path, ranks: int, settings: dict[str, str]) -> None:
+    def __init__(self, python: Path, ranks: int, settings: dict[str, str], *arguments: str) -> None:
         mpirun = python.parent / "mpirun"
         options = ["--oversubscribe", "--bind-to", "none"] if (python.parent / "ompi_info").exists() else []
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         self._process = subprocess.Popen(
-            [mpirun, *options, "-n", str(ranks), python, __file__, "--serve"],
+            [mpirun, *options, "-n", str(ranks), python, __file__, "--serve", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -153,15 +187,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=50, help="of each case in each environment (%(default)s)")
     parser.add_argument("--only", default="", help="cases whose names hold this")
     parser.add_argument("--json", type=Path, help="keep the results here")
+    parser.add_argument("--allreduce", action="store_true", help="time what bench allreduce compares")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.serve:
-        serve()
+        serve(asked.allreduce)
         return
     pythons = [Path(sys.executable)] + ([asked.against.absolute()] if asked.against else [])
     results: dict[str, Any] = {}
-    for prefix, settings in _SETTINGS.items():
-        jobs = [Job(python, asked.ranks, settings) for python in pythons]
+    arguments = ["--allreduce"] if asked.allreduce else []
+    for prefix, settings in {"": {}}.items() if asked.allreduce else _SETTINGS.items():
+        jobs = [Job(python, asked.ranks, settings, *arguments) for python in pythons]
         for number, name in enumerate(jobs[0].names):
             if asked.only not in prefix + name:
                 continue
