@@ -316,16 +316,22 @@ def array_terms(x: Array) -> dict[str, object]:
     }
 
 
-def run_agreement(context: Context, request: Request, gentle: bool = False) -> None:
-    """Agree with all ranks, in the calling thread and in order with the communicator's jobs; ``gentle``: asleep."""
+def run_agreement(context: Context, request: Request, gentle: bool = False, patience: float = 0.0) -> None:
+    """Agree with all ranks, in the calling thread and in order with the communicator's jobs; ``gentle``: asleep.
+
+    ``patience``: see ``Progress``.
+    """
     if context.size == 1:
         if request.error is not None:
             raise request.error
         return
     context.prepare(request.function, request.error)
-    context.queue.call(
-        lambda progress: agree(context.comm, context.common, request, progress), request.function, gentle
-    )
+
+    def steps(progress: Progress) -> Steps:
+        progress.patience = patience
+        yield from agree(context.comm, context.common, request, progress)
+
+    context.queue.call(steps, request.function, gentle)
 
 
 def plan_exact(x: Any, comm: MPI.Intracomm, op: MPI.Op, algorithm: str, function: str = "plan_allreduce") -> ExactPlan:

@@ -134,3 +134,30 @@ def test_a_plan_whose_wait_was_interrupted_holds_nobody_in_another_call(comm, ag
         wanted = ("MismatchError: ranks called different collectives", "PeerError: another: rank 0 has failed in it")
     agree(comm, after.startswith(wanted), after)
     new.Free()
+
+
+COMPILES = """
+import time
+from mpi4py import MPI
+from bitring.collectives.runtime.context import context_of
+from bitring.compression.exchange.once_a_node import once_a_node
+context = context_of(MPI.COMM_WORLD)
+context.prepare("a test")
+once_a_node(context, lambda: time.sleep(2.5 if context.rank == 0 else 0), "a test")
+print(f"rank {context.rank} went on", flush=True)
+"""
+
+
+@pytest.mark.single
+def test_compiling_does_not_count_against_the_timeout(clean_environment):
+    prefix, extra = launcher(2)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", COMPILES],
+        env=clean_environment(**extra, BITRING_TIMEOUT="1"),
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode == 0 and all(f"rank {rank} went on" in told for rank in range(2)), told

@@ -24,11 +24,13 @@ class Progress:
     """Progress of a running job, read by the engine: whether it moved, and the peers that it waits for.
 
     ``exchanging``: messages are under way, so that an error now leaves the communicator unusable. ``ends``: why all
-    ranks have agreed that no job may follow this one.
+    ranks have agreed that no job may follow this one. ``patience``: seconds that it may wait whatever the timeout, for
+    work that is known to take long on another rank.
     """
 
     def __init__(self) -> None:
         self.moves = 0
+        self.patience = 0.0
         self.peers: frozenset[int] = frozenset()
         self.exchanging = False
         self.ends = ""

@@ -75,7 +75,8 @@ class Watch:
             ports().read()
             if self.bereaved(job, seconds):
                 return
-        limit = timeout() if self._warned else min(SILENCE_SECONDS, timeout())
+        most = max(timeout(), job.progress.patience)
+        limit = most if self._warned else min(SILENCE_SECONDS, most)
         if seconds >= limit - min(_ANSWER_SECONDS, limit / 2) and self._asked <= max(self._seen_at, self._warned):
             self._asked = now
             job.queue.ask(job)
@@ -90,7 +91,7 @@ class Watch:
         if not self._warned:
             self._warned = now
             logger.warning("%s", complaint)
-        if seconds >= timeout():
+        if seconds >= most:
             engine.bereaved = True
             job.queue.breaks(f"{job.what} timed out", job)
             job.end(TimeoutError(f"{complaint} (BITRING_TIMEOUT={timeout():g})"))
