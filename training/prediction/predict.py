@@ -27,8 +27,7 @@ from bitring.compression.exchange.owner_schedule import Times, encoders, owner_s
 from bitring.models.architecture import LayerTable
 from bitring.training.prediction.cluster import Cluster, Machine
 from bitring.training.prediction.network import ITEMSIZE, Network
-from bitring.training.step.bucket_sizes import BucketSizes, Size, bucket_sizes
-from bitring.training.step.gradient_exchange import OVERLAP_BYTES
+from bitring.training.step.bucket_sizes import OVERLAP_BYTES, BucketSizes, Size, bucket_sizes
 
 BUCKET_BYTES = 25 << 20
 BACKWARD = 2.0  # times the operations of the way forward

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+OVERLAP_BYTES = 8 << 20
+"""Below this size an exchange is over before waking the progress thread has paid."""
+
 
 class Size(NamedTuple):
     """A parameter's; those of different ``dtype`` share no bucket."""

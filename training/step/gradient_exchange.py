@@ -19,11 +19,9 @@ from bitring.compression.factors import Factors, dense, has_factors
 from bitring.compression.plans.telemetry import Totals
 from bitring.errors import NonFiniteError
 from bitring.training.step.bucket import Bucket, make_buckets
+from bitring.training.step.bucket_sizes import OVERLAP_BYTES
 from bitring.training.step.checks import checked_gradients, not_finite
 from bitring.training.tree import host_copy
-
-OVERLAP_BYTES = 8 << 20
-"""Below this size the exchange is over before waking the progress thread has paid."""
 
 
 class GradientExchange:
