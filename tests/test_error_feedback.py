@@ -40,11 +40,13 @@ def forgetful(encode: int, itemsize: int) -> Any:
 
 @dataclass(frozen=True)
 class WithoutFeedback(bitring.OneBit):
-    """One bit a value; what it leaves out is lost."""
+    """One bit per value; what it leaves out is lost."""
 
-    def encode(self, values: Any, residual: Any, payload: Any, seed: int = 0) -> int:
+    def encode(
+        self, values: Any, residual: Any, payload: Any, seed: int = 0, shape: tuple[int, ...] | None = None
+    ) -> int:
         """For the portable exchange."""
-        used = super().encode(values, residual, payload, seed)
+        used = super().encode(values, residual, payload, seed, shape)
         residual[...] = 0
         return used
 
