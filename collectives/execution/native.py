@@ -83,7 +83,7 @@ class NativeTransport:
 
 
 def _outcome(name: str) -> Any:
-    return name if native() is None else extension.Outcome[name]
+    return name if native() is None else extension.Outcome[name].value
 
 
 DONE, DECLINED, REFUSED = map(_outcome, ("done", "declined", "refused"))

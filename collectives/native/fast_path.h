@@ -9,7 +9,6 @@
 #include <memory>
 #include <vector>
 
-#include "news.h"
 #include "shared_allreduce.h"
 
 namespace bitring {
@@ -98,10 +97,8 @@ private:
         std::array<Reduce, type_count> kernels{};
     };
 
-    // Nothing begins here while there is news to be read, such as that a rank has given up: the engine reads it.
     bool closed() const {
-        return busy_ || inside_ != 0 || (thread_ != 0 && thread_ != PyThread_get_thread_ident()) ||
-               News::of_process().unread_lately();
+        return busy_ || inside_ != 0 || (thread_ != 0 && thread_ != PyThread_get_thread_ident());
     }
     Outcome run_open(Operation& operation, double seconds);
 
