@@ -29,6 +29,7 @@ def new_mlp(dtype, seed=0):
     return {name: (rng.standard_normal(shape) * 0.3).astype(dtype) for name, shape in shapes.items()}
 
 
+@np.errstate(invalid="ignore")  # OpenBLAS computes with what is behind small matrices, too
 def mlp_gradients(p, x, y):
     """Gradients of the mean loss over the samples; zeros when there are none."""
     h = np.tanh(x @ p["w1"] + p["b1"])
