@@ -26,6 +26,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from run import launcher  # how this environment's mpirun is called
+
 CASES = [("sync", "none"), ("local", "onebit"), ("sync", "onebit"), ("local", "none")]
 TAU = 4
 INTERVAL_STEPS = 40
@@ -53,24 +56,15 @@ main()
 """
 
 
-def mpirun() -> tuple[list[str], bool]:
-    """The launcher for two ranks, and whether it is Open MPI's."""
-    beside = str(Path(sys.executable).with_name("mpirun"))
-    version = subprocess.run([beside, "--version"], capture_output=True, text=True, check=True).stdout
-    if "Open MPI" not in version:
-        return [beside, "-n", "2"], False
-    os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return [beside, "--oversubscribe", "--bind-to", "none", "-n", "2"], True
-
-
 class Run:
     """One training, in a folder of its own, started as often as it takes."""
 
     def __init__(self, folder: Path, case: tuple[str, str], epochs: int) -> None:
         self.folder, self.output = folder, folder / "run"
         folder.mkdir()
-        (mode, compression), self.launcher, self.openmpi = case, *mpirun()
-        self.command = [*self.launcher, sys.executable, "-c", RANK, str(folder), "train", "--model", "mlp"]
+        (mode, compression), (prefix, self.environment) = case, launcher(2)
+        self.openmpi = "--oversubscribe" in prefix
+        self.command = [*prefix, sys.executable, "-c", RANK, str(folder), "train", "--model", "mlp"]
         self.command += ["--mode", mode, "--compression", compression, "--epochs", str(epochs), "--resume"]
         self.command += ["--checkpoint-every", f"{INTERVAL_STEPS}steps", "--output", str(self.output)]
         self.command += ["--tau", str(TAU)] * (mode != "sync")
@@ -83,7 +77,7 @@ class Run:
         with (self.folder / "log").open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 self.command,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env=os.environ | self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

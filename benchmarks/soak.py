@@ -16,13 +16,15 @@ import gc
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from run import launcher  # how this environment's mpirun is called
 
 POINTS = 25
 """Looks in each phase."""
@@ -289,13 +291,10 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.work:
         return work(asked)
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        sys.exit("soak.py needs mpirun beside this Python or on PATH; pip install mpich brings one")
+    prefix, environment = launcher(asked.ranks)
     return subprocess.run(
-        [mpirun, "-n", str(asked.ranks), sys.executable, __file__, *sys.argv[1:], "--work"],
-        env=os.environ | _NO_MEMORY_EVENTS,
+        [*prefix, sys.executable, __file__, *sys.argv[1:], "--work"],
+        env=os.environ | environment | _NO_MEMORY_EVENTS,
         check=False,
     ).returncode
 

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from stress_steps import BESIDE, FLOATS, UNUSABLE, Call, Step, breaks, draw, judge, name_of, part_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from run import launcher  # how this environment's mpirun is called
 
 LIMIT_SECONDS = 90.0
 """For one call. BITRING_TIMEOUT is a third of it, so that most hangs come as errors."""
@@ -651,16 +653,9 @@ def main() -> int:
         parser.error("--ranks must be 2 or more")
     if asked.work:
         return work(asked)
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        sys.exit("stress.py needs mpirun beside this Python or on PATH; pip install mpich brings one")
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
-    options = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
-    environment = {"BITRING_TIMEOUT": f"{LIMIT_SECONDS / 3:g}"}
-    environment |= dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
-    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-    command = [mpirun, *options, "-n", str(asked.ranks), sys.executable, __file__, *sys.argv[1:], "--work"]
+    prefix, environment = launcher(asked.ranks)
+    environment |= {"BITRING_TIMEOUT": f"{LIMIT_SECONDS / 3:g}"}
+    command = [*prefix, sys.executable, __file__, *sys.argv[1:], "--work"]
     with contextlib.suppress(KeyboardInterrupt):
         return subprocess.run(command, env=os.environ | environment, check=False).returncode
     return 130

@@ -198,7 +198,7 @@ class CallRun:
             self._context.queue.call(whole, self._call.request.function)
         except BaseException as error:
             if arrival is not None and not arrival.over:
-                self._context.queue.cut_short(self._call.request.function, error)
+                self._context.queue.cut_short(self._call.request.function, error, self)
             raise
         if not (self._done or self._handed_on):
             self._take_runner()
@@ -229,7 +229,7 @@ class CallRun:
         try:
             outcome = shared.fast_path.runs(operation, ALONE_SECONDS).run()
         except BaseException as error:  # an interrupt: others may be in the run
-            self._context.queue.cut_short(self._call.request.function, error)
+            self._context.queue.cut_short(self._call.request.function, error, self)
             raise
         if outcome == DONE:
             self._end()

@@ -237,7 +237,7 @@ class ExactPlan(Plan):
             try:
                 outcome = run()
             except BaseException as error:  # an interrupt: others may be in the run
-                self.context.queue.cut_short(self.what, error)
+                self.context.queue.cut_short(self.what, error, self)
                 raise
             if outcome == DONE:
                 self.bytes_sent += self._nbytes
@@ -252,7 +252,7 @@ class ExactPlan(Plan):
             try:
                 self._job = self.context.queue.submit(self._finish, self.what)
             except BaseException as error:
-                self.context.queue.cut_short(self.what, error)
+                self.context.queue.cut_short(self.what, error, self)
                 raise
             self.wait()
 

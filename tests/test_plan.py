@@ -468,3 +468,20 @@ def test_a_plan_is_made_again_on_another_communicator(world, agree, compression)
     plan()
     agree(world, np.allclose(x, world.size), f"{x[0, 0]}")
     half.Free()
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "mpi"])
+def test_what_an_interrupted_run_works_on_is_kept(world, agree, monkeypatch, algorithm: str):
+    """Messages into it may be under way: the MPI library writes there later."""
+    plan = make(np.ones(5), world, algorithm)
+    queue = plan.context.queue
+
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    if shares_memory(world):
+        monkeypatch.setattr(plan, "_past_engine", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            plan()
+    kept = plan in queue.wrecks or not shares_memory(world)
+    agree(world, kept and bool(queue.broken) == shares_memory(world), f"{queue.wrecks}")

@@ -49,7 +49,7 @@ class JobQueue:
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
         self.dead: list[int] | None = None  # ranks that are gone, where it is broken because of that
-        self.wrecks: list[Job] = []  # cut short: the library may still write to their memory
+        self.wrecks: list[object] = []  # what was cut short: the library may still write to their memory
         self.contact: Contact | None = None  # past the MPI library; made by the first job
         self._meeting: tuple[MPI.Request, Any] | None = None  # while it is made
         self._shared: NodeGroup | None = None
@@ -97,14 +97,14 @@ class JobQueue:
             text = f"{what}: this communicator is unusable since {self.broken}"
             raise RuntimeError(f"{text}; {ADVICE}") if self.dead is None else DeadRankError(text, self.dead)
 
-    def breaks(self, why: str, wreck: Job | None = None) -> None:
+    def breaks(self, why: str, wreck: object = None) -> None:
         """Refuse every further job."""
         self.broken = self.broken or why
         if wreck is not None:
             self.wrecks.append(wreck)
         self.rest()
 
-    def loses(self, gone: Sequence[int], wreck: Job | None = None) -> None:
+    def loses(self, gone: Sequence[int], wreck: object = None) -> None:
         """Refuse every further job, since ranks are gone; and tell the others, who may wait for this one."""
         engine.bereaved = True
         self.dead = list(gone)
@@ -117,8 +117,11 @@ class JobQueue:
         self._ended = True
         self.breaks(why, last)
 
-    def cut_short(self, what: str, error: BaseException | None, wreck: Job | None = None) -> None:
-        """Refuse every further job, since others may still exchange what this rank has given up; and tell them."""
+    def cut_short(self, what: str, error: BaseException | None, wreck: object = None) -> None:
+        """Refuse every further job, since others may still exchange what this rank has given up; and tell them.
+
+        ``wreck`` holds the memory of what was given up, and is kept.
+        """
         if not self.broken:
             self.breaks(f"{what} was cut short by {type(error).__name__}", wreck)
             if self.contact is not None:
