@@ -41,7 +41,7 @@ class Batches:
     size: int = 64
 
     def __post_init__(self) -> None:
-        _samples("Batches", (self.x, self.y))
+        checked_samples("Batches", (self.x, self.y))
         object.__setattr__(self, "size", checked("Batches", "size", self.size, int, Range(least=1)))
 
     def __len__(self) -> int:
@@ -97,11 +97,11 @@ def _permuted(batches: Batches, rank: int, size: int, seed: int, epoch: int, sta
 
 def _cut(batches: Iterable[tuple[Array, ...]], rank: int, size: int, start: int) -> Iterator[tuple[Array, ...]]:
     for number, batch in enumerate(itertools.islice(batches, start, None), start):
-        part = _part(_samples(f"shard: batch {number}", batch), rank, size)
+        part = _part(checked_samples(f"shard: batch {number}", batch), rank, size)
         yield tuple(array[part] for array in batch)
 
 
-def _samples(what: str, arrays: Any) -> int:
+def checked_samples(what: str, arrays: Any) -> int:
     """The common length of ``arrays``. Raises TypeError or ValueError, beginning with ``what``, when there is none."""
     if not isinstance(arrays, (tuple, list)) or not arrays:
         raise TypeError(f"{what}: expected a tuple of arrays, such as (x, y), got {type(arrays).__name__}")

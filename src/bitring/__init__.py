@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from bitring.training.checkpoints.loading import load_checkpoint as load_checkpoint
     from bitring.training.checkpoints.saving import save_checkpoint as save_checkpoint
     from bitring.training.data_parallel import DataParallel as DataParallel
+    from bitring.training.lbfgs import LBFGS as LBFGS
     from bitring.training.mode import Mode as Mode
     from bitring.training.modes.block_momentum import BlockMomentum as BlockMomentum
     from bitring.training.modes.local import Local as Local
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from bitring.training.optimizers.adagrad import AdaGrad as AdaGrad
     from bitring.training.optimizers.sgd import SGD as SGD
     from bitring.training.preemption import Preemption as Preemption
+    from bitring.training.sandblaster import Sandblaster as Sandblaster
 
 _abort_on_exception()
 
@@ -66,6 +68,7 @@ _WHERE = {
     "DeadRankError": "errors",
     "Encoder": "compression.encoder",
     "Factors": "compression.factors",
+    "LBFGS": "training.lbfgs",
     "MismatchError": "errors",
     "Mode": "training.mode",
     "Model": "models.model",
@@ -75,6 +78,7 @@ _WHERE = {
     "Plan": "collectives.plan",
     "Preemption": "training.preemption",
     "Reducer": "compression.reducer",
+    "Sandblaster": "training.sandblaster",
     "allreduce": "collectives.allreduce",
     "explain": "collectives.plan",
     "load": "models.dataset",

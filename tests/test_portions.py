@@ -1,0 +1,105 @@
+"""Handing out portions, and sums along a fixed tree, whoever computes what and when."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitring.training.portions import Portions
+from bitring.training.shard import held_by, nodes_of, parts_for, parts_of
+from bitring.training.sum_tree import SumTree
+
+pytestmark = pytest.mark.single
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.booleans(), st.randoms(use_true_random=False))
+def test_every_portion_counts_once_whatever_happens(count, replicas, backups, random):
+    portions = Portions(count, replicas, backups)
+    held: dict[int, list[int]] = {replica: [] for replica in range(replicas)}
+    present = set(held)
+    counted: list[int] = []
+    for _ in range(20 * count * replicas):
+        if portions.finished:
+            break
+        replica = random.choice(sorted(present))
+        if held[replica] and random.random() < 0.5:
+            portion = held[replica].pop(random.randrange(len(held[replica])))
+            if portions.done(replica, portion):
+                counted.append(portion)
+        elif len(present) > 1 and random.random() < 0.05:
+            present.remove(replica)
+            portions.leave(replica)
+        else:
+            portion = portions.next(replica)
+            if portion is not None:
+                assert portion not in held[replica]
+                assert portion not in counted
+                held[replica].append(portion)
+    assert sorted(counted) == list(range(count))
+    assert portions.finished
+    assert portions.holders() <= present
+    assert portions.next(min(present)) is None
+
+
+def test_a_replica_gets_neighbours():
+    portions = Portions(64, 4, True)
+    got: dict[int, list[int]] = {replica: [] for replica in range(4)}
+    for _ in range(16):
+        for replica in got:
+            portion = portions.next(replica)
+            assert portion is not None
+            got[replica].append(portion)
+    assert got == {replica: list(range(16 * replica, 16 * replica + 16)) for replica in range(4)}
+
+
+def test_copies_are_of_the_oldest_and_only_where_asked_for():
+    portions, without = Portions(3, 2, True), Portions(3, 2, False)
+    for each in (portions, without):
+        assert [each.next(0), each.next(1), each.next(0)] == [0, 1, 2]
+    assert without.next(1) is None
+    assert [portions.next(1), portions.next(1), portions.next(1)] == [0, 2, None]
+    assert portions.done(1, 0)
+    assert not portions.done(0, 0)
+
+
+def test_late_results_of_what_is_finished_do_not_count():
+    portions = Portions(1, 2, True)
+    assert portions.next(0) == portions.next(1) == 0
+    assert portions.done(1, 0)
+    assert portions.finished
+    assert not portions.done(0, 0)
+    assert portions.finished
+
+
+@given(st.integers(1, 70), st.randoms(use_true_random=False))
+def test_sums_do_not_depend_on_the_order_or_on_who_adds(leaves, random):
+    values = np.random.default_rng(leaves).standard_normal((leaves, 3)).astype(np.float32)
+    wanted = SumTree(leaves)
+    for leaf in range(leaves):
+        wanted.add((0, leaf), values[leaf].copy())
+    adders = [SumTree(leaves) for _ in range(4)]
+    order = list(range(leaves))
+    random.shuffle(order)
+    for leaf in order:
+        random.choice(adders).add((0, leaf), values[leaf].copy())
+    total = SumTree(leaves)
+    for node, value in random.sample(items := [item for adder in adders for item in adder.nodes.items()], len(items)):
+        assert not total.complete
+        total.add(node, value)
+    assert total.complete
+    assert total.total.tobytes() == wanted.total.tobytes()
+    np.testing.assert_allclose(total.total, values.sum(0, dtype=np.float64), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", range(1, 20))
+def test_ranks_hold_whole_parts(ranks):
+    parts = parts_for(ranks)
+    for size in (0, 1, 5, 1000):
+        cuts = [held_by(rank, ranks, size) for rank in range(ranks)]
+        assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts[:-1])]
+        assert cuts[-1].stop == size
+    tree = SumTree(parts)
+    for rank in range(ranks):
+        for node in nodes_of(*parts_of(rank, ranks), parts):
+            tree.add(node, 0)
+    assert tree.complete
