@@ -59,15 +59,21 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--compression", nargs="*", default=["onebit", "onebit:levels=row", "onebit:levels=block"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="runs that this file holds already are not made again")
     asked = parser.parse_args()
     comm, data = MPI.COMM_WORLD, load("fashion_mnist")
-    machine = describe(comm)
-    cases: dict[str, Any] = {}
+    found = {"model": asked.model, "lr": asked.lr, "ranks": comm.size, "machine": describe(comm), "cases": {}}
+    if comm.rank == 0 and asked.json and asked.json.exists():
+        found["cases"] = json.loads(asked.json.read_text(encoding="utf-8"))["cases"]
+    cases: dict[str, Any] = comm.bcast(found["cases"], 0)
+    found["cases"] = cases
     for compression in (None, *asked.compression):
-        runs = [train(data, asked.model, compression, asked.lr, seed) for seed in range(asked.seeds)]
         name = compression or "exact"
-        cases[name] = runs
+        runs = cases.setdefault(name, [])
+        for seed in range(len(runs), asked.seeds):
+            runs.append(train(data, asked.model, compression, asked.lr, seed))
+            if comm.rank == 0 and asked.json:
+                asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         if comm.rank == 0:
             gaps = [run["accuracy"] - exact["accuracy"] for run, exact in zip(runs, cases["exact"], strict=True)]
             print(
@@ -76,9 +82,6 @@ def main() -> None:
                 f"{cases['exact'][0]['bytes_sent'] / max(1, runs[0]['bytes_sent']):.1f}",
                 flush=True,
             )
-    if comm.rank == 0 and asked.json:
-        found = {"model": asked.model, "lr": asked.lr, "ranks": comm.size, "machine": machine, "cases": cases}
-        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

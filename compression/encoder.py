@@ -9,7 +9,7 @@ import functools
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -77,15 +77,23 @@ class Encoder(Compressor, ABC):
                 _modules[checked] = method.__module__
                 setattr(cls, name, checked)
 
-    def for_shape(self, shape: tuple[int, ...], ranks: int) -> Encoder:
-        """The encoder of a parameter of this ``shape``, of which ``ranks`` ranks own parts; by default this one: flat.
+    def grain(self, shape: tuple[int, ...]) -> int:
+        """A parameter of this ``shape`` is cut among ranks at multiples of so many values; by default of ``block``."""
+        return self.block
 
-        An encoder whose levels belong to rows and columns returns one that knows them. Its ``block`` is a panel: whole
-        rows, each the ``prod(shape[1:])`` values of an index of the first dimension. Values are encoded panel by panel,
-        and joined as blocks are; ranks own whole panels, the last one of a parameter has fewer rows. What is left of a
-        parameter that nodes' lanes have cut inside a row is flat again.
+    def for_parts(self, shapes: Sequence[tuple[int, ...]]) -> list[Encoder]:
+        """The encoders of the parts of one buffer, of which each is one rank's; by default this one for all: flat.
+
+        A part is a parameter of that shape, or rows of one: the ``prod(shape[1:])`` values of an index of the first
+        dimension each. An encoder whose levels belong to rows and columns returns ones that know them, and a row as
+        ``grain``. Their ``block`` is a panel of whole rows; values are encoded panel by panel, and joined as blocks
+        are, the last one with fewer rows. What is left of a parameter that nodes' lanes have cut inside a row is flat.
         """
-        return self
+        return [self] * len(shapes)
+
+    def for_shape(self, shape: tuple[int, ...]) -> Encoder:
+        """The encoder of a buffer that is one parameter of this ``shape``, all of it one rank's."""
+        return self.for_parts([shape])[0]
 
     @abstractmethod
     def nbytes(self, n: int) -> int:
@@ -281,7 +289,7 @@ def _shaped(encoder: Encoder, method: str, shape: tuple[int, ...] | None, values
             f"{type(encoder).__name__}.{method}: shape must be of {values.size} values, as many as there are; "
             f"got {tuple(shape)}"
         )
-    return encoder.for_shape(tuple(shape), 1)
+    return encoder.for_shape(tuple(shape))
 
 
 def write_out(decoded: Array, out: Array, accumulate: bool) -> None:

@@ -13,20 +13,21 @@ v = values + residual, a panel of some rows. A value's bit is v >= 0, so -0.0 ha
 - low and high, two float32, are these largest means over the mean of all columns' c.
 
 A bit decodes to (low or high · the row's number)·c, products in float32, and residual = v - decoded. Rows and columns
-of zeros decode to zeros, and nothing else does, unless it is too small for float32. NaN or infinity in a panel makes
+of zeros decode to zeros. NaN or infinity in a panel makes
 what it decodes to there NaN, and possibly all of its sign. So does a mean beyond float32's range.
 
-The codes are short floating-point numbers. Code 0 is zero; a number x, 0 < x <= 1, has the code k of the nearest of the
-largest ``2**nbits - 1`` of the numbers 1, 3/4, 1/2, 3/8, 1/4, ..., whose float32 bits go down in steps of 2**22; what
-lies below the last of them has that.
+The codes are short floating-point numbers: the nearest of zero, code 0, and the largest ``2**nbits - 1`` of the numbers
+1, 3/4, 1/2, 3/8, 1/4, ..., whose float32 bits go down in steps of 2**22. What is less than half of the last of them is
+zero, so that nearly dead columns and rows get nothing, rather than noise; what they have gathers in the residual.
 
 Payload, panel after panel, without gaps, little-endian; the last bits of each part are zero::
 
     float32 low, float32 high; 3 bits for each group of columns; a byte for each group of rows, the code of its low in
     the 4 lower bits; a bit for each value, each row beginning with a byte
 
-Groups are of as many rows as ``256 / columns`` asks for, and of as many columns as it takes to keep a panel within the
-bytes of 1-bit blocks of 1024 values, 17/16 bits a value; both are powers of two.
+Groups are of as many rows as ``256 / columns`` asks for, and of as many columns as it takes to keep all panels of a
+buffer together within the bytes of 1-bit blocks of 1024 values, 17/16 bits a value; both are powers of two. Small
+matrices are the last whose columns share numbers.
 
 Sums are made in one fixed order: of a row as ``onebit.py`` makes those of a block, and float64 adds those of a group's
 rows, one after the other; of a column in the residual's dtype, of abs(v)·2**-8, row after row; of a group's columns
@@ -35,8 +36,10 @@ likewise.
 
 from __future__ import annotations
 
+import heapq
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,10 +48,10 @@ from bitring.compression.encoder import Array, Encoder, write_out
 from bitring.settings import setting
 
 PANEL_ROWS = 64
-"""A panel has as many rows, or fewer: it stays in the cache from the first pass over it to the second."""
+"""A panel has about as many rows, or fewer: it stays in the cache from the first pass over it to the second."""
 
 NARROW = 576
-"""With fewer columns, panels have up to twice as many rows: columns need not share numbers then."""
+"""With fewer columns, panels have about twice as many rows: columns need not share numbers then."""
 
 MOST_ROWS = 256
 """Where such panels are not worth their levels; the sum of so many values·2**-8 does not overflow."""
@@ -61,10 +64,14 @@ _ONE = 0x3F800000 >> _STEP
 
 @dataclass(frozen=True)
 class RankOne(Encoder):
-    """One bit a value, and levels of rank one for panels of up to ``rows`` rows of ``columns`` values."""
+    """One bit a value, and levels of rank one for panels of up to ``rows`` rows of ``columns`` values.
+
+    ``column_group`` neighbouring columns share a number, a power of two.
+    """
 
     columns: int = setting(1024, least=1)
     rows: int = setting(PANEL_ROWS, least=1, most=MOST_ROWS)
+    column_group: int = setting(1, least=1)
     block: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,14 +87,15 @@ class RankOne(Encoder):
 
     def panel_nbytes(self, rows: int) -> int:
         """Bytes of a panel of so many rows."""
-        return 8 + self._columns_nbytes(self.column_group(rows)) + -(-rows // self.row_group) + rows * self._row_nbytes
+        return 8 + self._codes_nbytes + -(-rows // self.row_group) + rows * self._row_nbytes
 
     @property
     def _row_nbytes(self) -> int:
         return (self.columns + 7) // 8
 
-    def _columns_nbytes(self, group: int) -> int:
-        return (COLUMN_NBITS * -(-self.columns // group) + 7) // 8
+    @property
+    def _codes_nbytes(self) -> int:
+        return (COLUMN_NBITS * -(-self.columns // self.column_group) + 7) // 8
 
     @property
     def row_group(self) -> int:
@@ -97,17 +105,9 @@ class RankOne(Encoder):
             group *= 2
         return group
 
-    def column_group(self, rows: int) -> int:
-        """Neighbouring columns that share a number, in a panel of so many rows."""
-        rest = 8 + -(-rows // self.row_group) + rows * self._row_nbytes
-        group = 1
-        while group < self.columns and 128 * (rest + self._columns_nbytes(group)) > 17 * rows * self.columns:
-            group *= 2
-        return group
-
     def settings(self) -> tuple[float, ...]:
         """See Encoder."""
-        return self.columns, self.rows
+        return self.columns, self.rows, self.column_group
 
     @np.errstate(all="ignore")
     def encode(self, values: Array, residual: Array, payload: Array, seed: int = 0) -> int:
@@ -126,8 +126,7 @@ class RankOne(Encoder):
 
     def _levels(self, v: Array, is_high: Array) -> tuple[list[Array], Array]:
         """The parts of the payload before the bits, and what the bits decode to."""
-        rows, columns = v.shape
-        group = self.column_group(rows)
+        columns, group = self.columns, self.column_group
         sums = np.add.accumulate(np.abs(v) * v.dtype.type(2.0**-8), axis=0)[-1]
         column_codes = _coded(_group_sums(sums, group) / _group_counts(columns, group), COLUMN_NBITS)
         mean = float(np.repeat(_decoded(column_codes, COLUMN_NBITS), group)[:columns].sum(dtype=np.float64)) / columns
@@ -147,7 +146,7 @@ class RankOne(Encoder):
 
     def _products(self, head: Array, column_codes: Array, row_bytes: Array, is_high: Array) -> Array:
         rows, columns = is_high.shape
-        c = np.repeat(_decoded(column_codes, COLUMN_NBITS), self.column_group(rows))[:columns]
+        c = np.repeat(_decoded(column_codes, COLUMN_NBITS), self.column_group)[:columns]
         nibbles = row_bytes & (1 << ROW_NBITS) - 1, row_bytes >> ROW_NBITS
         low, high = (
             np.repeat(level * _decoded(codes, ROW_NBITS), self.row_group)[:rows, None]
@@ -169,9 +168,8 @@ class RankOne(Encoder):
             here = out[first : first + self.block]
             rows = here.size // self.columns
             head = take(8).copy().view(np.float32)
-            group = self.column_group(rows)
-            columns = -(-self.columns // group)
-            packed = take(self._columns_nbytes(group))
+            columns = -(-self.columns // self.column_group)
+            packed = take(self._codes_nbytes)
             codes = _unpacked(packed.reshape(1, -1), COLUMN_NBITS * columns).reshape(-1, COLUMN_NBITS)
             column_codes = codes @ (1 << np.arange(COLUMN_NBITS))
             row_bytes = take(-(-rows // self.row_group))
@@ -179,25 +177,51 @@ class RankOne(Encoder):
             write_out(self._products(head, column_codes, row_bytes, bits == 1).reshape(-1), here, accumulate)
 
 
-def panels_of(rows: int, columns: int, ranks: int) -> RankOne:
-    """Panels of a matrix that so many ranks own parts of, and whether they take no more bytes than blocks do.
+def panels_of(rows: int, columns: int) -> RankOne | None:
+    """Panels of so many rows, as high as each other; columns share no numbers.
 
-    Each rank gets some, as long as panels are worth their levels.
+    None where panels would take more bytes than blocks of 1024 values do even if all columns shared one.
     """
-    share = -(-rows // ranks)
     most = PANEL_ROWS if columns >= NARROW else 2 * PANEL_ROWS
-    height = -(-share // -(-share // most))
-    panels = RankOne(columns, height)
-    while not pays(panels, rows) and height < min(rows, MOST_ROWS):
-        height = min(rows, MOST_ROWS, height + 1 + height // 4)
+    while True:
+        count = max(1, (2 * rows + most) // (2 * most), -(-rows // MOST_ROWS))
+        height = -(-rows // count)
         panels = RankOne(columns, height)
-    return panels
+        if 128 * _coarsest(panels).nbytes(rows * columns) <= 17 * rows * columns:
+            return panels
+        if height == rows or most == MOST_ROWS:
+            return None
+        most = min(MOST_ROWS, most + most // 2)
 
 
-def pays(panels: RankOne, rows: int) -> bool:
-    """Whether so many rows take no more bytes than 1-bit blocks of 1024 values do."""
-    n = rows * panels.columns
-    return 128 * panels.nbytes(n) <= 17 * n
+def fitted(encoders: Sequence[Encoder], sizes: Sequence[int]) -> list[Encoder]:
+    """Panels with as many numbers of columns as fit in; ``sizes``: the values that each of the encoders is for.
+
+    What is encoded together takes no more bytes than blocks of 1024 values do, as far as columns that share numbers can
+    bring that about. Groups of columns are doubled that are the smallest, of those where most bytes are.
+    """
+    fitting = list(encoders)
+    nbytes = [encoder.nbytes(size) for encoder, size in zip(fitting, sizes, strict=True)]
+    panels = {k: each for k, each in enumerate(fitting) if isinstance(each, RankOne)}
+    least = {k: _coarsest(each).nbytes(sizes[k]) for k, each in panels.items()}
+    room = sum(max(17 * size, 128 * least.get(k, nbytes[k])) for k, size in enumerate(sizes))
+    total = sum(nbytes)
+    finest = [(each.column_group, -nbytes[k], k) for k, each in panels.items()]
+    heapq.heapify(finest)
+    while 128 * total > room:
+        group, _, k = heapq.heappop(finest)
+        fitting[k] = panels[k] = replace(panels[k], column_group=2 * group)
+        total -= nbytes[k]
+        nbytes[k] = fitting[k].nbytes(sizes[k])
+        total += nbytes[k]
+        if 2 * group < panels[k].columns:
+            heapq.heappush(finest, (2 * group, -nbytes[k], k))
+    return fitting
+
+
+def _coarsest(panels: RankOne) -> RankOne:
+    """The panels with a single number of all columns."""
+    return replace(panels, column_group=1 << panels.columns.bit_length())
 
 
 def _group_counts(n: int, group: int) -> Array:
@@ -241,7 +265,7 @@ def _coded(x: Array, nbits: int) -> Array:
     ratio = (x / largest).astype(np.float32)
     top = (1 << nbits) - 1
     steps = ((ratio.view(np.uint32) + (1 << (_STEP - 1))) >> _STEP).astype(np.int64) - _ONE
-    return np.where(ratio > 0, np.clip(steps + top, 1, top), 0).astype(np.uint8)
+    return np.where(ratio >= 2.0 ** -(1 << nbits - 1), np.clip(steps + top, 1, top), 0).astype(np.uint8)
 
 
 def _decoded(codes: Array, nbits: int) -> Array:

@@ -60,13 +60,13 @@ static unsigned short float_to_float16(float x) { return round_to_float16(x); }
 
 static void (*kernel5)(const void*, void*, void*, long long, long long);
 static void (*kernel4)(const void*, void*, long long, long long);
-static void (*kernel7)(const void*, void*, void*, void*, long long, long long, long long);
+static void (*kernel8)(const void*, void*, void*, void*, long long, long long, long long, long long);
 static void *a, *b, *c, *d;
-static long long n, block, most;
+static long long n, block, most, group;
 
 static void thread() {
     if (most)
-        kernel7(a, b, c, d, n, block, most);
+        kernel8(a, b, c, d, n, block, most, group);
     else if (c)
         kernel5(a, b, c, n, block);
     else
@@ -77,11 +77,11 @@ static void thread() {
 // Runs a kernel of three arrays, or two if the third is null; with `most`, one of panels: of four arrays, which has
 // columns instead of a block. Returns 0, or 1 if lanes of a warp made different numbers of warp-wide calls.
 extern "C" int run(void* kernel, void* a_, void* b_, void* c_, void* d_, long long n_, long long block_,
-                   long long most_, int blocks, int warps) {
+                   long long most_, long long group_, int blocks, int warps) {
     std::memcpy(&kernel5, &kernel, sizeof kernel);
     std::memcpy(&kernel4, &kernel, sizeof kernel);
-    std::memcpy(&kernel7, &kernel, sizeof kernel);
-    a = a_, b = b_, c = c_, d = d_, n = n_, block = block_, most = most_;
+    std::memcpy(&kernel8, &kernel, sizeof kernel);
+    a = a_, b = b_, c = c_, d = d_, n = n_, block = block_, most = most_, group = group_;
     gridDim.x = blocks;
     blockDim.x = 32 * warps;
     for (int warp = 0; warp < blocks * warps; ++warp) {

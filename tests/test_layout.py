@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,13 @@ class Flat(Encoder):
 
 @dataclass(frozen=True)
 class Shaped(Flat):
-    """Encodes panels of two rows, or of one where each rank is to have some."""
+    """Encodes panels of two rows."""
 
-    def for_shape(self, shape: tuple[int, ...], ranks: int) -> Encoder:
-        return Flat(math.prod(shape[1:]) * (1 if shape[0] <= ranks else 2)) if len(shape) > 1 else self
+    def grain(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[1:]) if len(shape) > 1 else self.block
+
+    def for_parts(self, shapes: Sequence[tuple[int, ...]]) -> list[Encoder]:
+        return [Flat(2 * self.grain(shape)) if len(shape) > 1 else self for shape in shapes]
 
 
 sizes = st.integers(1, 9)
@@ -109,7 +113,8 @@ def test_panels_are_whole_rows_of_one_parameter(
         else:
             assert (a - start) % columns == 0
             assert (b - a) % columns == 0
-            assert (b - a) % each.block == 0 or b + columns > min(stop, last)
+            end = min(stop, last, first + next(end for begin, end in layout.owned if begin <= a - first < end))
+            assert (b - a) % each.block == 0 or b + columns > end
 
 
 def test_each_rank_owns_a_panel_of_a_matrix_where_there_are_enough() -> None:

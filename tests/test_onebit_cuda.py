@@ -98,7 +98,7 @@ def test_source_run_on_the_host(on_host: Any, dtype: Any, block: int, blocks: in
         kernel = ctypes.cast(on_host[f"{name}_{dtype.name}"], ctypes.c_void_p)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
         pointers += [ctypes.c_void_p(None)] * (4 - len(pointers))
-        sizes = [ctypes.c_longlong(n), ctypes.c_longlong(block), ctypes.c_longlong(0), blocks, warps]
+        sizes = [*map(ctypes.c_longlong, (n, block, 0, 0)), blocks, warps]
         assert on_host.run(kernel, *pointers, *sizes) == 0, "the lanes of a warp went different ways"
 
     def encode(values: Any, residual: Any, payload: Any, block: int) -> None:
@@ -111,8 +111,11 @@ def test_source_run_on_the_host(on_host: Any, dtype: Any, block: int, blocks: in
         check_against_reference(encode, decode, dtype, n, block)
 
 
-SHAPES = [(1, 1, 1), (5, 7, 2), (64, 300, 64), (33, 64, 16), (70, 100, 25), (3, 2000, 64), (130, 33, 64)]
-"""Rows, columns, and rows of a panel."""
+SHAPES = [
+    *[(1, 1, 1, 1), (5, 7, 2, 4), (64, 300, 64, 1), (33, 64, 16, 2), (70, 100, 25, 1), (3, 2000, 64, 32)],
+    (130, 33, 64, 64),
+]
+"""Rows, columns, rows of a panel, columns of a group."""
 
 
 def example_of_panels(rows: int, columns: int, dtype: Any) -> tuple[Any, Any]:
@@ -124,9 +127,9 @@ def example_of_panels(rows: int, columns: int, dtype: Any) -> tuple[Any, Any]:
     return values.astype(dtype).reshape(-1), residual.astype(residual_dtype(dtype)).reshape(-1)
 
 
-def check_panels(encode: Any, decode: Any, dtype: Any, shape: tuple[int, int, int], huge: bool) -> None:
-    rows, columns, most = shape
-    panels: Any = RankOne(columns, most)
+def check_panels(encode: Any, decode: Any, dtype: Any, shape: tuple[int, int, int, int], huge: bool) -> None:
+    rows, columns, most, group = shape
+    panels: Any = RankOne(columns, most, group)
     values, residual = example_of_panels(rows, columns, dtype)
     if huge:
         largest = min(float(ml_dtypes.finfo(dtype).max), float(np.finfo(np.float32).max))

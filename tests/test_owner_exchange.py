@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,9 +121,11 @@ class ByRows(Encoder):
     columns: int = 32
     block: int = 32
 
-    def for_shape(self, shape: tuple[int, ...], ranks: int) -> Encoder:
-        columns = math.prod(shape[1:])
-        return ByRows(columns, 2 * columns) if len(shape) > 1 else self
+    def grain(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[1:]) if len(shape) > 1 else self.block
+
+    def for_parts(self, shapes: Sequence[tuple[int, ...]]) -> list[Encoder]:
+        return [ByRows(self.grain(shape), 2 * self.grain(shape)) if len(shape) > 1 else self for shape in shapes]
 
     def nbytes(self, n: int) -> int:
         return n + 4 * -(-n // self.columns)
@@ -399,7 +402,8 @@ def test_a_rank_that_fails_alone(
     if not native:
         monkeypatch.setattr(plan_module, "exchange_for", lambda *_: PortableOwnerExchange)
     other = comm.Dup()
-    plan = bitring.plan_allreduce(np.ones(5000, np.float32), comm=other, compression="topk", hierarchical=False)
+    x = np.ones(5000, np.float32)
+    plan = bitring.plan_allreduce(x, comm=other, compression="topk:block=512", hierarchical=False)
     said: list[str] = []
     for _ in range(2):
         try:

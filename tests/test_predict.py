@@ -7,6 +7,7 @@ import pytest
 
 import bitring
 from bitring.commands._predict import advice
+from bitring.compression.exchange.layout import lay_out
 from bitring.compression.exchange.owner_schedule import encoders
 from bitring.models.architecture import LayerTable, layer_table
 from bitring.training.prediction import predict as module
@@ -45,7 +46,7 @@ def test_a_step_by_hand_where_all_but_the_wire_is_free(ranks: int):
     assert found["exact"].seconds == pytest.approx(0.25 + share * 4 * n / GBIT, rel=1e-4)
     assert found["exact"].exposed == pytest.approx(found["exact"].wire, rel=1e-4)
     assert found["exact"].nbytes == share * 4 * n
-    payload = bitring.OneBit().for_shape((4096, 4096), ranks).nbytes(n)
+    payload = lay_out(bitring.OneBit(), [(4096, 4096)], ranks).expected_nbytes
     assert found["onebit"].seconds == pytest.approx(0.25 + share * payload / GBIT, rel=1e-4)
     assert found["onebit"].nbytes == pytest.approx(share * payload)
     assert all(each.leaving == each.nbytes for each in found.values())  # one rank a node
@@ -172,7 +173,8 @@ def test_bytes_that_leave_a_node():
     found = by_name(MATRIX, Cluster(nodes * q, nodes, GBIT), FAST, batch=1)
     share = 2 * (nodes - 1) / nodes
     assert found["exact"].leaving == found["mpi"].leaving == share * 4 * n < q * found["exact"].nbytes
-    assert found["onebit"].leaving == pytest.approx(share * bitring.OneBit().for_shape((4096, 4096), nodes).nbytes(n))
+    payload = lay_out(bitring.OneBit(), [(4096, 4096)], nodes).expected_nbytes
+    assert found["onebit"].leaving == pytest.approx(share * payload)
     assert found["sufficient_factors"].leaving == (nodes * q - 1) * 4 * (4096 + 4096)
     assert all(each.leaving == 0 for each in predict(MATRIX, Cluster(q, 1), FAST))
 

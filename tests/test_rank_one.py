@@ -61,12 +61,13 @@ def test_kernels_compile(dtype: Any) -> None:
     columns=st.sampled_from([1, 7, 8, 31, 32, 33, 64, 100, 256, 300]) | st.integers(1, 200),
     rows=st.integers(1, 80),
     most=st.integers(1, 70),
+    group=st.sampled_from([1, 1, 2, 16, 512]),
     seed=st.integers(0, 999),
     spread=st.sampled_from([0.0, 1.0, 3.0]),
     zeros=st.booleans(),
 )
 def test_kernels_equal_the_numpy_code(
-    dtype: Any, columns: int, rows: int, most: int, seed: int, spread: float, zeros: bool
+    dtype: Any, columns: int, rows: int, most: int, group: int, seed: int, spread: float, zeros: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     values = matrix(rows, columns, seed, spread)
@@ -77,7 +78,7 @@ def test_kernels_equal_the_numpy_code(
             x[:, ::4] = -0.0
     values = np.clip(values, -6e4, 6e4).astype(dtype).reshape(-1)
     residual = residual.astype(residual_dtype(dtype)).reshape(-1)
-    expected_residual, panels, in_numpy = residual.copy(), RankOne(columns, most), cast(Any, RankOne)
+    expected_residual, panels, in_numpy = residual.copy(), RankOne(columns, most, group), cast(Any, RankOne)
     payload = np.full(panels.nbytes(values.size) + 3, 0xAA, np.uint8)
     expected = payload.copy()
     used = panels.encode(values, residual, payload[1:-1])  # at an odd address
@@ -97,7 +98,7 @@ def test_kernels_equal_the_numpy_code(
 @pytest.mark.parametrize("shape", [(64, 256), (70, 301), (3, 1000), (5, 4, 8)])
 def test_decoded_and_residual_make_the_value(dtype: Any, shape: tuple[int, ...]) -> None:
     v = matrix(shape[0], math.prod(shape[1:])).astype(dtype)
-    panels = OneBit(levels="rank_one").for_shape(shape, 1)
+    panels = OneBit(levels="rank_one").for_shape(shape)
     assert isinstance(panels, RankOne)
     payload, left = encoded(panels, v)
     wide = residual_dtype(dtype)
@@ -112,7 +113,7 @@ def test_levels_of_a_small_panel_by_hand() -> None:
     wide = np.zeros((64, 576), np.float32)
     wide[:2, :4] = [[8, -4, 0, 2], [4, 2, 0, -1]]
     payload, left = encoded(panels, wide)
-    assert (panels.row_group, panels.column_group(64)) == (1, 1)
+    assert (panels.row_group, panels.column_group) == (1, 1)
     low, high = payload[:8].view(np.float32)
     mean = (1 + 0.5 + 0 + 0.25) / 576
     # Means of rows: (8 + 2)/575 and (4 + 2)/575 of the others, -4 and -1 of the negative ones.
@@ -138,8 +139,7 @@ def test_codes_are_the_nearest_numbers(nbits: int) -> None:
     assert _coded(numbers, nbits).tolist() == list(range(1 << nbits))
     x = np.append(np.float32(1), np.random.default_rng(0).uniform(0, 1, 999).astype(np.float32) ** 3)
     codes = _coded(x, nbits)
-    assert (codes > 0).all()
-    near = np.abs(numbers[1:, None] - x).min(axis=0)
+    near = np.abs(numbers[:, None] - x).min(axis=0)
     assert (np.abs(_decoded(codes, nbits) - x) <= near * (1 + 1e-6)).all()
 
 
@@ -155,7 +155,7 @@ def test_rows_and_columns_of_zeros_decode_to_zeros(dtype: Any) -> None:
         assert np.isfinite(out.astype(float)).all()
         assert np.isfinite(left).all()
         assert not out[~x.any(axis=1)].any()
-        assert panels.column_group(64) > 1 or not out[:, ~x.any(axis=0)].any()
+        assert not out[:, ~x.any(axis=0)].any()
         assert not left[~x.any(axis=1)].any()
 
 
@@ -219,22 +219,48 @@ ALL_SHAPES = [
 @pytest.mark.parametrize("shape", ALL_SHAPES, ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16, 64])
 def test_levels_take_no_more_than_those_of_blocks(shape: tuple[int, ...], ranks: int) -> None:
-    """6% of a payload, whatever the shape and the number of ranks; parts of a byte and a last, short block aside."""
+    """6% of a payload, whatever the shape and the number of ranks; parts of a byte and last, short blocks aside."""
     n = math.prod(shape)
-    each = OneBit().for_shape(shape, ranks)
-    assert each.nbytes(n) <= OneBit().nbytes(n)
-    levels = 1 - n / 8 / each.expected_nbytes(n)
-    assert levels < 0.06 or each == OneBit()
     layout = lay_out(OneBit(), [shape], ranks)
-    pieces = [piece for chunk in layout.segments for segment in chunk for piece in segment]
-    assert sum(encoder.nbytes(b - a) for a, b, encoder in pieces) == each.nbytes(n)
-    if n >= 4096 * ranks and shape[0] >= 4 * ranks and isinstance(each, RankOne):
-        assert sum(a < b for a, b in layout.owned) > 0.9 * ranks, "ranks own nothing"
+    assert layout.expected_nbytes <= OneBit().nbytes(n) + 8 * ranks
+    assert 1 - n / 8 / layout.expected_nbytes < 0.06 or OneBit() in layout.encoders
+    if n >= 4096 * ranks and shape[0] >= 4 * ranks:
+        most = max(b - a for a, b in layout.owned)
+        assert most <= 1.1 * n / ranks + max(1024, n // shape[0]), "a rank owns more than others"
+
+
+NETWORKS: dict[str, list[tuple[int, ...]]] = {
+    "mlp": [(10, 256), (256, 784)],
+    "cnn": [(10, 1024), (1024,), (1024, 1024), (64, 5, 5, 32)],
+}
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_small_matrices_have_a_number_for_each_column(name: str, ranks: int) -> None:
+    """An MLP's last layer with numbers of 64 columns lost up to 10 points: what they leave is 0.8, not 0.35."""
+    shapes = NETWORKS[name]
+    layout = lay_out(OneBit(), shapes, ranks)
+    first = layout.segments[0][0][0]
+    assert (first.stop - first.start, first.encoder) == (math.prod(shapes[0]), RankOne(shapes[0][-1], 10))
+    n = sum(map(math.prod, shapes))
+    assert 128 * layout.expected_nbytes <= 17 * n + 128 * 8
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(4, 29), (16, 28.5)])
+def test_what_the_cnn_sends(ranks: int, most: float) -> None:
+    """So many times less than exact, by the rank that sends most; small parameters travel exactly."""
+    shapes = NETWORKS["cnn"]
+    layout = lay_out(OneBit(), shapes, ranks)
+    small, n = 32 * 25 + 32 + 64 + 10, sum(map(math.prod, shapes))
+    sent = [layout.expected_nbytes_sent(rank) for rank in range(ranks)]
+    exact = 2 * (ranks - 1) / ranks * 4
+    assert max(sent) + exact * small < exact * (n + small) / most
 
 
 def test_which_levels_a_shape_has() -> None:
     def kind(levels: str, *shape: int) -> str:
-        return type(OneBit(levels=levels).for_shape(shape, 4)).__name__
+        return type(OneBit(levels=levels).for_shape(shape)).__name__
 
     assert [kind(levels, 256, 784) for levels in ("auto", "rank_one", "row", "block")] == [
         *("RankOne", "RankOne", "_Rows", "OneBit")
@@ -243,13 +269,13 @@ def test_which_levels_a_shape_has() -> None:
         assert kind(levels, 5000) == "OneBit"
     assert kind("auto", 64, 27) == "OneBit"
     assert kind("rank_one", 64, 27) == "RankOne"
-    assert OneBit().for_shape((64, 3, 3, 32), 4) == OneBit().for_shape((64, 288), 4)
+    assert OneBit().for_shape((64, 3, 3, 32)) == OneBit().for_shape((64, 288))
 
 
 @pytest.mark.parametrize("columns", [1, 20, 64, 301])
 def test_rows_are_blocks_of_any_length(columns: int) -> None:
     v = matrix(7, columns).astype(np.float32)
-    rows: Any = OneBit(levels="row").for_shape(v.shape, 1)
+    rows: Any = OneBit(levels="row").for_shape(v.shape)
     payload, left = encoded(rows, v)
     assert payload.size == 7 * (8 + -(-columns // 8))
     for k in range(7):
@@ -285,7 +311,7 @@ def test_payloads_that_were_not_encoded_are_refused() -> None:
     for wrong in (payload[:-1], np.append(payload, np.uint8(0))):
         with pytest.raises(ValueError, match=r"RankOne.decode: payload must have"):
             panels.decode(wrong, out)
-    codes = (COLUMN_NBITS * -(-300 // panels.column_group(64)) + 7) // 8
+    codes = (COLUMN_NBITS * 300 + 7) // 8
     in_numpy: Any = RankOne
     for at in (payload.size - 1, 8 + codes + 64 + 37, 8 + codes - 1):  # behind the bits of rows, and of columns' codes
         spoilt = payload.copy()

@@ -26,13 +26,14 @@ count, rounded to float32. Where that is not finite, the lanes add in float64 in
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bitring.compression.encoder import Array, Encoder, write_out
-from bitring.compression.rank_one import panels_of, pays
+from bitring.compression.rank_one import PANEL_ROWS, RankOne, fitted, panels_of
 from bitring.settings import setting
 
 
@@ -42,25 +43,35 @@ class OneBit(Encoder):
 
     ``levels``: of parameters whose shape is known and has two dimensions or more: the first one counts rows.
     "rank_one" are products of numbers of rows and columns; "row", two a row; "block", as if there were no shape; and
-    "auto" is rank_one where that takes no more bytes than blocks of 1024 values do, else block.
+    "auto" is rank_one where that can take no more bytes than blocks of 1024 values do, else block.
     """
 
     block: int = setting(1024, multiple_of=64)
     levels: str = setting("auto", one_of=("auto", "rank_one", "row", "block"))
 
-    def for_shape(self, shape: tuple[int, ...], ranks: int) -> Encoder:
+    def grain(self, shape: tuple[int, ...]) -> int:
         """See Encoder."""
+        return self.block if self._of(shape) is self else math.prod(shape[1:])
+
+    def for_parts(self, shapes: Sequence[tuple[int, ...]]) -> list[Encoder]:
+        """See Encoder."""
+        return fitted([self._of(shape) for shape in shapes], [math.prod(shape) for shape in shapes])
+
+    def _of(self, shape: tuple[int, ...]) -> Encoder:
+        """The encoder of a parameter, or of rows of one, before columns share numbers."""
         if len(shape) < 2 or self.levels == "block" or not math.prod(shape):
             return self
         rows, columns = shape[0], math.prod(shape[1:])
         if self.levels == "row":
             return _Rows(columns)
-        panels = panels_of(rows, columns, ranks)
-        return panels if self.levels == "rank_one" or pays(panels, rows) else self
+        panels = panels_of(rows, columns)
+        if panels is None and self.levels == "rank_one":
+            return RankOne(columns, min(rows, PANEL_ROWS))
+        return panels or self
 
     def nbytes(self, n: int, shape: tuple[int, ...] | None = None) -> int:
         """See Encoder; of a parameter of this ``shape``, where one is given."""
-        each = self if shape is None else self.for_shape(shape, 1)
+        each = self if shape is None else self.for_shape(shape)
         if each is not self:
             return each.nbytes(n)
         blocks, rest = divmod(n, self.block)

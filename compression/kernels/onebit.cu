@@ -174,22 +174,19 @@ struct Panel {
     long long columns, rows, first_row, row_nbytes, row_group, column_group, codes_nbytes;
     unsigned char* code;
 
-    __device__ Panel(long long index, unsigned char* payload, long long n, long long columns_, long long most)
-        : columns(columns_), first_row(index * most), row_nbytes((columns_ + 7) / 8), row_group(1) {
+    __device__ Panel(long long index, unsigned char* payload, long long n, long long columns_, long long most,
+                     long long group)
+        : columns(columns_),
+          rows(most),
+          first_row(index * most),
+          row_nbytes((columns_ + 7) / 8),
+          row_group(1),
+          column_group(group),
+          codes_nbytes((COLUMN_NBITS * column_groups() + 7) / 8) {
         while (row_group * columns < 256) row_group *= 2;
-        choose(most);
         code = payload + index * nbytes();
         const long long left = n / columns - first_row;
-        if (left < most) choose(left);
-    }
-
-    __device__ void choose(long long rows_) {
-        rows = rows_;
-        const long long rest = LEVELS_NBYTES + row_groups() + rows * row_nbytes;
-        for (column_group = 1;; column_group *= 2) {
-            codes_nbytes = (COLUMN_NBITS * column_groups() + 7) / 8;
-            if (column_group >= columns || 128 * (rest + codes_nbytes) <= 17 * rows * columns) return;
-        }
+        if (left < most) rows = left;
     }
 
     __device__ long long row_groups() const { return (rows + row_group - 1) / row_group; }
@@ -201,7 +198,7 @@ struct Panel {
 };
 
 __device__ unsigned code_of(float ratio, int nbits) {
-    if (!(ratio > 0)) return 0;
+    if (!(ratio >= 1.0f / (1 << (1 << (nbits - 1))))) return 0;  // less than half of the smallest
     const int top = (1 << nbits) - 1;
     const int code = (int)((__float_as_uint(ratio) + (1u << (STEP - 1))) >> STEP) - ONE + top;
     return code < 1 ? 1 : code > top ? top : code;
@@ -229,10 +226,10 @@ __device__ void levels_of_row(const Panel& panel, long long row, float* low, flo
 // A warp takes a row: its bits, and sums.
 template <class T, class Wide>
 __device__ void panel_rows(const T* values, const Wide* residual, unsigned char* payload, double* scratch, long long n,
-                           long long columns, long long most) {
+                           long long columns, long long most, long long group) {
     const Warp warp;
     for (long long row = warp.first; row * columns < n; row += warp.step) {
-        const Panel panel(row / most, payload, n, columns, most);
+        const Panel panel(row / most, payload, n, columns, most, group);
         const T* x = values + row * columns;
         const Wide* r = residual + row * columns;
         const Classes<Wide> sums = scan(x, r, panel.bits(row - panel.first_row), columns, warp.lane);
@@ -299,11 +296,11 @@ __device__ double largest_of(double mine, bool is_finite, bool* all_finite) {
 // A warp takes a panel: the codes of its columns and rows, and its levels.
 template <class Wide>
 __device__ void panel_codes(unsigned char* payload, const double* scratch, long long n, long long columns,
-                            long long most) {
+                            long long most, long long group) {
     const Warp warp;
     const long long rows = n / columns;
     for (long long index = warp.first; index * most < rows; index += warp.step) {
-        const Panel panel(index, payload, n, columns, most);
+        const Panel panel(index, payload, n, columns, most, group);
         const double* sums = scratch + 4 * rows + index * columns;
         const long long groups = panel.column_groups();
         double mine = 0;
@@ -358,10 +355,10 @@ __device__ void panel_codes(unsigned char* payload, const double* scratch, long 
 // A warp takes a row: residual = v - decoded.
 template <class T, class Wide>
 __device__ void panel_left(const T* values, Wide* residual, unsigned char* payload, long long n, long long columns,
-                           long long most) {
+                           long long most, long long group) {
     const Warp warp;
     for (long long row = warp.first; row * columns < n; row += warp.step) {
-        const Panel panel(row / most, payload, n, columns, most);
+        const Panel panel(row / most, payload, n, columns, most, group);
         float low, high;
         levels_of_row(panel, row - panel.first_row, &low, &high);
         for (long long column = warp.lane; column < columns; column += 32) {
@@ -374,11 +371,12 @@ __device__ void panel_left(const T* values, Wide* residual, unsigned char* paylo
 }
 
 template <bool accumulate, class T>
-__device__ void panel_decode(unsigned char* payload, T* out, long long n, long long columns, long long most) {
+__device__ void panel_decode(unsigned char* payload, T* out, long long n, long long columns, long long most,
+                             long long group) {
     typedef typename WideOf<T>::type Wide;
     const Warp warp;
     for (long long row = warp.first; row * columns < n; row += warp.step) {
-        const Panel panel(row / most, payload, n, columns, most);
+        const Panel panel(row / most, payload, n, columns, most, group);
         float low, high;
         levels_of_row(panel, row - panel.first_row, &low, &high);
         const unsigned char* bits = panel.bits(row - panel.first_row);
@@ -404,30 +402,31 @@ __device__ void panel_decode(unsigned char* payload, T* out, long long n, long l
     }                                                                                                                 \
     extern "C" __global__ void panel_rows_##name(const T* values, const WideOf<T>::type* residual,                   \
                                                  unsigned char* payload, double* scratch, long long n,               \
-                                                 long long columns, long long most) {                                \
-        panel_rows(values, residual, payload, scratch, n, columns, most);                                             \
+                                                 long long columns, long long most, long long group) {                \
+        panel_rows(values, residual, payload, scratch, n, columns, most, group);                                      \
     }                                                                                                                 \
     extern "C" __global__ void panel_columns_##name(const T* values, const WideOf<T>::type* residual,                \
                                                     unsigned char*, double* scratch, long long n,                    \
-                                                    long long columns, long long most) {                             \
+                                                    long long columns, long long most, long long group) {             \
         panel_columns(values, residual, scratch, n, columns, most);                                                   \
     }                                                                                                                 \
     extern "C" __global__ void panel_codes_##name(const T*, const WideOf<T>::type*, unsigned char* payload,          \
                                                   double* scratch, long long n, long long columns,                   \
-                                                  long long most) {                                                  \
-        panel_codes<WideOf<T>::type>(payload, scratch, n, columns, most);                                             \
+                                                  long long most, long long group) {                                  \
+        panel_codes<WideOf<T>::type>(payload, scratch, n, columns, most, group);                                      \
     }                                                                                                                 \
     extern "C" __global__ void panel_left_##name(const T* values, WideOf<T>::type* residual, unsigned char* payload, \
-                                                 double*, long long n, long long columns, long long most) {          \
-        panel_left(values, residual, payload, n, columns, most);                                                      \
+                                                 double*, long long n, long long columns, long long most,             \
+                                                 long long group) {                                                   \
+        panel_left(values, residual, payload, n, columns, most, group);                                               \
     }                                                                                                                 \
     extern "C" __global__ void panel_decode_##name(T* out, void*, unsigned char* payload, double*, long long n,      \
-                                                   long long columns, long long most) {                              \
-        panel_decode<false>(payload, out, n, columns, most);                                                          \
+                                                   long long columns, long long most, long long group) {              \
+        panel_decode<false>(payload, out, n, columns, most, group);                                                   \
     }                                                                                                                 \
     extern "C" __global__ void panel_accumulate_##name(T* out, void*, unsigned char* payload, double*, long long n,  \
-                                                       long long columns, long long most) {                          \
-        panel_decode<true>(payload, out, n, columns, most);                                                           \
+                                                       long long columns, long long most, long long group) {          \
+        panel_decode<true>(payload, out, n, columns, most, group);                                                    \
     }
 
 KERNELS(float16, Float16)

@@ -11,13 +11,13 @@ from bitring.compression.kernels.onebit_cuda import launch
 
 def encode(encoder: Any, values: Array, residual: Array, payload: Array, seed: int) -> int:
     """See ``RankOne.encode``; unchecked but for alignment. Draws nothing."""
-    columns, most = encoder.columns, encoder.rows
+    columns, most, group = encoder.columns, encoder.rows, encoder.column_group
     rows = values.size // columns
     panels = -(-rows // most)
     scratch = xp_of(values).empty(4 * rows + panels * columns, "float64")
     warps = {"rows": rows, "columns": panels * -(-columns // 32), "codes": panels, "left": rows}
     for part, count in warps.items():
-        launch(f"panel_{part}", values, count, (values, residual, payload, scratch), (columns, most))
+        launch(f"panel_{part}", values, count, (values, residual, payload, scratch), (columns, most, group))
     used: int = encoder.nbytes(values.size)
     return used
 
@@ -25,4 +25,5 @@ def encode(encoder: Any, values: Array, residual: Array, payload: Array, seed: i
 def decode(encoder: Any, payload: Array, out: Array, accumulate: bool) -> None:
     """See ``RankOne.decode``; unchecked but for alignment."""
     name = "panel_accumulate" if accumulate else "panel_decode"
-    launch(name, out, out.size // encoder.columns, (out, out, payload, payload), (encoder.columns, encoder.rows))
+    sizes = encoder.columns, encoder.rows, encoder.column_group
+    launch(name, out, out.size // encoder.columns, (out, out, payload, payload), sizes)

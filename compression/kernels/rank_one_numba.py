@@ -37,7 +37,7 @@ ONE = 0x3F800000 >> STEP
 @shared
 def _code(ratio: Any, nbits: int) -> Any:
     """The code of a float32 from 0 to 1."""
-    if not ratio > np.float32(0):
+    if not ratio >= 2.0 ** -(1 << nbits - 1):
         return 0
     top = (1 << nbits) - 1
     bits = np.int64(np.float32(ratio).view(np.uint32))
@@ -63,16 +63,6 @@ def _row_group(columns: int) -> Any:
 @shared
 def _columns_nbytes(columns: int, group: int) -> Any:
     return (COLUMN_NBITS * ((columns + group - 1) // group) + 7) // 8
-
-
-@shared
-def _column_group(rows: int, columns: int) -> Any:
-    row_group = _row_group(columns)
-    rest = HEAD_NBYTES + (rows + row_group - 1) // row_group + rows * ((columns + 7) // 8)
-    group = 1
-    while group < columns and 128 * (rest + _columns_nbytes(columns, group)) > 17 * rows * columns:
-        group *= 2
-    return group
 
 
 @shared
@@ -138,9 +128,10 @@ def _put_row_codes(sums: int, row_groups: int, which: int, codes: int, mean: flo
 
 
 def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed: int, settings: Any) -> Any:
-    """See ``functions.py``; settings: columns, rows."""
+    """See ``functions.py``; settings: columns, rows, columns of a group."""
     columns: Any = np.int64(settings[0])
     most: Any = np.int64(settings[1])
+    group: Any = np.int64(settings[2])
     nbytes, wide = itemsize(values), itemsize(residual)
     groups, rest, row_nbytes = columns // GROUP, columns % GROUP, (columns + 7) // 8
     parts, odd = columns // PART, columns % PART
@@ -156,7 +147,7 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
     row_group = _row_group(columns)
     for first in range(0, n, columns * most):
         rows = min(most, (n - first) // columns)
-        row_groups, group = (rows + row_group - 1) // row_group, _column_group(rows, columns)
+        row_groups = (rows + row_group - 1) // row_group
         codes = code + HEAD_NBYTES
         row_codes = codes + _columns_nbytes(columns, group)
         bits = row_codes + row_groups
@@ -217,9 +208,10 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
 
 
 def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, settings: Any) -> Any:
-    """See ``functions.py``; settings: columns, rows."""
+    """See ``functions.py``; settings: columns, rows, columns of a group."""
     columns: Any = np.int64(settings[0])
     most: Any = np.int64(settings[1])
+    group: Any = np.int64(settings[2])
     size = itemsize(out)
     parts, odd, row_nbytes = columns // PART, columns % PART, (columns + 7) // 8
     tail = parts * PART * size
@@ -231,7 +223,7 @@ def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, setting
     row_group = _row_group(columns)
     for first in range(0, n, columns * most):
         rows = min(most, (n - first) // columns)
-        row_groups, group = (rows + row_group - 1) // row_group, _column_group(rows, columns)
+        row_groups = (rows + row_group - 1) // row_group
         codes = code + HEAD_NBYTES
         row_codes = codes + _columns_nbytes(columns, group)
         bits = row_codes + row_groups

@@ -111,7 +111,7 @@ def plan_allreduce(
             raise ValueError(f"plan_allreduce: compression is for sums (op=MPI.SUM); got {op_name(op)}")
         places = checked_boundaries(boundaries, flat.size)
         parts = checked_shapes(x, flat, shapes, places)
-        encoders = {encoder, *(encoder.for_shape(shape, context.size) for shape in parts)}
+        encoders = {encoder, *encoder.for_parts(parts)}
         request.flag = not all(each.has_functions for each in encoders)
         if device_of(flat) is not None:
             for each in encoders:

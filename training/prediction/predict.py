@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bitring.compression.exchange.layout import segment_length
+from bitring.compression.exchange.layout import lay_out, segment_length
 from bitring.compression.exchange.owner_schedule import Times, encoders, owner_seconds
 from bitring.models.architecture import LayerTable
 from bitring.training.prediction.cluster import Cluster, Machine
@@ -253,8 +253,8 @@ class _Step:
             if not bucket.compressed:
                 return self._exactly(bucket)
             n = sum(self.values[each] for each in bucket.names)
-            coders = {each: encoder.for_shape(self.shapes[each], among) for each in bucket.names}
-            payload = sum(coder.expected_nbytes(self.values[each]) for each, coder in coders.items())
+            layout = lay_out(encoder, [self.shapes[each] for each in bucket.names], among)
+            payload = layout.expected_nbytes
             chunk = -(-n // (lanes * among))
             times = owner_seconds(
                 among,
