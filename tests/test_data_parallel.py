@@ -629,11 +629,11 @@ def test_ranks_at_different_trainers_or_steps(comm, agree):
     else:
         agree(comm, describes(error, MismatchError, "ranks do not do the same", f"rank {last} is at step"), repr(error))
         if comm.rank == last:
-            trainers[1].steps += 1
+            trainers[1]._stepper.steps += 1
         error = raised(trainers[1].step, [np.ones(3)])
         agree(comm, describes(error, MismatchError, "after 1 steps", "after 0 steps"), repr(error))
         if comm.rank == last:
-            trainers[1].steps -= 1
+            trainers[1]._stepper.steps -= 1
     for trainer in trainers:
         trainer.step([np.ones(3)])
         agree(comm, len(set(comm.allgather(trainer.digest()))) == 1)

@@ -73,8 +73,8 @@ LATE_IN_THE_MIDDLE = """
 trainer = new()
 trainer.step(g)
 if last:
-    exchange = trainer.exchange
-    trainer.exchange = lambda *arguments: (time.sleep(8), exchange(*arguments))[1]
+    exchange = trainer._stepper.exchange
+    trainer._stepper.exchange = lambda *arguments: (time.sleep(8), exchange(*arguments))[1]
 before = w.copy()
 attempt(trainer.step, g)
 print("unchanged" if np.array_equal(before, w) and trainer.steps == 1 else "changed", flush=True)

@@ -7,37 +7,30 @@ reverse order, since back-propagation finishes the last layer first. What is exc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.calls import require_root
-from bitring.collectives.runtime.context import context_of, given_comm, one_call
-from bitring.collectives.runtime.jointly import jointly, raise_everywhere
+from bitring.collectives.runtime.context import given_comm, one_call
+from bitring.collectives.runtime.jointly import raise_everywhere
 from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import Compressor, compressors, parsed
-from bitring.compression.factors import dense
-from bitring.errors import NonFiniteError, uncopyable
+from bitring.errors import uncopyable
 from bitring.settings import Range, checked
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer
 from bitring.training.step.checks import (
     checked_unused,
-    checked_weight,
     chosen,
 )
 from bitring.training.step.gradient_exchange import GradientExchange
-from bitring.training.step.interrupts import HeldBack
-from bitring.training.step.meeting import OPERATIONS, WRONG, Meeting, total_weight
-from bitring.training.step.notices import Notices
+from bitring.training.step.open_step import OpenStep
 from bitring.training.step.replica import Replica
 from bitring.training.step.replicas import broadcast_tree, compare
 from bitring.training.step.state_dict import description_of, load_state, require_alike, state_of
-from bitring.training.step.transaction import Transaction
-from bitring.training.step.undo import Numbers
-from bitring.training.step.waits import Waits
+from bitring.training.step.stepper import Stepper
 
 _FIXED = {"comm", "compression", "algorithm", "warmup_steps", "check_every", "bucket_bytes"}
 _numbers_of_trainers = itertools.count(1)
@@ -81,15 +74,6 @@ class DataParallel:
     ) -> None:
         self.comm = given_comm(comm, "DataParallel")
         self.rank = self.comm.Get_rank()
-        self.steps = 0
-        """Steps made, those without samples included."""
-        self.notices = Notices(self.comm)
-        self._problem: Exception | None = None
-        self._operation = "step"
-        self._updates: dict[str, Any] = {}  # gradients that the optimizer is to see at the step's end
-        self._waits = Waits()
-        self._held = HeldBack()  # in a step, until ranks meet
-
         error: Exception | None = None
         mine: dict[str, Any] = {}
         try:
@@ -100,7 +84,6 @@ class DataParallel:
             self.algorithm = algorithm
             self.warmup_steps = checked("DataParallel", "warmup_steps", warmup_steps, int, Range(least=0))
             self.check_every = checked("DataParallel", "check_every", check_every, int, Range(least=0))
-            self._check_at = self.check_every
             self.bucket_bytes = checked("DataParallel", "bucket_bytes", bucket_bytes, int, Range(least=1))
             self.unused = checked_unused(unused)
             mine = self.describe()
@@ -108,24 +91,24 @@ class DataParallel:
             error = problem
         raise_everywhere(self.comm, "DataParallel", error)
 
-        self._id = require_alike(self.comm, mine, next(_numbers_of_trainers))
-        replica = self._replica
-        self._meeting = Meeting(self.comm, replica.words)
+        number = require_alike(self.comm, mine, next(_numbers_of_trainers))
         self._exchange = GradientExchange(
             self.comm,
-            replica.parameters,
+            self._replica.parameters,
             self.compression,
             algorithm,
             self.bucket_bytes,
             self.warmup_steps > 0,
+            self._replica.mode.plan,
         )
-        self._exchange.broadcast(replica.parameters, root=0)
+        self._exchange.broadcast(self._replica.parameters, root=0)
         self.buckets, self.plans = self._exchange.buckets, self._exchange.plans
-        self._transaction = Transaction(self.comm, self._meeting, self._exchange, self._waits)
-        replica.optimizer_state = jointly(self.comm, "DataParallel", lambda: replica.optimizer.init(replica.parameters))
-        replica.mode_state = jointly(self.comm, "DataParallel", lambda: replica.mode.init(self))
-        self._numbers = Numbers(replica.mode_state)
-        self._changes = replica.arrays_that_change(self.buckets)
+        self._stepper = Stepper(
+            self.comm, self._replica, self._exchange, number, self.warmup_steps, self.unused == "zeros"
+        )
+        self.notices = self._stepper.notices
+        if self.check_every:
+            self._stepper.compare_at = self.check_every
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -157,7 +140,7 @@ class DataParallel:
     @mode.setter
     def mode(self, given: Mode | str) -> None:
         self._replica.take_mode(given)
-        self._changes = self._replica.arrays_that_change(self.buckets)
+        self._stepper.mode_has_changed()
 
     @property
     def size(self) -> int:
@@ -168,6 +151,11 @@ class DataParallel:
     def parameters(self) -> dict[str, Any]:
         """Name -> the caller's array, or an array over the memory of what was given."""
         return self._replica.parameters
+
+    @property
+    def steps(self) -> int:
+        """Steps made, those without samples included."""
+        return self._stepper.steps
 
     @property
     def on_device(self) -> bool:
@@ -185,9 +173,10 @@ class DataParallel:
         ``wait_seconds`` for the slowest rank, before exchanges, and ``slowest_rank``, the one that was so most often.
         Where there were compressed exchanges also ``encode_seconds``, ``wire_seconds``, ``decode_seconds`` and
         ``bytes_sent``, summed over steps and buckets; ``residual_ratio``, ``contraction`` and ``owner_residual_ratio``
-        as means. See ``Telemetry``.
+        as means. See ``Telemetry``. ``hidden_share``, of 0 to 1: how much of the time of exchanges that went on beside
+        other work this rank did not wait for.
         """
-        return {**self._exchange.totals.taken(), **self._waits.taken()}
+        return {**self._exchange.totals.taken(), **self._stepper.waits.taken(), **self._exchange.hidden.taken()}
 
     @property
     def in_a_block(self) -> bool:
@@ -200,13 +189,13 @@ class DataParallel:
         return [plan.algorithm for plan in self.plans]
 
     @one_call("DataParallel.step")
-    def step(self, gradients: Mapping[str, Any] | Sequence[Any], weight: float = 1.0) -> None:
+    def step(self, gradients: Mapping[str, Any] | Sequence[Any] | None = None, weight: float = 1.0) -> None:
         """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.
 
         ``gradients`` match the parameters in names (or order), shapes, dtypes and device; any strides, through DLPack
         as well; NumPy's subclasses are their plain data. They are only read, and ignored when ``weight`` is 0. A
         gradient of two dimensions may be given as ``Factors``. All ranks make equally many steps; total weight 0
-        changes nothing.
+        changes nothing. Without arguments: the step that ``begin`` has opened.
 
         A rank's bad arguments raise TypeError or ValueError there and PeerError on the others, NaN or Inf
         NonFiniteError on all; parameters, optimizer and residuals are as before, and training may go on. In a mode that
@@ -217,37 +206,44 @@ class DataParallel:
         A Ctrl-C takes effect where ranks meet, and then the step has not been made; or, in a step in which they do not,
         at its end, so that no rank falls behind.
         """
-        with self._held:
-            self._operation = "step"
-            where = self._where()
-            self.notices.everyone = 0
-            problem = self._problem
-            taken: dict[str, Any] = {}
-            try:
-                weight = checked_weight(weight, where)
-                if weight:
-                    taken = self._exchange.checked(gradients, where, self.unused == "zeros")
-            except Exception as error:  # whatever it is, the other ranks must not wait
-                self._problem = self._problem or error
-                weight = 0.0
-            try:
-                self._transact(lambda: self._step(taken, weight), where, steps=1)
-            except Exception as error:
-                if self._transaction.came:
-                    self._problem = self._problem and problem  # what was found in this step is over, but not what waits
-                    raise
-                self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
-                self._transact(lambda: self._step({}, 0.0), where, steps=1)
-            self.notices.step_is_made()
-            if self._compares_after(0):
-                self._check_at = self.steps + self.check_every
-                compare(self.comm, self._replica.parameters, where)
+        if gradients is not None or not self._stepper.step_opened():
+            self._stepper.step(gradients, weight)
+        self.notices.step_is_made()
+        if self._stepper.compares_now:
+            self._stepper.compare_at = self.steps + self.check_every
+            compare(self.comm, self._replica.parameters, f"DataParallel.step (step {self.steps - 1})")
+
+    @one_call("DataParallel.begin")
+    def begin(self, weight: float = 1.0) -> OpenStep:
+        """Open a step whose gradients, the mean over ``weight`` samples, go to ``ready`` one by one. Collective.
+
+        In mode ``sync`` a bucket of gradients is exchanged as soon as they are there, while back-propagation computes
+        the next (wait-free back-propagation; Zhang et al., Poseidon, 2017); with less than 8 MiB of them, in ``step``.
+        The weights are exchanged from here on, beside the forward pass. Other modes keep the gradients for ``step``::
+
+            trainer.begin(weight=len(x))
+            model.loss_and_gradients(x, y, on_gradient=trainer.ready)
+            trainer.step()
+
+        The result is the bits of ``step(gradients, weight)``. ``with trainer.begin(weight): ...`` around the three also
+        ends the step on all ranks when an exception comes in between: PeerError with its text on the others, parameters
+        and residuals as before. Without ``with``, the next call of this trainer does that, and raises RuntimeError.
+        """
+        return self._stepper.begin(weight)
+
+    @one_call("DataParallel.ready")
+    def ready(self, name: str, gradient: Any) -> None:
+        """Hand over the gradient of the parameter ``name``, in any order, best from the last layer to the first.
+
+        It must stay as it is until ``step``. An error ends the open step on all ranks; see ``step`` for which there
+        are. Raises RuntimeError without ``begin``.
+        """
+        self._stepper.ready(name, gradient)
 
     @one_call("DataParallel.synchronize")
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks, as the mode does it. Collective, but for ``sync``."""
-        self._operation = "synchronize"
-        self._transact(lambda: self._replica.mode.synchronize(self, self._replica.mode_state), self._where())
+        self._stepper.synchronize()
 
     @one_call("DataParallel.broadcast")
     def broadcast(self, root: int = 0) -> None:
@@ -285,58 +281,8 @@ class DataParallel:
 
     def free(self) -> None:
         """Free the plans. Collective; the parameters stay as they are."""
+        self._stepper.begin_operation("free")
         self._exchange.free()
-
-    # What modes call; see bitring.training.mode.Trainer
-
-    def agree(self, weight: float, check: Mapping[str, Any] | None = None) -> float:
-        """See :class:`bitring.training.mode.Trainer`."""
-        where = self._where()
-        if check is not None and self._problem is None:
-            bad = self._exchange.not_finite(check)
-            if bad is not None:
-                self._problem = NonFiniteError(f"{where}: the parameter {bad} on rank {self.rank}; training diverged")
-        told = self.notices.to_tell()
-        self._held.release()
-        self._transaction.came = True
-        records = self._meeting.exchange(
-            self._record(self._problem is not None, weight, told),
-            where,
-            lambda records: self.notices.hear(records, told),
-        )
-        if any(record[WRONG] for record in records):
-            problem, self._problem = self._problem, None
-            raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
-        total = total_weight(records, where)
-        self._transaction.met = True
-        if self._replica.mode_state:
-            self._save()
-        return total
-
-    def _record(self, wrong: bool, weight: float = 0.0, told: int = 0, ends: bool = False) -> tuple[float, ...]:
-        operation, settings = OPERATIONS.index(self._operation), self._replica.settings_hash
-        return self._id, operation, ends, self.steps, settings, wrong, weight, told, self._meeting.waited
-
-    def exchange(
-        self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """See :class:`bitring.training.mode.Trainer`."""
-        beside = self._save if self._replica.mode.writes or self._replica.update_may_raise else lambda: None
-        return self._exchange.run(arrays, scale, minus, self.steps < self.warmup_steps, beside)
-
-    def update(self, gradients: Mapping[str, Any], at_end: bool = False) -> None:
-        """See :class:`bitring.training.mode.Trainer`."""
-        arrays = dense(gradients)
-        if at_end and not self._replica.update_may_raise:
-            self._replica.require_writable(list(arrays), self._where())
-            self._updates.update(arrays)
-            return
-        self._save()
-        self._replica.update(arrays)
-
-    def restart_optimizer(self) -> None:
-        """See :class:`bitring.training.mode.Trainer`."""
-        self._replica.optimizer.restart(self._replica.optimizer_state)
 
     # What checkpoints call
 
@@ -345,9 +291,7 @@ class DataParallel:
 
         An error of an earlier step of this rank, kept until ranks meet, is raised too, unless ``afresh``.
         """
-        self._operation = operation
-        self._problem = error if afresh else self._problem or error
-        self.agree(0.0)
+        self._stepper.meet(operation, error, afresh)
 
     def live(self) -> dict[str, Any]:
         """The state but for residuals: a tree of the arrays and numbers in use, no copies."""
@@ -355,9 +299,7 @@ class DataParallel:
 
     def restore(self, values: Mapping[tuple[str, ...], Any], steps: int) -> None:
         """Fill leaves of ``live``, by path; ``steps`` have been made."""
-        self._replica.fill(values)
-        self.steps = steps
-        self._problem = None
+        self._stepper.restore(values, steps)
 
     def use_algorithms(self, algorithms: Sequence[str]) -> None:
         """Make the exact plans anew that run another algorithm. Collective."""
@@ -366,34 +308,3 @@ class DataParallel:
     def describe(self) -> dict[str, Any]:
         """The settings, as plain data; all ranks give the same."""
         return description_of(self)
-
-    def _step(self, gradients: Mapping[str, Any], weight: float) -> None:
-        self._replica.mode.step(self, self._replica.mode_state, gradients, weight)
-
-    def _transact(self, body: Callable[[], None], where: str, steps: int = 0) -> None:
-        """Run ``body``, then the updates left to the step's end, all or nothing; then count ``steps``."""
-        try:
-            self._transaction.run(body, self._numbers, lambda failed: self._record(failed, ends=True), where)
-            if not self._updates:
-                self.steps += steps
-                return
-            if not self._compares_after(steps):
-                context_of(self.comm).exchanged()
-            with HeldBack(), np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
-                self._replica.update(self._updates)
-                self.steps += steps
-        finally:
-            self._updates.clear()
-
-    def _compares_after(self, steps: int) -> bool:
-        """Whether the replicas are compared when so many steps more have been made."""
-        return bool(self.check_every) and self._transaction.met and self.steps + steps >= self._check_at
-
-    def _save(self) -> None:
-        """Copy what this step may change from here on, so that it can be restored."""
-        for key, arrays in self._changes:
-            self._transaction.undo.save(key, arrays)
-
-    def _where(self) -> str:
-        operation = self._operation
-        return operation if "checkpoint" in operation else f"DataParallel.{operation} (step {self.steps})"

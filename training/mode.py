@@ -13,14 +13,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
+from mpi4py import MPI
+
+from bitring.collectives.plan import Plan
+from bitring.compression.compressor import Compressor
 from bitring.registry import Registry
 from bitring.settings import Settings
+from bitring.training.step.bucket import Bucket
 
 State = dict[str, Any]
 
 
 class Trainer(Protocol):
-    """The part of :class:`bitring.DataParallel` that modes use."""
+    """What a mode may use of the trainer that it is the mode of."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        ...
 
     @property
     def size(self) -> int:
@@ -49,6 +59,14 @@ class Trainer(Protocol):
         """
         ...
 
+    def exchange_later(self, arrays: Mapping[str, Any], scale: float, into: Mapping[str, Any]) -> None:
+        """Begin such an exchange when the step has been made on all ranks; it goes on between this step and the next.
+
+        Once a step. The sums are in the arrays of ``into``, name -> array, when the mode is called next. ``arrays`` are
+        read until the step's end.
+        """
+        ...
+
     def update(self, gradients: Mapping[str, Any], at_end: bool = False) -> None:
         """Let the optimizer change the parameters that ``gradients`` names, in place. ``gradients`` are only read.
 
@@ -67,6 +85,16 @@ class Mode(Settings, ABC):
 
     writes: ClassVar[bool] = True
     """Whether a step changes parameters, or arrays of the state, in other ways than ``trainer.update``."""
+
+    wait_free: ClassVar[bool] = False
+    """Whether a step agrees on its weight, and exchanges its gradients scaled by weight over total, before all else.
+
+    Then buckets may travel while gradients of others are computed; see ``DataParallel.begin``.
+    """
+
+    def plan(self, bucket: Bucket, comm: MPI.Intracomm, algorithm: str, compression: Compressor | None) -> Plan:
+        """A plan that exchanges ``bucket.flat`` in place: the sum, where a mode wants nothing else. Collective."""
+        return bucket.plan(comm, algorithm, compression)
 
     @abstractmethod
     def init(self, trainer: Trainer) -> State:

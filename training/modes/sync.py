@@ -18,6 +18,7 @@ class Sync(Mode):
     """Exchange gradients in every step."""
 
     writes = False
+    wait_free = True
 
     def init(self, trainer: Trainer) -> State:
         """No state."""

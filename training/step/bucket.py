@@ -11,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import xp_of
+from bitring.collectives.plan import Plan
 from bitring.compression.compressor import Compressor
 from bitring.compression.plans.plan import plan_allreduce
 from bitring.training.step.bucket_sizes import Size, bucket_sizes
@@ -49,8 +50,8 @@ class Bucket:
             for (name, shape), start in zip(self.shapes.items(), self.starts, strict=True)
         ]
 
-    def plan(self, comm: MPI.Intracomm, algorithm: str, compression: Compressor | None) -> Any:
-        """A plan on this bucket. Collective."""
+    def plan(self, comm: MPI.Intracomm, algorithm: str, compression: Compressor | None) -> Plan:
+        """A plan that sums this bucket over all ranks. Collective."""
         return plan_allreduce(
             self.flat,
             comm=comm,

@@ -21,14 +21,16 @@ from bitring.errors import NonFiniteError
 from bitring.training.step.bucket import Bucket, make_buckets
 from bitring.training.step.bucket_sizes import OVERLAP_BYTES
 from bitring.training.step.checks import checked_gradients, not_finite
+from bitring.training.step.hidden import Hidden
 from bitring.training.tree import host_copy
 
 
 class GradientExchange:
     """The buckets of ``parameters`` on ``comm``, and their ``plans``. Collective.
 
-    ``warms_up``: whether there are exact plans, too, for buckets that are compressed. Buckets of ``OVERLAP_BYTES`` in
-    all travel while others are packed.
+    ``warms_up``: whether there are exact plans, too, for buckets that are compressed. ``make_plan``: makes a bucket's
+    plan, from it, a communicator, an algorithm's name and a compressor. Buckets of ``OVERLAP_BYTES`` in all travel
+    while others are packed: ``overlaps``.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class GradientExchange:
         algorithm: str,
         bucket_bytes: int,
         warms_up: bool,
+        make_plan: Callable[[Bucket, MPI.Intracomm, str, Compressor | None], Any],
     ) -> None:
         self._comm = comm
         self._parameters = parameters
@@ -48,16 +51,19 @@ class GradientExchange:
         empty = Communicator(comm).empty if self._xp is np else self._xp.empty
         block = None if compression is None else getattr(compression, "block", 1)
         self.buckets = make_buckets(parameters, block, bucket_bytes, empty)
-        self._overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= OVERLAP_BYTES
+        self.overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= OVERLAP_BYTES
+        self._make_plan = make_plan
         self.plans: list[Any] = []
         self._exact_plans: dict[int, Any] = {}
         for i, bucket in enumerate(self.buckets):
-            self.plans.append(bucket.plan(comm, algorithm, compression if bucket.compressed else None))
+            self.plans.append(make_plan(bucket, comm, algorithm, compression if bucket.compressed else None))
             if bucket.compressed and warms_up:
-                self._exact_plans[i] = bucket.plan(comm, algorithm, None)
+                self._exact_plans[i] = make_plan(bucket, comm, algorithm, None)
         self.totals = Totals()
         self._packed: Mapping[str, Any] | None = None  # whose small arrays are in the buckets
         self._left: deque[tuple[Bucket, Any]] = deque()  # of the exchange under way: what other ranks wait for
+        self._opened: list[tuple[Bucket, Any]] = []  # all buckets of the exchange, and their plans
+        self.hidden = Hidden()
         self.failed = False
         """Whether a plan's run has failed since ``begin``, which it has on all ranks, or the communicator is broken."""
 
@@ -76,7 +82,7 @@ class GradientExchange:
         for i, (bucket, algorithm) in enumerate(zip(self.buckets, algorithms, strict=True)):
             if not bucket.compressed and self.plans[i].algorithm != algorithm:
                 self.plans[i].free()
-                self.plans[i] = bucket.plan(self._comm, algorithm, None)
+                self.plans[i] = self._make_plan(bucket, self._comm, algorithm, None)
 
     def free(self) -> None:
         """Free the plans."""
@@ -111,7 +117,11 @@ class GradientExchange:
         bad = self.not_finite(taken)
         if bad is not None:
             raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self._comm.Get_rank()}")
-        return taken if self.takes_factors else dict(dense(taken))
+        return self.as_it_travels(taken)
+
+    def as_it_travels(self, gradients: Mapping[str, Any]) -> dict[str, Any]:
+        """``Factors`` stay where these travel, and are multiplied out elsewhere."""
+        return dict(gradients if self.takes_factors else dense(gradients))
 
     # One exchange, and its end
 
@@ -134,25 +144,46 @@ class GradientExchange:
 
         ``exact``: by the plans of the warm-up, where there are some.
         """
-        packed, self._packed = minus is None and self._packed is arrays, None
+        self.open(exact)
+        for number in range(len(self.buckets)):
+            self.load(number, arrays, scale, minus, self.overlaps)
+        beside()
+        yield from self.results()
+
+    def open(self, exact: bool) -> None:
+        """Begin an exchange: all ranks do. Buckets are to be loaded, first to last."""
         plans = [self._exact_plans.get(i, plan) if exact else plan for i, plan in enumerate(self.plans)]
         self._left.extend(zip(self.buckets, plans, strict=True))
-        for bucket, plan in zip(self.buckets, plans, strict=True):
-            if self.takes_factors:
-                self._load_factors(bucket, plan, arrays, scale, minus)
-            elif scale == 0:
-                bucket.flat[...] = 0
-            else:
-                bucket.load(arrays, scale, minus, packed)
-            if self._overlaps:
-                plan.start()
-        beside()
-        for bucket, plan in zip(self.buckets, plans, strict=True):
+        self._opened = [*self._left]
+        self.hidden.restart()
+
+    def load(
+        self, number: int, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None, start: bool
+    ) -> None:
+        """Fill a bucket of the open exchange with scale·(arrays − minus); ``start``: it begins to travel."""
+        bucket, plan = self._opened[number]
+        packed = minus is None and self._packed is arrays
+        if self.takes_factors:
+            self._load_factors(bucket, plan, arrays, scale, minus)
+        elif scale == 0:
+            bucket.flat[...] = 0
+        else:
+            bucket.load(arrays, scale, minus, packed)
+        if start:
+            plan.start(self.hidden.started())
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """The sums, bucket by bucket, when all are loaded. Interrupted, it can be called again for what is left."""
+        self._packed = None
+        while self._left:
+            bucket, plan = self._left[0]
+            began = time.perf_counter()
             try:
                 plan.wait() if plan.started else plan()
             except Exception:
                 self.failed = True
                 raise
+            self.hidden.waited(time.perf_counter() - began)
             self._left.popleft()
             if plan.telemetry is not None:
                 self.totals.add(plan.telemetry)

@@ -50,7 +50,10 @@ class Meeting:
         self._settings = settings
         self._plan, self._records = _shared_plan(comm)
         self.waited = 0.0
-        """Seconds that this rank waited for the others' last records."""
+        """Seconds from when this rank handed in its last record to when it had the others'."""
+        self._began = 0.0
+        self._record: Sequence[float] = ()
+        self._where = ""
 
     @property
     def broken(self) -> bool:
@@ -68,16 +71,38 @@ class Meeting:
 
         Raises on all ranks: MismatchError unless all are at the same operation and step, with equal settings.
         """
+        self.begin(record, where)
+        return self.end(heard)
+
+    def begin(self, record: Sequence[float], where: str, beside: bool = False) -> None:
+        """Hand in this rank's record; ``beside``: it travels while this rank does something else."""
+        self._record, self._where = record, where
+        if self._context.size == 1:
+            return
+        self._end_interrupted(where)
+        self._fill(record, where)
+        if beside:
+            self._plan.start(self._came)
+
+    def end(self, heard: Callable[[Records], None] = lambda records: None) -> Records:
+        """The records that were handed in to ``begin``; see ``exchange``."""
+        record, where = self._record, self._where
         if self._context.size == 1:
             alone = [list(record)]
             heard(alone)
             return alone
-        self._end_interrupted(where)
-        records = self._run(record, where)
+        if self._plan.started:
+            self._plan.wait()
+        else:
+            self._plan()
+            self._came(None)
+        records: Records = self._records.tolist()
         alike = _alike(records, _ALIKE)
         if not alike and not _alike(records, _PLACE):
             # A rank whose wait was interrupted had sent its record all the same. By now it may mean what the others do.
-            records = self._run(record, where)
+            self._fill(record, where)
+            self._plan()
+            records = self._records.tolist()
             alike = _alike(records, _ALIKE)
         heard(records)
         if alike:
@@ -86,15 +111,14 @@ class Meeting:
             raise MismatchError(self._different_settings())
         raise MismatchError(_odd_one_out([tuple(record[_PLACE]) for record in records]))
 
-    def _run(self, record: Sequence[float], where: str) -> Records:
+    def _fill(self, record: Sequence[float], where: str) -> None:
         self._records[...] = 0.0
         self._records[self._context.rank] = record
         self._plan.what = where
-        began = time.perf_counter()
-        self._plan()
-        self.waited = time.perf_counter() - began
-        records: Records = self._records.tolist()
-        return records
+        self._began = time.perf_counter()
+
+    def _came(self, error: BaseException | None) -> None:
+        self.waited = time.perf_counter() - self._began
 
     def _end_interrupted(self, where: str) -> None:
         """An interrupted wait for records goes on here; it was in vain unless others had come to the same place."""

@@ -44,16 +44,33 @@ class Transaction:
 
         ``numbers``: of the mode's state. ``end``: this rank's record at the step's end; whether it has failed is given.
         """
+        failure: BaseException | None = None
+        self.open(numbers)
+        try:
+            body()
+        except BaseException as error:
+            failure = error
+        try:
+            self.close(failure, numbers, end, where)
+        finally:
+            failure = None  # its traceback holds this frame
+
+    def open(self, numbers: Numbers) -> None:
+        """What is changed from here on is taken back where ``close`` finds a failure."""
         self.came = self.met = False
         self.undo.clear()
         numbers.save()
         self._exchange.begin()
-        failure: BaseException | None = None
+
+    def close(
+        self,
+        failure: BaseException | None,
+        numbers: Numbers,
+        end: Callable[[bool], Sequence[float]],
+        where: str,
+    ) -> None:
+        """The end: raise this rank's ``failure``, or another's, with everything as it was at ``open``."""
         try:
-            try:
-                body()
-            except BaseException as error:
-                failure = error
             if self.met:
                 failure = self._at_the_end(failure, end, where)
             if failure is not None:
@@ -64,7 +81,7 @@ class Transaction:
             self._exchange.undo()
             raise
         finally:
-            failure = None  # its traceback holds this frame
+            failure = None
 
     def _at_the_end(
         self, failure: BaseException | None, end: Callable[[bool], Sequence[float]], where: str

@@ -1,0 +1,180 @@
+"""Steps whose gradients are handed over one by one: the bits of a whole step, and all or nothing, as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_transaction import BoomError, everything, gradients_of, new_trainer, raised
+
+from bitring.compression.factors import Factors
+from bitring.errors import NonFiniteError, PeerError
+from bitring.training.data_parallel import DataParallel
+from bitring.training.modes.block_momentum import BlockMomentum
+from bitring.training.modes.local import Local
+
+COMPRESSIONS = [None, "onebit", "topk:density=0.1", "linear", "powersgd:matrix_rank=1", "randomk", "sufficient_factors"]
+
+
+@pytest.fixture(params=[False, True], ids=["together", "overlap"])
+def overlap(request: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param:
+        monkeypatch.setattr("bitring.training.step.gradient_exchange.OVERLAP_BYTES", 0)
+    return bool(request.param)
+
+
+def hand_over(trainer: DataParallel, gradients: dict[str, Any], weight: float, stop_at: str | None = None) -> None:
+    """From the last to the first; raises before the one named ``stop_at``."""
+    with trainer.begin(weight):
+        for name in reversed(gradients):
+            if name == stop_at:
+                raise BoomError(f"in the backward pass of {name}")
+            trainer.ready(name, gradients[name])
+        trainer.step()
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_bits_of_a_whole_step(comm, agree, overlap, compression):
+    """With ranks that have no samples, and steps in which none has."""
+    trainer, twin = (new_trainer(comm, "sync", compression, warmup_steps=2) for _ in range(2))
+    for step in range(6):
+        weight = 0 if step == 4 else (comm.rank + step) % 3
+        gradients = gradients_of(comm, step)
+        if compression == "sufficient_factors" and step % 2:
+            u, v = gradients["a"][:, :3].T.copy(), gradients["a"][:3].copy()
+            gradients["a"] = Factors(u, v)
+        hand_over(trainer, gradients, weight)
+        twin.step(gradients, weight)
+        agree(comm, everything(trainer) == everything(twin), f"step {step}")
+    for each in (trainer, twin):
+        each.free()
+
+
+@pytest.mark.parametrize("mode", [Local(tau=2), BlockMomentum(tau=2), "delayed"], ids=str)
+def test_other_modes_take_the_gradients_at_the_end(comm, agree, overlap, mode):
+    trainer, twin = (new_trainer(comm, mode, "onebit") for _ in range(2))
+    for step in range(5):
+        hand_over(trainer, gradients_of(comm, step), 1.0)
+        twin.step(gradients_of(comm, step))
+    for each in (trainer, twin):
+        each.synchronize()
+    agree(comm, everything(trainer) == everything(twin))
+    for each in (trainer, twin):
+        each.free()
+
+
+@pytest.mark.parametrize("where", ["a", "c", "d"])
+@pytest.mark.parametrize("compression", [None, "onebit", "powersgd:matrix_rank=1"])
+def test_an_exception_while_gradients_are_computed(comm, agree, overlap, compression, where):
+    """In the first layer's backward pass, in one between, in the last one's: all raise, nothing has changed."""
+    trainer, twin = (new_trainer(comm, "sync", compression) for _ in range(2))
+    for each in (trainer, twin):
+        each.step(gradients_of(comm, 0))
+    before, wrong = everything(trainer), comm.size - 1
+    for again in range(2):
+        error = raised(hand_over, trainer, gradients_of(comm, 1), 1.0, where if comm.rank == wrong else None)
+        if comm.rank == wrong:
+            agree(comm, type(error) is BoomError, repr(error))
+        else:
+            agree(
+                comm, type(error) is PeerError and f"rank {wrong} raised BoomError: in the" in str(error), repr(error)
+            )
+        agree(comm, everything(trainer) == before, f"something has changed, {again}")
+    for step in (1, 2):
+        hand_over(trainer, gradients_of(comm, step), 1.0)
+        twin.step(gradients_of(comm, step))
+    agree(comm, everything(trainer) == everything(twin))
+    for each in (trainer, twin):
+        each.free()
+
+
+@pytest.mark.parametrize("compression", [None, "onebit", "randomk"])
+@pytest.mark.parametrize("name", ["a", "d"])
+def test_nan_in_the_last_bucket_and_in_the_first(comm, agree, overlap, compression, name):
+    trainer = new_trainer(comm, "sync", compression)
+    hand_over(trainer, gradients_of(comm, 0), 1.0)
+    before, gradients = everything(trainer), gradients_of(comm, 1)
+    if comm.rank == 0:
+        gradients[name].flat[-1] = np.nan
+    error = raised(hand_over, trainer, gradients, 1.0)
+    agree(comm, type(error) is NonFiniteError and f"'{name}' holds NaN on rank 0" in str(error), repr(error))
+    agree(comm, everything(trainer) == before, "something has changed")
+    hand_over(trainer, gradients_of(comm, 1), 1.0)
+    agree(comm, len(set(comm.allgather(trainer.digest()))) == 1)
+    trainer.free()
+
+
+def test_a_step_that_is_not_made_ends_everywhere(comm, agree, overlap):
+    """By another begin, by another operation, by gradients given to step after all."""
+    trainer = new_trainer(comm, "sync", "onebit")
+    trainer.step(gradients_of(comm, 0))
+    before, gradients, last = everything(trainer), gradients_of(comm, 1), comm.size - 1
+    for call in (trainer.begin, trainer.synchronize, lambda: trainer.step(gradients)):
+        trainer.begin()
+        trainer.ready("d", gradients["d"])
+        if comm.rank == last:
+            error = raised(call)
+            agree(comm, type(error) in (RuntimeError, TypeError) and "begin" in str(error), repr(error))
+        else:
+            error = raised(finish, trainer, gradients)
+            agree(comm, type(error) is PeerError and f"rank {last} raised" in str(error), repr(error))
+        agree(comm, everything(trainer) == before, "something has changed")
+    error = raised(trainer.ready, "d", gradients["d"])
+    agree(comm, type(error) is RuntimeError and "begin" in str(error), repr(error))
+    trainer.free()
+
+
+def finish(trainer: DataParallel, gradients: dict[str, Any]) -> None:
+    """A step that has the gradient of "d"."""
+    for name in ("c", "b", "a"):
+        trainer.ready(name, gradients[name])
+    trainer.step()
+
+
+@pytest.mark.parametrize(
+    ("hand", "said"),
+    [
+        (lambda t, g: t.ready("e", g["a"]), "name must be a parameter's: a, b, c, d; got 'e'"),
+        (lambda t, g: t.ready("a", g["a"].T), "the gradient of 'a' must be float32 of shape (40, 60)"),
+        (lambda t, g: [t.ready("a", g["a"]), t.ready("a", g["a"])], "was handed over already"),
+        (lambda t, g: [t.ready("a", g["a"]), t.step()], "missing: ['b', 'c', 'd']"),
+    ],
+    ids=["name", "shape", "twice", "missing"],
+)
+def test_what_is_no_gradient(comm, agree, overlap, hand, said):
+    trainer = new_trainer(comm, "sync", None)
+    before, gradients, wrong = everything(trainer), gradients_of(comm, 0), comm.size - 1
+    if comm.rank == wrong:
+        error = raised(lambda: [trainer.begin(), hand(trainer, gradients)])
+        agree(comm, isinstance(error, ValueError) and said in str(error), repr(error))
+    else:
+        error = raised(hand_over, trainer, gradients, 1.0)
+        agree(comm, type(error) is PeerError and said in str(error), repr(error))
+    agree(comm, everything(trainer) == before)
+    for weight in ("much", -1):
+        error = raised(hand_over, trainer, gradients, weight if comm.rank == wrong else 1)
+        agree(comm, "weight must be" in str(error) and type(error) is not RuntimeError, repr(error))
+    hand_over(trainer, gradients, 1.0)
+    trainer.free()
+
+
+def test_gradients_that_do_not_come_may_be_zeros(comm, agree, overlap):
+    trainer, twin = (new_trainer(comm, "sync", "onebit", unused="zeros") for _ in range(2))
+    gradients = gradients_of(comm, 0)
+    trainer.begin()
+    trainer.ready("c", gradients["c"])
+    trainer.step()
+    twin.step({"c": gradients["c"]})
+    agree(comm, everything(trainer) == everything(twin))
+    for each in (trainer, twin):
+        each.free()
+
+
+def test_the_hidden_share_is_told(comm, agree, overlap):
+    trainer = new_trainer(comm, "sync", None)
+    hand_over(trainer, gradients_of(comm, 0), 1.0)
+    told = trainer.telemetry().get("hidden_share")
+    agree(comm, (told is None) == (not overlap) and 0 <= (told or 0) <= 1, repr(told))
+    agree(comm, "hidden_share" not in trainer.telemetry())
+    trainer.free()

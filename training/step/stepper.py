@@ -1,0 +1,379 @@
+"""The steps of a trainer, each all or nothing; and what a mode asks of its trainer in them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from bitring.collectives.runtime.context import context_of
+from bitring.collectives.runtime.jointly import jointly, raise_everywhere
+from bitring.compression.factors import dense
+from bitring.errors import NonFiniteError
+from bitring.training.step.checks import checked_weight
+from bitring.training.step.gradient_exchange import GradientExchange
+from bitring.training.step.interrupts import HeldBack
+from bitring.training.step.meeting import OPERATIONS, WRONG, Meeting, Records, total_weight
+from bitring.training.step.notices import Notices
+from bitring.training.step.open_step import OpenStep
+from bitring.training.step.replica import Replica
+from bitring.training.step.transaction import Transaction
+from bitring.training.step.undo import Numbers
+from bitring.training.step.waits import Waits
+
+
+class Later(NamedTuple):
+    """An exchange that goes on between two steps: what it sums, and where the sums go."""
+
+    arrays: Mapping[str, Any]
+    scale: float
+    into: Mapping[str, Any]
+
+
+class Stepper:
+    """The :class:`bitring.training.mode.Trainer` of ``replica`` on ``comm``. Collective to make.
+
+    ``number``: the trainer's, the same on all ranks. ``exact_steps``: so many, the first ones, are not compressed.
+    ``unused_are_zeros``: a gradient that is missing counts as zeros.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        replica: Replica,
+        exchange: GradientExchange,
+        number: int,
+        exact_steps: int,
+        unused_are_zeros: bool,
+    ) -> None:
+        self.comm = comm
+        self.steps = 0
+        self.notices = Notices(comm)
+        self.waits = Waits()
+        self.operation = "step"
+        self.compare_at: float = np.inf
+        """The step after which the replicas are compared."""
+        self._replica = replica
+        self._exchange = exchange
+        self._number = number
+        self._exact_steps = exact_steps
+        self._unused_are_zeros = unused_are_zeros
+        self._meeting = Meeting(comm, replica.words)
+        self._transaction = Transaction(comm, self._meeting, exchange, self.waits)
+        self._held = HeldBack()  # in a step, until ranks meet
+        self._open: OpenStep | None = None
+        self._problem: Exception | None = None
+        self._updates: dict[str, Any] = {}  # gradients that the optimizer is to see at the step's end
+        self._later: Later | None = None  # what is to be exchanged when the step is made
+        self._under_way: Later | None = None
+        replica.optimizer_state = jointly(comm, "DataParallel", lambda: replica.optimizer.init(replica.parameters))
+        replica.mode_state = jointly(comm, "DataParallel", lambda: replica.mode.init(self))
+        self._numbers = Numbers(replica.mode_state)
+        self.mode_has_changed()
+
+    def mode_has_changed(self) -> None:
+        """The mode's state may have other arrays now."""
+        self._changes = self._replica.arrays_that_change(self._exchange.buckets)
+
+    @property
+    def where(self) -> str:
+        """The operation under way, for messages."""
+        return (
+            self.operation if "checkpoint" in self.operation else f"DataParallel.{self.operation} (step {self.steps})"
+        )
+
+    # A step of gradients that are all there
+
+    def step(self, gradients: Any, weight: Any) -> None:
+        """See ``DataParallel.step``."""
+        if self._open is not None:
+            self._abandon_for(TypeError(f"{self.where}: gradients went to ready since begin, so none are taken here"))
+        self.begin_operation("step")
+        with self._held:
+            where = self.where
+            self.notices.everyone = 0
+            problem = self._problem
+            taken: dict[str, Any] = {}
+            try:
+                weight = checked_weight(weight, where)
+                if weight:
+                    taken = self._exchange.checked(gradients, where, self._unused_are_zeros)
+            except Exception as error:  # whatever it is, the other ranks must not wait
+                self._problem = self._problem or error
+                weight = 0.0
+            try:
+                self.transact(lambda: self._run_mode(taken, weight), steps=1)
+            except Exception as error:
+                if self._transaction.came:
+                    self._problem = self._problem and problem  # what was found in this step is over, but not what waits
+                    raise
+                self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
+                self.transact(lambda: self._run_mode({}, 0.0), steps=1)
+
+    def _run_mode(self, gradients: Mapping[str, Any], weight: float) -> None:
+        self._replica.mode.step(self, self._replica.mode_state, gradients, weight)
+
+    def transact(self, body: Callable[[], None], steps: int = 0) -> None:
+        """Run ``body``, then the updates left to the step's end, all or nothing; then count ``steps``."""
+        try:
+            self._transaction.run(body, self._numbers, self._end_record, self.where)
+            self._make(steps)
+        finally:
+            self._updates.clear()
+            self._later = None
+
+    def _make(self, steps: int) -> None:
+        """All ranks know that all have come to the end: make the updates."""
+        if not self._updates:
+            self.steps += steps
+        else:
+            if not self._compares_after(steps):
+                context_of(self.comm).exchanged()
+            with HeldBack(), np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
+                self._replica.update(self._updates)
+                self.steps += steps
+        if self._later is not None:
+            self._under_way = self._later
+            self._exchange.begin()
+            self._exchange.open(self.steps <= self._exact_steps)
+            for number in range(len(self._exchange.buckets)):
+                self._exchange.load(number, self._later.arrays, self._later.scale, None, start=True)
+
+    def _compares_after(self, steps: int) -> bool:
+        """Whether the replicas are compared when so many steps more have been made."""
+        return self._transaction.met and self.steps + steps >= self.compare_at
+
+    @property
+    def compares_now(self) -> bool:
+        """Whether the replicas are to be compared after the step just made."""
+        return self._compares_after(0)
+
+    # A step whose gradients come one by one
+
+    def begin(self, weight: Any) -> OpenStep:
+        """See ``DataParallel.begin``."""
+        if self._open is not None:
+            self._abandon_for(
+                RuntimeError(f"{self.where}: begin: the step that began before was not made; step() makes it")
+            )
+        self.begin_operation("step")
+        self.notices.everyone = 0
+        mine = 0.0
+        try:
+            mine = checked_weight(weight, f"DataParallel.begin (step {self.steps})")
+        except Exception as error:  # whatever it is, the other ranks must not wait
+            self._problem = self._problem or error
+        travels = self._replica.mode.wait_free
+        opened = OpenStep(self._exchange, mine, travels, self._abandon)
+        if travels:
+            self._transaction.open(self._numbers)
+            self._told = self.notices.to_tell()
+            self._transaction.came = True
+            self._meeting.begin(
+                self._record(self._problem is not None, mine, self._told), self.where, beside=self._exchange.overlaps
+            )
+        self._open = opened
+        return opened
+
+    def ready(self, name: str, gradient: Any) -> None:
+        """See ``DataParallel.ready``."""
+        opened = self._open
+        if opened is None:
+            raise RuntimeError("DataParallel.ready: no step is open; call begin(weight) before the gradients come")
+        try:
+            opened.take(name, gradient, self._replica.parameters, self.where, self.rank)
+            if opened.travels and opened.weight:
+                opened.advance(self._total)
+        except BaseException as error:
+            self._abandon(opened, error)
+            raise
+
+    def step_opened(self) -> bool:
+        """Make the step that is open, if one is."""
+        opened = self._open
+        if opened is None:
+            return False
+        if not opened.travels:
+            self._open = None
+            self.step(opened.gradients, opened.weight)
+            return True
+        try:
+            opened.complete(self._replica.parameters, self.where, self._unused_are_zeros)
+            opened.advance(self._total)
+            self._run_mode(opened.gradients, opened.weight)
+        except BaseException as error:
+            self._abandon(opened, error)
+            raise
+        self._close(None)
+        return True
+
+    def _total(self) -> float:
+        """The sum of all ranks' weights in the open step."""
+        opened = self._open
+        assert opened is not None
+        if opened.total is None:
+            opened.heard = True
+            total = self._agreed(self._meeting.end(lambda records: self.notices.hear(records, self._told)))
+            if total:
+                self._exchange.open(self.steps < self._exact_steps)
+            opened.total = total
+        return opened.total
+
+    def _abandon(self, opened: OpenStep, error: BaseException) -> None:
+        """End the step on all ranks, if it is open still: raises ``error`` here."""
+        if self._open is not opened:
+            return
+        if not opened.travels:
+            self._open = None
+            return
+        if not opened.heard:
+            with contextlib.suppress(Exception):  # then the others have heard that, too, and ``error`` is enough here
+                self._total()
+        self._close(error)
+
+    def _abandon_for(self, error: Exception) -> None:
+        assert self._open is not None
+        self._abandon(self._open, error)
+        raise error
+
+    def _close(self, failure: BaseException | None) -> None:
+        self._open = None
+        try:
+            self._transaction.close(failure, self._numbers, self._end_record, self.where)
+            self._make(1)
+        finally:
+            failure = None  # its traceback holds this frame
+            self._updates.clear()
+
+    # Other operations
+
+    def begin_operation(self, operation: str) -> None:
+        """Another operation than the last one: what was under way between the two is over.
+
+        A step that is open ends on all ranks with RuntimeError.
+        """
+        if self._open is not None:
+            self._abandon_for(RuntimeError(f"DataParallel.{operation}: a step is open since begin; make it by step()"))
+        self.operation = operation
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for what is exchanged between two steps, and put the sums where the mode wants them."""
+        later = self._under_way
+        if later is None:
+            return
+        for sums in self._exchange.results():
+            for name, each in sums.items():
+                later.into[name][...] = each
+        self._under_way = None
+
+    def synchronize(self) -> None:
+        """See ``DataParallel.synchronize``."""
+        self.begin_operation("synchronize")
+        self.transact(lambda: self._replica.mode.synchronize(self, self._replica.mode_state))
+
+    def meet(self, operation: str, error: Exception | None, afresh: bool = False) -> None:
+        """See ``DataParallel.meet``."""
+        self.begin_operation(operation)
+        self._problem = error if afresh else self._problem or error
+        self.agree(0.0)
+
+    def restore(self, values: Mapping[tuple[str, ...], Any], steps: int) -> None:
+        """Fill leaves of the state, by path; ``steps`` have been made."""
+        self.settle()
+        self._replica.fill(values)
+        self.steps = steps
+        self._problem = None
+
+    # What modes call; see bitring.training.mode.Trainer
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        return self.comm.Get_rank()
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.comm.Get_size()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Name -> array, to be changed in place."""
+        return self._replica.parameters
+
+    def agree(self, weight: float, check: Mapping[str, Any] | None = None) -> float:
+        """See :class:`bitring.training.mode.Trainer`."""
+        if self._open is not None:
+            return self._total()
+        where = self.where
+        if check is not None and self._problem is None:
+            bad = self._exchange.not_finite(check)
+            if bad is not None:
+                self._problem = NonFiniteError(f"{where}: the parameter {bad} on rank {self.rank}; training diverged")
+        told = self.notices.to_tell()
+        self._held.release()
+        self._transaction.came = True
+        return self._agreed(
+            self._meeting.exchange(
+                self._record(self._problem is not None, weight, told),
+                where,
+                lambda records: self.notices.hear(records, told),
+            )
+        )
+
+    def _agreed(self, records: Records) -> float:
+        where = self.where
+        if any(record[WRONG] for record in records):
+            problem, self._problem = self._problem, None
+            raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
+        total = total_weight(records, where)
+        self._transaction.met = True
+        if self._replica.mode.writes and self._replica.mode_state:
+            self._save()
+        return total
+
+    def _record(self, wrong: bool, weight: float = 0.0, told: int = 0, ends: bool = False) -> tuple[float, ...]:
+        operation, settings = OPERATIONS.index(self.operation), self._replica.settings_hash
+        return self._number, operation, ends, self.steps, settings, wrong, weight, told, self._meeting.waited
+
+    def _end_record(self, failed: bool) -> tuple[float, ...]:
+        return self._record(failed, ends=True)
+
+    def exchange(
+        self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """See :class:`bitring.training.mode.Trainer`."""
+        writes = self._replica.mode.writes or self._replica.update_may_raise
+        if self._open is not None:
+            if writes:
+                self._save()
+            return self._exchange.results()
+        exact = self.steps < self._exact_steps
+        return self._exchange.run(arrays, scale, minus, exact, self._save if writes else lambda: None)
+
+    def exchange_later(self, arrays: Mapping[str, Any], scale: float, into: Mapping[str, Any]) -> None:
+        """See :class:`bitring.training.mode.Trainer`."""
+        self._later = Later(arrays, scale, into)
+
+    def update(self, gradients: Mapping[str, Any], at_end: bool = False) -> None:
+        """See :class:`bitring.training.mode.Trainer`."""
+        arrays = dense(gradients)
+        if at_end and not self._replica.update_may_raise:
+            self._replica.require_writable(list(arrays), self.where)
+            self._updates.update(arrays)
+            return
+        self._save()
+        self._replica.update(arrays)
+
+    def restart_optimizer(self) -> None:
+        """See :class:`bitring.training.mode.Trainer`."""
+        self._replica.optimizer.restart(self._replica.optimizer_state)
+
+    def _save(self) -> None:
+        """Copy what this step may change from here on, so that it can be restored."""
+        for key, arrays in self._changes:
+            self._transaction.undo.save(key, arrays)
