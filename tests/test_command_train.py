@@ -371,7 +371,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
     [
         (["--model", "cnm"], "Error: unknown model 'cnm'; known: cnn, mlp, softmax"),
         (["--data", "digit"], "Error: load: unknown data set 'digit'; known: cifar10, digits,"),
-        (["--mode", "asink"], "Error: unknown mode 'asink'; known: block_momentum, local, sync"),
+        (["--mode", "asink"], "Error: unknown mode 'asink'; known: block_momentum, delayed, local, sync"),
         (["--compression", "2bit"], "Error: unknown compressor '2bit'; known: none, "),
         (["--algorithm", "rong"], "Error: unknown algorithm 'rong'; known: binomial_tree,"),
         (["--optimizer", "adam"], "Error: unknown optimizer 'adam'; known: adagrad, sgd"),

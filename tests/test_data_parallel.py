@@ -230,7 +230,7 @@ def test_large_buckets_travel_while_others_are_packed(comm, agree, compression, 
     """As bits, it makes no difference."""
     digests = []
     for overlap_bytes in (0, 1 << 30):
-        monkeypatch.setattr("bitring.training.step.gradient_exchange.OVERLAP_BYTES", overlap_bytes)
+        monkeypatch.setattr("bitring.training.step.bucket_sizes.OVERLAP_BYTES", overlap_bytes)
         rng = np.random.default_rng(comm.rank)
         parameters = [np.zeros(n, np.float32) for n in (3000, 2000, 5, 4000)]
         trainer = DataParallel(parameters, SGD(momentum=0.9), comm=comm, compression=compression, bucket_bytes=100)
@@ -475,8 +475,12 @@ SHARED = np.ones(6)
         ),
         ({"optimizer": "sgd:eps=1"}, ValueError, "unknown setting 'eps' of the optimizer sgd; known: lr, momentum, "),
         ({"mode": "local:tau=0"}, ValueError, "Local: tau must be at least 1; got 0"),
-        ({"mode": "async"}, ValueError, "unknown mode 'async'; known: block_momentum, local, sync"),
-        ({"mode": 3}, TypeError, "mode must be a name (block_momentum, local, sync) or an instance of Mode, got 3"),
+        ({"mode": "async"}, ValueError, "unknown mode 'async'; known: block_momentum, delayed, local, sync"),
+        (
+            {"mode": 3},
+            TypeError,
+            "mode must be a name (block_momentum, delayed, local, sync) or an instance of Mode, got 3",
+        ),
         ({"compression": "twobit"}, ValueError, "'twobit'; known: "),
         ({"compression": "none"}, ValueError, "'none' is no compressor: compression=None is exact; known: "),
         ({"compression": "topk:densty=1"}, ValueError, "unknown setting 'densty' of the compressor topk; known: "),

@@ -20,7 +20,7 @@ COMPRESSIONS = [None, "onebit", "topk:density=0.1", "linear", "powersgd:matrix_r
 @pytest.fixture(params=[False, True], ids=["together", "overlap"])
 def overlap(request: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
-        monkeypatch.setattr("bitring.training.step.gradient_exchange.OVERLAP_BYTES", 0)
+        monkeypatch.setattr("bitring.training.step.bucket_sizes.OVERLAP_BYTES", 0)
     return bool(request.param)
 
 

@@ -139,7 +139,7 @@ def test_beside_the_loop(comm: Any, agree: Any, monkeypatch: pytest.MonkeyPatch)
     """As bits, it makes no difference."""
     digests = []
     for overlap_bytes in (0, 1 << 30):
-        monkeypatch.setattr("bitring.training.step.gradient_exchange.OVERLAP_BYTES", overlap_bytes)
+        monkeypatch.setattr("bitring.training.step.bucket_sizes.OVERLAP_BYTES", overlap_bytes)
         trainer = new_trainer(comm, bucket_bytes=100)
         for step in range(3):
             trainer.step(gradients(comm.rank, step, 2), weight=2)

@@ -122,7 +122,7 @@ def name_of(parameter: Any) -> str:
 def test_one_rank_fails(comm, agree, monkeypatch, mode, compression, fault, overlap):
     """It raises its own error and the others one that names it; made again, the step gives the bits it would have."""
     if overlap:
-        monkeypatch.setattr("bitring.training.step.gradient_exchange.OVERLAP_BYTES", 0)
+        monkeypatch.setattr("bitring.training.step.bucket_sizes.OVERLAP_BYTES", 0)
     trainer, twin = new_trainer(comm, mode, compression), new_trainer(comm, mode, compression)
     for step in range(3):  # the next one exchanges, in all modes
         for each in (trainer, twin):

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from mpi4py import MPI
-
-from bitring.collectives.plan import Plan
-from bitring.compression.compressor import Compressor
 from bitring.registry import Registry
 from bitring.settings import Settings
-from bitring.training.step.bucket import Bucket
+
+if TYPE_CHECKING:  # the registry of modes is read where MPI is not wanted
+    from mpi4py import MPI
+
+    from bitring.collectives.plan import Plan
+    from bitring.compression.compressor import Compressor
+    from bitring.training.step.bucket import Bucket
 
 State = dict[str, Any]
 

@@ -9,9 +9,9 @@ compute gradients, A to agree on the step, and for bucket k P_k to check and pac
     updated_k = max(updated_{k−1}, there_k) + U_k        the first after all are packed; the last ends the step
 
 where ready_k is C + A, or with ``overlap`` when back-propagation has made the bucket's gradients. With less than 8 MiB
-of gradients, a bucket's exchange begins when all are packed and the one before is updated. Where a rank has no second
-core, its processor's work does not overlap: a step takes at least C + A and all encoding, decoding, packing, updating,
-and what its processor does to send, receive and sum through the node's memory.
+of gradients, or 256 KiB between nodes, a bucket's exchange begins when all are packed and the one before is updated.
+Where a rank has no second core, its processor's work does not overlap: a step takes at least C + A and all encoding,
+decoding, packing, updating, and what its processor does to send, receive and sum through the node's memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bitring.compression.exchange.owner_schedule import Times, encoders, owner_s
 from bitring.models.architecture import LayerTable
 from bitring.training.prediction.cluster import Cluster, Machine
 from bitring.training.prediction.network import ITEMSIZE, Network
-from bitring.training.step.bucket_sizes import OVERLAP_BYTES, BucketSizes, Size, bucket_sizes
+from bitring.training.step.bucket_sizes import BucketSizes, Size, bucket_sizes, largest_bucket, overlaps
 
 BUCKET_BYTES = 25 << 20
 BACKWARD = 2.0  # times the operations of the way forward
@@ -149,7 +149,8 @@ class _Step:
         if costing is None:
             return None
         sizes = {name: Size("", count, count * ITEMSIZE) for name, count in self.values.items()}
-        buckets = bucket_sizes(sizes, costing.block, BUCKET_BYTES)
+        nbytes = largest_bucket(BUCKET_BYTES, self._nbytes(sizes), self.cluster.nodes)
+        buckets = bucket_sizes(sizes, costing.block, nbytes)
         exchanges = [costing.exchange(bucket) for bucket in buckets]
         alone = self._timeline(buckets, [_Exchange(Times(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, "", 0.0)] * len(buckets), 0.0)
         agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha
@@ -194,7 +195,7 @@ class _Step:
                 packed = max(packed, self._ready(bucket) + agree) + CHECK * second
             packed += PACK * second
             starts.append(packed)
-        beside = sum(self.values.values()) * ITEMSIZE >= OVERLAP_BYTES
+        beside = overlaps(self._nbytes(self.values), self.cluster.nodes)
         there, updated = 0.0, packed
         for start, exchange, second in zip(starts, exchanges, seconds, strict=True):
             there = max(there, start if beside else updated) + exchange.times.total

@@ -14,7 +14,7 @@ from bitring.arrays import xp_of
 from bitring.collectives.plan import Plan
 from bitring.compression.compressor import Compressor
 from bitring.compression.plans.plan import plan_allreduce
-from bitring.training.step.bucket_sizes import Size, bucket_sizes
+from bitring.training.step.bucket_sizes import Size, bucket_sizes, largest_bucket
 
 TOGETHER_VALUES = 1 << 15
 """Neighbours of so many values in all are packed in one call, which is what they mostly cost; larger arrays alone."""
@@ -110,9 +110,10 @@ def _runs(names: list[str], starts: list[int], ends: list[int]) -> list[Run]:
 
 
 def make_buckets(
-    parameters: Mapping[str, Any], block: int | None, bucket_bytes: int, empty: Callable[[int, Any], Any]
+    parameters: Mapping[str, Any], block: int | None, bucket_bytes: int, nodes: int, empty: Callable[[int, Any], Any]
 ) -> list[Bucket]:
-    """Buckets of ``parameters``; see ``bucket_sizes``. ``empty`` makes the buffers."""
+    """Buckets of ``parameters``; see ``bucket_sizes`` and ``largest_bucket``. ``empty`` makes the buffers."""
+    bucket_bytes = largest_bucket(bucket_bytes, sum(array.nbytes for array in parameters.values()), nodes)
     sizes = {name: Size(array.dtype, array.size, array.nbytes) for name, array in parameters.items()}
     return [
         Bucket({name: parameters[name] for name in names}, compressed, empty)

@@ -6,7 +6,26 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 OVERLAP_BYTES = 8 << 20
-"""Below this size an exchange is over before waking the progress thread has paid."""
+"""Of gradients on one node. Below, an exchange is over before waking the progress thread has paid."""
+
+OVERLAP_BYTES_BETWEEN_NODES = 256 << 10
+"""The same where gradients pass a network."""
+
+_PARTS, _LEAST_BYTES = 4, 1 << 20
+
+
+def overlaps(nbytes: int, nodes: int) -> bool:
+    """Whether buckets of so many bytes in all travel while others are filled."""
+    return nbytes >= (OVERLAP_BYTES if nodes == 1 else min(OVERLAP_BYTES, OVERLAP_BYTES_BETWEEN_NODES))
+
+
+def largest_bucket(bucket_bytes: int, nbytes: int, nodes: int) -> int:
+    """The largest size of a bucket, of ``nbytes`` bytes in all, where ``bucket_bytes`` are allowed.
+
+    Between nodes a quarter of all, so that the first can travel while the others are computed; 1 MiB is enough for the
+    network's speed.
+    """
+    return bucket_bytes if nodes == 1 else min(bucket_bytes, max(_LEAST_BYTES, nbytes // _PARTS))
 
 
 class Size(NamedTuple):

@@ -14,12 +14,13 @@ from mpi4py import MPI
 
 from bitring.arrays import bytes_of, xp_of
 from bitring.collectives.communicator import Communicator
+from bitring.collectives.runtime.context import context_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.factors import Factors, dense, has_factors
 from bitring.compression.plans.telemetry import Totals
 from bitring.errors import NonFiniteError
 from bitring.training.step.bucket import Bucket, make_buckets
-from bitring.training.step.bucket_sizes import OVERLAP_BYTES
+from bitring.training.step.bucket_sizes import overlaps
 from bitring.training.step.checks import checked_gradients, not_finite
 from bitring.training.step.hidden import Hidden
 from bitring.training.tree import host_copy
@@ -29,8 +30,8 @@ class GradientExchange:
     """The buckets of ``parameters`` on ``comm``, and their ``plans``. Collective.
 
     ``warms_up``: whether there are exact plans, too, for buckets that are compressed. ``make_plan``: makes a bucket's
-    plan, from it, a communicator, an algorithm's name and a compressor. Buckets of ``OVERLAP_BYTES`` in all travel
-    while others are packed: ``overlaps``.
+    plan, from it, a communicator, an algorithm's name and a compressor. ``overlaps``: whether large
+    buckets travel while others are packed.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class GradientExchange:
         # In memory that the node's ranks share they reduce each other's gradients where they are.
         empty = Communicator(comm).empty if self._xp is np else self._xp.empty
         block = None if compression is None else getattr(compression, "block", 1)
-        self.buckets = make_buckets(parameters, block, bucket_bytes, empty)
-        self.overlaps = sum(bucket.flat.nbytes for bucket in self.buckets) >= OVERLAP_BYTES
+        nodes = context_of(comm).topology.nodes
+        self.buckets = make_buckets(parameters, block, bucket_bytes, nodes, empty)
+        self.overlaps = overlaps(sum(bucket.flat.nbytes for bucket in self.buckets), nodes)
         self._make_plan = make_plan
         self.plans: list[Any] = []
         self._exact_plans: dict[int, Any] = {}

@@ -56,15 +56,17 @@ class Progress:
 
 
 def _of_exchanges(telemetry: Mapping[str, Any]) -> str:
-    """Summary of the epoch's exchanges: their time, the rank waited for, and the part that encoding left out."""
-    if not telemetry:
+    """Summary of the epoch's exchanges: their time, the rank waited for, and the parts left out or hidden."""
+    if "slowest_rank" not in telemetry:
         return ""
     names = [name for name in ("encode", "wire", "decode", "wait") if f"{name}_seconds" in telemetry]
     parts = ", ".join(f"{name} {telemetry[f'{name}_seconds']:.2g} s" for name in names)
     slowest = "" if telemetry["slowest_rank"] is None else f" for rank {telemetry['slowest_rank']}"
     ratio = telemetry.get("residual_ratio")
     left = "" if ratio is None else f"; residual {ratio:.2g} of the gradient"
-    return f"  ({parts}{slowest}{left})"
+    share = telemetry.get("hidden_share")
+    hidden = "" if share is None else f"; {share:.0%} hidden"
+    return f"  ({parts}{slowest}{left}{hidden})"
 
 
 def _bar(width: int) -> Any:

@@ -187,11 +187,12 @@ def _steps(course: Course, progress: Progress | None) -> None:
     allgather(course.comm, None, "bitring train")  # the clock begins when all are there
     begin = time.perf_counter() - epoch.seconds
     for x, y in shard(parts.batches, course.comm, seed=course.settings.seed, epoch=number, start=epoch.steps):
-        loss, gradients = parts.model.loss_and_gradients(x, y, product=product)
         # Falls to 0 along a straight line, and the noise of batches and of one bit with it.
         trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / parts.steps))
         course.due.before_step()
-        trainer.step(gradients, weight=len(x))
+        with trainer.begin(weight=len(x)):
+            loss, _ = parts.model.loss_and_gradients(x, y, on_gradient=trainer.ready, product=product)
+            trainer.step()
         epoch.steps += 1
         epoch.loss += loss * len(x)
         if progress is not None:
