@@ -100,7 +100,8 @@ def with_a_signal(of: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
     [
         (_train, "load", 1, "nothing was trained yet"),
         (_train, "_begin", 1, "nothing was trained yet"),
-        (DataParallel, "step", 2, "run/checkpoint.npz holds all that was trained, up to step 2 of epoch 1"),
+        (DataParallel, "begin", 2, "run/checkpoint.npz holds all that was trained, up to step 2 of epoch 1"),
+        (DataParallel, "step", 2, "run/checkpoint.npz holds all that was trained, up to step 3 of epoch 1"),
         (_train, "_accuracy", 1, "run/checkpoint.npz holds all that was trained, up to epoch 1"),
         (_course, "write_checkpoint", 2, "run/checkpoint.npz holds all that was trained, up to epoch 2"),
     ],
