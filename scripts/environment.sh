@@ -88,3 +88,22 @@ environment() {
     } >"$folder/installed.new"
     mv "$folder/installed.new" "$folder/installed"
 }
+
+# torch_packages VENV FOLDER: PyTorch's CPU wheel for that environment, in a folder of its own, for PYTHONPATH: it is as
+# large as all the rest, and the other tests do without. Only where the package index has such a wheel; the other one
+# brings gigabytes of CUDA.
+torch_packages() {
+    local python=$1/bin/python folder=$2
+    if PYTHONPATH=$folder "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
+        return
+    fi
+    rm -rf "$folder" "$folder.new"
+    if "$python" -m pip install --disable-pip-version-check --progress-bar off --quiet --no-compile --only-binary :all: \
+        --target "$folder.new" "torch==2.13.0+cpu" >"$folder.log" 2>&1 </dev/null; then
+        mv "$folder.new" "$folder"
+        echo "Installed PyTorch in $folder"
+    else
+        echo "No CPU wheel of PyTorch in the package index (PIP_EXTRA_INDEX_URL names another); its tests are skipped"
+        tail -n 3 "$folder.log"
+    fi
+}

@@ -1,0 +1,285 @@
+"""GradientAverager: the gradients of a module become their mean over all ranks, beside back-propagation or after it."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from bitring.collectives.communicator import Communicator
+from bitring.collectives.runtime.context import context_of, given_comm
+from bitring.collectives.runtime.jointly import jointly, raise_everywhere
+from bitring.collectives.runtime.objects import allgather
+from bitring.compression.compressor import Compressor
+from bitring.errors import MismatchError, uncopyable
+from bitring.torch.broadcast import broadcast_tensors
+from bitring.torch.buffers import Buffers
+from bitring.torch.exchange import Exchange, overlap_pays
+from bitring.torch.meeting import Meeting
+from bitring.torch.options import BUCKET_BYTES, Options, describe
+from bitring.torch.residuals import Kept, give, take
+from bitring.torch.step import Step
+from bitring.torch.watched import Watched, kept_buffers, sparse_names
+from bitring.training.step.checks import difference
+from bitring.training.step.meeting import hash_of
+
+
+class GradientAverager:
+    """Average the gradients of ``module``, a torch.nn.Module, over all ranks of ``comm``. Collective, as are its steps.
+
+    All ranks' parameters and buffers take rank 0's values now. A step is ``with averager.batch(weight=len(x)):`` around
+    the forward and backward pass: each rank's gradients are the mean over its ``weight`` samples; after it ``p.grad``
+    is the mean over all ranks' samples, which any optimizer can use, and a view of the averager's memory.
+
+    ``compression``: None for an exact exchange, a compressor's name such as "onebit" or "topk:density=0.001", or an
+    instance. ``compression_for``: other compressors, by the parameters' names or patterns such as "*.bias"; the first
+    that fits counts. Parameters with fewer values than one block of a compressor travel exactly.
+    ``overlap``: whether gradients travel while back-propagation goes on; "auto" does so between nodes and from 8 MiB
+    of gradients on. The gradients' bits do not depend on it.
+    ``unused``: a gradient that is None on some ranks counts as zeros there, or with "error" raises. One that is None on
+    all ranks stays None.
+    ``sparse``: the sparse gradients of embeddings become dense, or with "gather" the rows of all ranks are gathered.
+    ``buffers``: after each step buffers, such as the running statistics of batch normalisation, are rank 0's on all
+    ranks ("broadcast"), the weighted mean ("mean"), or each rank's ("own").
+    ``masters``: parameters' names -> float32 tensors, whose gradients are to be the means instead: gradients of 16 bits
+    are converted before they are exchanged.
+    ``scaler``: a GradScaler whose scale the losses are multiplied by. Only compressed exchanges need it: they are made
+    in unscaled units. Where any rank has NaN or Inf all gradients become Inf then, so that all scalers skip the step.
+    ``algorithm``: of the exact exchange. ``bucket_bytes``: the largest size of a bucket with several parameters.
+
+    Raises on all ranks: a rank's bad arguments raise TypeError or ValueError there, and PeerError naming that rank on
+    the others; MismatchError where the ranks' arguments differ.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        comm: MPI.Intracomm | None = None,
+        compression: Compressor | str | None = None,
+        compression_for: Mapping[str, Compressor | str | None] | None = None,
+        overlap: bool | str = "auto",
+        unused: str = "zeros",
+        sparse: str = "dense",
+        buffers: str = "broadcast",
+        masters: Mapping[str, Any] | None = None,
+        scaler: Any = None,
+        algorithm: str = "auto",
+        bucket_bytes: int = BUCKET_BYTES,
+        broadcast: bool = True,
+    ) -> None:
+        """``broadcast``: whether parameters and buffers take rank 0's values now."""
+        self.step: Step | None = None
+        """The step that is open."""
+        self.opens = False
+        """Whether the first gradient opens a step where none is, as of a loop without blocks."""
+        self.passes = 1
+        """So many backward() fill each gradient in a step."""
+        self._hooks: list[Any] = []
+        base = given_comm(comm, "GradientAverager")
+        error: Exception | None = None
+        watched: Any = None
+        try:
+            self._module = weakref.ref(_checked_module(module))
+            self.options = Options(
+                compression, compression_for, overlap, unused, sparse, buffers, algorithm, bucket_bytes
+            )
+            watched = Watched(module)
+            self.options.require_known(watched.parameters)
+            self.masters = _checked_masters(masters, watched)
+            self.options.entries(watched, self.masters, set())
+        except Exception as problem:  # whatever it is, the other ranks must not wait
+            error = problem
+        raise_everywhere(base, "GradientAverager", error)
+        self.comm = Communicator(base).Dup()
+        self.scaler = scaler
+        self.steps = 0
+        """Steps made, those without samples included."""
+        self.quiet = False
+        """Whether backward() is nothing to this averager, in ``no_sync``."""
+        self._absences: dict[tuple[float, ...], frozenset[str]] = {}
+        self.meeting = Meeting(self.comm, "GradientAverager")
+        self._lay_out(watched)
+        if broadcast:
+            tensors = {n: p.detach() for n, p in self.module.named_parameters()} | kept_buffers(self.module)
+            broadcast_tensors(self.comm, list(tensors.values()), "GradientAverager", 0)
+
+    def __reduce__(self) -> Any:
+        raise uncopyable(self, "save_checkpoint keeps what it knows")
+
+    # What it knows of the module
+
+    @property
+    def module(self) -> Any:
+        """The module, while it lives."""
+        return self._module()
+
+    def _lay_out(self, watched: Watched) -> None:
+        """Make the buckets for what the module trains now. Collective."""
+        left_out = sparse_names(self.module) if self.options.sparse == "gather" else set[str]()
+        entries = jointly(self.comm, "GradientAverager", lambda: self.options.entries(watched, self.masters, left_out))
+        mine = describe(entries, self.options, self.masters)
+        everyone = allgather(self.comm, (mine, [entry.order for entry in entries]), "GradientAverager")
+        for rank, (theirs, _) in enumerate(everyone):
+            text = difference(theirs, everyone[0][0])
+            if text is not None:
+                raise MismatchError(f"GradientAverager: rank {rank} differs from rank 0: {text}")
+        for i, orders in enumerate(zip(*(orders for _, orders in everyone), strict=True)):
+            if len(set(orders)) > 1:  # views in memory's order would be of other values on other ranks
+                entries[i] = entries[i]._replace(order=tuple(range(len(entries[i].shape))))
+        self._watched = watched
+        self.parameters = watched.trained
+        self.gathered = [name for name in watched.trained if name in left_out]
+        self.exchange = Exchange(self.comm, entries, self.options.algorithm, self.options.bucket_bytes)
+        self.buffers = (
+            None
+            if self.options.buffers == "own"
+            else Buffers(self.comm, self.module, self.options.buffers, self.options.bucket_bytes)
+        )
+        nodes = context_of(self.comm).topology.nodes
+        asked = self.options.overlap
+        self.overlaps = self.comm.Get_size() > 1 and (
+            overlap_pays(self.exchange, nodes) if asked == "auto" else bool(asked)
+        )
+        """Whether gradients travel while back-propagation goes on."""
+        self.settings = hash_of(repr(mine))
+        self.in_buckets = [[watched.trained[name] for name in bucket.names] for bucket in self.exchange.buckets]
+        self.targets_in = [[self.target(name) for name in bucket.names] for bucket in self.exchange.buckets]
+        self._place_of = {name: number for number, bucket in enumerate(self.exchange.buckets) for name in bucket.names}
+        self.views = [view for bucket in self.exchange.buckets for view in bucket.views]
+        self.targets = [*self.parameters.values(), *self.masters.values()]
+        """The tensors whose gradients a step changes."""
+        self._listen()
+
+    def _listen(self) -> None:
+        """Have back-propagation tell when a gradient is complete."""
+        for hook in self._hooks:
+            hook.remove()
+        me: weakref.ref[GradientAverager] = weakref.ref(self)
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(_arrival(me, name, self._place_of.get(name)))
+            for name, p in self.parameters.items()
+        ]
+
+    def refresh(self) -> None:
+        """Follow what has become of the module: parameters frozen or not, of another dtype. Collective where it has."""
+        if self._watched.unchanged:
+            return
+        kept = take(self.comm, self.exchange)
+        self.exchange.free()
+        if self.buffers:
+            self.buffers.free()
+        self._lay_out(Watched(self.module))
+        give(self.exchange, kept)
+
+    # Steps
+
+    def batch(self, weight: float = 1.0) -> Step:
+        """For ``with``: the forward and backward pass of this rank's batch of ``weight`` samples. Collective.
+
+        The gradients of the batch, the mean over its samples, are added to those there are, as backward() does, and
+        the sums averaged, weighted by all ranks' ``weight``, when the block ends. One backward() may fill each gradient
+        in a block; others before it go into ``no_sync``. A batch without samples has weight 0: its gradients are not
+        looked at. Where all have weight 0 all gradients are None.
+
+        An exception in the block ends the step on all ranks: it goes on here, and the others raise PeerError with its
+        text; gradients and residuals are as before the block then. A compressed step without ``scaler`` raises
+        NonFiniteError on all ranks when a gradient holds NaN or Inf on any; an exact one passes them on.
+        """
+        return Step(self, weight, "batch", may_overlap=True)
+
+    def average(self, weight: float = 1.0) -> None:
+        """Average the gradients that there are, the mean over this rank's ``weight`` samples. Collective.
+
+        What ``batch`` does at its end. Raises as it does.
+        """
+        with Step(self, weight, "average", may_overlap=False):
+            pass
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Generator[None]:
+        """For ``with``: backward() adds to the gradients, and nothing is exchanged. Also inside ``batch``."""
+        before, self.quiet = self.quiet, True
+        try:
+            yield
+        finally:
+            self.quiet = before
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes of gradients that this rank has sent to others."""
+        return self.exchange.bytes_sent
+
+    def residuals(self) -> Kept:
+        """What compressed exchanges carry from step to step, by parameter; for ``give_residuals``. Collective."""
+        return take(self.comm, self.exchange)
+
+    def give_residuals(self, kept: Kept) -> None:
+        """Go on with what ``residuals`` returned, of the same parameters, perhaps on other ranks."""
+        give(self.exchange, kept)
+
+    def free(self) -> None:
+        """Free plans, memory and communicator. Collective; gradients that are views stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.exchange.free()
+        if self.buffers:
+            self.buffers.free()
+        self.meeting.free()
+        self.comm.Free()
+
+    def target(self, name: str) -> Any:
+        """The tensor whose gradient becomes the mean."""
+        return self.masters.get(name, self.parameters[name])
+
+    def absent_everywhere(self, mine: list[str], hashes: tuple[float, ...]) -> frozenset[str]:
+        """Names of the parameters that have no gradient on any rank. Collective where a rank lacks some."""
+        if not any(hashes):
+            return frozenset()
+        if all(each == hashes[0] for each in hashes):
+            return frozenset(mine)
+        if hashes not in self._absences:
+            everyone: list[list[str]] = allgather(self.comm, mine, "GradientAverager")
+            self._absences[hashes] = frozenset.intersection(*map(frozenset, everyone))
+        return self._absences[hashes]
+
+
+def _arrival(averager: weakref.ref[GradientAverager], name: str, bucket: int | None) -> Callable[[Any], None]:
+    def arrival(_: Any) -> None:
+        a = averager()
+        if a is None or a.quiet:
+            return
+        step = a.step
+        if step is None:
+            if not a.opens:
+                return
+            step = Step(a, 1.0, "backward", may_overlap=True)
+            step.__enter__()
+        step.arrived(name, bucket)
+
+    return arrival
+
+
+def _checked_module(module: Any) -> Any:
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"GradientAverager: module must be a torch.nn.Module; got {type(module).__name__}")
+    return module
+
+
+def _checked_masters(masters: Mapping[str, Any] | None, watched: Watched) -> dict[str, Any]:
+    taken = dict(masters or {})
+    for name, master in taken.items():
+        p = watched.parameters.get(name)
+        if p is None:
+            raise ValueError(f"GradientAverager: masters: no parameter is named {name!r}")
+        if master.shape != p.shape or master.device != p.device:
+            raise ValueError(
+                f"GradientAverager: masters: {name!r} must be of shape {tuple(p.shape)} on {p.device}, as the "
+                f"parameter is; got {tuple(master.shape)} on {master.device}"
+            )
+    return taken

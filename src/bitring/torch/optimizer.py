@@ -1,0 +1,139 @@
+"""DistributedOptimizer: any torch optimizer, whose step() averages the gradients over all ranks first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+
+from bitring.errors import uncopyable
+from bitring.torch.averager import GradientAverager
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """``optimizer`` for ``module`` trained on all ranks. Collective, as is ``step``.
+
+    All ranks take rank 0's parameters now. ``options`` are GradientAverager's. Where gradients travel beside
+    back-propagation, they do from the step's first backward() on; ``backward_passes_per_step`` of them are summed.
+    Learning rates and schedules work as with ``optimizer``, whose state, groups and settings these are.
+
+    Each rank's gradients count alike; for batches of unequal size use ``with optimizer.averager.batch(weight=len(x)):``
+    around the forward and backward pass, after which ``step`` does not average again.
+    """
+
+    def __init__(self, optimizer: Any, module: Any, *, backward_passes_per_step: int = 1, **options: Any) -> None:
+        self.optimizer = optimizer
+        self.averager = GradientAverager(module, **options)
+        self.averager.passes = backward_passes_per_step
+        self.averager.opens = True
+        self._averaged_at = self.averager.steps
+        self._skips = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __setstate__(self, state: Any) -> None:
+        raise uncopyable(self, "state_dict() has what it knows")
+
+    def __reduce__(self) -> Any:
+        raise uncopyable(self, "state_dict() has what it knows")
+
+    def __repr__(self) -> str:
+        return f"DistributedOptimizer({self.optimizer!r})"
+
+    _step_supports_amp_scaling = True  # so a GradScaler calls step() on all ranks, whatever it has found on one
+
+    @property
+    def param_groups(self) -> Any:
+        """The optimizer's."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> Any:
+        """The optimizer's."""
+        return self.optimizer.defaults
+
+    def state_dict(self) -> Any:
+        """The optimizer's."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """The optimizer's."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: Any) -> None:
+        """The optimizer's."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The optimizer's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    @property
+    def _averaged(self) -> bool:
+        return self.averager.steps > self._averaged_at
+
+    def synchronize(self) -> None:
+        """Average the gradients now, so that they can be looked at or clipped before ``step``. Collective."""
+        step = self.averager.step
+        if step is not None:
+            step.end(None)
+        elif not self._averaged:
+            self.averager.average()
+
+    @contextlib.contextmanager
+    def skip_synchronize(self) -> Generator[None]:
+        """For ``with``: ``step`` takes the gradients as they are."""
+        self._skips = True
+        try:
+            yield
+        finally:
+            self._skips = False
+
+    def no_sync(self) -> Any:
+        """For ``with``: backward() adds to the gradients, and nothing is exchanged."""
+        return self.averager.no_sync()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Average the gradients, unless that was done since the last step, and let the optimizer make its step.
+
+        Collective. ``closure`` computes the loss and the gradients, which are averaged each time it is called. Returns
+        what the optimizer's ``step`` returns; None where a GradScaler has found an overflow.
+        """
+        if closure is not None:
+            return self.optimizer.step(lambda: self._averaging(closure))
+        factor, overflown = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if overflown is not None and not (self._averaged or self._skips):
+            raise RuntimeError(
+                "DistributedOptimizer.step: a GradScaler looks at the gradients before they are averaged, so that "
+                "ranks would go apart; call optimizer.synchronize() before scaler.unscale_(optimizer) and "
+                "scaler.step(optimizer)"
+            )
+        if not self._skips:
+            self.synchronize()
+        self._averaged_at = self.averager.steps
+        if overflown is not None and overflown.item():
+            return None
+        if factor is not None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.div_(factor)
+        return self.optimizer.step()
+
+    def _averaging(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        self._averaged_at = self.averager.steps
+        self.synchronize()
+        self._averaged_at = self.averager.steps
+        return loss

@@ -1,0 +1,55 @@
+"""The parameters and buffers that a module has, and whether it still has just these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+class Watched:
+    """The parameters of ``module`` by name, each once, and how they were when this was made."""
+
+    def __init__(self, module: Any) -> None:
+        self.parameters: dict[str, Any] = dict(module.named_parameters())
+        self.trained: dict[str, Any] = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self._kinds = [(p, p.requires_grad, p.dtype, p.device) for p in self.parameters.values()]
+        self._tables: list[tuple[Mapping[str, Any], int]] = []
+        self._links: list[tuple[Mapping[str, Any], str, Any]] = []
+        for part in module.modules():
+            for table in (part._parameters, part._modules):
+                self._tables.append((table, len(table)))
+                self._links += [(table, key, thing) for key, thing in table.items()]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the module has these parameters, of the same dtypes and devices, and trains the same of them."""
+        return (
+            all(len(table) == length for table, length in self._tables)
+            and all(table.get(key) is thing for table, key, thing in self._links)
+            and all(
+                p.requires_grad is trained and p.dtype is dtype and p.device == device
+                for p, trained, dtype, device in self._kinds
+            )
+        )
+
+
+def sparse_names(module: Any) -> set[str]:
+    """Names of the parameters whose gradients are sparse: embeddings' that ask for it."""
+    kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    sparse = {id(part.weight) for part in module.modules() if isinstance(part, kinds) and part.sparse}
+    return {name for name, p in module.named_parameters() if id(p) in sparse}
+
+
+def kept_buffers(module: Any) -> dict[str, Any]:
+    """The buffers that are numbers and part of the module's state, such as batch normalisation's running statistics."""
+    inside = module.state_dict(keep_vars=True)
+    return {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if name in inside and buffer.numel() and buffer.dtype in _NUMBERS
+    }
+
+
+_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
