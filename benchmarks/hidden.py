@@ -5,7 +5,8 @@
 Starts two hosts of one rank at 1 Gbit/s (hosts.py; needs root) and runs itself on them, with one thread per rank. For
 each model and compression these take turns, on random data: computing gradients and nothing else; ``step`` from
 gradients that are there; ``step`` after computing; ``begin``, ``ready`` and ``step``; mode ``delayed``. A time is the
-slowest rank's, and of several the median. The backward pass is timed from the first gradient on.
+slowest rank's, per step of four in a row, and of several the median. The backward pass is timed from its first
+gradient on.
 
 The hidden share is (step − begin) / min(exchange, backward): of what could be hidden. The exchange is the step from
 gradients that are there. The limit of a step is the longer of computing and exchange, as if all could be hidden.
@@ -112,18 +113,20 @@ def measure(comm: Any, name: str, compression: str, samples: int) -> dict[str, A
         "delayed": lambda: trainers["delayed"].step(kinds["delayed"].loss_and_gradients(x, y)[1]),
     }
     seconds: dict[str, list[float]] = {kind: [] for kind in (*contenders, "backward")}
-    steps = 4  # in a row: what goes on between steps is in the time
+    processor: dict[str, list[float]] = {}
+    steps = 4
     for sample in range(samples + 1):
         for kind, call in contenders.items():
             began.clear()
-            trainers["delayed"].synchronize()
+            call()  # from here on a step's exchange is under way in mode delayed, as it is at the end
             comm.Barrier()
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 call()
-            end = time.perf_counter()
+            end, busy = time.perf_counter(), time.process_time() - busy
             if sample:
                 seconds[kind].append(comm.allreduce((end - start) / steps, MPI.MAX))
+                processor.setdefault(kind, []).append(comm.allreduce(busy / steps, MPI.MAX))
             if kind == "compute" and sample:
                 per_pass = len(began) // steps
                 backward = end - began[-per_pass]
@@ -144,6 +147,7 @@ def measure(comm: Any, name: str, compression: str, samples: int) -> dict[str, A
         "limit": max(median["compute"], median["exchange"]),
         "hidden_share": (median["step"] - median["begin"]) / hideable,
         "delayed_over_step": median["delayed"] / median["step"],
+        "processor_seconds": {kind: statistics.median(times) for kind, times in processor.items()},
         "samples": seconds,
     }
     if comm.rank == 0:

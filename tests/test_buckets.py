@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bitring
-from bitring.training.step.bucket_sizes import Size, bucket_sizes
+from bitring.training.step.bucket_sizes import Size, bucket_sizes, kind_of
 
 VALUES = {"a": 3000, "b": 10, "c": 5000, "none": 0, "d": 200, "e": 4000, "f": 4}
 
@@ -16,8 +16,9 @@ def test_they_are_data_parallel_s(comm, agree, compression: str | None, bucket_b
     trainer = bitring.DataParallel(
         parameters, bitring.SGD(lr=0.1), comm=comm, compression=compression, bucket_bytes=bucket_bytes
     )
-    made = [(tuple(bucket.views), bucket.compressed) for bucket in trainer.buckets]
+    made = [(tuple(bucket.views), bucket.compressor) for bucket in trainer.buckets]
     trainer.free()
-    block = bitring.OneBit().block if compression else None
+    compressor = bitring.OneBit() if compression else None
     sizes = {name: Size("", count, 4 * count) for name, count in VALUES.items()}
-    agree(comm, made == [tuple(each) for each in bucket_sizes(sizes, block, bucket_bytes)])
+    kinds = {name: kind_of(compressor, count) for name, count in VALUES.items()}
+    agree(comm, made == [tuple(each) for each in bucket_sizes(sizes, kinds, bucket_bytes)])

@@ -16,15 +16,13 @@ from bitring.collectives.calls import require_root
 from bitring.collectives.runtime.context import given_comm, one_call
 from bitring.collectives.runtime.jointly import raise_everywhere
 from bitring.collectives.selection.selection import check_name
-from bitring.compression.compressor import Compressor, compressors, parsed
+from bitring.compression.compressor import Compressor
 from bitring.errors import uncopyable
 from bitring.settings import Range, checked
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer
-from bitring.training.step.checks import (
-    checked_unused,
-    chosen,
-)
+from bitring.training.step.checks import checked_unused
+from bitring.training.step.compression_for import checked_choices, chosen_compressor, compressor_of_each
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.open_step import OpenStep
 from bitring.training.step.replica import Replica
@@ -32,7 +30,7 @@ from bitring.training.step.replicas import broadcast_tree, compare
 from bitring.training.step.state_dict import description_of, load_state, require_alike, state_of
 from bitring.training.step.stepper import Stepper
 
-_FIXED = {"comm", "compression", "algorithm", "warmup_steps", "check_every", "bucket_bytes"}
+_FIXED = {"comm", "compression", "compression_for", "algorithm", "warmup_steps", "check_every", "bucket_bytes"}
 _numbers_of_trainers = itertools.count(1)
 
 
@@ -48,6 +46,8 @@ class DataParallel:
     ``compression``: None for an exact exchange, a name such as "topk" or "topk:density=0.001", or an instance such as
     ``OneBit(block=1024)``. Parameters with fewer values than one block of an encoder travel exactly. The first
     ``warmup_steps`` steps are exact.
+    ``compression_for``: name of a parameter, or a pattern such as "conv*", -> compressor or None, for those that travel
+    otherwise than by ``compression``; names go before patterns, and of these the first that fits.
     ``check_every``: after so many steps ranks compare digests of their parameters, which takes about a second per GB,
     and raise MismatchError with the first parameter and rank that differ; 0: never.
     ``algorithm``: of the exact exchange; "auto" chooses. ``bucket_bytes``: the largest size of a bucket, except for one
@@ -71,6 +71,7 @@ class DataParallel:
         bucket_bytes: int = 25 << 20,
         check_every: int = 0,
         unused: str = "error",
+        compression_for: Mapping[str, Compressor | str | None] | None = None,
     ) -> None:
         self.comm = given_comm(comm, "DataParallel")
         self.rank = self.comm.Get_rank()
@@ -78,8 +79,8 @@ class DataParallel:
         mine: dict[str, Any] = {}
         try:
             self._replica = Replica(parameters, optimizer, mode)
-            given = parsed(compression, "DataParallel")
-            self.compression = None if given is None else chosen("compression", given, compressors, Compressor)
+            self.compression = chosen_compressor("compression", compression)
+            self.compression_for = checked_choices(compression_for, self._replica.parameters)
             check_name(algorithm, "DataParallel")
             self.algorithm = algorithm
             self.warmup_steps = checked("DataParallel", "warmup_steps", warmup_steps, int, Range(least=0))
@@ -95,7 +96,7 @@ class DataParallel:
         self._exchange = GradientExchange(
             self.comm,
             self._replica.parameters,
-            self.compression,
+            compressor_of_each(self._replica.parameters, self.compression, self.compression_for),
             algorithm,
             self.bucket_bytes,
             self.warmup_steps > 0,

@@ -150,7 +150,8 @@ class _Step:
             return None
         sizes = {name: Size("", count, count * ITEMSIZE) for name, count in self.values.items()}
         nbytes = largest_bucket(BUCKET_BYTES, self._nbytes(sizes), self.cluster.nodes)
-        buckets = bucket_sizes(sizes, costing.block, nbytes)
+        compressed = {each: costing.block is not None and count >= costing.block for each, count in self.values.items()}
+        buckets = bucket_sizes(sizes, {each: name if yes else None for each, yes in compressed.items()}, nbytes)
         exchanges = [costing.exchange(bucket) for bucket in buckets]
         alone = self._timeline(buckets, [_Exchange(Times(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, "", 0.0)] * len(buckets), 0.0)
         agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha

@@ -14,7 +14,7 @@ from bitring.arrays import xp_of
 from bitring.collectives.plan import Plan
 from bitring.compression.compressor import Compressor
 from bitring.compression.plans.plan import plan_allreduce
-from bitring.training.step.bucket_sizes import Size, bucket_sizes, largest_bucket
+from bitring.training.step.bucket_sizes import Size, bucket_sizes, kind_of, largest_bucket
 
 TOGETHER_VALUES = 1 << 15
 """Neighbours of so many values in all are packed in one call, which is what they mostly cost; larger arrays alone."""
@@ -29,12 +29,17 @@ class Run(NamedTuple):
 
 
 class Bucket:
-    """Gradients of some parameters of one dtype, packed into ``flat``; ``views`` are its parts, by name."""
+    """Gradients of some parameters of one dtype, packed into ``flat``; ``views`` are its parts, by name.
 
-    def __init__(self, parameters: Mapping[str, Any], compressed: bool, empty: Callable[[int, Any], Any]) -> None:
+    ``compressor``: what they travel by; None for exact sums.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Any], compressor: Compressor | None, empty: Callable[[int, Any], Any]
+    ) -> None:
         first = next(iter(parameters.values()))
         ends = list(accumulate(array.size for array in parameters.values()))
-        self.compressed = compressed
+        self.compressor = compressor
         self.starts = [0, *ends[:-1]]
         self.flat = empty(ends[-1], first.dtype)
         self.shapes = {name: array.shape for name, array in parameters.items()}
@@ -42,6 +47,11 @@ class Bucket:
         self.runs = _runs(list(parameters), self.starts, ends)
         self.wide = np.float64 if first.dtype == np.float64 else np.float32
         self._xp = xp_of(first)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the gradients do not travel exactly."""
+        return self.compressor is not None
 
     def unflatten(self, flat: Any) -> list[tuple[str, Any]]:
         """Name and part of an array as large as the bucket, each part of the parameter's shape."""
@@ -110,12 +120,17 @@ def _runs(names: list[str], starts: list[int], ends: list[int]) -> list[Run]:
 
 
 def make_buckets(
-    parameters: Mapping[str, Any], block: int | None, bucket_bytes: int, nodes: int, empty: Callable[[int, Any], Any]
+    parameters: Mapping[str, Any],
+    compressors: Mapping[str, Compressor | None],
+    bucket_bytes: int,
+    nodes: int,
+    empty: Callable[[int, Any], Any],
 ) -> list[Bucket]:
     """Buckets of ``parameters``; see ``bucket_sizes`` and ``largest_bucket``. ``empty`` makes the buffers."""
     bucket_bytes = largest_bucket(bucket_bytes, sum(array.nbytes for array in parameters.values()), nodes)
     sizes = {name: Size(array.dtype, array.size, array.nbytes) for name, array in parameters.items()}
+    kinds = {name: kind_of(compressors[name], array.size) for name, array in parameters.items()}
     return [
-        Bucket({name: parameters[name] for name in names}, compressed, empty)
-        for names, compressed in bucket_sizes(sizes, block, bucket_bytes)
+        Bucket({name: parameters[name] for name in names}, compressor, empty)
+        for names, compressor in bucket_sizes(sizes, kinds, bucket_bytes)
     ]

@@ -37,17 +37,23 @@ class Size(NamedTuple):
 
 
 class BucketSizes(NamedTuple):
-    """The parameters of a bucket, in the order of the buffer; ``compressed``: they are large enough for that."""
+    """The parameters of a bucket, in the order of the buffer; ``kind``: what they travel by, None for exact sums."""
 
     names: tuple[str, ...]
-    compressed: bool
+    kind: Any
+
+    @property
+    def compressed(self) -> bool:
+        """Whether they do not travel exactly."""
+        return self.kind is not None
 
 
-def bucket_sizes(sizes: Mapping[str, Size], block: int | None, bucket_bytes: int) -> list[BucketSizes]:
+def bucket_sizes(sizes: Mapping[str, Size], kinds: Mapping[str, Any], bucket_bytes: int) -> list[BucketSizes]:
     """The buckets of parameters of these sizes, first to last. Those without values are in none.
 
-    ``block``: parameters of fewer values travel exactly; None: all do. Buckets are filled from the last parameter
-    backwards, and one is closed when the next parameter would take it beyond ``bucket_bytes``.
+    ``kinds``: what each parameter travels by, None for exact sums; those of different kinds share no bucket. Buckets
+    are filled from the last parameter backwards, and one is closed when the next parameter would take it beyond
+    ``bucket_bytes``.
     """
     filling: dict[Any, list[str]] = {}
     held: dict[Any, int] = {}
@@ -55,10 +61,15 @@ def bucket_sizes(sizes: Mapping[str, Size], block: int | None, bucket_bytes: int
     for name, size in reversed(list(sizes.items())):
         if not size.values:
             continue
-        kind = size.dtype, block is not None and size.values >= block
-        if held.get(kind, 0) and held[kind] + size.nbytes > bucket_bytes:
-            buckets.append(BucketSizes(tuple(filling.pop(kind)), kind[1]))
-            held[kind] = 0
-        filling.setdefault(kind, []).append(name)
-        held[kind] = held.get(kind, 0) + size.nbytes
-    return [*buckets, *(BucketSizes(tuple(names), kind[1]) for kind, names in filling.items())]
+        key = size.dtype, kinds[name]
+        if held.get(key, 0) and held[key] + size.nbytes > bucket_bytes:
+            buckets.append(BucketSizes(tuple(filling.pop(key)), key[1]))
+            held[key] = 0
+        filling.setdefault(key, []).append(name)
+        held[key] = held.get(key, 0) + size.nbytes
+    return [*buckets, *(BucketSizes(tuple(names), key[1]) for key, names in filling.items())]
+
+
+def kind_of(compressor: Any, values: int) -> Any:
+    """What a parameter of so many values travels by: fewer than a block of an encoder's travel exactly."""
+    return compressor if compressor is not None and values >= getattr(compressor, "block", 1) else None

@@ -29,6 +29,7 @@ from bitring.training.tree import host_copy
 class GradientExchange:
     """The buckets of ``parameters`` on ``comm``, and their ``plans``. Collective.
 
+    ``compressors``: what each parameter travels by, None for exact sums.
     ``warms_up``: whether there are exact plans, too, for buckets that are compressed. ``make_plan``: makes a bucket's
     plan, from it, a communicator, an algorithm's name and a compressor. ``overlaps``: whether large
     buckets travel while others are packed.
@@ -38,7 +39,7 @@ class GradientExchange:
         self,
         comm: MPI.Intracomm,
         parameters: Mapping[str, Any],
-        compression: Compressor | None,
+        compressors: Mapping[str, Compressor | None],
         algorithm: str,
         bucket_bytes: int,
         warms_up: bool,
@@ -47,18 +48,18 @@ class GradientExchange:
         self._comm = comm
         self._parameters = parameters
         self._xp = xp_of(next(iter(parameters.values())))
-        self.takes_factors = compression is not None and compression.takes_factors
+        self._compressors = compressors
+        self.takes_factors = any(each is not None and each.takes_factors for each in compressors.values())
         # In memory that the node's ranks share they reduce each other's gradients where they are.
         empty = Communicator(comm).empty if self._xp is np else self._xp.empty
-        block = None if compression is None else getattr(compression, "block", 1)
         nodes = context_of(comm).topology.nodes
-        self.buckets = make_buckets(parameters, block, bucket_bytes, nodes, empty)
+        self.buckets = make_buckets(parameters, compressors, bucket_bytes, nodes, empty)
         self.overlaps = overlaps(sum(bucket.flat.nbytes for bucket in self.buckets), nodes)
         self._make_plan = make_plan
         self.plans: list[Any] = []
         self._exact_plans: dict[int, Any] = {}
         for i, bucket in enumerate(self.buckets):
-            self.plans.append(make_plan(bucket, comm, algorithm, compression if bucket.compressed else None))
+            self.plans.append(make_plan(bucket, comm, algorithm, bucket.compressor))
             if bucket.compressed and warms_up:
                 self._exact_plans[i] = make_plan(bucket, comm, algorithm, None)
         self.totals = Totals()

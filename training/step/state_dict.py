@@ -10,6 +10,7 @@ from mpi4py import MPI
 from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.errors import MismatchError
 from bitring.training.step.checks import checked_leaves, difference, require_state, resumable, text_of
+from bitring.training.step.compression_for import compression_in_words
 from bitring.training.tree import copied, host_copy
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def description_of(trainer: DataParallel) -> dict[str, Any]:
         "parameters": {name: [w.dtype.name, list(w.shape)] for name, w in trainer.parameters.items()},
         "optimizer": text_of(trainer.optimizer),
         "mode": text_of(trainer.mode),
-        "compression": text_of(trainer.compression),
+        "compression": compression_in_words(trainer.compression, trainer.compression_for),
         "algorithm": trainer.algorithm,
         "warmup_steps": trainer.warmup_steps,
         "check_every": trainer.check_every,

@@ -145,6 +145,8 @@ def make_buckets(comm: Communicator, entries: Sequence[Entry], algorithm: str, b
         groups.setdefault(kind, {})[entry.name] = Size(
             (entry.dtype, entry.device), entry.values, entry.values * entry.dtype.itemsize
         )
-    chosen = [sizes.names for group in groups.values() for sizes in bucket_sizes(group, None, bucket_bytes)]
+    chosen = [
+        sizes.names for group in groups.values() for sizes in bucket_sizes(group, dict.fromkeys(group), bucket_bytes)
+    ]
     chosen.sort(key=lambda names: min(numbers[name] for name in names), reverse=True)
     return [Bucket(comm, [entries[numbers[name]] for name in names], algorithm) for names in chosen]

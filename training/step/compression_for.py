@@ -1,0 +1,57 @@
+"""What each parameter travels by: one compressor for all, and others for those that a name or a pattern picks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from bitring.compression.compressor import Compressor, compressors, parsed
+from bitring.training.step.checks import chosen, text_of
+
+Choices = dict[str, Compressor | None]
+
+
+def chosen_compressor(argument: str, given: Any) -> Compressor | None:
+    """A compressor by name or instance; None for exact sums. Raises TypeError and ValueError."""
+    made = parsed(given, "DataParallel")
+    return None if made is None else chosen(argument, made, compressors, Compressor)
+
+
+def checked_choices(given: Any, names: Iterable[str]) -> Choices:
+    """``compression_for``, with instances. Raises TypeError and ValueError; also for what fits no parameter."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "DataParallel: compression_for must be a dict of a parameter's name or pattern -> compressor or None, "
+            f"got {type(given).__name__}"
+        )
+    known = list(names)
+    made: Choices = {}
+    for pattern, compressor in given.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"DataParallel: compression_for: a name or pattern must be a string, got {pattern!r}")
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in known):
+            raise ValueError(f"DataParallel: compression_for: {pattern!r} fits no parameter: {', '.join(known)}")
+        made[pattern] = chosen_compressor(f"compression_for[{pattern!r}]", compressor)
+    return made
+
+
+def compressor_of_each(names: Iterable[str], compression: Compressor | None, choices: Choices) -> Choices:
+    """Parameter's name -> compressor."""
+    return {name: _compressor_of(name, compression, choices) for name in names}
+
+
+def _compressor_of(name: str, compression: Compressor | None, choices: Choices) -> Compressor | None:
+    if name in choices:
+        return choices[name]
+    return next((each for pattern, each in choices.items() if fnmatchcase(name, pattern)), compression)
+
+
+def compression_in_words(compression: Compressor | None, choices: Choices) -> str:
+    """The same on every rank and in every run."""
+    words = text_of(compression)
+    if choices:
+        words += "; " + ", ".join(f"{pattern}: {text_of(each)}" for pattern, each in choices.items())
+    return words
