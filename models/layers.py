@@ -64,6 +64,12 @@ class Workspace:
 class Layer(ABC):
     """One step of a network. ``shapes`` are those of its parameters by name, the weight before the bias."""
 
+    overwrites_input = False
+    """Whether the output is in the input's memory."""
+
+    returns_view = False
+    """Whether the output is a view of the input."""
+
     def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self.shapes = dict(shapes or {})
 
@@ -175,6 +181,8 @@ def fold(workspace: Workspace, neighbours: Array, shape: tuple[int, int, int, in
 class ReLU(Layer):
     """max(x, 0), of any shape. Overwrites its input."""
 
+    overwrites_input = True
+
     def forward(self, workspace: Workspace, parameters: Mapping[str, Array], x: Array) -> tuple[Array, Backward]:
         """See Layer. Keeps its output."""
         y = workspace.xp.maximum(x, 0, out=x)
@@ -243,6 +251,8 @@ def unpool(xp: Any, dy: Array, where: Array, dx: Array) -> None:
 
 class Flatten(Layer):
     """(N, ...) to (N, product of the rest), a view."""
+
+    returns_view = True
 
     def forward(self, workspace: Workspace, parameters: Mapping[str, Array], x: Array) -> tuple[Array, Backward]:
         """See Layer."""

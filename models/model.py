@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bitring.models.layers import Array, Backward, Layer, Workspace
+from bitring.models.graph import Node, chain, forward, layers_of
+from bitring.models.layers import Array, Emit, Layer, Workspace
 from bitring.registry import Registry
 from bitring.settings import Range, checked
 
@@ -40,11 +41,11 @@ class Model(ABC):
             raise ValueError(f"{name}: dtype must be float32 or float64, got {np.dtype(dtype)}")
         checked(name, "seed", seed, int, Range(least=0))
         self.dtype, self.xp = np.dtype(dtype), xp
-        self._layers = self.layers()
+        self.nodes = self.graph()
         self._workspace = Workspace(xp)
         random = np.random.default_rng(seed)
         self.parameters: dict[str, Array] = {}
-        for layer in self._layers:
+        for layer in layers_of(self.nodes):
             for parameter, shape in layer.shapes.items():
                 value = np.zeros(shape)
                 if len(shape) > 1:
@@ -54,6 +55,10 @@ class Model(ABC):
     @abstractmethod
     def layers(self) -> list[Layer]:
         """The layers from ``arrange``'s result to the logits (N, classes)."""
+
+    def graph(self) -> list[Node]:
+        """The nodes, each after those whose values it takes; the last gives the logits. A chain of ``layers``."""
+        return chain(self.layers())
 
     def arrange(self, x: Array) -> Array:
         """``x`` (N, *input_shape) as the first layer wants it: flat, unless a model says otherwise. A view."""
@@ -69,13 +74,14 @@ class Model(ABC):
         """The mean loss over the batch, and its gradient by every parameter, newly made, in ``parameters``' order.
 
         x: (N, *input_shape), floating; y: (N,), integers below ``classes``. ``on_gradient(name, gradient)`` is called
-        as soon as each gradient is ready, in the reverse of ``parameters``' order. An empty batch has loss 0 and
-        gradients of zeros. Raises TypeError or ValueError, before any work, when x or y are something else.
+        as soon as each gradient is ready: in a chain of layers in the reverse of ``parameters``' order. An empty batch
+        has loss 0 and gradients of zeros. Raises TypeError or ValueError, before any work, when x or y are something
+        else.
 
         A dense weight's gradient is uᵀ·v of the layer's error u (N, outputs) and its input v (N, inputs). With
         ``product=bitring.Factors`` it is given as that, ``product(u, v)`` of new arrays, and not multiplied out.
         """
-        x, y = self._checked("loss_and_gradients", x, y)
+        x, y = self.checked("loss_and_gradients", x, y)
         ready: dict[str, Array] = {}
 
         def emit(name: str, gradient: Array) -> None:
@@ -85,15 +91,12 @@ class Model(ABC):
 
         loss = 0.0
         if len(x):
-            logits, backwards = self._forward(x)
+            logits, back = self._forward(x)
             self._workspace.make_product = product
-            losses, d = self._cross_entropy(logits, y)
+            losses, d = self.cross_entropy(logits, y)
             loss = float(losses.mean())
             d /= len(x)
-            for backward in reversed(backwards):
-                d = backward(d, emit)
-                if d is None:
-                    break
+            back(d, emit)
         else:
             for name, value in reversed(self.parameters.items()):
                 emit(name, self.xp.zeros_like(value))
@@ -109,24 +112,23 @@ class Model(ABC):
 
     def loss(self, x: Array, y: Array) -> float:
         """The mean loss; 0 for no samples. x and y as in ``loss_and_gradients``."""
-        x, y = self._checked("loss", x, y)
-        total = sum(float(self._cross_entropy(logits, y[part])[0].sum()) for part, logits in self._evaluated(x))
+        x, y = self.checked("loss", x, y)
+        total = sum(float(self.cross_entropy(logits, y[part])[0].sum()) for part, logits in self._evaluated(x))
         return total / max(len(x), 1)
 
     def accuracy(self, x: Array, y: Array) -> float:
         """The share of samples whose largest logit is their class's; 0 for no samples. x and y as above."""
-        x, y = self._checked("accuracy", x, y)
+        x, y = self.checked("accuracy", x, y)
         right = sum(int((logits.argmax(axis=1) == y[part]).sum()) for part, logits in self._evaluated(x))
         return right / max(len(x), 1)
 
-    def _forward(self, x: Array) -> tuple[Array, list[Backward]]:
+    def _forward(self, x: Array) -> tuple[Array, Callable[[Array, Emit], None]]:
         self._workspace.restart()
-        x = self.arrange(x.astype(self.dtype, copy=False))
-        backwards: list[Backward] = []
-        for layer in self._layers:
-            x, backward = layer.forward(self._workspace, self.parameters, x)
-            backwards.append(backward)
-        return x, backwards
+        return forward(self.nodes, self._workspace, self.parameters, self.arranged(x))
+
+    def arranged(self, x: Array) -> Array:
+        """``x`` (N, *input_shape) in the model's dtype, as the first layer wants it."""
+        return self.arrange(x.astype(self.dtype, copy=False))
 
     def _evaluated(self, x: Array) -> Iterator[tuple[slice, Array]]:
         """The logits, some samples at a time; each is overwritten by the next."""
@@ -134,7 +136,7 @@ class Model(ABC):
             part = slice(first, first + self.EVALUATION_BATCH)
             yield part, self._forward(x[part])[0]
 
-    def _cross_entropy(self, logits: Array, y: Array) -> tuple[Array, Array]:
+    def cross_entropy(self, logits: Array, y: Array) -> tuple[Array, Array]:
         """Each sample's loss, and the gradient of their sum by the logits, which are overwritten."""
         samples = self.xp.arange(len(y))
         logits -= logits.max(axis=1, keepdims=True)
@@ -156,8 +158,8 @@ class Model(ABC):
             raise ValueError(f"{function}: x must have shape (N, {sizes}), got {tuple(x.shape)}")
         return x.reshape(len(x), *self.input_shape)
 
-    def _checked(self, method: str, x: Any, y: Any) -> tuple[Array, Array]:
-        """x as (N, *input_shape), and y."""
+    def checked(self, method: str, x: Any, y: Any) -> tuple[Array, Array]:
+        """x as (N, *input_shape), and y, for ``method``. Raises TypeError or ValueError where they are not."""
         x = self._checked_x(method, x)
         function = f"{type(self).__name__}.{method}"
         self._check_array(function, "y", y)

@@ -33,10 +33,21 @@ if TYPE_CHECKING:
     from bitring.errors import NonFiniteError as NonFiniteError
     from bitring.errors import PeerError as PeerError
     from bitring.models.dataset import load as load
+    from bitring.models.descriptions import LSTM as LSTM
+    from bitring.models.descriptions import Add as Add
+    from bitring.models.descriptions import Concatenate as Concatenate
+    from bitring.models.descriptions import Convolution as Convolution
+    from bitring.models.descriptions import Dense as Dense
+    from bitring.models.descriptions import Flatten as Flatten
+    from bitring.models.descriptions import MaxPool as MaxPool
+    from bitring.models.descriptions import ReLU as ReLU
+    from bitring.models.descriptions import Select as Select
     from bitring.models.model import Model as Model
     from bitring.models.networks.cnn import CNN as CNN
     from bitring.models.networks.mlp import MLP as MLP
     from bitring.models.networks.softmax import Softmax as Softmax
+    from bitring.models.sequence import Graph as Graph
+    from bitring.models.sequence import Sequence as Sequence
     from bitring.training.batches import Batches as Batches
     from bitring.training.batches import shard as shard
     from bitring.training.checkpoints.header import CheckpointError as CheckpointError
@@ -59,16 +70,24 @@ _abort_on_exception()
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Add": "models.descriptions",
     "Algorithm": "collectives.schedules.schedule",
     "Batches": "training.batches",
     "CheckpointError": "training.checkpoints.header",
     "Communicator": "collectives.communicator",
     "Compressor": "compression.compressor",
+    "Concatenate": "models.descriptions",
+    "Convolution": "models.descriptions",
     "DataParallel": "training.data_parallel",
     "DeadRankError": "errors",
+    "Dense": "models.descriptions",
     "Encoder": "compression.encoder",
     "Factors": "compression.factors",
+    "Flatten": "models.descriptions",
+    "Graph": "models.sequence",
     "LBFGS": "training.lbfgs",
+    "LSTM": "models.descriptions",
+    "MaxPool": "models.descriptions",
     "MismatchError": "errors",
     "Mode": "training.mode",
     "Model": "models.model",
@@ -77,8 +96,11 @@ _WHERE = {
     "PeerError": "errors",
     "Plan": "collectives.plan",
     "Preemption": "training.preemption",
+    "ReLU": "models.descriptions",
     "Reducer": "compression.reducer",
     "Sandblaster": "training.sandblaster",
+    "Select": "models.descriptions",
+    "Sequence": "models.sequence",
     "allreduce": "collectives.allreduce",
     "explain": "collectives.plan",
     "load": "models.dataset",
