@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from bitring.training.optimizers.adagrad import AdaGrad as AdaGrad
     from bitring.training.optimizers.sgd import SGD as SGD
     from bitring.training.preemption import Preemption as Preemption
+    from bitring.training.prefetch import prefetch as prefetch
     from bitring.training.sandblaster import Sandblaster as Sandblaster
 
 _abort_on_exception()
@@ -106,6 +107,7 @@ _WHERE = {
     "load": "models.dataset",
     "load_checkpoint": "training.checkpoints.loading",
     "plan_allreduce": "compression.plans.plan",
+    "prefetch": "training.prefetch",
     "save_checkpoint": "training.checkpoints.saving",
     "shard": "training.batches",
     "start": "collectives.fusion",
