@@ -581,3 +581,34 @@ def test_the_bar_is_shown_through_mpirun(tmp_path: Path, clean_environment):
     assert process.wait(timeout=30) == 0, shown.decode()
     assert "━".encode() in shown
     assert b"epoch 2/2  loss" in shown
+
+
+def test_sandblaster_trains_and_goes_on_on_other_ranks(on_ranks, tmp_path):
+    train = ("-m", "bitring", "train", "--model", "softmax", "--data", "digits", "--optimizer", "lbfgs:memory=5")
+    train += ("--mode", "sandblaster:portions=16", "--output", str(tmp_path))
+    done = on_ranks(2, *train, "--epochs", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = on_ranks(1, *train, "--epochs", "6", "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
+    losses = [record["train_loss"] for record in records]
+    assert losses == sorted(losses, reverse=True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["mode"] == "sandblaster:portions=16"
+    assert summary["test_accuracy"] > 0.8
+    assert summary["evaluations"] == records[-1]["evaluations"] >= 6
+    assert (tmp_path / "portions.png").stat().st_size > 1000
+
+
+def test_lbfgs_is_for_sandblaster_alone(tmp_path):
+    for given, text in (
+        (
+            ["--optimizer", "lbfgs"],
+            "--optimizer lbfgs is for whole batches, and needs --mode sandblaster; got --mode sync",
+        ),
+        (["--mode", "sandblaster"], "--mode sandblaster needs --optimizer lbfgs; got --optimizer sgd"),
+    ):
+        result = CliRunner().invoke(__main__._bitring, ["train", *given, "--output", str(tmp_path)])
+        assert result.exit_code == 2
+        assert text in result.output

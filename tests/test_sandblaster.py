@@ -302,3 +302,25 @@ def test_ctrl_c_in_a_step(comm, agree):
     losses = [job.step(X, Y) for _ in range(2)]
     agree(comm, losses[1] < losses[0])
     job.free()
+
+
+def test_checkpoints(comm, agree, mpi_tmp_path):
+    from mpi4py import MPI
+
+    path = mpi_tmp_path / "job.npz"
+    job = Sandblaster(model(), LBFGS(memory=3), comm=comm)
+    for _ in range(5):
+        job.step(X, Y)
+    bitring.save_checkpoint(path, job, seen=5)
+    wanted = [job.step(X, Y) for _ in range(2)]
+    job.free()
+    agree(comm, True)
+    for other in (comm, MPI.COMM_SELF):
+        again = Sandblaster(model(1), LBFGS(memory=3), comm=other)
+        agree(comm, bitring.load_checkpoint(path, again) == {"seen": 5})
+        agree(comm, [again.step(X, Y) for _ in range(2)] == wanted)
+        again.free()
+    job = Sandblaster(model(), LBFGS(memory=4), comm=comm)
+    with pytest.raises(bitring.CheckpointError, match="belongs to other training: here, optimizer is LBFGS"):
+        bitring.load_checkpoint(path, job)
+    job.free()

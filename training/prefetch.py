@@ -31,8 +31,9 @@ def prefetch(
 
     transform: called in that thread as ``transform(batch)``; its result takes the batch's place. seed: with it the call
     is ``transform(batch, random)``, with a list of one ``numpy.random.Generator`` per sample, made of the seed and the
-    sample's number, counted through all batches from 0: a sample gets the same numbers however batches are cut. An exception of ``batches`` or ``transform`` is raised when its batch is asked for. The thread ends with
-    the last batch, or when the iterator is closed or forgotten. Raises TypeError and ValueError for bad arguments.
+    sample's number, counted through all batches from 0: a sample gets the same numbers however batches are cut. An
+    exception of ``batches`` or ``transform`` is raised when its batch is asked for. The thread ends with the last
+    batch, or when the iterator is closed or forgotten. Raises TypeError and ValueError for bad arguments.
     """
     depth = checked("prefetch", "depth", depth, int, Range(least=1))
     if seed is not None:

@@ -36,7 +36,8 @@ from bitring.training.sandblaster_service import Service
 from bitring.training.shard import Shard, held_by
 from bitring.training.whole_batch import cut, digest
 
-_NUMBERS = ("pairs", "loss", "step", "slope", "iterations", "evaluations", "restarts")
+NUMBERS = ("pairs", "loss", "step", "slope", "iterations", "evaluations", "restarts")
+"""Of L-BFGS's history, in a state."""
 
 
 class Sandblaster:
@@ -64,7 +65,7 @@ class Sandblaster:
     ) -> None:
         self.comm = given_comm(comm, "Sandblaster")
         outer = context_of(self.comm)
-        self._model = model
+        self.model = model
         self._size, self._dtype = jointly(
             self.comm, "Sandblaster", lambda: _checked(model, optimizer, portions, backups), (TypeError, ValueError)
         )
@@ -150,7 +151,7 @@ class Sandblaster:
         """The parameters after the last step: name -> new array. Collective; the model has them, too, afterwards."""
         with self._call("parameters"):
             self._gather("parameters")
-            return {name: w.copy() for name, w in self._model.parameters.items()}
+            return {name: w.copy() for name, w in self.model.parameters.items()}
 
     def synchronize(self) -> None:
         """Wait until all ranks have come here; every rank's model has the parameters then. Collective."""
@@ -206,7 +207,7 @@ class Sandblaster:
                 "s": s,
                 "y": y,
                 "gram": history.gram.copy(),
-                "numbers": {name: getattr(history, name) for name in _NUMBERS},
+                "numbers": {name: getattr(history, name) for name in NUMBERS},
                 "batch": batch,
                 "steps": steps,
             }
@@ -274,9 +275,9 @@ class Sandblaster:
             return
         self._load(evaluation, flat)
         x, y = pieces[portion]
-        loss, gradients = self._model.loss_and_gradients(x, y)
+        loss, gradients = self.model.loss_and_gradients(x, y)
         share = len(x) / samples
-        gradient = _flat({name: gradients[name] for name in self._model.parameters}, self._dtype)
+        gradient = _flat({name: gradients[name] for name in self.model.parameters}, self._dtype)
         if gradient.size != self._size:
             raise ValueError(f"Sandblaster.step: gradients have {gradient.size} values, parameters {self._size}")
         gradient *= share
@@ -290,7 +291,7 @@ class Sandblaster:
     def _fill(self, flat: Any) -> None:
         """Give the model's parameters the values."""
         first = 0
-        for w in self._model.parameters.values():
+        for w in self.model.parameters.values():
             w[...] = flat[first : first + w.size].reshape(w.shape)
             first += w.size
 

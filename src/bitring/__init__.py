@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from bitring.training.checkpoints.loading import load_checkpoint as load_checkpoint
     from bitring.training.checkpoints.saving import save_checkpoint as save_checkpoint
     from bitring.training.data_parallel import DataParallel as DataParallel
+    from bitring.training.lasso import Lasso as Lasso
     from bitring.training.lbfgs import LBFGS as LBFGS
     from bitring.training.mode import Mode as Mode
     from bitring.training.modes.block_momentum import BlockMomentum as BlockMomentum
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from bitring.training.preemption import Preemption as Preemption
     from bitring.training.prefetch import prefetch as prefetch
     from bitring.training.sandblaster import Sandblaster as Sandblaster
+    from bitring.training.strads import Strads as Strads
 
 _abort_on_exception()
 
@@ -89,6 +91,7 @@ _WHERE = {
     "LBFGS": "training.lbfgs",
     "LSTM": "models.descriptions",
     "MaxPool": "models.descriptions",
+    "Lasso": "training.lasso",
     "MismatchError": "errors",
     "Mode": "training.mode",
     "Model": "models.model",
@@ -102,6 +105,7 @@ _WHERE = {
     "Sandblaster": "training.sandblaster",
     "Select": "models.descriptions",
     "Sequence": "models.sequence",
+    "Strads": "training.strads",
     "allreduce": "collectives.allreduce",
     "explain": "collectives.plan",
     "load": "models.dataset",

@@ -23,8 +23,10 @@ from bitring.collectives.selection.selection import check_name
 from bitring.training.checkpoints.file import CheckpointFile, file_path
 from bitring.training.checkpoints.header import CheckpointError, Header
 from bitring.training.checkpoints.resharding import Owned, Share, shares
+from bitring.training.checkpoints.sandblaster_file import load_sandblaster
 from bitring.training.checkpoints.state import alike_in, bytes_of, kept_by, numbers_of, require_trainer, with_owners
 from bitring.training.data_parallel import DataParallel
+from bitring.training.sandblaster import Sandblaster
 from bitring.training.step.checks import difference, resumable
 from bitring.training.tree import Path as At
 from bitring.training.tree import is_array, leaves
@@ -32,7 +34,7 @@ from bitring.training.tree import is_array, leaves
 LOAD = "load_checkpoint"
 
 
-def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel | Sandblaster) -> dict[str, Any]:
     """Make ``trainer`` go on from the checkpoint ``path``, which rank 0 reads. Collective; returns ``extra``.
 
     The trainer must have the same parameters (names, shapes, dtypes), compression, and kinds of optimizer and mode;
@@ -43,6 +45,8 @@ def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel) -> dict
     names ``path.previous`` where there is one, for a file that is truncated, damaged, foreign, or of other training.
     What is loaded is in memory twice, until all ranks have all of it.
     """
+    if isinstance(trainer, Sandblaster):
+        return load_sandblaster(path, trainer)
     require_trainer(trainer, LOAD)
     trainer.meet(LOAD, None, afresh=True)
     with contextlib.ExitStack() as stack:

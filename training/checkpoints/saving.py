@@ -22,14 +22,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.runtime.jointly import jointly
+from bitring.collectives.runtime.jointly import jointly, raise_everywhere
 from bitring.collectives.runtime.objects import allgather
 from bitring.collectives.runtime.pieces import Span, nbytes_of, split, transfer
 from bitring.errors import MismatchError
 from bitring.training.checkpoints.file import CheckpointWriter, file_path, member_name
 from bitring.training.checkpoints.header import FORMAT, is_number
+from bitring.training.checkpoints.sandblaster_file import save_sandblaster
 from bitring.training.checkpoints.state import bytes_of, kept_by, numbers_of, on_host, require_trainer, with_owners
 from bitring.training.data_parallel import DataParallel
+from bitring.training.sandblaster import Sandblaster
 from bitring.training.step.bucket import Bucket
 from bitring.training.tree import Path as At
 
@@ -39,13 +41,17 @@ _KEPT_FILES = 2
 _DIGEST_NBYTES = 20
 
 
-def save_checkpoint(path: str | os.PathLike[str], trainer: DataParallel, **extra: Any) -> None:
+def save_checkpoint(path: str | os.PathLike[str], trainer: DataParallel | Sandblaster, **extra: Any) -> None:
     """Write all that ``trainer`` needs to resume to ``path``. Collective; synchronises the replicas first.
 
     ``extra`` is anything JSON holds (epoch, seed, position in the data); rank 0's is stored, as ``path`` is rank 0's.
     The file is complete on the disk before it takes the old one's place, which becomes ``path.previous``. Raises on all
     ranks, leaving the old file as it was: OSError when it cannot be written, TypeError when ``extra`` is not JSON.
     """
+    if isinstance(trainer, Sandblaster):
+        raise_everywhere(trainer.comm, SAVE, _not_json(extra), alike=(TypeError,))
+        save_sandblaster(path, trainer, extra, _versions())
+        return
     require_trainer(trainer, SAVE)
     trainer.meet(SAVE, _not_json(extra))
     trainer.synchronize()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import click
+
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._units import Interval
 from bitring.compression.compressor import Compressor, compressors
@@ -59,6 +61,15 @@ class Settings:
             raise ValueError("--resume and --fresh exclude each other: the one goes on, the other begins anew")
         if self.algorithm != "auto":
             algorithms.get(self.algorithm)
+
+    def is_sandblaster(self) -> bool:
+        """Whether the batch method is asked for. Raises click.UsageError for its optimizer in another mode."""
+        batch_mode = name_of(self.mode) == "sandblaster"
+        if name_of(self.optimizer) == "lbfgs" and not batch_mode:
+            raise click.UsageError(
+                f"--optimizer lbfgs is for whole batches, and needs --mode sandblaster; got --mode {self.mode}"
+            )
+        return batch_mode
 
     def make_mode(self) -> Mode:
         """The mode. Raises ValueError for an unknown one, and options that are not for it or say something else."""

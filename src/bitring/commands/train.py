@@ -37,7 +37,8 @@ def _names(registry: Registry[Any]) -> str:
     "--mode",
     default="sync",
     show_default=True,
-    help=f"{how('block_momentum:tau=20,zeta=1')}. One of: {_names(modes)}.",
+    help=f"{how('block_momentum:tau=20,zeta=1')}. One of: {_names(modes)}; or "
+    "sandblaster, with --optimizer lbfgs: an epoch is then one iteration over all training samples.",
 )
 @click.option(
     "--tau", type=int, help="Steps between two exchanges, for the modes local and block_momentum.  [default: 50]"
@@ -56,7 +57,7 @@ def _names(registry: Registry[Any]) -> str:
     "--optimizer",
     default="sgd",
     show_default=True,
-    help=f"{how('adagrad:eps=1e-6')}. One of: {_names(optimizers)}.",
+    help=f"{how('adagrad:eps=1e-6')}. One of: {_names(optimizers)}; or lbfgs.",
 )
 @click.option(
     "--lr",
@@ -98,6 +99,9 @@ def command(**options: object) -> None:
 
     One seed gives one result, to the bit, on the same number of ranks.
     """
-    from bitring.commands._train import run  # initialises MPI
-
-    run(Settings(**options))  # type: ignore[arg-type]
+    settings = Settings(**options)  # type: ignore[arg-type]
+    if settings.is_sandblaster():
+        from bitring.commands._sandblaster import run
+    else:
+        from bitring.commands._train import run  # both initialise MPI
+    run(settings)

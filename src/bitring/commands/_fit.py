@@ -1,0 +1,152 @@
+"""The work of ``bitring fit``. Importing this initialises MPI."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from mpi4py import MPI
+
+from bitring.commands._pictures import COLORS, figure, plain
+from bitring.commands._ranks import ending_together, limit_threads, refuse_if_alone, together
+from bitring.commands._units import count
+from bitring.machine import versions
+from bitring.training.lasso import Lasso
+from bitring.training.strads import Fit, Strads
+
+_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The options of ``bitring fit``, unchecked."""
+
+    program: str
+    data: Path
+    penalty: float | None
+    ridge: float
+    width: int
+    independence: float
+    priority: bool
+    seed: int
+    tolerance: float
+    output: Path | None
+
+
+def run(options: FitOptions) -> None:
+    """Fit as the options say, on MPI.COMM_WORLD. Collective."""
+    refuse_if_alone()
+    comm = MPI.COMM_WORLD
+    with ending_together(comm):
+        limit_threads(comm)
+        x, y = together(comm, lambda: load_rows(options.data))
+        penalty = options.penalty
+        if penalty is None:
+            penalty = _SHARE * float(np.abs(x.T @ y).max())
+        job = together(
+            comm,
+            lambda: Strads(
+                Lasso(penalty, options.ridge),
+                comm=comm,
+                width=options.width,
+                independence=options.independence,
+                priority=options.priority,
+                seed=options.seed,
+                tolerance=options.tolerance,
+            ),
+        )
+        begin = time.perf_counter()
+        fit = together(comm, lambda: _fit(job, x, y))
+        seconds = time.perf_counter() - begin
+        together(comm, lambda: _conclude(options, penalty, fit, seconds, comm.size, x.shape))
+
+
+def load_rows(path: Path) -> tuple[Any, Any]:
+    """x and y of a file. Raises OSError, ValueError, and ImportError where svmlight's format cannot be read."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in ("x", "y") if name not in arrays]
+            if missing:
+                raise ValueError(
+                    f"--data {path}: it has no {', '.join(missing)}, only {', '.join(arrays) or 'nothing'}"
+                )
+            return arrays["x"], np.asarray(arrays["y"], np.float64)
+    try:
+        from sklearn.datasets import load_svmlight_file
+    except ImportError as error:
+        raise ImportError(
+            "svmlight's format needs scikit-learn, which is not installed: pip install 'bitring[demo]'", name="sklearn"
+        ) from error
+    x, y = load_svmlight_file(str(path))[:2]
+    return x, y
+
+
+def _fit(job: Strads, x: Any, y: Any) -> Fit:
+    try:
+        return job.fit(x, y)
+    except FloatingPointError as error:  # raised on all ranks alike
+        raise ValueError(str(error)) from None
+
+
+def _conclude(
+    options: FitOptions, penalty: float, fit: Fit, seconds: float, ranks: int, shape: tuple[int, ...]
+) -> None:
+    """Write the results, and say how it went; on rank 0."""
+    if MPI.COMM_WORLD.rank:
+        return
+    used = int(np.count_nonzero(fit.coefficients))
+    summary = {
+        **{key: str(x) if isinstance(x, Path) else x for key, x in dataclasses.asdict(options).items()},
+        "penalty": penalty,
+        "rows": shape[0],
+        "features": shape[1],
+        "ranks": ranks,
+        "objective": fit.objective,
+        "gap": fit.gap,
+        "nonzero": used,
+        "updates": fit.updates,
+        "rounds": len(fit.chosen),
+        "seconds": seconds,
+        "versions": versions(),
+    }
+    click.echo(f"objective      {fit.objective:.6g}, at most {fit.gap:.1e} above its minimum")
+    click.echo(f"coefficients   {used} of {count(shape[1], 'feature')} are not zero")
+    click.echo(f"updates        {fit.updates} in {count(len(fit.chosen), 'round')}, {seconds:.2f} s")
+    if options.output is None:
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    np.save(options.output / "coefficients.npy", fit.coefficients)
+    (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    picture = options.output / "objective.png"
+    try:
+        draw_objective({"": fit}, picture, f"lasso, {shape[0]} rows, {shape[1]} features, {count(ranks, 'rank')}")
+    except ImportError as error:
+        click.echo(f"picture        not drawn: {error}")
+    else:
+        click.echo(f"picture        {picture}")
+
+
+def draw_objective(fits: dict[str, Fit], path: Path, title: str) -> None:
+    """Draw how far each fit's objective is above the least, by seconds and by updates. Raises ImportError, OSError."""
+    drawing = figure(9, 3.6)
+    drawing.suptitle(title)
+    least = min(fit.objective - fit.gap for fit in fits.values())
+    for place, (of, label) in enumerate((("seconds", "seconds"), ("updates", "updates of coordinates")), 1):
+        axes = drawing.add_subplot(1, 2, place)
+        plain(axes)
+        for color, (name, fit) in zip(COLORS, fits.items(), strict=False):
+            above = [max(each.objective - least, 1e-12) for each in fit.history]
+            axes.plot([getattr(each, of) for each in fit.history], above, color=color, label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        if place == 1:
+            axes.set_ylabel("objective above its minimum")
+        elif len(fits) > 1:
+            axes.legend(frameon=False)
+    drawing.savefig(path)

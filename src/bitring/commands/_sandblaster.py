@@ -1,0 +1,199 @@
+"""The work of ``bitring train --optimizer lbfgs --mode sandblaster``. Importing this initialises MPI."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from mpi4py import MPI
+
+from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.commands._pictures import COLORS, draw_curve, figure, plain
+from bitring.commands._progress import Progress
+from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, together
+from bitring.commands._results import append_metrics, begin_metrics
+from bitring.commands._settings import Settings
+from bitring.commands._units import count, traffic
+from bitring.errors import NonFiniteError
+from bitring.exit_codes import ExitCode
+from bitring.machine import versions
+from bitring.models.dataset import load
+from bitring.models.model import models
+from bitring.settings import Settings as Checked
+from bitring.settings import make, setting, spelled
+from bitring.training.checkpoints.file import remove_checkpoints
+from bitring.training.checkpoints.loading import load_checkpoint
+from bitring.training.checkpoints.saving import save_checkpoint
+from bitring.training.coordinator import PortionRecord
+from bitring.training.lbfgs import LBFGS
+from bitring.training.sandblaster import Sandblaster
+
+
+@dataclass(frozen=True)
+class Portioning(Checked):
+    """The settings of the mode."""
+
+    portions: int = setting(64, least=1)
+    backups: bool = True
+
+
+@dataclass(frozen=True)
+class _Only:
+    """A registry of one class."""
+
+    kind: str
+    name: str
+    cls: type[Any]
+
+    def get(self, name: str) -> type[Any]:
+        if name != self.name:
+            raise ValueError(f"--mode sandblaster needs --optimizer lbfgs; got --optimizer {name}")
+        return self.cls
+
+
+def run(settings: Settings) -> None:
+    """Train as ``settings`` say, on MPI.COMM_WORLD: an epoch is an iteration over all training samples. Collective."""
+    refuse_if_alone()
+    comm = MPI.COMM_WORLD
+    with ending_together(comm):
+        try:
+            _run(settings, comm)
+        except NonFiniteError as error:  # raised on all ranks alike
+            fail(comm, str(error), status=ExitCode.FAILED)
+
+
+def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[LBFGS, Portioning, Any, Any]:
+    settings.check()
+    optimizer: LBFGS = make(settings.optimizer, _Only("optimizer", "lbfgs", LBFGS))  # type: ignore[arg-type]
+    mode: Portioning = make(settings.mode, _Only("mode", "sandblaster", Portioning))  # type: ignore[arg-type]
+    for name in ("tau", "lr", "momentum", "warmup_steps"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is not for the mode sandblaster")
+    if settings.compression != "none":
+        raise ValueError("--compression is not for the mode sandblaster")
+    if comm.rank == 0:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        if not (settings.resume or settings.fresh) and _checkpoint(settings).exists():
+            raise ValueError(f"{_checkpoint(settings)} is there, of another run: --resume goes on from it, --fresh not")
+    data = load(settings.data, settings.data_directory)
+    made = models.get(settings.model)(data.input_shape, data.classes, seed=settings.seed)
+    return optimizer, mode, data, made
+
+
+def _checkpoint(settings: Settings) -> Path:
+    return settings.output / "checkpoint.npz"
+
+
+def _run(settings: Settings, comm: MPI.Intracomm) -> None:
+    optimizer, mode, data, made = together(comm, lambda: _prepare(settings, comm))
+    limit_threads(comm)
+    job = Sandblaster(made, optimizer, comm=comm, portions=mode.portions, backups=mode.backups)
+    history: list[dict[str, Any]] = []
+    there = broadcast(comm, settings.resume and _checkpoint(settings).exists(), "bitring train")
+    if there:
+        history = together(comm, lambda: load_checkpoint(_checkpoint(settings), job))["history"]
+    elif comm.rank == 0:
+        remove_checkpoints(_checkpoint(settings))
+    if comm.rank == 0:
+        begin_metrics(settings.output, history)
+    begun, done = time.perf_counter(), history[-1]["seconds"] if history else 0.0
+    sent = history[-1]["bytes_sent"] if history else 0
+    first = len(history)
+    progress = Progress(first, settings.epochs, 1, 0) if comm.rank == 0 else None
+    with progress or contextlib.nullcontext():
+        for epoch in range(first + 1, settings.epochs + 1):
+            loss = job.step(data.x_train, data.y_train)
+            seconds = done + time.perf_counter() - begun
+            job.synchronize()
+            pause = time.perf_counter()
+            nbytes = max(allgather(comm, job.bytes_sent, "bitring train"))
+            samples = len(data.y_train) * (epoch - first)
+            record = {
+                "epoch": epoch,
+                "train_loss": loss,
+                "test_accuracy": made.accuracy(data.x_test, data.y_test),
+                "seconds": seconds,
+                "samples_per_second": samples / max(seconds - done, 1e-9),
+                "bytes_sent": sent + nbytes,
+                "evaluations": job.evaluations,
+                "telemetry": {},
+            }
+            history = broadcast(comm, [*history, record], "bitring train")
+            if comm.rank == 0 and progress is not None:
+                progress.step(epoch, loss)
+                progress.epoch(record)
+                append_metrics(settings.output, record)
+            save_checkpoint(_checkpoint(settings), job, history=history)
+            begun += time.perf_counter() - pause  # what is measured and kept is not training
+    if comm.rank == 0:
+        _conclude(settings, optimizer, mode, history, job, comm.size)
+    job.free()
+
+
+def _conclude(
+    settings: Settings, optimizer: LBFGS, mode: Portioning, history: list[Any], job: Sandblaster, ranks: int
+) -> None:
+    last = history[-1]
+    names = ("test_accuracy", "train_loss", "seconds", "samples_per_second", "bytes_sent", "evaluations")
+    summary = {
+        **{name: last[name] for name in names},
+        "ranks": ranks,
+        "epochs": len(history),
+        "model": settings.model,
+        "data": settings.data,
+        "mode": spelled("sandblaster", mode),
+        "optimizer": spelled("lbfgs", optimizer),
+        "compression": "none",
+        "algorithm": "portions",
+        "seed": settings.seed,
+        **dataclasses.asdict(optimizer),
+        "versions": versions(),
+    }
+    (settings.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    click.echo(
+        f"test accuracy  {last['test_accuracy']:.4f} after {count(len(history), 'iteration')}, "
+        f"{last['evaluations']} evaluations of the whole data, {last['seconds']:.1f} s"
+    )
+    click.echo(f"bytes sent     {traffic(last['bytes_sent'])} per rank at most")
+    title = f"{settings.model} on {settings.data}, {count(ranks, 'rank')}, L-BFGS by Sandblaster"
+    try:
+        draw_curve(history, settings.output / "curve.png", title)
+        if job.records:
+            draw_portions(job.records, settings.output / "portions.png", title)
+    except ImportError as error:
+        click.echo(f"pictures       not drawn: {error}")
+    else:
+        click.echo(f"pictures       {settings.output / 'curve.png'}, {settings.output / 'portions.png'}")
+
+
+def draw_portions(records: Sequence[PortionRecord], path: Path, title: str, evaluations: int = 3) -> None:
+    """Draw who computed which portion, of the last evaluations. Raises ImportError without matplotlib, OSError."""
+    last = max(each.evaluation for each in records)
+    shown = [each for each in records if each.evaluation > last - evaluations]
+    start = min(each.begin for each in shown)
+    replicas = max(each.replica for each in shown) + 1
+    drawing = figure(9, 1.2 + 0.5 * replicas)
+    axes = drawing.add_subplot()
+    plain(axes)
+    for each in shown:
+        axes.barh(
+            each.replica,
+            (each.end - each.begin) * 1e3,
+            left=(each.begin - start) * 1e3,
+            height=0.7,
+            color=COLORS[each.evaluation % 3] if each.counts else "0.85",
+            edgecolor="white",
+            linewidth=0.5,
+        )
+    axes.set_yticks(range(replicas), [f"rank {rank}" for rank in range(replicas)])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds; a colour per evaluation; grey: another rank's result came first")
+    axes.set_title(title)
+    drawing.savefig(path)

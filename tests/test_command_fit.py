@@ -1,0 +1,45 @@
+"""``bitring fit``: files of both kinds, and what it writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from sklearn.datasets import dump_svmlight_file
+
+from bitring import __main__
+
+pytestmark = pytest.mark.single
+
+
+def rows() -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 30)) * (rng.random((60, 30)) < 0.4)
+    return x, x[:, :3] @ np.array([1.0, -2.0, 3.0]) + 0.01 * rng.standard_normal(60)
+
+
+def test_files_of_both_kinds_give_the_same(on_ranks, tmp_path: Path):
+    x, y = rows()
+    np.savez(tmp_path / "rows.npz", x=x, y=y)
+    dump_svmlight_file(x, y, str(tmp_path / "rows.svmlight"))
+    found = []
+    for ranks, name in ((2, "rows.npz"), (1, "rows.svmlight")):
+        output = tmp_path / f"run{ranks}"
+        done = on_ranks(ranks, "-m", "bitring", "fit", "lasso", "--data", str(tmp_path / name), "--output", str(output))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "coefficients   3 of 30 features are not zero" in done.stdout
+        summary = json.loads((output / "summary.json").read_text())
+        assert (summary["ranks"], summary["rows"], summary["nonzero"]) == (ranks, 60, 3)
+        assert (output / "objective.png").stat().st_size > 1000
+        found.append((np.load(output / "coefficients.npy"), summary["objective"]))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-6)
+    assert abs(found[0][1] - found[1][1]) < 1e-6
+
+
+def test_mistakes_are_named(tmp_path: Path):
+    np.savez(tmp_path / "odd.npz", x=np.ones((3, 2)), z=np.ones(3))
+    run = CliRunner().invoke(__main__._bitring, ["fit", "lasso", "--data", str(tmp_path / "odd.npz")])
+    assert run.exit_code != 0
+    assert "it has no y, only x, z" in run.output
