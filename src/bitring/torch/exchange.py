@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bitring.collectives.communicator import Communicator
@@ -13,6 +13,8 @@ from bitring.errors import NonFiniteError
 from bitring.torch.bucket import Bucket, Entry, make_buckets
 from bitring.torch.tensors import all_finite
 from bitring.training.step.bucket_sizes import OVERLAP_BYTES
+
+OnDone = Callable[[BaseException | None], None]
 
 
 class Exchange:
@@ -48,17 +50,20 @@ class Exchange:
             if bucket.compressed:
                 bucket.plan.mark()
 
-    def load(self, gradients: Sequence[Any], scale: float, start: bool) -> None:
-        """Fill the next bucket, see ``Bucket.load``; ``start``: its run begins now, beside the caller."""
+    def load(self, gradients: Sequence[Any], scale: float, start: bool, on_done: OnDone | None = None) -> None:
+        """Fill the next bucket, see ``Bucket.load``; ``start``: its run begins now, beside the caller.
+
+        ``on_done``: as ``Plan.start`` has it.
+        """
         bucket = self.buckets[self.begun]
         bucket.load(gradients, scale)
-        self._send(bucket, start)
+        self._send(bucket, start, on_done)
 
-    def _send(self, bucket: Bucket, start: bool) -> None:
+    def _send(self, bucket: Bucket, start: bool, on_done: OnDone | None = None) -> None:
         bucket.leave()
         self.begun += 1  # before what can fail: others wait for this run, and hear why it cannot begin
         if start:
-            bucket.plan.start()
+            bucket.plan.start(on_done)
 
     def finish(self) -> None:
         """Wait for the sums of all buckets that were loaded, which are in the views then.

@@ -74,7 +74,7 @@ class Options:
             if name not in left_out:
                 dtype = array_dtype(masters.get(name, p).dtype, f"GradientAverager: the parameter {name!r}")
                 chosen = self.compressor_of(name, p.numel())
-                found.append(Entry(name, dtype, tuple(p.shape), memory_order(p), _device_of(p), chosen))
+                found.append(Entry(name, dtype, tuple(p.shape), memory_order(p), device_of(p), chosen))
         return found
 
 
@@ -97,7 +97,8 @@ def compressor(given: Any, where: str, argument: str) -> Compressor | None:
     return made
 
 
-def _device_of(p: Any) -> str:
+def device_of(p: Any) -> str:
+    """The name of a parameter's device. Raises TypeError for one whose gradients cannot be exchanged."""
     if p.device.type not in ("cpu", "cuda"):
         raise TypeError(f"GradientAverager: parameters must be on the CPU or on a CUDA device; got one on {p.device}")
     return str(p.device)

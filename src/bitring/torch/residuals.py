@@ -24,6 +24,12 @@ class Kept:
     owner_residual: dict[str, Any] = field(default_factory=dict[str, Any])
     alike: dict[tuple[str, str], Any] = field(default_factory=dict[tuple[str, str], Any])
 
+    def add(self, more: Kept) -> None:
+        """Take what ``more`` has, of other parameters."""
+        self.residual |= more.residual
+        self.owner_residual |= more.owner_residual
+        self.alike |= more.alike
+
 
 def _kind_and_name(key: str, names: list[str]) -> tuple[str, str]:
     kind, _, number = key.partition("/")
