@@ -137,7 +137,7 @@ def overhead() -> dict[str, float]:
 def begin_gloo() -> None:
     comm = MPI.COMM_WORLD
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "eth0" if "BITRING_HOSTS" in os.environ else "lo")
-    path = comm.bcast(tempfile.mktemp(prefix="gloo-") if comm.rank == 0 else None)
+    path = comm.bcast(str(Path(tempfile.mkdtemp(prefix="gloo-")) / "store") if comm.rank == 0 else None)
     store = torch.distributed.FileStore(path, comm.size)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=datetime.timedelta(seconds=60)
@@ -170,8 +170,7 @@ def main() -> None:
     torch.set_num_threads(1)
     comm = MPI.COMM_WORLD
     whole: dict[str, Any] = {
-        "processor": processor(),
-        "versions": versions(),
+        "machine": describe(comm),
         "torch": torch.__version__,
         "ranks": comm.size,
         "batch": BATCH,

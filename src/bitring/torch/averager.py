@@ -75,8 +75,8 @@ class GradientAverager:
         """``broadcast``: whether parameters and buffers take rank 0's values now."""
         self.step: Step | None = None
         """The step that is open."""
-        self.opens = False
-        """Whether the first gradient opens a step where none is, as of a loop without blocks."""
+        self._ears = _Ears()
+        self._opens = False
         self.passes = 1
         """So many backward() fill each gradient in a step."""
         self._hooks: list[Any] = []
@@ -99,8 +99,7 @@ class GradientAverager:
         self.scaler = scaler
         self.steps = 0
         """Steps made, those without samples included."""
-        self.quiet = False
-        """Whether backward() is nothing to this averager, in ``no_sync``."""
+        self._quiet = False  # in ``no_sync``
         self._absences: dict[tuple[float, ...], frozenset[str]] = {}
         self.meeting = Meeting(self.comm, "GradientAverager")
         self._lay_out(watched)
@@ -149,21 +148,31 @@ class GradientAverager:
         self.settings = hash_of(repr(mine))
         self.in_buckets = [[watched.trained[name] for name in bucket.names] for bucket in self.exchange.buckets]
         self.targets_in = [[self.target(name) for name in bucket.names] for bucket in self.exchange.buckets]
-        self._place_of = {name: number for number, bucket in enumerate(self.exchange.buckets) for name in bucket.names}
         self.views = [view for bucket in self.exchange.buckets for view in bucket.views]
         self.targets = [*self.parameters.values(), *self.masters.values()]
         """The tensors whose gradients a step changes."""
-        self._listen()
-
-    def _listen(self) -> None:
-        """Have back-propagation tell when a gradient is complete."""
         for hook in self._hooks:
             hook.remove()
-        me: weakref.ref[GradientAverager] = weakref.ref(self)
+        places = {name: number for number, bucket in enumerate(self.exchange.buckets) for name in bucket.names}
+        self.names = list(self.parameters)
         self._hooks = [
-            p.register_post_accumulate_grad_hook(_arrival(me, name, self._place_of.get(name)))
-            for name, p in self.parameters.items()
+            p.register_post_accumulate_grad_hook(_arrival(self._ears, number, places.get(name, -1)))
+            for number, (name, p) in enumerate(self.parameters.items())
         ]
+
+    def listen(self) -> None:
+        """Have back-propagation tell whom it concerns when a gradient is complete."""
+        if self._quiet:
+            self._ears.heard = None
+        elif self.step is not None:
+            self._ears.heard = self.step.arrived
+        else:
+            self._ears.heard = _opener(weakref.ref(self)) if self._opens else None
+
+    def open_by_itself(self) -> None:
+        """From now on the first gradient opens a step where none is, as in a loop without blocks."""
+        self._opens = True
+        self.listen()
 
     def refresh(self) -> None:
         """Follow what has become of the module: parameters frozen or not, of another dtype. Collective where it has."""
@@ -203,11 +212,13 @@ class GradientAverager:
     @contextlib.contextmanager
     def no_sync(self) -> Generator[None]:
         """For ``with``: backward() adds to the gradients, and nothing is exchanged. Also inside ``batch``."""
-        before, self.quiet = self.quiet, True
+        before, self._quiet = self._quiet, True
+        self.listen()
         try:
             yield
         finally:
-            self.quiet = before
+            self._quiet = before
+            self.listen()
 
     @property
     def bytes_sent(self) -> int:
@@ -249,20 +260,33 @@ class GradientAverager:
         return self._absences[hashes]
 
 
-def _arrival(averager: weakref.ref[GradientAverager], name: str, bucket: int | None) -> Callable[[Any], None]:
+class _Ears:
+    """Whom the hooks of parameters tell: a function of the parameter's number and its bucket's, or nobody."""
+
+    __slots__ = ("heard",)
+
+    def __init__(self) -> None:
+        self.heard: Callable[[int, int], None] | None = None
+
+
+def _arrival(ears: _Ears, number: int, bucket: int) -> Callable[[Any], None]:
     def arrival(_: Any) -> None:
-        a = averager()
-        if a is None or a.quiet:
-            return
-        step = a.step
-        if step is None:
-            if not a.opens:
-                return
-            step = Step(a, 1.0, "backward", may_overlap=True)
-            step.__enter__()
-        step.arrived(name, bucket)
+        heard = ears.heard
+        if heard is not None:
+            heard(number, bucket)
 
     return arrival
+
+
+def _opener(averager: weakref.ref[GradientAverager]) -> Callable[[int, int], None]:
+    def opened(number: int, bucket: int) -> None:
+        me = averager()
+        if me is not None:
+            step = Step(me, 1.0, "backward", may_overlap=True)
+            step.__enter__()
+            step.arrived(number, bucket)
+
+    return opened
 
 
 def _checked_module(module: Any) -> Any:

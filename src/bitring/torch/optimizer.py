@@ -27,7 +27,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.averager = GradientAverager(module, **options)
         self.averager.passes = backward_passes_per_step
-        self.averager.opens = True
+        self.averager.open_by_itself()
         self._averaged_at = self.averager.steps
         self._skips = False
 

@@ -52,12 +52,13 @@ class Step:
             problem = error
         self._factor = float(a.scaler.get_scale()) if a.scaler is not None and a.exchange.compressed else 1.0
         self._before = Before(a.targets, None if self._may_overlap else a.views)
-        self._left = dict.fromkeys(a.parameters, a.passes)
+        self._left = [a.passes] * len(a.names)
         self._missing = [len(bucket.names) for bucket in a.exchange.buckets]
         a.exchange.begin()
         if a.buffers:
             a.buffers.begin()
         a.step = self
+        a.listen()
         self._came = self._may_overlap and a.overlaps  # whether the others count on this rank, from now on
         if self._came:
             a.meeting.post(self._record(), self._where)
@@ -75,19 +76,20 @@ class Step:
         a = self._averager
         return ends, a.steps, a.settings, self._factor, wrong, self.weight, absent
 
-    def arrived(self, name: str, bucket: int | None) -> None:
-        """The gradient of a parameter is complete: its bucket may be, and is sent in its turn.
+    def arrived(self, number: int, bucket: int) -> None:
+        """The gradient of a parameter is complete: its bucket may be, and is sent in its turn; -1: it is in none.
 
         Raises RuntimeError when backward() has filled the gradient more often than it should.
         """
-        left = self._left[name] - 1
+        left = self._left[number] - 1
         if left < 0:
+            name = self._averager.names[number]
             raise RuntimeError(
                 f"{self._where}: backward() has filled the gradient of {name!r} once more than a step has room for; "
                 "put all backward() of a step but the last into no_sync()"
             )
-        self._left[name] = left
-        if left or bucket is None or not self._came:
+        self._left[number] = left
+        if left or not self._came or bucket < 0:
             return
         missing, exchange = self._missing, self._averager.exchange
         missing[bucket] -= 1
@@ -128,7 +130,8 @@ class Step:
         """Exchange what is left, and wait for all."""
         a = self._averager
         total = self._learn()
-        self._absent = [*a.parameters] if not self.weight else [n for n, p in a.parameters.items() if p.grad is None]
+        gradients = [p.grad for p in a.parameters.values()] if self.weight else [None] * len(a.names)
+        self._absent = [n for n, g in zip(a.names, gradients, strict=True) if g is None]
         if self.weight and self._absent and a.options.unused == "error":
             raise ValueError(
                 f"{self._where}: the gradient of {self._absent[0]!r} is None: the parameter had no part in the loss; "
@@ -222,6 +225,7 @@ class Step:
                 raise outcome
         finally:
             a.step = None
+            a.listen()
             failure = outcome = None  # whose traceback holds this frame
 
     def _attach(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,25 +14,23 @@ class Watched:
     def __init__(self, module: Any) -> None:
         self.parameters: dict[str, Any] = dict(module.named_parameters())
         self.trained: dict[str, Any] = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        self._kinds = [(p, p.requires_grad, p.dtype, p.device) for p in self.parameters.values()]
-        self._tables: list[tuple[Mapping[str, Any], int]] = []
-        self._links: list[tuple[Mapping[str, Any], str, Any]] = []
-        for part in module.modules():
-            for table in (part._parameters, part._modules):
-                self._tables.append((table, len(table)))
-                self._links += [(table, key, thing) for key, thing in table.items()]
+        self._all = list(self.parameters.values())
+        self._kinds = self._kinds_now()
+        self._tables = [
+            (table, list(table.values())) for part in module.modules() for table in (part._parameters, part._modules)
+        ]
+
+    def _kinds_now(self) -> tuple[list[Any], ...]:
+        there = self._all
+        return [p.requires_grad for p in there], [p.dtype for p in there], [p.is_cuda for p in there]
 
     @property
     def unchanged(self) -> bool:
         """Whether the module has these parameters, of the same dtypes and devices, and trains the same of them."""
-        return (
-            all(len(table) == length for table, length in self._tables)
-            and all(table.get(key) is thing for table, key, thing in self._links)
-            and all(
-                p.requires_grad is trained and p.dtype is dtype and p.device == device
-                for p, trained, dtype, device in self._kinds
-            )
-        )
+        for table, things in self._tables:
+            if len(table) != len(things) or (things and not all(map(is_, table.values(), things))):
+                return False
+        return self._kinds_now() == self._kinds
 
 
 def sparse_names(module: Any) -> set[str]:
