@@ -1,19 +1,19 @@
 """The run of a call without a plan: ranks agree on it, choose the algorithm, and run that, or the library's own call.
 
-Where all share a node, and such a call was run before, that is one call into the extension. Else it is a job.
+Where such a call was run before, that is one call into the extension. Else it is a job.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from mpi4py import MPI
 
 from bitring.arrays import device_of
 from bitring.collectives.call import Call
-from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE
-from bitring.collectives.execution.runner import Runner, Task, make_runner
+from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE, may_run_past_engine
+from bitring.collectives.execution.runner import Runner, SelfCheckingRunner, Task, make_runner
 from bitring.collectives.interop.library_steps import allgather_steps
 from bitring.collectives.interop.operators import op_name
 from bitring.collectives.interop.steps import Progress, Steps, finish, wait_for
@@ -46,7 +46,7 @@ class CallRun:
         self._choice: Choice | None = None  # the algorithm, when settled
         self._handed_on = False  # to the MPI library: it is the library's own call
         self._runner: Runner | None = None
-        self._key: Any = None  # under which runners are kept
+        self._key: tuple[Any, ...] = ()  # under which runners are kept
         self._idle: list[Runner] = []  # others kept there
         self._kept = False  # the runner, by an earlier call
         self._done = False
@@ -62,10 +62,22 @@ class CallRun:
         ``blocking``: this rank does nothing else meanwhile, and may take part in setting up what runs it.
         """
         if self._context.size > 1:
-            yield from agree(self._context.comm, self._context.common, self._call.request, progress)
+            self._call.request.flag = self._lacks_runner(blocking)
+            yield from agree(self._context.comm, self._context.roll_call, self._call.request, progress)
         elif self._call.request.error is not None:
             raise self._call.request.error
         self._choose(blocking)
+
+    def _lacks_runner(self, blocking: bool) -> bool:
+        """Whether this rank has kept no runner of the call, of an algorithm for which all ranks would make theirs anew.
+
+        The others hear of it: what is new to one rank may be known to another.
+        """
+        if self._call.request.error is not None or self._call.request.library:
+            return False
+        self._choose(blocking)
+        key = self._runner_key()
+        return key is not None and algorithms.get(key[1]).sets_up and not self._context.cache.get(key)
 
     def _settle_arrived(self, operation: Any, progress: Progress) -> Steps:
         """As ``settle``, for a rank that has arrived by ``operation`` already, which may do all that is to be done."""
@@ -129,10 +141,26 @@ class CallRun:
 
     def _take_kept_runner(self) -> bool:
         """Take the runner of such a call before, if one was kept. Ranks may differ in that."""
+        work, key = self._call.work, self._runner_key()
+        if key is None:
+            return False
+        self._key = key
+        idle: list[Runner] = self._context.cache.pop(self._key, [])
+        if self._call.request.flag:  # some rank has none
+            idle.clear()
+        self._idle, self._kept = idle, bool(idle)
+        if not idle:
+            return False
+        self._runner = idle.pop()
+        self._runner.bind(work)
+        return True
+
+    def _runner_key(self) -> tuple[Any, ...] | None:
+        """The key under which runners of the call are kept; None where it has none."""
         work = self._call.work
         if self._choice is None or self._handed_on or work is None:
-            return False
-        self._key = (
+            return None
+        return (
             self._call.collective,
             self._choice.name,
             work.size,
@@ -141,13 +169,6 @@ class CallRun:
             self._call.root,
             type(work),
         )
-        idle: list[Runner] = self._context.cache.pop(self._key, [])
-        self._idle, self._kept = idle, bool(idle)
-        if not idle:
-            return False
-        self._runner = idle.pop()
-        self._runner.bind(work)
-        return True
 
     def _steps(self, progress: Progress) -> Steps:
         """Run the runner that was taken, with the copies before and after it."""
@@ -211,10 +232,8 @@ class CallRun:
         Returns None where none could, or the run is over (``_done``); else its operation, which goes on, or has found
         that ranks differ.
         """
-        shared = self._context.common
-        if shared is None or self._call.request.error is not None or self._call.request.library:
-            return None
-        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:  # another thread's run may be in the library
+        fast_path = self._context.queue.fast_path
+        if fast_path is None or self._call.request.error is not None or self._call.request.library:
             return None
         self._choose(blocking=True)
         if not self._take_kept_runner():
@@ -223,11 +242,17 @@ class CallRun:
         if self._runner.operation is None:
             self._keep_runner()
             return None
-        operation = checked(shared, self._call.request, self._runner.operation)
+        if algorithms.get(self._key[1]).self_checking:
+            operation = cast(SelfCheckingRunner, self._runner).signed(self._call.request.signature)
+        else:
+            operation = checked(self._context.roll_call, self._call.request, self._runner.operation)
+        if not may_run_past_engine(operation):
+            self._keep_runner()
+            return None
         if self._call.before is not None:
             self._call.before()
         try:
-            outcome = shared.fast_path.runs(operation, ALONE_SECONDS).run()
+            outcome = fast_path.runs(operation, ALONE_SECONDS).run()
         except BaseException as error:  # an interrupt: others may be in the run
             self._context.queue.cut_short(self._call.request.function, error, self)
             raise
@@ -236,7 +261,7 @@ class CallRun:
         elif outcome == DECLINED:
             self._keep_runner()
         else:
-            shared.fast_path.taken_over()
+            fast_path.taken_over()
             return operation
         return None
 

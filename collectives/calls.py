@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
 from bitring.collectives.call import Call, operation, read_call
+from bitring.collectives.execution.native import may_run_past_engine
 from bitring.collectives.interop.buffers import Values, is_in_place, parse
 from bitring.collectives.interop.operators import REDUCTIONS, op_name, ufunc_name
 from bitring.collectives.plan import HOST
@@ -243,17 +244,17 @@ def fast_path_of(context: Context) -> Any:
 
     Ranks that take it agree, in their arrival, with ranks whose arguments it declines.
     """
-    shared = context.common
-    if shared is None:
+    fast_path = context.queue.fast_path
+    if fast_path is None or not may_run_past_engine(fast_path.operation):
         return None
-    if not shared.fast_path_serves:
-        shared.fast_path_serves = True
-        shared.fast_path.limit(*fast_path_limits(context.topology, context.table))
+    if not context.fast_path_serves:
+        context.fast_path_serves = True
+        fast_path.limit(*fast_path_limits(context.topology, context.table))
         for op, dtype in itertools.product(REDUCTIONS, NUMERIC_DTYPES):
             ufunc = ufunc_name(op, dtype)
             kind = type_of(dtype)
             if ufunc is not None and kind is not None:
                 terms = {"dtype": dtype, "count": 0, "order": "C", "op": op_name(op), "algorithm": "auto"}
                 signature = Request("Allreduce", {**terms, "memory": HOST}).kind
-                shared.fast_path.serve(op, operation_of(ufunc), kind, signature)
-    return shared.fast_path
+                fast_path.serve(op, operation_of(ufunc), kind, signature)
+    return fast_path

@@ -129,7 +129,7 @@ class Communicator(MPI.Intracomm):
         context = context_of(self)
         with context.turn(function):
             if context.size > 1:
-                context.queue.call(lambda progress: agree(context.comm, context.common, request, progress), function)
+                context.queue.call(lambda progress: agree(context.comm, context.roll_call, request, progress), function)
             elif request.error is not None:
                 raise request.error
             return self._derived(make())
@@ -273,7 +273,7 @@ class Communicator(MPI.Intracomm):
 
         def steps(progress: Progress) -> Steps:
             if context.size > 1:
-                yield from agree(context.comm, context.common, run, progress)
+                yield from agree(context.comm, context.roll_call, run, progress)
             yield from settled.library_steps(lambda comm, send, receive: comm.Iallreduce(send, receive, op), progress)
 
         return PersistentRequest(context, steps, "Allreduce_init")

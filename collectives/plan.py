@@ -11,7 +11,7 @@ from mpi4py import MPI
 from typing_extensions import Self
 
 from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
-from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE, REFUSED
+from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE, REFUSED, may_run_past_engine
 from bitring.collectives.execution.runner import OperandRunner, Runner, Task, make_runner
 from bitring.collectives.interop.operators import op_name, require_defined, require_op, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, finish
@@ -75,8 +75,8 @@ class Plan(ABC):
         """One run; all ranks find out that they are at the same plan, before it or beside it."""
         if self.context.size == 1:
             yield from self._steps(progress)
-        elif self.context.common is not None or self.by_library:
-            yield from agree(self.context.comm, self.context.common, self._run, progress)
+        elif self.context.roll_call is not None or self.by_library:
+            yield from agree(self.context.comm, self.context.roll_call, self._run, progress)
             yield from self._steps(progress)
         else:
             check = Check(self.context.comm, self._run)
@@ -224,10 +224,9 @@ class ExactPlan(Plan):
         self._nbytes = self._runner.nbytes_sent
         self.by_library = algorithm.library
         self._whole_run = self._runner.operation if algorithm.self_checking else None
-        alone = algorithm.self_checking or MPI.Query_thread() == MPI.THREAD_MULTIPLE  # beside another thread's run
-        if self._whole_run is None and context.common is not None and self._runner.operation is not None:
-            self._whole_run = checked(context.common, self._run, self._runner.operation)
-        if self._whole_run is not None and context.common is not None and alone:
+        if self._whole_run is None and context.roll_call is not None and self._runner.operation is not None:
+            self._whole_run = checked(context.roll_call, self._run, self._runner.operation)
+        if context.queue.fast_path is not None and may_run_past_engine(self._whole_run):
             self._past_engine = context.queue.fast_path.runs(self._whole_run, ALONE_SECONDS).run
 
     def __call__(self) -> None:
@@ -329,7 +328,7 @@ def run_agreement(context: Context, request: Request, gentle: bool = False, pati
 
     def steps(progress: Progress) -> Steps:
         progress.patience = patience
-        yield from agree(context.comm, context.common, request, progress)
+        yield from agree(context.comm, context.roll_call, request, progress)
 
     context.queue.call(steps, request.function, gentle)
 

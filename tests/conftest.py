@@ -4,7 +4,8 @@ For tests
     ``comm``   MPI.COMM_WORLD. The same test runs on 1 rank and under mpirun; use whatever size there is.
     ``agree``  ``agree(comm, ok, message)`` asserts on all ranks of ``comm`` that ``ok`` held on each; the error names
                the ranks where it did not. Collective: a rank with nothing to complain about calls it too.
-    ``two_nodes`` is a Communicator of the same ranks, which take themselves for two nodes.
+    ``two_nodes`` is a Communicator of the same ranks, which take themselves for two nodes; ``apart`` is one whose ranks
+               take themselves for a node each.
     ``mpi_tmp_path`` (from pytest-mpi) is one folder for all ranks, ``tmp_path`` one folder for each.
     ``clean_environment(NAME="value")`` is the environment for a process that a test starts itself.
     ``on_ranks(2, "-m", "bitring", ...)`` runs Python on as many ranks, under this environment's mpirun.
@@ -19,6 +20,7 @@ its progress there, and its stacks at a test's time limit, which the runner enfo
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib.util
 import json
@@ -73,25 +75,45 @@ def agree() -> Agree:
     return agree
 
 
-@pytest.fixture
-def two_nodes(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A duplicate of ``comm`` whose ranks are told to be on two nodes: 1 + 2 ranks, 2 + 2, or 2 + 3."""
+@contextlib.contextmanager
+def _on_nodes(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, node: Callable[[int, int], int], algorithm: str
+) -> Iterator[Any]:
+    """A duplicate of ``comm`` whose ranks are told to be on the node that ``node`` says, of a rank and the size."""
     from mpi4py import MPI
 
     from bitring.collectives.communicator import Communicator
     from bitring.collectives.runtime import context as state
+
+    def node_of(whole: MPI.Intracomm) -> MPI.Intracomm:
+        return MPI.Intracomm(whole.Split(node(whole.rank, whole.size), whole.rank))
+
+    monkeypatch.setattr(state, "node_of", node_of)
+    duplicate = Communicator(comm.Dup(), algorithm=algorithm)
+    yield duplicate
+    duplicate.Free()
+
+
+@pytest.fixture
+def two_nodes(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A duplicate of ``comm`` whose ranks are told to be on two nodes: 1 + 2 ranks, 2 + 2, or 2 + 3."""
     from bitring.native import native
 
     if native() is None or comm.size < 3:
         pytest.skip("needs the native engine, and ranks for two nodes of which one has two")
+    with _on_nodes(comm, monkeypatch, lambda rank, size: int(rank >= size // 2), "multilane") as duplicate:
+        yield duplicate
 
-    def node_of(whole: MPI.Intracomm) -> MPI.Intracomm:
-        return MPI.Intracomm(whole.Split(int(whole.rank >= whole.size // 2), whole.rank))
 
-    monkeypatch.setattr(state, "node_of", node_of)
-    duplicate = Communicator(comm.Dup(), algorithm="multilane")
-    yield duplicate
-    duplicate.Free()
+@pytest.fixture
+def apart(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A duplicate of ``comm`` each of whose ranks is told to be on a node of its own."""
+    from bitring.native import native
+
+    if native() is None or comm.size < 2:
+        pytest.skip("needs the native engine, and ranks for two nodes")
+    with _on_nodes(comm, monkeypatch, lambda rank, size: rank, "auto") as duplicate:
+        yield duplicate
 
 
 @pytest.fixture(scope="session")

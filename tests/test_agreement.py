@@ -254,7 +254,7 @@ def test_one_error_text_whoever_is_to_blame(world, agree):
 
 
 def test_an_unknown_algorithm_lists_the_known_ones(world, agree):
-    known = "unknown algorithm 'rign'; known: binomial_tree, double_binary_tree, mpi, multilane, rabenseifner"
+    known = "unknown algorithm 'rign'; known: binomial_tree, double_binary_tree, leaders, mpi, multilane, rabenseifner"
     everyone_raises(world, agree, lambda: Communicator(world, algorithm="rign"), "ValueError", known)
     from mpi4py import MPI
 

@@ -99,7 +99,7 @@ def test_plot(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["rign"], "unknown algorithm 'rign'; known: binomial_tree, double_binary_tree, mpi, "),
+        (["rign"], "unknown algorithm 'rign'; known: binomial_tree, double_binary_tree, leaders, mpi, "),
         (["binomial_tree", "--collective", "allgather"], "binomial_tree has no allgather; it has: allreduce, reduce, "),
         (["ring", "--collective", "reduce", "--root", "8"], "expected a root below 8 (--ranks), got 8"),
         (["ring", "--root", "1"], "allreduce has no root"),

@@ -176,7 +176,7 @@ def _meet(comm: MPI.Intracomm, request: Request) -> None:
         return
 
     def steps(progress: Progress) -> Steps:
-        yield from agree(context.comm, context.common, request, progress)
+        yield from agree(context.comm, context.roll_call, request, progress)
 
     with context.turn(request.function):
         context.prepare(request.function)

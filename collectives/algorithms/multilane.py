@@ -19,6 +19,7 @@ class Multilane(Algorithm):
 
     runner = "bitring.collectives.execution.multilane:make_multilane"
     fusion = None
+    sets_up = True
 
     between: ClassVar[str] = "ring"
     """The algorithm between the nodes."""

@@ -93,6 +93,11 @@ ALONE_SECONDS = 0.2
 """A run past the engine that waits for longer is handed to it, which looks for ranks that are gone."""
 
 
+def may_run_past_engine(operation: Any) -> bool:
+    """Whether an operation may be run by the thread that calls: another thread's may be in the MPI library."""
+    return operation is not None and (not operation.calls_library or MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
 def served(dtype: np.dtype[Any], ufunc: str | None, reduces: bool) -> bool:
     """Whether the extension is there and has what a collective needs."""
     return native() is not None and (not reduces or kernel(ufunc, dtype) != 0)

@@ -56,6 +56,14 @@ class OperandRunner(Runner, Protocol):
     """The arrays that one run reduces, as the native engine takes them: address, values, bytes per value, kernel."""
 
 
+class SelfCheckingRunner(Runner, Protocol):
+    """A runner of an algorithm whose runs are roll calls, too."""
+
+    def signed(self, signature: int) -> Any:
+        """Its native operation, for one run in which ranks find out that all mean ``signature``."""
+        ...
+
+
 class Task(NamedTuple):
     """The task of a runner: ``collective`` on ``flat``, 1-D, under ``op``, from or to ``root``.
 

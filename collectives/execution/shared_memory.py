@@ -30,9 +30,12 @@ class SharedRunner:
         """See Runner."""
         self._buffer = buffer
         self.operands = [(address_of(buffer), buffer.size, buffer.itemsize, self._kernel)]
-        self.operation: extension.SharedAllreduce | None = extension.SharedAllreduce(
-            self._shared.node, self._signature, self.operands, self._shared.region_of(buffer)
-        )
+        self.operation: extension.SharedAllreduce | None = self.signed(self._signature)
+
+    def signed(self, signature: int) -> extension.SharedAllreduce:
+        """See SelfCheckingRunner."""
+        region = self._shared.region_of(self._buffer)
+        return extension.SharedAllreduce(self._shared.node, signature, self.operands, region)
 
     def unbind(self) -> None:
         """See Runner."""

@@ -1,22 +1,22 @@
-// An operation that is run once all ranks of the node have been found to mean the same.
+// An operation that is run once all ranks have been found to mean the same.
 #pragma once
 
 #include <memory>
 #include <utility>
 
-#include "node.h"
 #include "operation.h"
+#include "roll_call.h"
 
 namespace bitring {
 
 class Checked final : public Operation {
 public:
     // `next` may use the MPI library. Where ranks differ it does not begin, and this is over with `disagree`.
-    Checked(std::shared_ptr<Node> node, const Intent& intent, std::shared_ptr<Operation> next)
-        : node_(std::move(node)), intent_(intent), next_(std::move(next)) {}
+    Checked(std::shared_ptr<RollCall> roll_call, const Intent& intent, std::shared_ptr<Operation> next)
+        : roll_call_(std::move(roll_call)), intent_(intent), next_(std::move(next)) {}
 
-    int awaited() const override { return agreed_ ? next_->awaited() : node_->name(node_->awaited()); }
-    int error() const override { return agreed_ ? next_->error() : 0; }
+    int awaited() const override { return agreed_ ? next_->awaited() : roll_call_->awaited(); }
+    int error() const override { return agreed_ ? next_->error() : roll_call_->error(); }
     const char* reason() const override { return agreed_ ? next_->reason() : nullptr; }
     bool calls_library() const override { return true; }
     const Verdict& verdict() const { return verdict_; }
@@ -24,12 +24,13 @@ public:
 protected:
     void start() override {
         agreed_ = false;
-        node_->arrive(intent_, nullptr, 0);
+        roll_call_->arrive(intent_);
     }
     Status step() override {
         if (agreed_) return next_->advance();
-        if (!node_->all_arrived()) return Status::waiting;
-        verdict_ = node_->verdict();
+        const Status status = roll_call_->step();
+        if (status != Status::done) return status;
+        verdict_ = roll_call_->verdict();
         if (!verdict_.same || verdict_.flags != intent_.flags) return Status::disagree;
         agreed_ = true;
         next_->begin();
@@ -37,7 +38,7 @@ protected:
     }
 
 private:
-    std::shared_ptr<Node> node_;
+    std::shared_ptr<RollCall> roll_call_;
     Intent intent_;
     std::shared_ptr<Operation> next_;
     Verdict verdict_;

@@ -90,10 +90,8 @@ Status run_for(Operation& operation, double seconds) {
     }
 }
 
-FastPath::FastPath(std::shared_ptr<Node> node, nb::object ndarray, nb::object in_place)
-    : node_(std::move(node)), ndarray_(std::move(ndarray)), in_place_(std::move(in_place)) {
-    operation_ = std::make_shared<SharedAllreduce>(node_, Intent{}, std::vector<Operand>(1), nullptr);
-}
+FastPath::FastPath(std::shared_ptr<DirectAllreduce> operation, nb::object ndarray, nb::object in_place)
+    : ndarray_(std::move(ndarray)), in_place_(std::move(in_place)), operation_(std::move(operation)) {}
 
 void FastPath::serve(nb::object op, Op operation, Type type, std::uint64_t signature) {
     for (Served& served : served_) {

@@ -1,5 +1,5 @@
-// Runs among the ranks of a node past the engine, in the thread that calls: of plans, and AllReduce of plain NumPy
-// arrays, with nothing of Python between the call and the exchange.
+// Runs past the engine, in the thread that calls: of plans, and AllReduce of plain NumPy arrays, with nothing of Python
+// between the call and the exchange.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "shared_allreduce.h"
+#include "direct_allreduce.h"
 
 namespace bitring {
 
@@ -25,7 +25,8 @@ enum class Outcome : int {
 // The way past the engine, for one thread at a time. Python's lock is held wherever this changes.
 class FastPath {
 public:
-    FastPath(std::shared_ptr<Node> node, nanobind::object ndarray, nanobind::object in_place);
+    // Arrays are reduced by `operation`.
+    FastPath(std::shared_ptr<DirectAllreduce> operation, nanobind::object ndarray, nanobind::object in_place);
 
     // `op`, the very object, means `operation`; ranks that reduce `type` under it say `signature` (and the count).
     void serve(nanobind::object op, Op operation, Type type, std::uint64_t signature);
@@ -42,7 +43,7 @@ public:
 
     Outcome allreduce(nanobind::handle sendbuf, nanobind::handle recvbuf, nanobind::handle op);
 
-    // Run an operation of the node from its begin for up to `seconds`. After any outcome but done and declined this
+    // Run an operation of all ranks from its begin for up to `seconds`. After any outcome but done and declined this
     // stays closed until the thread that called has said taken_over().
     Outcome run(Operation& operation, double seconds) {
         if (closed()) return Outcome::declined;
@@ -75,19 +76,18 @@ public:
     // Whether what the thread inside runs is operation().
     bool in_allreduce() const { return in_allreduce_; }
 
-    std::shared_ptr<SharedAllreduce> operation() const { return operation_; }
+    std::shared_ptr<DirectAllreduce> operation() const { return operation_; }
 
-    // Calls are declined while `busy`, when the engine uses the node or has given it up, as it is until it says
+    // Calls are declined while `busy`, when the engine is at work or has given up, as it is until it says
     // otherwise; and those of any other thread but `thread`, if that is not 0.
     void keep_to(bool busy, std::uint64_t thread) {
         busy_ = busy;
         thread_ = thread;
     }
 
-    // Give the node's memory back, a run under way at its end; it stays busy from now on.
+    // Give the memory back, that of a run under way at its end; it stays busy from now on.
     void close() {
         if (inside_ == 0) operation_.reset();
-        node_.reset();
     }
 
 private:
@@ -102,12 +102,11 @@ private:
     }
     Outcome run_open(Operation& operation, double seconds);
 
-    std::shared_ptr<Node> node_;
     nanobind::object ndarray_;
     nanobind::object in_place_;
     std::vector<Served> served_;
     std::vector<const Region*> regions_;
-    std::shared_ptr<SharedAllreduce> operation_;
+    std::shared_ptr<DirectAllreduce> operation_;
     std::size_t from_ = 0, to_ = 0;
     bool busy_ = true;
     std::uint64_t thread_ = 0;

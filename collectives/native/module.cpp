@@ -20,14 +20,17 @@
 #include "execution.h"
 #include "kernels.h"
 #include "lane_allreduce.h"
+#include "leaders_allreduce.h"
 #include "library_allreduce.h"
 #include "memory.h"
 #include "mpi_wire.h"
 #include "news.h"
 #include "node.h"
+#include "nodes_roll_call.h"
 #include "owner_exchange.h"
 #include "presence.h"
 #include "region.h"
+#include "roll_call.h"
 #include "shared_allreduce.h"
 #include "wait.h"
 
@@ -75,6 +78,13 @@ std::shared_ptr<Execution> make_execution(std::shared_ptr<Program> program, cons
     auto wire = make_mpi_wire(library, handle_size, comm, byte, Execution::room(*program));
     return std::make_shared<Execution>(std::move(program), std::move(wire), rank, itemsize,
                                        reinterpret_cast<Reduce>(kernel));
+}
+
+std::shared_ptr<NodesRollCall> make_nodes_roll_call(std::shared_ptr<Node> node, const MpiLibrary& library,
+                                                    int handle_size, std::uint64_t comm, std::uint64_t byte, int rank,
+                                                    std::vector<int> leaders, int tag) {
+    auto wire = make_mpi_wire(library, handle_size, comm, byte, NodesRollCall::kRoom);
+    return std::make_shared<NodesRollCall>(std::move(node), std::move(wire), rank, std::move(leaders), tag);
 }
 
 // Of each piece, in order: its owner, the number of its segment, its first value and the one after its last, the most
@@ -219,6 +229,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("over", [](const Operation& operation) { return is_over(operation.status()); })
         .def_prop_ro("disagrees", [](const Operation& operation) { return operation.status() == Status::disagree; })
         .def_prop_ro("moves", &Operation::moves)
+        .def_prop_ro("calls_library", &Operation::calls_library)
         .def_prop_ro("awaited", &Operation::awaited)
         .def_prop_ro("error", &Operation::error)
         .def_prop_ro("reason", [](const Operation& operation) { return operation.reason(); });
@@ -255,22 +266,41 @@ NB_MODULE(_native, m) {
         .def_prop_ro("rank", &Node::rank)
         .def_prop_ro("size", &Node::size);
 
+    nb::class_<RollCall>(m, "RollCall").def_prop_ro("calls_library", &RollCall::calls_library);
+    nb::class_<NodeRollCall, RollCall>(m, "NodeRollCall").def(nb::init<std::shared_ptr<Node>>(), "node"_a);
+    nb::class_<NodesRollCall, RollCall>(m, "NodesRollCall")
+        .def(nb::new_(&make_nodes_roll_call), nb::keep_alive<1, 3>(), "node"_a.none(), "library"_a, "handle_size"_a,
+             "comm"_a, "byte"_a, "rank"_a, "leaders"_a, "tag"_a)
+        .def_prop_ro("most", &NodesRollCall::most);
+
     nb::class_<Agreement, Operation>(m, "Agreement")
-        .def("__init__", [](Agreement* self, std::shared_ptr<Node> node, std::uint64_t signature, bool library,
+        .def("__init__", [](Agreement* self, std::shared_ptr<RollCall> roll_call, std::uint64_t signature, bool library,
                             bool bad, bool told) {
             const std::uint32_t flags = (library ? kNeedsLibrary : 0u) | (bad ? kBad : 0u) | (told ? kTold : 0u);
-            new (self) Agreement(*node, Intent{signature, 0, flags | kOnlyArrives});
-        }, nb::keep_alive<1, 2>(), "node"_a, "signature"_a, "library"_a, "bad"_a, "told"_a)
+            new (self) Agreement(std::move(roll_call), Intent{signature, 0, flags | kOnlyArrives});
+        }, "roll_call"_a, "signature"_a, "library"_a, "bad"_a, "told"_a)
         .def_prop_ro("verdict", &Agreement::verdict);
 
     nb::class_<Checked, Operation>(m, "Checked")
-        .def("__init__", [](Checked* self, std::shared_ptr<Node> node, std::uint64_t signature,
+        .def("__init__", [](Checked* self, std::shared_ptr<RollCall> roll_call, std::uint64_t signature,
                             std::shared_ptr<Operation> next) {
-            new (self) Checked(std::move(node), Intent{signature, 0, kOnlyArrives}, std::move(next));
-        }, "node"_a, "signature"_a, "next"_a)
+            new (self) Checked(std::move(roll_call), Intent{signature, 0, kOnlyArrives}, std::move(next));
+        }, "roll_call"_a, "signature"_a, "next"_a)
         .def_prop_ro("verdict", &Checked::verdict);
 
-    nb::class_<SharedAllreduce, Operation>(m, "SharedAllreduce")
+    nb::class_<DirectAllreduce, Operation>(m, "DirectAllreduce")
+        .def_prop_ro("verdict", &DirectAllreduce::verdict);
+    nb::class_<LeadersAllreduce, DirectAllreduce>(m, "LeadersAllreduce")
+        .def("__init__", [](LeadersAllreduce* self, std::shared_ptr<NodesRollCall> roll_call, std::uint64_t signature,
+                            std::uintptr_t data, std::size_t n, std::size_t itemsize, std::uintptr_t kernel,
+                            std::size_t own_first, std::size_t own_last) {
+            void* values = reinterpret_cast<void*>(data);
+            const Operand operand{values, values, n, itemsize, reinterpret_cast<Reduce>(kernel)};
+            new (self) LeadersAllreduce(std::move(roll_call), Intent{signature, 0, 0}, operand, own_first, own_last);
+        }, "roll_call"_a, "signature"_a, "data"_a, "n"_a, "itemsize"_a, "kernel"_a, "own_first"_a, "own_last"_a)
+        .def("sign", &LeadersAllreduce::sign, "signature"_a);
+
+    nb::class_<SharedAllreduce, DirectAllreduce>(m, "SharedAllreduce")
         .def("__init__", [](SharedAllreduce* self, std::shared_ptr<Node> node, std::uint64_t signature,
                             const std::vector<std::tuple<std::uintptr_t, std::size_t, std::size_t, std::uintptr_t>>& operands,
                             std::shared_ptr<const Region> region) {
@@ -283,7 +313,6 @@ NB_MODULE(_native, m) {
             if (region) intent.where = region->where(made[0].to);
             new (self) SharedAllreduce(std::move(node), intent, std::move(made), std::move(region));
         }, "node"_a, "signature"_a, "operands"_a, "region"_a.none())
-        .def_prop_ro("verdict", &SharedAllreduce::verdict)
         .def_static("small", &SharedAllreduce::small, "size"_a);
 
     nb::class_<Program>(m, "Program")
@@ -363,7 +392,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("stats", &OwnerExchange::stats, nb::rv_policy::copy);
 
     nb::class_<FastPath>(m, "FastPath")
-        .def(nb::init<std::shared_ptr<Node>, nb::object, nb::object>(), "node"_a, "ndarray"_a, "in_place"_a)
+        .def(nb::init<std::shared_ptr<DirectAllreduce>, nb::object, nb::object>(), "operation"_a, "ndarray"_a,
+             "in_place"_a)
         .def("serve", &FastPath::serve, "op"_a, "operation"_a, "type"_a, "signature"_a)
         .def("limit", &FastPath::limit, "least"_a, "most"_a)
         .def("add", &FastPath::add, "region"_a)

@@ -91,6 +91,10 @@ public:
         }
         return true;
     }
+    // As reached(), by rank r.
+    bool reached_by(int r, int count, std::uint64_t value) const {
+        return counts(r)[count].value.load(std::memory_order_acquire) >= value;
+    }
     // Where the counts stand when no operation is under way; the same on all ranks.
     std::uint64_t steps = 0;
 
@@ -126,27 +130,6 @@ private:
     std::size_t stage_;
     std::uint64_t sequence_ = 0;
     int next_ = 0;
-};
-
-// An operation that only finds out whether all ranks mean the same.
-class Agreement final : public Operation {
-public:
-    Agreement(Node& node, const Intent& intent) : node_(node), intent_(intent) {}
-    int awaited() const override { return node_.name(node_.awaited()); }
-    const Verdict& verdict() const { return verdict_; }
-
-protected:
-    void start() override { node_.arrive(intent_, nullptr, 0); }
-    Status step() override {
-        if (!node_.all_arrived()) return Status::waiting;
-        verdict_ = node_.verdict();
-        return Status::done;
-    }
-
-private:
-    Node& node_;
-    Intent intent_;
-    Verdict verdict_;
 };
 
 }  // namespace bitring

@@ -11,33 +11,24 @@
 #include <memory>
 #include <vector>
 
+#include "direct_allreduce.h"
 #include "kernels.h"
 #include "node.h"
 #include "region.h"
 
 namespace bitring {
 
-// Values to reduce from `from` into `to`, which may be the same memory.
-struct Operand {
-    const void* from;
-    void* to;
-    std::size_t n;
-    std::size_t itemsize;
-    Reduce reduce;
-};
-
-class SharedAllreduce final : public Operation {
+class SharedAllreduce final : public DirectAllreduce {
 public:
     // Several operands travel together, and must be small. `region` may be null; otherwise the one operand is in place in
     // it and is reduced there when all ranks say the same `where`.
     SharedAllreduce(std::shared_ptr<Node> node, const Intent& intent, std::vector<Operand> operands,
                     std::shared_ptr<const Region> region);
 
-    // Use the object for another operand in the next run.
-    void rebind(const Intent& intent, const Operand& operand, const Region* region);
+    void rebind(const Intent& intent, const Operand& operand, const Region* region) override;
 
     int awaited() const override { return node_->name(awaited_); }
-    const Verdict& verdict() const { return verdict_; }
+    const Verdict& verdict() const override { return verdict_; }
 
     // The most bytes that take the small way among `size` ranks.
     static std::size_t small(int size);

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.library_steps import allgather_steps
@@ -42,8 +41,7 @@ class NodeGroup:
         self.node = node
         self.ranks = ranks
         self._presences = presences
-        self.fast_path = extension.FastPath(node, np.ndarray, MPI.IN_PLACE)
-        self.fast_path_serves = False  # it has been told what it may do
+        self.fast_path: Any = None  # the one that reduces in this group's memory
         self._regions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._count = 0
 
@@ -67,8 +65,9 @@ class NodeGroup:
         region = yield from share(comm, nbytes, self._count, progress)
         if region is not None:
             self._regions[self._count] = region
-            self.fast_path.add(region)
-            weakref.finalize(region, self.fast_path.remove, region.number)
+            if self.fast_path is not None:
+                self.fast_path.add(region)
+                weakref.finalize(region, self.fast_path.remove, region.number)
         return region
 
     def new_part(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[_Part | None]:

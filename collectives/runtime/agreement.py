@@ -1,9 +1,9 @@
 """Agreement: before ranks exchange anything they compare what each of them asks for.
 
-A hash of what this rank asks for, whether its arguments are bad, and whether it needs the library's own call are left
-in the node's shared memory where all ranks share it, and go through one library AllReduce of a few integers elsewhere.
-On any difference a second exchange, in words, lets every rank raise an error that names the ranks that differ. What is
-new to one rank may be known to another, so every call does this.
+A hash of what this rank asks for, whether its arguments are bad, and whether it needs the library's own call go from
+rank to rank in a roll call (``roll_call``); before there is one, and without the native engine, through one library
+AllReduce of a few integers. On any difference a second exchange, in words, lets every rank raise an error that names
+the ranks that differ. What is new to one rank may be known to another, so every call does this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo, run, wait_for
-from bitring.collectives.node.node_group import NodeGroup
 from bitring.collectives.runtime.ports import read_news
 from bitring.collectives.runtime.tags import WORDS_TAG
 from bitring.errors import MismatchError, PeerError, text_of
@@ -101,33 +100,33 @@ def verdict_of(native_verdict: Any) -> Verdict:
     return Verdict(of.same, of.same_function, of.library, of.bad, of.told)
 
 
-def agree(comm: MPI.Intracomm, shared: NodeGroup | None, request: Request, progress: Progress) -> Steps:
+def agree(comm: MPI.Intracomm, roll_call: Any, request: Request, progress: Progress) -> Steps:
     """Raise on all ranks unless all ask for the same; sets ``request.library`` if any rank needs it, and
     ``request.flag`` if any rank has it set.
 
-    ``shared``: the group of all ranks of ``comm``; None for none. A rank's own argument error is raised there
+    ``roll_call``: the native one of all ranks of ``comm``; None for none. A rank's own argument error is raised there
     as it is, and as PeerError on the others. Ranks that name different functions, or different terms while none
     needs the library's call, get MismatchError.
     """
-    if shared is None:
+    if roll_call is None:
         check = Check(comm, request)
         yield from wait_for(check.request, progress)
         verdict = check.verdict
     else:
         operation = extension.Agreement(
-            shared.node, request.signature, library=request.library, bad=request.error is not None, told=request.flag
+            roll_call, request.signature, library=request.library, bad=request.error is not None, told=request.flag
         )
         yield from run(operation, progress)
         verdict = verdict_of(operation.verdict)
     yield from conclude(comm, request, verdict, progress)
 
 
-def checked(shared: NodeGroup, request: Request, operation: Any) -> Any:
+def checked(roll_call: Any, request: Request, operation: Any) -> Any:
     """A native operation: ``operation``, begun when all ranks have been found to ask for the same as ``request``.
 
     ``conclude`` raises what its verdict means where it ``disagrees``.
     """
-    return extension.Checked(shared.node, request.signature, operation)
+    return extension.Checked(roll_call, request.signature, operation)
 
 
 class Check:

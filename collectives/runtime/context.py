@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
+import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.interop.library_steps import NoCommunicatorError, allgather_steps, beside
@@ -25,6 +26,7 @@ from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.job_queue import JobQueue, numbers_in
 from bitring.collectives.runtime.ports import ports
+from bitring.collectives.runtime.roll_call import node_roll_call, nodes_roll_call
 from bitring.collectives.runtime.turn import Turn, Turns
 from bitring.collectives.runtime.watch import gone_in_words
 from bitring.collectives.schedules.topology import Topology
@@ -62,6 +64,9 @@ class Context:
         self.topology = Topology(size)
         self.table = BUILT_IN
         self.shared: NodeGroup | None = None
+        self.roll_call: Any = None
+        """The native one of all ranks; None without the native engine."""
+        self.fast_path_serves = False  # it has been told what it may do
         self.node = self
         self.nodes = [list(range(size))]
         self._parts: dict[str, MPI.Intracomm] = {}
@@ -119,7 +124,7 @@ class Context:
             request = Request(f"a communicator of {what}")
 
             def split(progress: Progress) -> StepsTo[MPI.Intracomm]:
-                yield from agree(self.comm, self.common, request, progress)
+                yield from agree(self.comm, self.roll_call, request, progress)
                 return (yield from beside(lambda: MPI.Intracomm(self.comm.Split(color)), progress))
 
             self._parts[what] = self.queue.call(split, request.function)
@@ -152,7 +157,7 @@ class Context:
 
     def _preparation(self, progress: Progress, request: Request) -> Steps:
         # Another rank's first call may be one that does not prepare.
-        yield from agree(self.comm, self.common, request, progress)
+        yield from agree(self.comm, self.roll_call, request, progress)
         progress.exchanging = True  # nothing comes of it unless all ranks come to its end
         table = load_table(path_of_table()).of(library_version()) if self.rank == 0 else BUILT_IN
         mine = table, native() is not None, os.sched_getaffinity(0)
@@ -172,9 +177,24 @@ class Context:
         self.topology = Topology(self.size, len(nodes), fewest, everywhere, engines)
         if shared is not None and everywhere:
             self.shared = self.queue.shared = shared
+        if engines:
+            self._call_roll()
         self.choices.clear()
         self._prepared = True
         progress.exchanging = False
+
+    def _call_roll(self) -> None:
+        """Make what ranks find out by whether they mean the same, and the way past the engine."""
+        if self.common is not None:
+            self.roll_call, direct = node_roll_call(self.common)
+        elif self.topology.nodes > 1:
+            leaders = list(range(self.size)) if self.shared is None else [ranks[0] for ranks in self.nodes]
+            self.roll_call, direct = nodes_roll_call(self.comm, self.shared, leaders)
+        else:  # on one node that has no room to share
+            return
+        self.queue.fast_path = extension.FastPath(direct, np.ndarray, MPI.IN_PLACE)
+        if self.common is not None:
+            self.common.fast_path = self.queue.fast_path
 
     def close(self) -> None:
         """Free everything. Collective, as freeing a communicator is."""
@@ -186,7 +206,7 @@ class Context:
         if self.node is not self:
             self.node.close()
         self.queue.close()
-        self.shared = None
+        self.shared = self.roll_call = None
 
 
 def node_of(comm: MPI.Intracomm) -> MPI.Intracomm:

@@ -52,7 +52,9 @@ class JobQueue:
         self.wrecks: list[object] = []  # what was cut short: the library may still write to their memory
         self.contact: Contact | None = None  # past the MPI library; made by the first job
         self._meeting: tuple[MPI.Request, Any] | None = None  # while it is made
-        self._shared: NodeGroup | None = None
+        self.shared: NodeGroup | None = None
+        """The group of the communicator's ranks on this node."""
+        self._fast_path: Any = None
         self._occupier = 0  # the thread that is in a call that goes by the engine
         self._ended = False  # all ranks have agreed that what comes now must not run
         self.last_word: Job | None = None  # by which the others are to learn that this rank ends the communicator
@@ -61,30 +63,25 @@ class JobQueue:
         engine.queues.add(self)
 
     @property
-    def shared(self) -> NodeGroup | None:
-        """The group of the communicator's ranks on this node."""
-        return self._shared
+    def fast_path(self) -> Any:
+        """The native way past the engine; None where there is none."""
+        return self._fast_path
 
-    @shared.setter
-    def shared(self, shared: NodeGroup) -> None:
-        self._shared = shared
+    @fast_path.setter
+    def fast_path(self, fast_path: Any) -> None:
+        self._fast_path = fast_path
         self._kept_to = None
         self.rest()
 
-    @property
-    def fast_path(self) -> Any:
-        """The native way past the engine; None where there is none."""
-        return None if self._shared is None else self._shared.fast_path
-
     def rest(self) -> None:
         """Note whether there is nothing to do, so that a native operation may be run past the engine, and by whom."""
-        if self._shared is None:
+        if self._fast_path is None:
             return
         with self._resting:
             now = bool(self.jobs or self.broken or self._made is not None or engine.stopped), self._occupier
             if now != self._kept_to:
                 self._kept_to = now
-                self._shared.fast_path.keep_to(*now)
+                self._fast_path.keep_to(*now)
 
     def occupy(self, thread: int) -> None:
         """Note which thread is in a call, 0 for none: until its end no other may run anything past the engine."""
@@ -145,9 +142,9 @@ class JobQueue:
         engine.drop(self)
         if self.contact is not None:
             self.contact.close()
-        if self._shared is not None:
-            self._shared.fast_path.close()
-            self._shared = None
+        if self._fast_path is not None:
+            self._fast_path.close()
+        self.shared = self._fast_path = None
         if not keep:
             self.comm.Free()
 
@@ -250,7 +247,7 @@ class JobQueue:
 
         One that died is missed at once. One that left the job in good order may have done its part before.
         """
-        gone = set() if self._shared is None else set(self._shared.gone(awaited, seconds))
+        gone = set() if self.shared is None else set(self.shared.gone(awaited, seconds))
         if self.contact is not None:
             self.contact.watch(awaited)
             gone |= self.contact.dead | self.contact.quitters

@@ -57,7 +57,7 @@ def agreed_job(
     """
 
     def agreed(progress: Progress) -> StepsTo[T]:
-        yield from agree(context.comm, context.common, Request(function, error=error), progress)
+        yield from agree(context.comm, context.roll_call, Request(function, error=error), progress)
         return (yield from steps(progress))
 
     with context.turn(function):

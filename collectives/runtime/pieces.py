@@ -70,7 +70,7 @@ def transfer(comm: MPI.Intracomm, piece: Any, function: str, source: int, target
 
     def steps(progress: Progress) -> Steps:
         request = Request(function, {"source": source, "target": target})
-        yield from agree(context.comm, context.common, request, progress)
+        yield from agree(context.comm, context.roll_call, request, progress)
         yield from read_news()
         progress.exchanging = True
         if target is None:

@@ -17,6 +17,10 @@ WORDS_TAG = 2 * _TAGS - 1
 """Tag of the words of ranks that do not agree; the last one of another channel."""
 
 
+ROLL_CALL_TAG = 3 * _TAGS - 1
+"""Tag of the messages by which the ranks of several nodes find out whether they mean the same."""
+
+
 def channel_of(number: int) -> int:
     """The channel of plan ``number``, counted from 1; of a call without a plan for 0."""
     return 1 + (number - 1) % (CHANNELS - 1) if number else 0

@@ -97,7 +97,7 @@ class Turns:
         if context.size == 1 or queue.broken:
             return
         what = f"{request.function}, which was refused"
-        job = queue.last_word = queue.submit(lambda p: agree(context.comm, context.common, request, p), what)
+        job = queue.last_word = queue.submit(lambda p: agree(context.comm, context.roll_call, request, p), what)
         if request.refused:
             queue.breaks(f"two threads were in its calls at the same time: {request.error}")
         if not engine.start_thread():

@@ -111,6 +111,9 @@ class Algorithm(ABC):
     """Fusion of small plans that are started together. ``"values"``: copied together; ``"pieces"``: in place, by a
     runner that has ``operands``; None: each runs by itself."""
 
+    sets_up: ClassVar[bool] = False
+    """Whether all ranks take part in making its runner."""
+
     alike: ClassVar[bool] = False
     """Whether all ranks do the same in each round, at least if they are a power of two: it is quick to clock then."""
 

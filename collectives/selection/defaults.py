@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from bitring.collectives.schedules.query import Query
+from bitring.collectives.selection.table import Rules, Table
 
 RING_FROM_NBYTES = 16 << 20
 """From about here on the portable executor's ring beats the library's own AllReduce. With 2 and with 4 ranks on 2 cores
@@ -17,6 +18,20 @@ NETWORK_FROM_NBYTES = 2 << 20
 
 LITTLE_NBYTES = 64 << 10
 """Up to here the number of rounds decides the cost, not the bytes."""
+
+
+def _between(ranks: int, nodes: int, *best: tuple[int, str]) -> Rules:
+    return Rules("any", ranks, nodes, 4, False, True, best)
+
+
+EMULATED = Table(
+    (
+        _between(2, 2, (0, "leaders"), (256 << 10, "ring")),
+        _between(4, 4, (0, "leaders"), (256 << 10, "rabenseifner"), (1 << 20, "ring")),
+        _between(4, 2, (0, "leaders"), (128 << 10, "multilane")),
+    )
+)
+"""The best algorithms between nodes where this machine was not measured."""
 
 LIBRARY = "mpi"
 """The algorithm for collectives that bitring does not have, and for one rank alone."""
@@ -38,6 +53,15 @@ def _enough(query: Query) -> int:
     """The bytes from which the library's own AllReduce is no longer the best."""
     between = query.topology.native and query.topology.nodes > 1 and query.host
     return NETWORK_FROM_NBYTES if between else RING_FROM_NBYTES
+
+
+LEADERS_NBYTES = 64 << 10
+"""Up to here the agreement that comes before a schedule would be a good part of the cost between nodes."""
+
+
+def _little_between(query: Query) -> str | None:
+    little = query.nbytes <= LEADERS_NBYTES
+    return f"{query.nbytes} bytes travel in the messages by which ranks agree" if little else None
 
 
 def _one_node(query: Query) -> str:
@@ -68,6 +92,7 @@ def _lanes(query: Query) -> str:
 
 PREFERENCES = (
     Preference("shared_memory", _one_node),
+    Preference("leaders", _little_between),
     Preference("recursive_doubling", _no_library_for_little),
     Preference("binomial_tree", _no_library_for_little),
     Preference("ring", _no_library),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.schedules.topology import Topology
-from bitring.collectives.selection.defaults import ANYWHERE, LIBRARY, NO_LIBRARY, PREFERENCES
+from bitring.collectives.selection.defaults import ANYWHERE, EMULATED, LIBRARY, NO_LIBRARY, PREFERENCES
 from bitring.collectives.selection.table import BUILT_IN, Table
 
 
@@ -56,13 +56,11 @@ def _measured(query: Query, table: Table) -> Choice | None:
     topology = query.topology
     if query.collective != "allreduce" or not query.host:
         return None
-    rules = table.nearest(topology.size, topology.nodes, query.itemsize, query.resident, topology.native)
-    if rules is None:
-        return None
-    name = rules.algorithm(query.nbytes)
-    if _missing(name, query) is not None:
-        return None
-    return Choice(name, f"measured on this machine to be the best of {query.nbytes} bytes with {rules.title}")
+    for measured, where in ((table, "this machine"), (EMULATED, "emulated hosts")):
+        rules = measured.nearest(topology.size, topology.nodes, query.itemsize, query.resident, topology.native)
+        if rules is not None and _missing(name := rules.algorithm(query.nbytes), query) is None:
+            return Choice(name, f"measured on {where} to be the best of {query.nbytes} bytes with {rules.title}")
+    return None
 
 
 def _default(query: Query) -> Choice:
@@ -79,7 +77,8 @@ def fast_path_limits(topology: Topology, table: Table) -> tuple[int, int]:
     On private memory, of an operation and dtype that anybody reduces. ``(1, 0)`` where there is none. Other sizes are
     chosen for one by one.
     """
-    rules = table.nearest(topology.size, topology.nodes, 4, False, topology.native)
+    kind = topology.size, topology.nodes, 4, False, topology.native
+    rules = table.nearest(*kind) or EMULATED.nearest(*kind)
     if rules is None:
         query = Query(collective="allreduce", nbytes=0, topology=topology, own=True, library=True)
         best: tuple[tuple[int, str], ...] = ((0, _default(query).name),)

@@ -1,5 +1,6 @@
 // AllReduce through shared memory, with threads of this process as the ranks: every way, every size that is near a
 // limit, and long mixed sequences, in which slots, stages and counts are used again and again.
+#include "roll_call.h"
 #include "shared_allreduce.h"
 
 #include <sched.h>
@@ -111,7 +112,7 @@ private:
             Intent intent{std::uint64_t(step.way + 1) << 32 | step.n, 0, 0};
             const bool last = rank == size_ - 1;
             if (step.way == agreement) {
-                Agreement operation(*shared, intent);
+                Agreement operation(std::make_shared<NodeRollCall>(shared), intent);
                 if (finish(operation, random) != Status::done || !operation.verdict().same) fail(what);
                 continue;
             }
