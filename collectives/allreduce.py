@@ -10,6 +10,8 @@ from mpi4py import MPI
 from bitring.arrays import Array, as_array, device_of, flat_view, require_numeric, xp_of
 from bitring.collectives.call import operation, read_call
 from bitring.collectives.call_run import CallRun
+from bitring.collectives.calls import fast_path_of, remember
+from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
 from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.plan import array_terms
 from bitring.collectives.runtime.context import context_of, given_comm
@@ -41,15 +43,34 @@ def allreduce(
     arguments raise TypeError or ValueError there, and PeerError on the others.
     """
     context = context_of(given_comm(comm, "allreduce"))
+    fast_path, outcome = context.direct if algorithm == "auto" and mean is False else None, DECLINED
+    if fast_path is not None:
+        result = np.empty(x.shape, x.dtype) if out is None and type(x) is np.ndarray else out
+        try:
+            outcome = fast_path.reduce(x, result, op)
+        except BaseException as error:  # an interrupt: others may be in the run
+            context.queue.cut_short("allreduce", error)
+            raise
+        if outcome == DONE:
+            return result
+        if outcome != DECLINED:
+            out = result
     reduction = _Reduction()
 
     def library(comm: MPI.Intracomm, send: Any, receive: Any) -> MPI.Request:
         return comm.Iallreduce(send, receive, op)
 
-    with context.turn("allreduce"):
+    with context.turn("allreduce", continues=outcome != DECLINED):
+        if outcome == REFUSED:
+            return out
         call = read_call("allreduce", "allreduce", algorithm, lambda: reduction.read(x, out, op, mean))
         context.prepare("allreduce", call.request.error)
-        CallRun(context, call).now(library)
+        if fast_path is None:
+            context.direct = fast_path_of(context)
+        arrival = None if fast_path is None or outcome == DECLINED else fast_path.operation
+        CallRun(context, call).now(library, arrival)
+        if context.direct is not None and algorithm == "auto" and not mean and call.work is not None:
+            remember(context.direct, op, reduction.result, call.request)
     if mean:
         reduction.divide(context.size)
     return reduction.result

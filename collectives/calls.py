@@ -258,3 +258,9 @@ def fast_path_of(context: Context) -> Any:
                 signature = Request("Allreduce", {**terms, "memory": HOST}).kind
                 fast_path.serve(op, operation_of(ufunc), kind, signature)
     return fast_path
+
+
+def remember(fast_path: Any, op: MPI.Op, result: Array, request: Request) -> None:
+    """Tell the fast path what ranks agree on, ``request``, when they reduce arrays like ``result`` under ``op``."""
+    if device_of(result) is None and result.flags.c_contiguous and (kind := type_of(result.dtype)) is not None:
+        fast_path.remember(op, kind, result.shape, request.signature)

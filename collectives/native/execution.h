@@ -48,6 +48,7 @@ public:
 
     int awaited() const override { return awaited_; }
     int error() const override { return error_; }
+    bool calls_library() const override { return true; }
 
     // Messages under way at once, at most.
     static int room(const Program& program);

@@ -39,8 +39,10 @@ bool type_of(const char* format, Py_ssize_t itemsize, Type* type) {
     }
 }
 
+}  // namespace
+
 // A contiguous array's memory, for as long as this lives.
-class View {
+class FastPath::View {
 public:
     ~View() {
         if (held_) PyBuffer_Release(&view_);
@@ -57,14 +59,18 @@ public:
     void* data() const { return view_.buf; }
     std::size_t nbytes() const { return std::size_t(view_.len); }
     std::size_t itemsize() const { return std::size_t(view_.itemsize); }
+    bool has_shape_of(const View& other) const {
+        return view_.ndim == other.view_.ndim && std::equal(view_.shape, view_.shape + view_.ndim, other.view_.shape);
+    }
+    bool has_shape(const std::vector<std::int64_t>& shape) const {
+        return std::equal(shape.begin(), shape.end(), view_.shape, view_.shape + view_.ndim);
+    }
     Type type{};
 
 private:
     Py_buffer view_{};
     bool held_ = false;
 };
-
-}  // namespace
 
 Status run_for(Operation& operation, double seconds) {
     Status status = operation.status();
@@ -76,7 +82,7 @@ Status run_for(Operation& operation, double seconds) {
         pause_processor();
     }
     nb::gil_scoped_release released;
-    Patience patience(false);
+    Patience patience(false, operation.calls_library());
     const auto limit = std::uint64_t(seconds * 1e9);
     while (true) {
         status = operation.advance();
@@ -111,40 +117,81 @@ void FastPath::remove(std::uint64_t number) {
                    regions_.end());
 }
 
-Outcome FastPath::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
-    if (closed() || Py_TYPE(recvbuf.ptr()) != reinterpret_cast<PyTypeObject*>(ndarray_.ptr())) {
-        return Outcome::declined;
+bool FastPath::fits(const View& array) const { return array.nbytes() >= from_ && array.nbytes() <= to_; }
+
+// The kernel of an operation that is served, and the signature without a count; null for any other.
+Reduce FastPath::kernel(nb::handle op, Type type, std::uint64_t* signature) const {
+    for (const Served& served : served_) {
+        if (!served.op.is(op)) continue;
+        *signature = served.signatures[std::size_t(type)];
+        return served.kernels[std::size_t(type)];
     }
+    return nullptr;
+}
+
+Outcome FastPath::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
+    if (closed() || !is_array(recvbuf)) return Outcome::declined;
     View receive, send;
-    if (!receive.take(recvbuf, true) || receive.nbytes() > to_ || receive.nbytes() < from_) return Outcome::declined;
+    if (!receive.take(recvbuf, true) || !fits(receive)) return Outcome::declined;
     const void* from = receive.data();
     if (!sendbuf.is(in_place_) && !sendbuf.is_none()) {
-        if (Py_TYPE(sendbuf.ptr()) != Py_TYPE(recvbuf.ptr()) || !send.take(sendbuf, false) ||
-            send.type != receive.type || send.nbytes() != receive.nbytes()) {
+        if (!is_array(sendbuf) || !send.take(sendbuf, false) || send.type != receive.type ||
+            send.nbytes() != receive.nbytes()) {
             return Outcome::declined;
         }
         from = send.data();
     }
-    const auto type = std::size_t(receive.type);
-    for (const Served& served : served_) {
-        if (!served.op.is(op)) continue;
-        if (served.kernels[type] == nullptr) return Outcome::declined;
-        const std::size_t n = receive.nbytes() / receive.itemsize();
-        Intent intent;
-        intent.signature = with_count(served.signatures[type], n);
-        const Region* region = nullptr;
-        if (from == receive.data()) {
-            for (const Region* each : regions_) {
-                if (!each->holds(from, receive.nbytes())) continue;
-                region = each;
-                intent.where = region->where(from);
-            }
-        }
-        operation_->rebind(intent, Operand{from, receive.data(), n, receive.itemsize(), served.kernels[type]}, region);
-        in_allreduce_ = true;
-        return run_open(*operation_, 0.2);
+    std::uint64_t signature;
+    const Reduce reduce = kernel(op, receive.type, &signature);
+    if (reduce == nullptr) return Outcome::declined;
+    return reduce_into(receive, from, reduce, with_count(signature, receive.nbytes() / receive.itemsize()));
+}
+
+void FastPath::remember(nb::object op, Type type, std::vector<std::int64_t> shape, std::uint64_t signature) {
+    for (const Remembered& each : remembered_) {
+        if (each.op.is(op) && each.type == type && each.shape == shape) return;
+    }
+    Remembered made{std::move(op), type, std::move(shape), signature};
+    if (remembered_.size() < kRemembered) {
+        remembered_.push_back(std::move(made));
+    } else {
+        remembered_[forgets_++ % kRemembered] = std::move(made);
+    }
+}
+
+Outcome FastPath::reduce(nb::handle x, nb::handle out, nb::handle op) {
+    if (closed() || !is_array(out) || !is_array(x)) return Outcome::declined;
+    View receive, send;
+    if (!receive.take(out, true) || !fits(receive) || !send.take(x, false) || send.type != receive.type ||
+        !send.has_shape_of(receive)) {
+        return Outcome::declined;
+    }
+    for (const Remembered& each : remembered_) {
+        if (!each.op.is(op) || each.type != receive.type || !receive.has_shape(each.shape)) continue;
+        std::uint64_t unused;
+        const Reduce reduce = kernel(op, receive.type, &unused);
+        return reduce == nullptr ? Outcome::declined : reduce_into(receive, send.data(), reduce, each.signature);
     }
     return Outcome::declined;
+}
+
+Outcome FastPath::reduce_into(const View& to, const void* from, Reduce kernel, std::uint64_t signature) {
+    const auto apart = [&](const void* a, const void* b) { return static_cast<const char*>(a) + to.nbytes() <= b; };
+    if (from != to.data() && !apart(from, to.data()) && !apart(to.data(), from)) return Outcome::declined;
+    Intent intent;
+    intent.signature = signature;
+    const Region* region = nullptr;
+    if (from == to.data()) {
+        for (const Region* each : regions_) {
+            if (!each->holds(from, to.nbytes())) continue;
+            region = each;
+            intent.where = region->where(from);
+        }
+    }
+    const Operand operand{from, to.data(), to.nbytes() / to.itemsize(), to.itemsize(), kernel};
+    operation_->rebind(intent, operand, region);
+    in_allreduce_ = true;
+    return run_open(*operation_, 0.2);
 }
 
 Outcome FastPath::run_open(Operation& operation, double seconds) {

@@ -43,6 +43,13 @@ public:
 
     Outcome allreduce(nanobind::handle sendbuf, nanobind::handle recvbuf, nanobind::handle op);
 
+    // From now on ranks that reduce() arrays of `type` and this shape under `op` say `signature`. Of many shapes those
+    // that came last are known.
+    void remember(nanobind::object op, Type type, std::vector<std::int64_t> shape, std::uint64_t signature);
+
+    // As allreduce(), of an array into one of the same shape, as remember() knows them.
+    Outcome reduce(nanobind::handle x, nanobind::handle out, nanobind::handle op);
+
     // Run an operation of all ranks from its begin for up to `seconds`. After any outcome but done and declined this
     // stays closed until the thread that called has said taken_over().
     Outcome run(Operation& operation, double seconds) {
@@ -97,6 +104,22 @@ private:
         std::array<Reduce, type_count> kernels{};
     };
 
+    struct Remembered {
+        nanobind::object op;
+        Type type;
+        std::vector<std::int64_t> shape;
+        std::uint64_t signature;
+    };
+    static constexpr std::size_t kRemembered = 64;
+
+    class View;
+
+    bool is_array(nanobind::handle array) const {
+        return Py_TYPE(array.ptr()) == reinterpret_cast<PyTypeObject*>(ndarray_.ptr());
+    }
+    bool fits(const View& array) const;
+    Reduce kernel(nanobind::handle op, Type type, std::uint64_t* signature) const;
+    Outcome reduce_into(const View& to, const void* from, Reduce kernel, std::uint64_t signature);
     bool closed() const {
         return busy_ || inside_ != 0 || (thread_ != 0 && thread_ != PyThread_get_thread_ident());
     }
@@ -105,6 +128,8 @@ private:
     nanobind::object ndarray_;
     nanobind::object in_place_;
     std::vector<Served> served_;
+    std::vector<Remembered> remembered_;
+    std::size_t forgets_ = 0;  // the one that is forgotten next
     std::vector<const Region*> regions_;
     std::shared_ptr<DirectAllreduce> operation_;
     std::size_t from_ = 0, to_ = 0;

@@ -24,6 +24,7 @@ public:
     int awaited() const override { return node_->name(awaited_); }
     int error() const override { return between_ ? between_->error() : 0; }
     const char* reason() const override { return between_ ? between_->reason() : nullptr; }
+    bool calls_library() const override { return between_ != nullptr; }
     const Verdict& verdict() const { return verdict_; }
 
     // Where the exchange between nodes finds chunk `rank` of `lanes`, summed over the node.

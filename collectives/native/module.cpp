@@ -8,6 +8,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -117,7 +118,9 @@ std::shared_ptr<OwnerExchange> make_owner_exchange(
 int drive(const std::vector<Operation*>& operations, std::atomic<int>& wake, double seconds, bool gentle) {
     nb::gil_scoped_release released;
     const ThreadPool::Waiting waiting(!gentle);
-    Patience patience(gentle);
+    const bool network = std::any_of(operations.begin(), operations.end(),
+                                     [](const Operation* operation) { return operation->calls_library(); });
+    Patience patience(gentle, network);
     const auto limit = std::uint64_t(seconds * 1e9);
     while (wake.load(std::memory_order_relaxed) == 0 && !News::of_process().unread_lately()) {
         bool moved = false;
@@ -402,6 +405,10 @@ NB_MODULE(_native, m) {
         .def("allreduce", [](FastPath& fast_path, nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
             return int(fast_path.allreduce(sendbuf, recvbuf, op));
         }, "sendbuf"_a.none(), "recvbuf"_a.none(), "op"_a.none())
+        .def("remember", &FastPath::remember, "op"_a, "type"_a, "shape"_a, "signature"_a)
+        .def("reduce", [](FastPath& fast_path, nb::handle x, nb::handle out, nb::handle op) {
+            return int(fast_path.reduce(x, out, op));
+        }, "x"_a.none(), "out"_a.none(), "op"_a.none())
         .def("runs", [](std::shared_ptr<FastPath> fast_path, std::shared_ptr<Operation> operation, double seconds) {
             return FastPath::Runs{std::move(fast_path), std::move(operation), seconds};
         }, "operation"_a, "seconds"_a)

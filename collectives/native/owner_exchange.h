@@ -85,6 +85,7 @@ public:
 
     int awaited() const override { return awaited_; }
     int error() const override { return error_; }
+    bool calls_library() const override { return true; }
     const char* reason() const override;
     const RunStats& stats() const { return stats_; }
 

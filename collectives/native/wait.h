@@ -35,7 +35,10 @@ inline bool& crowded() {
 class Patience {
 public:
     // `gentle`: a thread beside a training loop, which must not take its core; spins are few and naps come early.
-    explicit Patience(bool gentle) : gentle_(gentle) {}
+    // `network`: messages are waited for. A look at the network takes longer than to give way to nobody, and whoever is to
+    // send them may need this core.
+    explicit Patience(bool gentle, bool network = false)
+        : gentle_(gentle), spins_(network ? 0 : crowded() ? kCrowded : gentle ? kFew : kSpins) {}
 
     void moved() {
         idle_ = 0;
@@ -45,7 +48,7 @@ public:
 
     void rest() {
         ++idle_;
-        if (idle_ <= (crowded() ? kCrowded : gentle_ ? kFew : kSpins)) {
+        if (idle_ <= spins_) {
             pause_processor();
             return;
         }
@@ -74,6 +77,7 @@ private:
     static constexpr long kNap = 80000;
     static constexpr long kGentleNap = 500000;
     bool gentle_;
+    int spins_;
     bool naps_ = false;
     long nap_nanoseconds_ = kFirstNap;
     int idle_ = 0;

@@ -67,6 +67,7 @@ class Context:
         self.roll_call: Any = None
         """The native one of all ranks; None without the native engine."""
         self.fast_path_serves = False  # it has been told what it may do
+        self.direct: Any = None  # the fast path of ``bitring.allreduce``, when there is one
         self.node = self
         self.nodes = [list(range(size))]
         self._parts: dict[str, MPI.Intracomm] = {}
@@ -206,7 +207,7 @@ class Context:
         if self.node is not self:
             self.node.close()
         self.queue.close()
-        self.shared = self.roll_call = None
+        self.shared = self.roll_call = self.direct = None
 
 
 def node_of(comm: MPI.Intracomm) -> MPI.Intracomm:
