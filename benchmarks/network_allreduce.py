@@ -2,11 +2,12 @@
 
     python benchmarks/network_allreduce.py --hosts 4 --rate 1gbit --json FILE --plot FILE
 
-Starts the hosts (hosts.py; needs root) and runs itself on them. float32 sums, in place; each is checked before it is
-timed, the contenders take turns, and a time is the median of its samples, each the slowest rank's. The stream carries
-2(N-1)/N·n bytes, what an AllReduce of n bytes between N hosts has to send from each, from the first host to the second.
-What leaves a host is counted by its interface; a contender that sent less than it has to, or was faster than the wire,
-ends the benchmark with an error: it did not use the network.
+Starts the hosts (hosts.py; needs root) and runs itself on them. float32 sums by plans, in place, by
+``Communicator.Allreduce``, in place, and by ``bitring.allreduce(out=)``; each is checked before it is timed, the
+contenders take turns, and a time is the median of its samples, each the slowest rank's. Processor seconds are those of
+all ranks together. The stream carries 2(N-1)/N·n bytes, what an AllReduce of n bytes between N hosts has to send from
+each, from the first host to the second. What leaves a host is counted by its interface; a contender that sent less than
+it has to, or was faster than the wire, ends the benchmark with an error: it did not use the network.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import numpy as np
 LIBRARY = ("library", "library out of place")
 STREAM = "TCP stream"
 
+CALLS = ("Communicator.Allreduce", "bitring.allreduce")
+
 _SAMPLE_SECONDS = 20e-3
 """A sample repeats a short call for so long: the token bucket lets the first bytes through at once."""
 
@@ -45,18 +48,19 @@ class Contender(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Of one call: seconds on the slowest rank, and for each rank what left its host, with headers and without."""
+    """Of one call: seconds on the slowest rank, processor seconds of all ranks, and what left each rank's host."""
 
     seconds: float
-    counted: list[float]
-    payload: list[float]
+    processor: float
+    counted: list[float]  # bytes with headers
+    payload: list[float]  # and without
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="AllReduce between emulated hosts.")
     hosts.add_options(parser, hosts=4, rate="1gbit")
-    parser.add_argument("--sizes", type=sizes, default="64KiB,256KiB,1MiB,4MiB,16MiB,64MiB", help="%(default)s")
-    parser.add_argument("--algorithms", type=lambda text: text.split(","), default="auto,ring", help="%(default)s")
+    parser.add_argument("--sizes", type=sizes, default=",".join(str(4**k) for k in range(1, 14)), help="%(default)s")
+    parser.add_argument("--algorithms", type=lambda text: text.split(","), default="auto", help="%(default)s")
     parser.add_argument("--samples", type=int, default=7, help="times each is timed at each size (%(default)s)")
     parser.add_argument("--json", type=Path, help="keep the results here")
     parser.add_argument("--plot", type=Path, help="draw them to this .png, .svg or .pdf")
@@ -108,8 +112,8 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
         if comm.rank == 0:
             print(title(kept))
             print(
-                f"{'bytes':>8}  {'contender':<22}{'median':>9}{'algbw':>12}{'busbw':>12}{'library':>9}{'stream':>8}"
-                "  bytes that leave a host"
+                f"{'bytes':>8}  {'contender':<24}{'median':>10}{'processors':>11}{'busbw':>12}{'library':>9}"
+                f"{'stream':>8}  bytes that leave a host"
             )
         stream = make_stream(comm, lab)
         for nbytes in asked.sizes:
@@ -143,7 +147,10 @@ def measure(
     least = 2 * (lab.hosts - 1) * x.nbytes // lab.hosts  # what a host has to send
     plans = {name: bitring.plan_allreduce(x, comm=comm, algorithm=name) for name in names}
     contenders = [Contender(name, plan, x, x) for name, plan in plans.items()]
+    own = bitring.Communicator(comm.Dup())
     contenders += [
+        Contender(CALLS[0], partial(own.Allreduce, MPI.IN_PLACE, x), x, x),
+        Contender(CALLS[1], partial(bitring.allreduce, x, out=y, comm=own), x, y),
         Contender(LIBRARY[0], partial(comm.Allreduce, MPI.IN_PLACE, x), x, x),
         Contender(LIBRARY[1], partial(comm.Allreduce, x, y), x, y),
     ]
@@ -161,6 +168,7 @@ def measure(
             taken[i].append(take(comm, contenders[i], calls[i], lab, least))
     for plan in plans.values():
         plan.free()
+    own.Free()
     medians = {
         contender.name: statistics.median(sample.seconds for sample in found)
         for contender, found in zip(contenders, taken, strict=True)
@@ -171,6 +179,7 @@ def measure(
             "contender": contender.name,
             **({"algorithm": plans[contender.name].algorithm} if contender.name in plans else {}),
             "seconds": medians[contender.name],
+            "processor_seconds": statistics.median(sample.processor for sample in found),
             "samples": [float(f"{sample.seconds:.4g}") for sample in found],
             "factor": 2 * (comm.size - 1) / comm.size,
             "times_the_library": min(medians[name] for name in LIBRARY) / medians[contender.name],
@@ -217,17 +226,17 @@ def take(comm: Any, contender: Contender, calls: int, lab: hosts.Lab, least: int
     """One sample of ``calls`` calls. Collective. Raises RuntimeError on all ranks when it did not use the wire."""
     before = hosts.sent()
     comm.Barrier()
-    begin = time.perf_counter()
+    used, begin = time.process_time(), time.perf_counter()
     for _ in range(calls):
         contender.call()
-    seconds = time.perf_counter() - begin
+    seconds, used = time.perf_counter() - begin, time.process_time() - used
     done = comm.Ibarrier()
     while not done.Test():  # a blocking barrier would spin on the cores that the stream needs
         time.sleep(2e-4)
     after = hosts.sent()
-    mine = (seconds, (after.nbytes - before.nbytes) / calls, (after.payload - before.payload) / calls)
-    all_seconds, counted, payload = zip(*comm.allgather(mine), strict=True)
-    sample = Sample(max(all_seconds) / calls, list(counted), list(payload))
+    mine = (seconds, used, (after.nbytes - before.nbytes) / calls, (after.payload - before.payload) / calls)
+    all_seconds, all_used, counted, payload = zip(*comm.allgather(mine), strict=True)
+    sample = Sample(max(all_seconds) / calls, sum(all_used) / calls, list(counted), list(payload))
     if sample.seconds * calls * 1.01 < lab.least_seconds(calls * least):
         raise RuntimeError(
             f"{contender.name}: {least} bytes from each host in {sample.seconds:.4f} s, faster than the wire; "
@@ -256,19 +265,24 @@ def line(row: Mapping[str, Any]) -> str:
     algbw, least = row["nbytes"] / row["seconds"], row["has_to_leave"]
     name = row["contender"] + (f" ({row['algorithm']})" if row["contender"] == "auto" else "")
     if row["contender"] == STREAM:
-        speeds = f"{speed(least / row['seconds']):>12}{'':>21}"
+        speeds = f"{speed(least / row['seconds']):>12}{'':>9}"
     else:
-        speeds = f"{speed(algbw):>12}{speed(algbw * row['factor']):>12}{row['times_the_library']:>8.2f}x"
+        speeds = f"{speed(algbw * row['factor']):>12}{row['times_the_library']:>8.2f}x"
     return (
-        f"{size(row['nbytes']):>8}  {name:<22}{row['seconds'] * 1e3:>6.4g} ms{speeds}{row['part_of_the_stream']:>8.1%}"
+        f"{size(row['nbytes']):>8}  {name:<24}{duration(row['seconds']):>10}{duration(row['processor_seconds']):>11}"
+        f"{speeds}{row['part_of_the_stream']:>8.1%}"
         f"  {row['left_a_host']:.0f} = {row['left_a_host'] / least:.3f} of {least}, "
         f"{row['left_a_host_with_headers'] / least:.3f} with headers"
     )
 
 
 def size(nbytes: int) -> str:
-    unit, name = (1 << 20, "MiB") if nbytes >= 1 << 20 else (1 << 10, "KiB")
+    unit, name = (1 << 20, "MiB") if nbytes >= 1 << 20 else (1 << 10, "KiB") if nbytes >= 1 << 10 else (1, "B")
     return f"{nbytes / unit:.4g} {name}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e6:.4g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.4g} ms"
 
 
 def speed(nbytes_a_second: float) -> str:

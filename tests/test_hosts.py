@@ -224,12 +224,13 @@ def test_network_allreduce(run, tmp_path: Path):
     results = json.loads(kept.read_text())
     assert results["network"] == {"emulated": True, "hosts": 2, "ranks_per_host": 1, "rate": RATE, "burst": 1 << 17}
     assert results["machine"]["nodes"] == 2
-    names = ["ring", "library", "library out of place", "TCP stream"]
+    names = ["ring", "Communicator.Allreduce", "bitring.allreduce", "library", "library out of place", "TCP stream"]
     rows = results["results"]
     assert [(row["nbytes"], row["contender"]) for row in rows] == [(n, c) for n in (1 << 16, 1 << 20) for c in names]
     for row in rows:
         assert row["has_to_leave"] == row["nbytes"]  # 2(N-1)/N·n of two hosts
         assert row["seconds"] > (row["nbytes"] - (1 << 17)) / RATE
+        assert row["processor_seconds"] > 0
         assert 0.99 < row["left_a_host"] / row["has_to_leave"] < 1.2
         assert row["left_a_host"] <= row["left_a_host_with_headers"]
     assert rows[-1]["part_of_the_stream"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._others import LIBRARY, Others
 from bitring.commands._pictures import COLORS, figure, plain, size_text
 from bitring.commands._ranks import ending_together, limit_threads, together
-from bitring.commands._timing import Contender, check_sums, sample
+from bitring.commands._timing import Contender, Times, check_sums, sample
 from bitring.compression.plans.plan import plan_allreduce
 from bitring.machine import THREAD_LEVELS
 from bitring.native import address_of, extension, kernel
@@ -78,7 +79,8 @@ def run(
         for dtype in dtypes:
             if comm.rank == 0:
                 click.echo(
-                    f"{dtype:>10}  {'contender':<34}{'median':>10}{'algbw':>12}{'busbw':>12}  {'of the limit':>12}  "
+                    f"{dtype:>10}  {'contender':<34}{'median':>10}{'processors':>12}{'algbw':>12}{'busbw':>12}  "
+                    f"{'of the limit':>12}  "
                     "against the library's best"
                 )
             for nbytes in sizes:
@@ -126,8 +128,8 @@ def measure(
     dtype: np.dtype[Any],
     seconds: float,
     others: Others | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of an AllReduce of ``n`` values, by contender: ``samples`` of each, fewer where ``seconds`` run out.
+) -> dict[str, Times]:
+    """Times of an AllReduce of ``n`` values, by contender: ``samples`` of each, fewer where ``seconds`` run out.
 
     Contenders are the algorithms ``names``, as far as they can be had here, ``"auto"``, and all ``others``. All ranks
     return the same. Raises RuntimeError on all ranks when a sum is wrong. Collective.
@@ -194,13 +196,15 @@ def _limit(comm: Communicator, shared: Any) -> Callable[[], None] | None:
     return partial(extension.reduce, function, last - first, places, places)
 
 
-def _row(size: int, name: str, measured: Mapping[str, list[float]]) -> dict[str, Any]:
-    medians = {each: statistics.median(seconds) for each, seconds in measured.items()}
+def _row(size: int, name: str, measured: Mapping[str, Times]) -> dict[str, Any]:
+    medians = {each: statistics.median(times.seconds) for each, times in measured.items()}
+    processor = statistics.median(measured[name].processor)
     best = min((each for each in medians if is_library(each)), key=medians.__getitem__, default=None)
     return {
         "contender": name,
         "seconds": medians[name],
-        "samples": [float(f"{each:.4g}") for each in measured[name]],
+        "processor_seconds": None if math.isnan(processor) else processor,
+        "samples": [float(f"{each:.4g}") for each in measured[name].seconds],
         "times_the_library": None if best is None else medians[best] / medians[name],
         "best_of_the_library": best,
         "of_the_limit": medians[LIMIT] / medians[name] if LIMIT in medians else None,
@@ -216,8 +220,9 @@ def is_library(name: str) -> bool:
 def _line(row: Mapping[str, Any]) -> str:
     algbw = row["nbytes"] / row["seconds"]
     name, limit, ratio = row["contender"], row["of_the_limit"], row["times_the_library"]
+    used = "" if row["processor_seconds"] is None else _time(row["processor_seconds"])
     return (
-        f"{size_text(row['nbytes']):>10}  {name:<34}{_time(row['seconds']):>10}{_speed(algbw):>12}"
+        f"{size_text(row['nbytes']):>10}  {name:<34}{_time(row['seconds']):>10}{used:>12}{_speed(algbw):>12}"
         f"{_speed(algbw * row['factor']):>12}  {'' if limit is None else f'{limit:.0%}':>12}"
         f"  {'' if ratio is None else f'{ratio:.2f}x'}{' (best)' if name == row['best_of_the_library'] else ''}"
     ).rstrip()

@@ -29,26 +29,43 @@ class Contender(NamedTuple):
     seconds: Callable[[], float] | None = None
 
 
+class Times(NamedTuple):
+    """Of one call: ``seconds`` on the slowest rank, and ``processor`` seconds of all ranks together; one per sample.
+
+    ``processor`` is NaN where another job made the call.
+    """
+
+    seconds: list[float]
+    processor: list[float]
+
+
 def sample(
     comm: MPI.Intracomm, contenders: Sequence[Contender], samples: int, seconds: float, least: int
-) -> dict[str, list[float]]:
-    """Seconds of a call of each of ``contenders``, the slowest rank's: ``samples`` of each, taken in turns. Collective.
+) -> dict[str, Times]:
+    """Times of each of ``contenders``: ``samples`` of each, taken in turns. Collective.
 
     There are fewer, but no fewer than ``least``, where ``seconds`` run out.
     """
     calls = [1 if each.seconds else calls_of(comm, each.call) for each in contenders]
     taken: list[list[float]] = [[] for _ in contenders]
+    used: list[list[float]] = [[] for _ in contenders]
     begin = time.perf_counter()
     for turn in range(samples):
         for i in range(len(contenders)):
             i = (i + turn) % len(contenders)
             own = contenders[i].seconds
+            before = time.process_time()
             taken[i].append(own() if own else seconds_of(comm, contenders[i].call, calls[i]))
+            used[i].append(math.nan if own else (time.process_time() - before) / calls[i])
         if turn + 1 >= least and comm.bcast(time.perf_counter() - begin > seconds):
             break
-    slowest = np.array(taken)
+    slowest, all_used = np.array(taken), np.array(used)
     MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, slowest, MPI.MAX)
-    return {contender.name: times.tolist() for contender, times in zip(contenders, slowest, strict=True)}
+    MPI.Intracomm.Allreduce(comm, MPI.IN_PLACE, all_used, MPI.SUM)
+    return {
+        contender.name: Times(times.tolist(), processor.tolist())
+        for contender, times, processor in zip(contenders, slowest, all_used, strict=True)
+    }
 
 
 def check_sums(comm: MPI.Intracomm, contenders: Sequence[Contender]) -> None:

@@ -94,7 +94,7 @@ def _measure(
     for plan in plans:
         plan.free()
     progress.advance()
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: statistics.median(times.seconds) for name, times in taken.items()}
 
 
 def _rules(comm: Communicator, itemsize: int, resident: bool, measured: dict[int, dict[str, float]]) -> Rules:
