@@ -393,6 +393,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
         ),
         (["--checkpoint-every", "1.5steps"], "expected such as 10min, 2epochs or 500steps"),
         (["--checkpoint-every", "3days"], "expected such as 10min, 2epochs or 500steps"),
+        (["--timeline", "a.txt"], "Error: --timeline must end in .png, .svg or .pdf; got a.txt"),
         (["--keep", "0"], "Error: --keep must be at least 1; got 0"),
         (["--resume", "--fresh"], "Error: --resume and --fresh exclude each other"),
         (["--lr", "-1"], "SGD: lr must be above 0 and finite; got -1.0"),

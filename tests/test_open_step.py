@@ -178,3 +178,23 @@ def test_the_hidden_share_is_told(comm, agree, overlap):
     agree(comm, (told is None) == (not overlap) and 0 <= (told or 0) <= 1, repr(told))
     agree(comm, "hidden_share" not in trainer.telemetry())
     trainer.free()
+
+
+@pytest.mark.parametrize("compression", [None, "onebit"])
+def test_the_timeline_of_a_step(comm, agree, overlap, compression):
+    """Every bucket is packed, travels and is waited for, in this order; the update comes last."""
+    trainer = new_trainer(comm, "sync", compression)
+    for whole in (False, True):
+        for step in range(2):
+            if whole:
+                trainer.step(gradients_of(comm, step))
+            else:
+                hand_over(trainer, gradients_of(comm, step), 1.0)
+        spans = trainer.timeline()
+        agree(comm, all(0 <= span.start <= span.end for span in spans) and spans[-1].kind == "apply", repr(spans))
+        agree(comm, any(span.kind == "compute" for span in spans))
+        for number in range(len(trainer.buckets)):
+            times = {span.kind: span for span in spans if span.bucket == number}
+            agree(comm, {"pack", "wire", "wait"} <= times.keys(), repr(times))
+            agree(comm, times["pack"].start <= times["wire"].end <= times["wait"].end + 1e-3, repr(times))
+    trainer.free()

@@ -29,6 +29,7 @@ from bitring.training.step.replica import Replica
 from bitring.training.step.replicas import broadcast_tree, compare
 from bitring.training.step.state_dict import description_of, load_state, require_alike, state_of
 from bitring.training.step.stepper import Stepper
+from bitring.training.step.timeline import Span
 
 _FIXED = {"comm", "compression", "compression_for", "algorithm", "warmup_steps", "check_every", "bucket_bytes"}
 _numbers_of_trainers = itertools.count(1)
@@ -177,7 +178,16 @@ class DataParallel:
         as means. See ``Telemetry``. ``hidden_share``, of 0 to 1: how much of the time of exchanges that went on beside
         other work this rank did not wait for.
         """
-        return {**self._exchange.totals.taken(), **self._stepper.waits.taken(), **self._exchange.hidden.taken()}
+        return {**self._exchange.totals.taken(), **self._stepper.waits.taken(), **self._exchange.timeline.taken()}
+
+    def timeline(self) -> list[Span]:
+        """What the last step did when, on this rank: spans of kind, bucket's number or None, start and end in seconds.
+
+        Kinds: ``compute`` (what the caller does), ``pack`` (NaN check not included), ``encode``, ``wire``, ``decode``,
+        ``wait`` (for a bucket), ``apply``. A bucket's encoding and decoding, which alternate with sending, are shown
+        before and after it.
+        """
+        return self._exchange.timeline.spans
 
     @property
     def in_a_block(self) -> bool:

@@ -22,7 +22,7 @@ from bitring.errors import NonFiniteError
 from bitring.training.step.bucket import Bucket, make_buckets
 from bitring.training.step.bucket_sizes import overlaps
 from bitring.training.step.checks import checked_gradients, not_finite
-from bitring.training.step.hidden import Hidden
+from bitring.training.step.timeline import Timeline
 from bitring.training.tree import host_copy
 
 
@@ -66,7 +66,7 @@ class GradientExchange:
         self._packed: Mapping[str, Any] | None = None  # whose small arrays are in the buckets
         self._left: deque[tuple[Bucket, Any]] = deque()  # of the exchange under way: what other ranks wait for
         self._opened: list[tuple[Bucket, Any]] = []  # all buckets of the exchange, and their plans
-        self.hidden = Hidden()
+        self.timeline = Timeline()
         self.failed = False
         """Whether a plan's run has failed since ``begin``, which it has on all ranks, or the communicator is broken."""
 
@@ -158,12 +158,13 @@ class GradientExchange:
         plans = [self._exact_plans.get(i, plan) if exact else plan for i, plan in enumerate(self.plans)]
         self._left.extend(zip(self.buckets, plans, strict=True))
         self._opened = [*self._left]
-        self.hidden.restart()
+        self.timeline.opened()
 
     def load(
         self, number: int, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None, start: bool
     ) -> None:
         """Fill a bucket of the open exchange with scale·(arrays − minus); ``start``: it begins to travel."""
+        began = time.perf_counter()
         bucket, plan = self._opened[number]
         packed = minus is None and self._packed is arrays
         if self.takes_factors:
@@ -172,8 +173,9 @@ class GradientExchange:
             bucket.flat[...] = 0
         else:
             bucket.load(arrays, scale, minus, packed)
+        self.timeline.packed(number, began)
         if start:
-            plan.start(self.hidden.started())
+            plan.start(self.timeline.started(number))
 
     def results(self) -> Iterator[dict[str, Any]]:
         """The sums, bucket by bucket, when all are loaded. Interrupted, it can be called again for what is left."""
@@ -186,11 +188,12 @@ class GradientExchange:
             except Exception:
                 self.failed = True
                 raise
-            self.hidden.waited(time.perf_counter() - began)
+            self.timeline.came(len(self._opened) - len(self._left), began, plan.telemetry)
             self._left.popleft()
             if plan.telemetry is not None:
                 self.totals.add(plan.telemetry)
             yield bucket.views
+        self.timeline.ended()
 
     def _load_factors(
         self, bucket: Bucket, plan: Any, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None

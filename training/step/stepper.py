@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ class Stepper:
         if self._open is not None:
             self._abandon_for(TypeError(f"{self.where}: gradients went to ready since begin, so none are taken here"))
         self.begin_operation("step")
+        timeline = self._exchange.timeline
+        timeline.restart(computed=True)
         with self._held:
             where = self.where
             self.notices.everyone = 0
@@ -112,6 +115,7 @@ class Stepper:
                     raise
                 self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
                 self.transact(lambda: self._run_mode({}, 0.0), steps=1)
+        timeline.leave()
 
     def _run_mode(self, gradients: Mapping[str, Any], weight: float) -> None:
         self._replica.mode.step(self, self._replica.mode_state, gradients, weight)
@@ -132,9 +136,11 @@ class Stepper:
         else:
             if not self._compares_after(steps):
                 context_of(self.comm).exchanged()
+            began = time.perf_counter()
             with HeldBack(), np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
                 self._replica.update(self._updates)
                 self.steps += steps
+            self._exchange.timeline.applied(began)
         if self._later is not None:
             self._under_way = self._later
             self._exchange.begin()
@@ -160,6 +166,7 @@ class Stepper:
                 RuntimeError(f"{self.where}: begin: the step that began before was not made; step() makes it")
             )
         self.begin_operation("step")
+        self._exchange.timeline.restart(computed=False)
         self.notices.everyone = 0
         mine = 0.0
         try:
@@ -176,6 +183,7 @@ class Stepper:
                 self._record(self._problem is not None, mine, self._told), self.where, beside=self._exchange.overlaps
             )
         self._open = opened
+        self._exchange.timeline.leave()
         return opened
 
     def ready(self, name: str, gradient: Any) -> None:
@@ -183,6 +191,7 @@ class Stepper:
         opened = self._open
         if opened is None:
             raise RuntimeError("DataParallel.ready: no step is open; call begin(weight) before the gradients come")
+        self._exchange.timeline.enter()
         try:
             opened.take(name, gradient, self._replica.parameters, self.where, self.rank)
             if opened.travels and opened.weight:
@@ -190,6 +199,7 @@ class Stepper:
         except BaseException as error:
             self._abandon(opened, error)
             raise
+        self._exchange.timeline.leave()
 
     def step_opened(self) -> bool:
         """Make the step that is open, if one is."""
@@ -200,6 +210,7 @@ class Stepper:
             self._open = None
             self.step(opened.gradients, opened.weight)
             return True
+        self._exchange.timeline.enter()
         try:
             opened.complete(self._replica.parameters, self.where, self._unused_are_zeros)
             opened.advance(self._total)
@@ -208,6 +219,7 @@ class Stepper:
             self._abandon(opened, error)
             raise
         self._close(None)
+        self._exchange.timeline.leave()
         return True
 
     def _total(self) -> float:
@@ -367,7 +379,9 @@ class Stepper:
             self._updates.update(arrays)
             return
         self._save()
+        began = time.perf_counter()
         self._replica.update(arrays)
+        self._exchange.timeline.applied(began)
 
     def restart_optimizer(self) -> None:
         """See :class:`bitring.training.mode.Trainer`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mpi4py import MPI
 
 from bitring.commands._course import Course, EpochMetrics
 from bitring.commands._pictures import draw_curve
+from bitring.commands._timeline import draw_timeline
 from bitring.commands._units import count, traffic
 from bitring.machine import versions
 
@@ -59,12 +60,19 @@ def conclude(course: Course) -> None:
     curve = settings.output / "curve.png"
     title = f"{settings.model} on {settings.data}, {comm.size} rank{'s' * (comm.size != 1)}, {settings.mode}"
     title += f", {'exact' if settings.compression == 'none' else settings.compression}"
+    _draw("curve", curve, lambda: draw_curve(history, curve, title))
+    if settings.timeline is not None:
+        spans, path = course.trainer.timeline(), settings.timeline
+        _draw("timeline", path, lambda: draw_timeline(spans, path, f"{title}: the last step on rank 0"))
+
+
+def _draw(what: str, path: Path, draw: Callable[[], None]) -> None:
     try:
-        draw_curve(history, curve, title)
+        draw()
     except ImportError as error:
-        click.echo(f"curve          not drawn: {error}")
+        click.echo(f"{what:<15}not drawn: {error}")
     else:
-        click.echo(f"curve          {curve}")
+        click.echo(f"{what:<15}{path}")
 
 
 def _mean_speed(history: list[EpochMetrics]) -> float:

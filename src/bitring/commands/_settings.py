@@ -50,6 +50,7 @@ class Settings:
     checkpoint_every: Interval
     keep: int
     resume: bool
+    timeline: Path | None
     fresh: bool
 
     def check(self) -> None:
@@ -59,6 +60,8 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
         if self.resume and self.fresh:
             raise ValueError("--resume and --fresh exclude each other: the one goes on, the other begins anew")
+        if self.timeline is not None and self.timeline.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--timeline must end in .png, .svg or .pdf; got {self.timeline}")
         if self.algorithm != "auto":
             algorithms.get(self.algorithm)
 
@@ -95,7 +98,7 @@ class Settings:
 
         The values in force, but for the default of ``warmup_steps``, None, which depends on how long the run is.
         """
-        left_out = ("data_directory", "epochs", "output", "checkpoint_every", "keep", "resume", "fresh")
+        left_out = ("data_directory", "epochs", "output", "checkpoint_every", "keep", "resume", "timeline", "fresh")
         compressor = self.make_compression()
         compression = "none" if compressor is None else spelled(name_of(self.compression), compressor)
         options = {**dataclasses.asdict(self), "compression": compression}

@@ -91,6 +91,12 @@ def _names(registry: Registry[Any]) -> str:
     is_flag=True,
     help="Go on from the checkpoint in the output folder; from the beginning where there is none.",
 )
+@click.option(
+    "--timeline",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw what rank 0 did when in the last step to this .png, .svg or .pdf.",
+)
 @click.option("--fresh", is_flag=True, help="Delete the checkpoints in the output folder, and begin anew.")
 def command(**options: object) -> None:
     """Train a model on all ranks, for example:
