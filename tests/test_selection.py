@@ -172,6 +172,13 @@ def test_why_says_what_was_measured():
     )
 
 
+def test_direct_limits_between_nodes():
+    assert fast_path_limits(FOUR_HOSTS, BUILT_IN) == (0, (512 << 10) - 1)
+    assert fast_path_limits(TWO_NODES, BUILT_IN) == (0, (256 << 10) - 1)
+    assert fast_path_limits(FOUR_HOSTS, MEASURED) == (1, 0)
+    assert fast_path_limits(Topology(4, nodes=4), BUILT_IN) == (1, 0)  # without the native engine
+
+
 def test_direct_limits():
     assert fast_path_limits(ONE_NODE, BUILT_IN) == (0, 1 << 62)
     assert fast_path_limits(ONE_NODE, MEASURED) == (100, 999)
