@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "news.h"
 #include "wait.h"
 
 namespace nb = nanobind;
@@ -74,7 +75,8 @@ private:
 
 Status run_for(Operation& operation, double seconds) {
     Status status = operation.status();
-    const int spins = operation.calls_library() ? 0 : crowded() ? 1 : 1000;
+    const bool network = operation.calls_library();
+    const int spins = network ? 0 : crowded() ? 1 : 1000;
     for (int k = 0; k < spins; ++k) {
         status = operation.advance();
         if (is_over(status)) return status;
@@ -82,7 +84,7 @@ Status run_for(Operation& operation, double seconds) {
         pause_processor();
     }
     nb::gil_scoped_release released;
-    Patience patience(false, operation.calls_library());
+    Patience patience(false, network);
     const auto limit = std::uint64_t(seconds * 1e9);
     while (true) {
         status = operation.advance();
@@ -91,6 +93,7 @@ Status run_for(Operation& operation, double seconds) {
             patience.moved();
             continue;
         }
+        if (network && News::of_process().unread_lately()) return status;  // it sends nothing before that is read
         patience.rest();
         if (patience.idle_nanoseconds() > limit) return status;
     }
