@@ -32,6 +32,10 @@ _FEW = 64
 
 _GENTLE_SECONDS = 1e-3
 
+_abandoned: list[object] = []
+"""What was under way on communicators that were of no use any more when they were freed: the MPI library may still
+write to its memory."""
+
 
 class JobQueue:
     """The jobs of one communicator, in order. ``comm`` is bitring's private duplicate of it.
@@ -143,7 +147,11 @@ class JobQueue:
         if self.contact is not None:
             self.contact.close()
         if self._fast_path is not None:
+            if keep:
+                _abandoned.append(self._fast_path.operation)
             self._fast_path.close()
+        if keep:
+            _abandoned.append(self.wrecks)
         self.shared = self._fast_path = None
         if not keep:
             self.comm.Free()
