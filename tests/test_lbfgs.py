@@ -226,6 +226,18 @@ def test_a_minimum_is_left_as_it_is():
     assert vectors.history.evaluations == 1
 
 
+def test_where_no_step_lowers_the_loss_it_is_tried_once():
+    w = np.arange(1.0, 6.0)
+    vectors = Vectors(lambda w: (1.0, 2 * w), w, 3)  # rounding has eaten the loss
+    assert [vectors.iterate() for _ in range(3)] == [1.0, 1.0, 1.0]
+    assert vectors.history.evaluations <= 1 + EVALUATIONS
+    np.testing.assert_array_equal(vectors.w, w)
+    before = vectors.history.evaluations
+    vectors.fun = lambda w: (float(w @ w), 2 * w)
+    assert vectors.iterate(new_batch=True) < 55
+    assert vectors.history.evaluations > before
+
+
 def test_no_number_at_the_beginning_is_an_error():
     bad = [True]
     vectors = Vectors(lambda w: (math.nan if bad[0] else float(w @ w), 2 * w), np.ones(5), 3)

@@ -38,7 +38,8 @@ class Kind(enum.IntEnum):
     READY = 0  # it makes a step: of so many portions, and the digest of its data
     DONE = 1  # a portion, its loss times its share of the samples, the seconds it took
     GIVES_UP = 2  # it computes no more in this step
-    FINISHED = 17  # it makes no more steps
+    FINISHED = 17  # it makes no more calls
+    HERE = 19  # it has come to a call that waits for all
     # the coordinator to a replica
     WORK = 3  # a portion
     COUNTS = 4  # a portion's result is the first
@@ -46,6 +47,7 @@ class Kind(enum.IntEnum):
     SEND = 6  # all portions are there: send what is left to the shards
     OVER = 7  # the step is: an error's number or 0, the loss, whose point the parameters are, evaluations; as READY
     CLOSE = 18  # everybody has finished: say farewell
+    ALL_HERE = 20  # the call may go on; or -1 and the ranks that make no more calls
     # the coordinator to a shard
     EVALUATE = 8  # at this step along the direction
     MEASURE = 9
@@ -100,12 +102,13 @@ class Coordinator:
         self._evaluating = False  # replicas, too
         self._point = 0  # the evaluation whose point are the parameters
         self._finished: set[int] = set()
+        self._here: set[int] = set()
 
     @property
     def awaited(self) -> set[int]:
         """The ranks that the step under way waits for."""
         if self._run is None:
-            return set()
+            return set(self._ranks) - self._here - self._finished
         return self._portions.holders() if not self._portions.finished else set(self._ranks) if self._asked else set()
 
     def hear(self, message: Message) -> None:
@@ -122,14 +125,26 @@ class Coordinator:
             self._done(source, serial, *numbers)
         elif kind == Kind.FINISHED:
             self._finished.add(source)
+            self._gather()
             if len(self._finished) == len(self._ranks):
                 for rank in self._ranks:
                     self._post(rank, Kind.CLOSE, 0, (), None)
+        elif kind == Kind.HERE:
+            self._here.add(source)
+            self._gather()
         elif kind == Kind.ANSWER and self._asked and serial == self.evaluation:
             nodes = self._nodes[source]
             for node, values in zip(nodes, np.reshape(numbers, (len(nodes), -1)), strict=True):
                 self._answers.add(node, values.copy())
             self._go_on_when_answered()
+
+    def _gather(self) -> None:
+        """Let the ranks go on that are in a call which waits for all, when all are; or when some never will be."""
+        if self._here and len(self._here | self._finished) == len(self._ranks):
+            numbers = [-1, *sorted(self._finished)] if self._finished else [0]
+            here, self._here = self._here, set()
+            for rank in here:
+                self._post(rank, Kind.ALL_HERE, 0, numbers, None)
 
     def _begin(self, replica: int, step: int, data: tuple[float, ...]) -> None:
         """Let the replica take part in the step, if it is not over."""

@@ -78,7 +78,8 @@ class History:
 
     ``gram``: products of the basis, (2m + 1)², with s at 0 … m − 1, y at m … 2m − 1, g at 2m; the first ``pairs`` of
     each are in use, oldest first. ``loss``: at the present parameters; NaN before the first evaluation. ``step`` and
-    ``slope``: of the last line search. ``iterations``, ``evaluations``, ``restarts``: so many there were.
+    ``slope``: of the last line search; step 0 where no step lowered the loss. ``iterations``, ``evaluations``,
+    ``restarts``: so many there were.
     """
 
     memory: int
@@ -167,16 +168,16 @@ def iteration(history: History, new_batch: bool) -> Generator[Command, Any, floa
     if not (math.isfinite(history.loss) and math.isfinite(history.gram[-1, -1])):
         loss, history.loss = history.loss, math.nan
         raise NonFiniteError(f"LBFGS: the loss is {loss} at the present parameters, or their gradient has NaN or Inf")
-    if history.gram[-1, -1] == 0:
+    stuck = not new_batch and history.iterations > 0 and history.step == 0  # the last one tried in vain, here
+    if stuck or history.gram[-1, -1] == 0:
         return history.loss
-    if history.pairs:
+    moved = yield from _along(history)
+    if not moved and history.pairs:
+        history.forgotten()
+        yield Forget()
         moved = yield from _along(history)
-        if not moved:
-            history.forgotten()
-            yield Forget()
-            yield from _along(history)
-    else:
-        yield from _along(history)
+    if not moved:
+        history.step = 0.0
     history.iterations += 1
     return history.loss
 

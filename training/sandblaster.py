@@ -192,7 +192,7 @@ class Sandblaster:
         Equal on all ranks.
         """
         with self._call("state_dict"):
-            allgather(self.comm, None, "Sandblaster.state_dict")
+            self._meet("state_dict")
             shard, coordinator = self._service.shard, self._service.coordinator
             mine = shard.w, shard.g, np.array(shard.s), np.array(shard.y)
             everyone = allgather(self.comm, mine, "Sandblaster.state_dict")
@@ -218,6 +218,7 @@ class Sandblaster:
         Raises ValueError on all ranks when it is of other parameters or another ``memory``.
         """
         with self._call("load_state_dict"):
+            self._meet("load_state_dict")
             jointly(self.comm, "Sandblaster.load_state_dict", lambda: self._check_state(state), (ValueError,))
             shard, coordinator = self._service.shard, self._service.coordinator
             mine = held_by(self.rank, self.size, self._size)
@@ -244,11 +245,20 @@ class Sandblaster:
         if np.shape(state["gram"]) != wanted:
             raise ValueError(f"{where}: state is of memory {len(state['gram']) // 2}, not {self.optimizer.memory}")
 
+    def _meet(self, function: str) -> None:
+        """Wait until all ranks have come here: none is in a step from then on."""
+        service = self._service
+        service.all_here = None
+        self._post(Kind.HERE)
+        self._until(lambda: service.all_here is not None)
+        ended = (service.all_here or [0])[1:]
+        if ended:
+            raise RuntimeError(f"Sandblaster.{function}: ranks {ended} have freed it, or have ended")
+
     def _gather(self, function: str) -> None:
         """Give all models the parameters."""
-        where = f"Sandblaster.{function}"
-        allgather(self.comm, None, where)  # none is in a step from here on
-        parts = allgather(self.comm, self._service.shard.w.astype(self._dtype), where)
+        self._meet(function)
+        parts = allgather(self.comm, self._service.shard.w.astype(self._dtype), f"Sandblaster.{function}")
         self._fill(np.concatenate(parts))
         self._loaded = 0
 

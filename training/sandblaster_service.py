@@ -41,6 +41,7 @@ class Service:
         self.assigned: deque[tuple[int, int]] = deque()  # (evaluation, portion) to compute
         self.point: tuple[int, Any] = (0, None)  # the parameters that arrived last, whole, and their evaluation
         self.over: dict[int, Message] = {}  # steps
+        self.all_here: list[int] | None = None  # 0: all ranks have come to the call; -1: all but these, who have ended
         self.latest = 0  # evaluation that was heard of
         self._dtype = np.dtype(dtype)
         self._size = size
@@ -110,7 +111,7 @@ class Service:
     def _hear(self, message: Message) -> None:
         """Act on a message."""
         source, kind, serial, numbers, payload = message
-        if kind in (Kind.READY, Kind.DONE, Kind.GIVES_UP, Kind.ANSWER, Kind.FINISHED):
+        if kind in (Kind.READY, Kind.DONE, Kind.GIVES_UP, Kind.ANSWER, Kind.FINISHED, Kind.HERE):
             assert self.coordinator is not None
             self.coordinator.hear(message)
         elif kind == Kind.WORK:
@@ -136,6 +137,8 @@ class Service:
             if serial == self._evaluation:  # else of a step that an error has ended
                 level, number, portions = map(int, numbers)
                 self._add(level, number, portions, payload.view(self._dtype))
+        elif kind == Kind.ALL_HERE:
+            self.all_here = [int(number) for number in numbers]
         elif kind == Kind.CLOSE:
             self._mailbox.close()
         else:
