@@ -42,7 +42,7 @@ def packed(parameters: Any) -> bytes:
 
 
 def trained(comm: Any, steps: int = 6, **settings: Any) -> tuple[list[float], bytes]:
-    job = Sandblaster(model(comm.rank), LBFGS(), comm=comm, **settings)
+    job = Sandblaster(model(comm.rank), LBFGS(), comm=comm, portions=16, **settings)
     losses = [job.step(X, Y) for _ in range(steps)]
     result = losses, packed(job.parameters())
     job.free()
@@ -66,7 +66,7 @@ def test_bits_of_one_rank_on_any_number(comm, agree, alone, backups):
 
 def test_bits_with_ranks_of_any_speed(comm, agree, alone):
     w = model(comm.rank)
-    job = Sandblaster(w, LBFGS(), comm=comm)
+    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
     losses = []
     for step in range(6):
         w.sleep = 0.003 * ((comm.rank + step) % 3)
@@ -108,7 +108,7 @@ def test_a_slow_rank_costs_little_and_keeps_nobody(comm, agree):
     """It sleeps for longer than all others need for the whole step."""
     slow = comm.size - 1
     w = model()
-    job = Sandblaster(w, LBFGS(), comm=comm)
+    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
     job.step(X, Y)
     job.synchronize()
     if comm.rank == slow and comm.size > 1:
@@ -124,7 +124,7 @@ def test_a_slow_rank_costs_little_and_keeps_nobody(comm, agree):
 
 def test_the_coordinator_may_be_the_slow_one(comm, agree):
     w = model()
-    job = Sandblaster(w, LBFGS(), comm=comm)
+    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
     w.sleep = 1.5 if comm.rank == 0 and comm.size > 1 else 0.0
     begin = time.monotonic()
     job.step(X, Y)
@@ -135,7 +135,7 @@ def test_the_coordinator_may_be_the_slow_one(comm, agree):
 
 def test_a_rank_that_raises_costs_its_portion_and_may_come_back(comm, agree, alone):
     w = model(comm.rank)
-    job = Sandblaster(w, LBFGS(), comm=comm)
+    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
     losses = []
     for step in range(6):
         if step == 2 and comm.rank == comm.size - 1:
@@ -150,7 +150,7 @@ def test_a_rank_that_raises_costs_its_portion_and_may_come_back(comm, agree, alo
 
 def test_a_rank_that_leaves(comm, agree, alone):
     w = model(comm.rank)
-    job = Sandblaster(w, LBFGS(), comm=comm)
+    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
     steps = 6 if comm.rank < comm.size - 1 or comm.size == 1 else 2
     losses = [job.step(X, Y) for _ in range(steps)]
     if steps == 2:
@@ -164,7 +164,7 @@ def test_a_rank_that_leaves(comm, agree, alone):
 
 def test_nan_is_raised_on_all_ranks_and_training_goes_on(comm, agree):
     w = model()
-    job = Sandblaster(w, LBFGS(), comm=comm)
+    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
     before = job.step(X, Y)
     parameters = packed(job.parameters())
     w.nan = True
@@ -181,7 +181,7 @@ def test_nan_is_raised_on_all_ranks_and_training_goes_on(comm, agree):
 
 
 def test_ranks_with_other_samples(comm, agree):
-    job = Sandblaster(model(), LBFGS(), comm=comm)
+    job = Sandblaster(model(), LBFGS(), comm=comm, portions=16)
     job.step(X, Y)
     x = X + 1.0 * (comm.rank == comm.size - 1)
     raised = None
@@ -200,14 +200,14 @@ def test_state_goes_on_on_any_number_of_ranks(comm, agree):
     from mpi4py import MPI
 
     w = model()
-    job = Sandblaster(w, LBFGS(memory=4), comm=comm)
+    job = Sandblaster(w, LBFGS(memory=4), comm=comm, portions=16)
     for _ in range(6):
         job.step(X, Y)
     state = job.state_dict()
     wanted = [job.step(X, Y) for _ in range(3)], packed(job.parameters())
     job.free()
     for other in (comm, MPI.COMM_SELF):
-        again = Sandblaster(model(3), LBFGS(memory=4), comm=other)
+        again = Sandblaster(model(3), LBFGS(memory=4), comm=other, portions=16)
         again.load_state_dict(state)
         evaluations = again.evaluations
         agree(comm, ([again.step(X, Y) for _ in range(3)], packed(again.parameters())) == wanted)
@@ -215,7 +215,7 @@ def test_state_goes_on_on_any_number_of_ranks(comm, agree):
         state_again = again.state_dict()
         agree(comm, state_again["numbers"]["iterations"] == 9)
         again.free()
-    job = Sandblaster(model(), LBFGS(memory=3), comm=comm)
+    job = Sandblaster(model(), LBFGS(memory=3), comm=comm, portions=16)
     with pytest.raises(ValueError, match=r"Sandblaster\.load_state_dict: state is of memory 4, not 3"):
         job.load_state_dict(state)
     job.free()
@@ -235,7 +235,7 @@ def test_the_coordinator_sends_and_gets_few_bytes(comm, agree, monkeypatch):
             nbytes[Kind(kind)] = nbytes.get(Kind(kind), 0) + head + 8 * len(numbers)
         send(self, rank, kind, serial, numbers, payload)
 
-    job = Sandblaster(model(), LBFGS(memory=memory), comm=comm)
+    job = Sandblaster(model(), LBFGS(memory=memory), comm=comm, portions=16)
     for _ in range(memory + 2):
         job.step(X, Y)
     job.synchronize()
@@ -264,7 +264,7 @@ def test_records_say_who_did_what(comm, agree):
 
 
 def test_calls_in_the_wrong_place(comm, agree):
-    job = Sandblaster(model(), LBFGS(), comm=comm)
+    job = Sandblaster(model(), LBFGS(), comm=comm, portions=16)
     with pytest.raises(ValueError, match="the batch has no samples"):
         job.step(X[:0], Y[:0])
     with pytest.raises(ValueError, match=r"Sandblaster\.step: x, y: arrays must have equal lengths, got 480, 3"):
@@ -293,7 +293,7 @@ def test_bad_arguments_are_raised_on_all_ranks(comm, agree):
 def test_ctrl_c_in_a_step(comm, agree):
     """It ends the step on its rank; the rank may step on."""
     w = model()
-    job = Sandblaster(w, LBFGS(), comm=comm)
+    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
     if comm.rank == 0:
         w.error = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
@@ -308,7 +308,7 @@ def test_checkpoints(comm, agree, mpi_tmp_path):
     from mpi4py import MPI
 
     path = mpi_tmp_path / "job.npz"
-    job = Sandblaster(model(), LBFGS(memory=3), comm=comm)
+    job = Sandblaster(model(), LBFGS(memory=3), comm=comm, portions=16)
     for _ in range(5):
         job.step(X, Y)
     bitring.save_checkpoint(path, job, seen=5)
@@ -316,11 +316,11 @@ def test_checkpoints(comm, agree, mpi_tmp_path):
     job.free()
     agree(comm, True)
     for other in (comm, MPI.COMM_SELF):
-        again = Sandblaster(model(1), LBFGS(memory=3), comm=other)
+        again = Sandblaster(model(1), LBFGS(memory=3), comm=other, portions=16)
         agree(comm, bitring.load_checkpoint(path, again) == {"seen": 5})
         agree(comm, [again.step(X, Y) for _ in range(2)] == wanted)
         again.free()
-    job = Sandblaster(model(), LBFGS(memory=4), comm=comm)
+    job = Sandblaster(model(), LBFGS(memory=4), comm=comm, portions=16)
     with pytest.raises(bitring.CheckpointError, match="belongs to other training: here, optimizer is LBFGS"):
         bitring.load_checkpoint(path, job)
     job.free()
