@@ -168,7 +168,7 @@ def test_a_shared_lstm_equals_torch() -> None:
     codes = [lstm(given[:, branch])[0][:, -1] for branch in (0, 1)]
     their_loss = torch.nn.functional.cross_entropy(dense(torch.cat(codes, 1)), torch.from_numpy(y))
     their_loss.backward()
-    assert loss == pytest.approx(float(their_loss), rel=1e-13)
+    assert loss == pytest.approx(their_loss.item(), rel=1e-13)
     largest = max(float(abs(parameter.grad).max()) for parameter in theirs.values())
     for name, parameter in theirs.items():
         assert np.abs(gradients[name] - parameter.grad.numpy()).max() < 1e-13 * largest

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from bitring.collectives.communicator import Communicator as Communicator
     from bitring.collectives.fusion import start as start
     from bitring.collectives.plan import Plan as Plan
-    from bitring.collectives.plan import explain as explain
     from bitring.collectives.schedules.schedule import Algorithm as Algorithm
     from bitring.compression.compressor import Compressor as Compressor
     from bitring.compression.encoder import Encoder as Encoder
@@ -54,15 +53,18 @@ if TYPE_CHECKING:
     from bitring.training.checkpoints.loading import load_checkpoint as load_checkpoint
     from bitring.training.checkpoints.saving import save_checkpoint as save_checkpoint
     from bitring.training.data_parallel import DataParallel as DataParallel
+    from bitring.training.explain import explain as explain
     from bitring.training.lasso import Lasso as Lasso
     from bitring.training.lbfgs import LBFGS as LBFGS
     from bitring.training.mode import Mode as Mode
+    from bitring.training.model_parallel import ModelParallel as ModelParallel
     from bitring.training.modes.block_momentum import BlockMomentum as BlockMomentum
     from bitring.training.modes.local import Local as Local
     from bitring.training.modes.sync import Sync as Sync
     from bitring.training.optimizer import Optimizer as Optimizer
     from bitring.training.optimizers.adagrad import AdaGrad as AdaGrad
     from bitring.training.optimizers.sgd import SGD as SGD
+    from bitring.training.placement.placement import Placement as Placement
     from bitring.training.preemption import Preemption as Preemption
     from bitring.training.prefetch import prefetch as prefetch
     from bitring.training.sandblaster import Sandblaster as Sandblaster
@@ -93,6 +95,8 @@ _WHERE = {
     "MaxPool": "models.descriptions",
     "Lasso": "training.lasso",
     "MismatchError": "errors",
+    "ModelParallel": "training.model_parallel",
+    "Placement": "training.placement.placement",
     "Mode": "training.mode",
     "Model": "models.model",
     "NonFiniteError": "errors",
@@ -107,7 +111,7 @@ _WHERE = {
     "Sequence": "models.sequence",
     "Strads": "training.strads",
     "allreduce": "collectives.allreduce",
-    "explain": "collectives.plan",
+    "explain": "training.explain",
     "load": "models.dataset",
     "load_checkpoint": "training.checkpoints.loading",
     "plan_allreduce": "compression.plans.plan",
