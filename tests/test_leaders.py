@@ -21,7 +21,7 @@ from bitring.collectives.runtime.context import context_of
 
 HOSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "hosts.py"
 
-SIZES = [0, 1, 2, 3, 1009, 2048, 2053, 16_381, 40_009]
+SIZES = [0, 1, 3, 1009, 2053, 16_381, 40_009]
 """Around the sizes at which the way changes: 8 KiB of values, and the 64 or 128 KiB of a message."""
 
 
@@ -78,7 +78,7 @@ def test_sums_are_right_and_have_equal_bits_in_every_run(world, agree, n: int, d
     plan.free()
 
 
-@pytest.mark.parametrize("n", [0, 1, 2053, 16_381])
+@pytest.mark.parametrize("n", [0, 1, 16_381])
 def test_other_collectives(world, agree, n: int):
     size, rank = world.Get_size(), world.Get_rank()
     comm = Communicator(world, algorithm="leaders")
@@ -116,7 +116,7 @@ def test_a_call_that_is_new_to_one_rank_only(world, agree, algorithm: str):
     """It has forgotten what runs the call, which the others have kept."""
     comm, n = Communicator(world, algorithm=algorithm), 3000
     x, y = np.full(n, 1.0), np.empty(n)
-    for turn in range(4):
+    for turn in range(world.size):
         if world.rank == turn % world.size:
             context_of(world).cache.clear()
         for _ in range(2):
