@@ -244,7 +244,7 @@ class ModelParallel:
         context = context_of(self.comm)
 
         def steps(progress: Progress) -> Steps:
-            yield from agree(context.comm, context.common, request, progress)
+            yield from agree(context.comm, context.roll_call, request, progress)
 
         context.queue.call(steps, request.function)
 
@@ -254,7 +254,7 @@ class ModelParallel:
         context.prepare(request.function, request.error)
 
         def steps(progress: Progress) -> Steps:
-            yield from agree(context.comm, context.common, request, progress)
+            yield from agree(context.comm, context.roll_call, request, progress)
             messages = Messages(context.comm, self._numbers, self.rank, self._channel, progress)
             with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is found in the gradients
                 yield from passes.run(x, y, self._tasks, messages, progress)
