@@ -16,7 +16,7 @@ pytestmark = pytest.mark.single
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs/torch.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-SCRIPTS = [block for block in BLOCKS if block.startswith("import torch\n")]
+SCRIPTS = [block for block in BLOCKS if "import bitring.torch\n" in block]
 
 
 @pytest.mark.parametrize("number", range(len(SCRIPTS)))
