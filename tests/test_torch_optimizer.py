@@ -143,6 +143,11 @@ def test_synchronize_clip_and_skip(comm, agree):
     with optimizer.no_sync():
         cross_entropy(model, x, y).backward()
     agree(comm, optimizer.averager.step is None)
+    cross_entropy(model, x, y).backward()
+    error = raised(optimizer.zero_grad)
+    agree(comm, type(error) is RuntimeError and "before step() or synchronize()" in str(error), repr(error))
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("overlap", [True, False])

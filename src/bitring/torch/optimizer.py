@@ -75,7 +75,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The optimizer's."""
+        """The optimizer's. Raises RuntimeError between backward() and ``step``: gradients may be under way."""
+        if self.averager.step is not None:
+            raise RuntimeError(
+                "DistributedOptimizer.zero_grad: called after backward() and before step() or synchronize(); gradients "
+                "may be under way"
+            )
         self.optimizer.zero_grad(set_to_none)
 
     @property
