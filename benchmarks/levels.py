@@ -75,7 +75,7 @@ def main() -> None:
             if comm.rank == 0 and asked.json:
                 asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         if comm.rank == 0:
-            gaps = [run["accuracy"] - exact["accuracy"] for run, exact in zip(runs, cases["exact"], strict=True)]
+            gaps = [run["accuracy"] - exact["accuracy"] for run, exact in zip(runs, cases["exact"], strict=False)]
             print(
                 f"{name}: {statistics.mean(run['accuracy'] for run in runs):.2f}%, to exact "
                 f"{statistics.mean(gaps):+.2f} ({', '.join(f'{gap:+.1f}' for gap in gaps)}), bytes 1/"

@@ -5,6 +5,7 @@ Settings may follow the name: ``topk``, or ``topk:density=0.001,sampled=true``.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from bitring.registry import Registry
@@ -16,6 +17,9 @@ class Compressor(Settings):
 
     takes_factors: ClassVar[bool] = False
     """Whether gradients given as ``bitring.Factors`` travel as such."""
+
+    most_left: ClassVar[float] = math.inf
+    """The ``residual_ratio`` above which trainings have lost accuracy, as measured; rank 0 says when it stays there."""
 
 
 compressors: Registry[Compressor] = Registry(

@@ -20,7 +20,15 @@ from bitring.compression.encoders.threshold import Threshold
 from bitring.compression.encoders.topk import TopK
 from bitring.compression.exchange.owner_exchange import PortableOwnerExchange
 from bitring.compression.exchange.run_stats import Norms, RunStats, sample, samples
-from bitring.compression.plans.telemetry import BEHIND, DIVERGED, OUT_OF_PROPORTION, Totals, Watch, telemetry_of
+from bitring.compression.plans.telemetry import (
+    BEHIND,
+    DIVERGED,
+    OUT_OF_PROPORTION,
+    Advice,
+    Totals,
+    Watch,
+    telemetry_of,
+)
 from bitring.compression.plans.watched_plan import add_owed
 from bitring.compression.reducers.randomk import RandomK
 
@@ -349,3 +357,25 @@ def test_totals():
     assert totals.taken() == {}
     totals.add(telemetry_of(RunStats(norms=Norms(1.0, 1.0, math.inf)), 0.5, None))
     assert totals.taken()["residual_ratio"] == math.inf
+
+
+def test_a_residual_that_stays_large_brings_advice_once(comm, agree, caplog):
+    """Of values so unlike each other that two levels leave nearly all; normal values bring none."""
+    rng, n, runs = np.random.default_rng(comm.rank), 4096, Advice.RUNS
+    said = {}
+    for spread in (0, 4):
+        other, counts = comm.Dup(), []
+        with caplog.at_level(logging.WARNING, "bitring"):
+            caplog.clear()
+            for _ in range(2):  # plans
+                plan = bitring.plan_allreduce(np.ones(n, np.float32), comm=other, compression="onebit")
+                for _ in range(runs):
+                    plan._flat[:] = rng.standard_normal(n) * rng.lognormal(sigma=spread, size=n)
+                    plan()
+                    counts.append(sum("costs accuracy" in record.getMessage() for record in caplog.records))
+                plan.free()
+        said[spread] = [counts.count(0), counts[-1]]
+        other.Free()
+    warned = comm.size > 1 and comm.rank == 0
+    agree(comm, said == {0: [2 * runs, 0], 4: [runs - 1, 1] if warned else [2 * runs, 0]}, f"{said}")
+    agree(comm, not warned or "lower learning rate" in caplog.text, caplog.text)

@@ -102,6 +102,26 @@ class Watch:
                 self.state = max(self.state, DIVERGED if norms.residual > EXPANDED * norms.sums else BEHIND)
 
 
+class Advice:
+    """Sees a residual that stays larger than trainings bear: ``residual_ratio`` above ``most`` in most runs."""
+
+    RUNS = 100
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._runs = self._above = 0
+
+    def due(self, residual_ratio: float) -> bool:
+        """Take a run into account; whether it completes so many of which three quarters were above."""
+        self._runs += 1
+        self._above += residual_ratio > self._most
+        if self._runs < self.RUNS:
+            return False
+        often = 4 * self._above > 3 * self.RUNS
+        self._runs = self._above = 0
+        return often
+
+
 _SUMMED = ("encode_seconds", "wire_seconds", "decode_seconds", "wait_seconds", "bytes_sent")
 _AVERAGED = ("residual_ratio", "contraction", "owner_residual_ratio")
 

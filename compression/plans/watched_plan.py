@@ -6,6 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Generator, Mapping
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 from mpi4py import MPI
@@ -22,6 +23,7 @@ from bitring.compression.plans.telemetry import (
     BEHIND,
     DIVERGED,
     OUT_OF_PROPORTION,
+    Advice,
     HealthCheck,
     Telemetry,
     Watch,
@@ -94,6 +96,10 @@ class Before:
         self.forget()
 
 
+_advised: WeakSet[Context] = WeakSet()
+"""Those on whose communicators it has been said that residuals stay large."""
+
+
 class _Part(Protocol):
     def close(self) -> None: ...
 
@@ -117,6 +123,7 @@ class WatchedPlan(Plan):
         self._check_finite = check_finite
         self._health = HealthCheck(context, channel_of(self.number))
         self._watch = Watch()
+        self._advice = Advice(compressor.most_left)
         self._warned = False
         self._owes = False  # whether a single rank was handed residuals
         self._before = Before()
@@ -216,6 +223,23 @@ class WatchedPlan(Plan):
         if stats is not None:
             self._watch.look(stats)
             self.telemetry = telemetry_of(stats, self._health.wait_seconds, self._health.slowest_rank)
+            if self._advice.due(self.telemetry.residual_ratio):
+                self._advise()
+
+    def _advise(self) -> None:
+        """Tell the user once a communicator, on rank 0, what helps against a residual that stays large."""
+        if self.context.rank == 0 and self.context not in _advised:
+            _advised.add(self.context)
+            logger.warning(
+                "%s: in most of %d runs its residual was more than %s times what is summed, and is %.1f times now: much "
+                "arrives late, which costs accuracy. What helps: a lower learning rate; more levels "
+                "(OneBit(levels='rank_one') with shapes, Linear(bits=4)); exact first steps (warmup_steps). See "
+                "'Which compressor for my training' in docs/compression.md",
+                self.what,
+                Advice.RUNS,
+                self._compressor.most_left,
+                0.0 if self.telemetry is None else self.telemetry.residual_ratio,
+            )
 
     def _give_up(self) -> None:
         """Sum exactly from now on; the first time, what the residuals hold too."""

@@ -14,11 +14,11 @@ from bitring.commands._units import traffic
 class Progress:
     """A context manager around the epochs ``done`` to ``epochs``, of ``steps`` steps each; for rank 0 alone.
 
-    The first of them goes on after ``begun`` steps.
+    The first of them goes on after ``begun`` steps. ``most_left``: the ``residual_ratio`` above which it says so.
     """
 
-    def __init__(self, done: int, epochs: int, steps: int, begun: int) -> None:
-        self._epochs = epochs
+    def __init__(self, done: int, epochs: int, steps: int, begun: int, most_left: float) -> None:
+        self._epochs, self._most_left = epochs, most_left
         self._bar: Any = None
         width = terminal_width()
         if width is not None:
@@ -47,7 +47,8 @@ class Progress:
         line = (
             f"epoch {record['epoch']:>{len(str(self._epochs))}}/{self._epochs}  loss {record['train_loss']:.4f}  "
             f"test accuracy {record['test_accuracy']:.4f}  {record['samples_per_second']:,.0f} samples/s  "
-            f"{traffic(record['bytes_sent'])} sent  {record['seconds']:.1f} s{_of_exchanges(record['telemetry'])}"
+            f"{traffic(record['bytes_sent'])} sent  {record['seconds']:.1f} s"
+            f"{_of_exchanges(record['telemetry'], self._most_left)}"
         )
         if self._bar is None:
             click.echo(line)
@@ -55,7 +56,7 @@ class Progress:
             self._bar.console.print(line, highlight=False)
 
 
-def _of_exchanges(telemetry: Mapping[str, Any]) -> str:
+def _of_exchanges(telemetry: Mapping[str, Any], most_left: float) -> str:
     """Summary of the epoch's exchanges: their time, the rank waited for, and the parts left out or hidden."""
     if "slowest_rank" not in telemetry:
         return ""
@@ -64,6 +65,8 @@ def _of_exchanges(telemetry: Mapping[str, Any]) -> str:
     slowest = "" if telemetry["slowest_rank"] is None else f" for rank {telemetry['slowest_rank']}"
     ratio = telemetry.get("residual_ratio")
     left = "" if ratio is None else f"; residual {ratio:.2g} of the gradient"
+    if ratio is not None and ratio > most_left:
+        left += f", too much (above {most_left:g}): a lower learning rate or more levels help"
     share = telemetry.get("hidden_share")
     hidden = "" if share is None else f"; {share:.0%} hidden"
     return f"  ({parts}{slowest}{left}{hidden})"

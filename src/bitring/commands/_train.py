@@ -165,7 +165,8 @@ def _train(course: Course) -> None:
     """Make the steps that are missing. Collective."""
     settings, comm, trainer = course.settings, course.comm, course.trainer
     done, batches = len(course.history), course.parts.batches
-    progress = Progress(done, settings.epochs, len(batches), course.epoch.steps) if comm.rank == 0 else None
+    most_left = math.inf if course.parts.compression is None else course.parts.compression.most_left
+    progress = Progress(done, settings.epochs, len(batches), course.epoch.steps, most_left) if comm.rank == 0 else None
     # Training that diverges is the trainer's to report, once.
     with progress or contextlib.nullcontext(), np.errstate(over="ignore", invalid="ignore"):
         for epoch in range(done + 1, settings.epochs + 1):
