@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -44,14 +45,20 @@ def main() -> int:
     return 0
 
 
+def shape_of(n: int) -> tuple[int, ...]:
+    """So many values are a square matrix where they can be, a parameter of its kind; else flat."""
+    side = math.isqrt(n)
+    return (side, side) if side * side == n else (n,)
+
+
 def kernels(comm: Any, encoder: Any, gradient: Any) -> Callable[[], None]:
     """What the encoder's kernels do in an owner exchange on this rank."""
     from bitring.compression.exchange.layout import lay_out
 
-    chunks = lay_out(encoder, [gradient.shape], comm.size).segments
+    chunks = lay_out(encoder, [shape_of(gradient.size)], comm.size).segments
     residual = np.zeros_like(gradient)
     total = np.empty(max(b - a for chunk in chunks for segment in chunk for a, b, _ in segment), np.float32)
-    payload = np.empty(encoder.nbytes(total.size), np.uint8)
+    payload = np.empty(2 * encoder.nbytes(total.size), np.uint8)
     out = gradient.copy()
 
     def encode(each: Any, values: Any, left: Any) -> Any:
@@ -91,7 +98,9 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
         plans: dict[str, Any] = {"exact": bitring.plan_allreduce(x, comm=comm)}
         compressor_of = {label: name for name in asked.compressors for label in (name, f"{name}, unchecked")}
         for label, name in compressor_of.items():
-            plans[label] = bitring.plan_allreduce(x, comm=comm, compression=name, check_finite=label == name)
+            plans[label] = bitring.plan_allreduce(
+                x, comm=comm, compression=name, shapes=[shape_of(x.size)], check_finite=label == name
+            )
         check(comm, x, gradient, plans)
         calls: dict[str, Callable[[], None]] = {"library": partial(comm.Allreduce, MPI.IN_PLACE, x), **plans}
         for name in asked.compressors:

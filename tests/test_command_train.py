@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -406,6 +407,43 @@ def test_mistakes(tmp_path: Path, arguments: list[str], message: str):
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_without_a_card_cuda_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No CuPy; or one that finds no card, or cannot look for one."""
+
+    def no_driver() -> int:
+        raise RuntimeError("cudaErrorNoDevice")
+
+    cases: dict[str, Any] = {
+        "CuPy, which is not there": None,
+        "a card, and CuPy finds none": lambda: 0,
+        "a card, and CuPy finds none: cudaErrorNoDevice": no_driver,
+    }
+    for message, count in cases.items():
+        runtime = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
+        monkeypatch.setitem(sys.modules, "cupy", runtime if count else None)
+        result = train("--output", tmp_path / "run", "--device", "cuda")
+        assert result.exit_code == 2, result.output
+        assert f"--device cuda needs {message}" in result.output
+
+
+def test_the_model_computes_with_the_devices_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """NumPy under another name stands for CuPy."""
+    card: Any = ModuleType("card")
+    card.__dict__.update({name: getattr(np, name) for name in dir(np) if not name.startswith("__")})
+    given: list[Any] = []
+    card.asarray = lambda x: given.append(x) or np.asarray(x)
+    modules = {"host": np, "cuda": card}
+    monkeypatch.setattr("bitring.commands._device.array_module", lambda device, rank: modules[device])
+    options = ["--model", "mlp", "--epochs", 1, "--data", "digits"]
+    for device in ("host", "cuda"):
+        result = train("--output", tmp_path / device, "--device", device, *options)
+        assert result.exit_code == 0, result.output
+        assert bool(given) == (device == "cuda")
+    assert len(given) > 2 * summary(tmp_path / "cuda")["epochs"] * 20
+    found = [summary(tmp_path / device)["test_accuracy"] for device in ("host", "cuda")]
+    assert found[0] == pytest.approx(found[1], abs=0.02)
 
 
 def test_mistakes_end_all_ranks_alike(on_ranks, tmp_path: Path):

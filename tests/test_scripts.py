@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
 import subprocess
@@ -138,3 +139,21 @@ def test_scripts_test_names_its_stages(clean_environment):
     )
     assert done.returncode == 2
     assert "unknown stage 'mpich-9'; known: lint types shell single started mpich-2" in done.stderr
+
+
+def test_test_gpu_says_what_it_skips_and_why(tmp_path: Path) -> None:
+    """Without time no step is run; a dry run has all steps but those of device memory."""
+    for arguments in ([], ["--dry-run"]):
+        command = [sys.executable, str(ROOT / "scripts" / "test-gpu"), "--minutes", "0", "--output", str(tmp_path)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        kept = json.loads((tmp_path / "steps.json").read_text())
+        assert kept["dry_run"] == bool(arguments)
+        assert {step["result"] for step in kept["steps"]} == {"skipped"}
+        why = {step["name"]: step["why"] for step in kept["steps"]}
+        assert {"wheels", "extension", "tests-1-staged", "tests-4-cuda-aware", "bench-2", "train-2"} <= set(why)
+        assert why["doctor"] == "the time is up"
+        assert all(f"{name} skipped {reason}" in done.stdout for name, reason in why.items())
+        if arguments:
+            assert why["tests-2-staged"] == "the time is up"
+            assert why["tests-2-cuda-aware"] == "a dry run has no device memory"

@@ -231,8 +231,8 @@ class WatchedPlan(Plan):
         if self.context.rank == 0 and self.context not in _advised:
             _advised.add(self.context)
             logger.warning(
-                "%s: in most of %d runs its residual was more than %s times what is summed, and is %.1f times now: much "
-                "arrives late, which costs accuracy. What helps: a lower learning rate; more levels "
+                "%s: in most of %d runs its residual was more than %s times what is summed, and is %.1f times now: "
+                "much arrives late, which costs accuracy. What helps: a lower learning rate; more levels "
                 "(OneBit(levels='rank_one') with shapes, Linear(bits=4)); exact first steps (warmup_steps). See "
                 "'Which compressor for my training' in docs/compression.md",
                 self.what,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ class Progress:
     The first of them goes on after ``begun`` steps. ``most_left``: the ``residual_ratio`` above which it says so.
     """
 
-    def __init__(self, done: int, epochs: int, steps: int, begun: int, most_left: float) -> None:
+    def __init__(self, done: int, epochs: int, steps: int, begun: int, most_left: float = math.inf) -> None:
         self._epochs, self._most_left = epochs, most_left
         self._bar: Any = None
         width = terminal_width()

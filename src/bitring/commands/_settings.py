@@ -33,6 +33,7 @@ class Settings:
     """The options of ``bitring train``, unchecked; None where a default depends on another option."""
 
     model: str
+    device: str
     data: str
     data_directory: Path | None
     mode: str
@@ -98,7 +99,8 @@ class Settings:
 
         The values in force, but for the default of ``warmup_steps``, None, which depends on how long the run is.
         """
-        left_out = ("data_directory", "epochs", "output", "checkpoint_every", "keep", "resume", "timeline", "fresh")
+        of_this_run = ("device", "data_directory", "epochs", "output", "timeline")
+        left_out = (*of_this_run, "checkpoint_every", "keep", "resume", "fresh")
         compressor = self.make_compression()
         compression = "none" if compressor is None else spelled(name_of(self.compression), compressor)
         options = {**dataclasses.asdict(self), "compression": compression}

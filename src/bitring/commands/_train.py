@@ -16,6 +16,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.commands import _device
 from bitring.commands._course import Course, Epoch, Parts, checkpoint_path, go_on, last_checkpoint
 from bitring.commands._going_on import PreemptedError, end_with_the_status, stop_for_now
 from bitring.commands._progress import Progress
@@ -117,12 +118,13 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> Parts:
     settings.check()
     optimizer, mode, compression = settings.make_optimizer(), settings.make_mode(), settings.make_compression()
     model = models.get(settings.model)
+    xp = _device.array_module(settings.device, comm.rank)
     if comm.rank == 0:
         _make_writable(settings.output)
         if not (settings.resume or settings.fresh) and (path := last_checkpoint(settings)) is not None:
             raise ValueError(f"{path} is there, of another run: --resume goes on from it, --fresh deletes it")
     data = load(settings.data, settings.data_directory)
-    made = model(data.input_shape, data.classes, seed=settings.seed)
+    made = model(data.input_shape, data.classes, seed=settings.seed, xp=xp)
     batches = Batches(data.x_train, data.y_train, settings.batch)
     steps = len(batches) * settings.epochs
     warmup_steps = settings.warmup_steps
@@ -192,6 +194,7 @@ def _steps(course: Course, progress: Progress | None) -> None:
         trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / parts.steps))
         course.due.before_step()
         with trainer.begin(weight=len(x)):
+            x, y = parts.model.xp.asarray(x), parts.model.xp.asarray(y)
             loss, _ = parts.model.loss_and_gradients(x, y, on_gradient=trainer.ready, product=product)
             trainer.step()
         epoch.steps += 1
@@ -239,5 +242,6 @@ def _accuracy(comm: MPI.Intracomm, model: Model, data: Data) -> float:
     """On the test samples, each rank looking at its part. Collective."""
     n = len(data.y_test)
     part = slice(n * comm.rank // comm.size, n * (comm.rank + 1) // comm.size)
-    right = round(model.accuracy(data.x_test[part], data.y_test[part]) * (part.stop - part.start))
+    x, y = (model.xp.asarray(each[part]) for each in (data.x_test, data.y_test))
+    right = round(model.accuracy(x, y) * (part.stop - part.start))
     return float(sum(allgather(comm, right, "bitring train")) / n)

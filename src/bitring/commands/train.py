@@ -9,6 +9,7 @@ import click
 
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._compression import how
+from bitring.commands._device import DEVICES
 from bitring.commands._settings import Settings
 from bitring.commands._units import INTERVAL
 from bitring.compression.compressor import compressors
@@ -26,6 +27,13 @@ def _names(registry: Registry[Any]) -> str:
 
 @click.command("train", epilog="Exit codes: " + "; ".join(f"{code:d} {code.meaning}" for code in ExitCode) + ".")
 @click.option("--model", default="cnn", show_default=True, help=f"One of: {_names(models)}.")
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="host",
+    show_default=True,
+    help="Where ranks compute: in host memory with NumPy, or each on a card with CuPy.",
+)
 @click.option(
     "--data",
     default="digits",
