@@ -26,7 +26,7 @@ from bitring.models.dataset import Data, load
 from bitring.nodes import describe
 
 STARTS, SEEDS, WANTED = 5, 3, 0.94
-EPOCHS, ITERATIONS, BATCH = 30, 60, 64
+EPOCHS, ITERATIONS, BATCH = 20, 40, 64
 RATES = {"sgd": (0.2, 0.05, 0.02), "adagrad": (0.05, 0.02, 0.01)}
 
 

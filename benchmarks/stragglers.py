@@ -2,7 +2,7 @@
 
     mpirun -n 4 python benchmarks/stragglers.py --json FILE --plot FILE
 
-A portion takes its rank 20 ms of sleep, on rank ``--slow`` 20 times as long, whatever the cores do. With 64 portions
+A portion takes its rank ``--portion-seconds`` of sleep, 20 ms, on rank ``--slow`` 20 times as long, whatever the cores do. With 64 portions
 per replica; the ideal is that all ranks compute without a pause until the last portion is there. Fixed parts are the
 same portions, 64 to each rank, and a sum. Checked first: parameters to the bit as one rank has them, with and without
 copies. The picture is of who computed which portion.
@@ -23,7 +23,7 @@ import bitring
 from bitring.commands._sandblaster import draw_portions
 from bitring.nodes import describe
 
-SECONDS, FACTOR, EACH = 0.02, 20, 64
+FACTOR, EACH = 20, 64
 STEPS = 3
 
 
@@ -66,6 +66,7 @@ def main() -> None:
     """Check, measure, and print; rank 0 writes the files."""
     parser = argparse.ArgumentParser(description="One slow replica.")
     parser.add_argument("--slow", type=int, default=1)
+    parser.add_argument("--portion-seconds", type=float, default=0.02)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     asked = parser.parse_args()
@@ -73,9 +74,10 @@ def main() -> None:
     x, y = data(comm.size)
     portions = EACH * comm.size
     machine = describe(comm)
-    mine = SECONDS * (FACTOR if comm.rank == asked.slow else 1)
+    each = [asked.portion_seconds * (FACTOR if rank == asked.slow else 1) for rank in range(comm.size)]
+    mine = each[comm.rank]
     alone = trained(MPI.COMM_SELF, x, y, portions, True, 0.0)[1]
-    ideal = portions / sum(1 / (SECONDS * (FACTOR if rank == asked.slow else 1)) for rank in range(comm.size))
+    ideal = portions / sum(1 / seconds for seconds in each)
     seconds: dict[str, float] = {"ideal": ideal}
     extra = 0.0
     for name, backups in (("portions with copies", True), ("portions", False)):
@@ -86,7 +88,7 @@ def main() -> None:
         # The fast ranks' own clock: a slow rank may be late.
         seconds[name] = min(comm.allgather(took))
         if backups and comm.rank == 0:
-            late = sum(not each.counts for each in records)
+            late = sum(not record.counts for record in records)
             extra = late / (len(records) - late)
             if asked.plot:
                 title = f"one of {comm.size} replicas {FACTOR} times slower, {portions} portions, copies"
@@ -108,7 +110,7 @@ def main() -> None:
             "benchmark": "stragglers",
             "machine": machine,
             "portions_per_replica": EACH,
-            "seconds_per_portion": SECONDS,
+            "seconds_per_portion": asked.portion_seconds,
             "slow_rank": asked.slow,
             "factor": FACTOR,
             "seconds_per_evaluation": seconds,
