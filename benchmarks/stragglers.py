@@ -2,10 +2,10 @@
 
     mpirun -n 4 python benchmarks/stragglers.py --json FILE --plot FILE
 
-A portion takes its rank ``--portion-seconds`` of sleep, 20 ms, on rank ``--slow`` 20 times as long, whatever the cores do. With 64 portions
-per replica; the ideal is that all ranks compute without a pause until the last portion is there. Fixed parts are the
-same portions, 64 to each rank, and a sum. Checked first: parameters to the bit as one rank has them, with and without
-copies. The picture is of who computed which portion.
+A portion takes its rank ``--portion-seconds`` of sleep, on rank ``--slow`` 20 times as long, whatever the cores do.
+With 64 portions per replica; the ideal is that all ranks compute without a pause until the last portion is there. Fixed
+parts are the same portions, 64 to each rank, and a sum. Checked first: parameters to the bit as one rank has them, with
+and without copies. The picture is of who computed which portion.
 """
 
 from __future__ import annotations
