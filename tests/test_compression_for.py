@@ -25,7 +25,7 @@ def new_trainer(comm: Any, **settings: Any) -> bitring.DataParallel:
 def test_names_go_before_patterns_and_the_first_pattern_before_others():
     names = ["conv1.weight", "conv1.bias", "conv2.weight", "dense.weight"]
     choices = checked_choices({"conv*": "linear", "*.weight": "topk", "conv2.weight": None}, names)
-    each = compressor_of_each(names, bitring.OneBit(), choices)
+    each = compressor_of_each(dict.fromkeys(names, bitring.OneBit()), choices)
     assert list(each.values()) == [bitring.Linear(), bitring.Linear(), None, bitring.TopK()]
 
 

@@ -19,12 +19,14 @@ from bitring.collectives.selection.selection import check_name
 from bitring.compression.compressor import Compressor
 from bitring.errors import uncopyable
 from bitring.settings import Range, checked
+from bitring.training.choice import Choice, Picked
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer
 from bitring.training.step.checks import checked_unused
-from bitring.training.step.compression_for import checked_choices, chosen_compressor, compressor_of_each
+from bitring.training.step.compression_for import checked_choices, chosen_compression, compressor_of_each
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.open_step import OpenStep
+from bitring.training.step.picking import picked_jointly
 from bitring.training.step.replica import Replica
 from bitring.training.step.replicas import broadcast_tree, compare
 from bitring.training.step.state_dict import description_of, load_state, require_alike, state_of
@@ -45,7 +47,8 @@ class DataParallel:
     as another learning rate, hold from then on.
     ``mode``: a name, or an instance such as ``BlockMomentum(tau=50)``.
     ``compression``: None for an exact exchange, a name such as "topk" or "topk:density=0.001", or an instance such as
-    ``OneBit(block=1024)``. Parameters with fewer values than one block of an encoder travel exactly. The first
+    ``OneBit(block=1024)``; or a choice, "structure" or ``Structure(batch=64)``, of what each parameter travels by.
+    Parameters with fewer values than one block of an encoder travel exactly. The first
     ``warmup_steps`` steps are exact.
     ``compression_for``: name of a parameter, or a pattern such as "conv*", -> compressor or None, for those that travel
     otherwise than by ``compression``; names go before patterns, and of these the first that fits.
@@ -66,7 +69,7 @@ class DataParallel:
         optimizer: Optimizer | str,
         comm: MPI.Intracomm | None = None,
         mode: Mode | str = "sync",
-        compression: Compressor | str | None = None,
+        compression: Compressor | Choice | str | None = None,
         algorithm: str = "auto",
         warmup_steps: int = 0,
         bucket_bytes: int = 25 << 20,
@@ -80,7 +83,7 @@ class DataParallel:
         mine: dict[str, Any] = {}
         try:
             self._replica = Replica(parameters, optimizer, mode)
-            self.compression = chosen_compressor("compression", compression)
+            self.compression = chosen_compression(compression)
             self.compression_for = checked_choices(compression_for, self._replica.parameters)
             check_name(algorithm, "DataParallel")
             self.algorithm = algorithm
@@ -94,10 +97,21 @@ class DataParallel:
         raise_everywhere(self.comm, "DataParallel", error)
 
         number = require_alike(self.comm, mine, next(_numbers_of_trainers))
+        parameters = self._replica.parameters
+        self.picked: dict[str, Picked] = {}
+        """What a choice such as Structure has picked for each parameter, with predicted seconds; else empty."""
+        usual: dict[str, Compressor | None] = {}
+        if isinstance(self.compression, Choice):
+            self.picked = picked_jointly(self.comm, self.compression, parameters)
+            usual = {name: picked.compressor for name, picked in self.picked.items()}
+        else:
+            usual = dict.fromkeys(parameters, self.compression)
+        self.compressors = compressor_of_each(usual, self.compression_for)
+        """What each parameter travels by, None for exact sums; small ones travel exactly all the same."""
         self._exchange = GradientExchange(
             self.comm,
             self._replica.parameters,
-            compressor_of_each(self._replica.parameters, self.compression, self.compression_for),
+            self.compressors,
             algorithm,
             self.bucket_bytes,
             self.warmup_steps > 0,

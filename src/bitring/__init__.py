@@ -123,6 +123,7 @@ _WHERE = {
 
 _REGISTRIES = {
     "algorithms": "collectives.schedules.schedule",
+    "choices": "training.choice",
     "compressors": "compression.compressor",
     "datasets": "models.dataset",
     "models": "models.model",

@@ -95,6 +95,26 @@ def predict(
     return found
 
 
+def exchange_seconds(
+    layer: LayerTable, cluster: Cluster, machine: Machine, batch: int, exchanges: Iterable[str]
+) -> dict[str, float]:
+    """Seconds to exchange the first of a layer's parameters alone, by each of ``exchanges`` that would be used for it.
+
+    Names are those of ``predict``: "exact", an encoder's, "sufficient_factors". ``batch``: samples per rank in a step.
+    """
+    alone = dataclasses.replace(layer, parameters=layer.parameters[:1])
+    step = _Step([alone], cluster, machine, batch, None, False)
+    (name, values) = next(iter(step.values.items()))
+    found: dict[str, float] = {}
+    for exchange in exchanges:
+        costing = step._costing(exchange)
+        if costing is None or (costing.block is not None and values < costing.block):
+            continue
+        kind = None if costing.block is None else exchange
+        found[exchange] = costing.exchange(BucketSizes((name,), kind)).times.total
+    return found
+
+
 class _Exchange(NamedTuple):
     """Of one bucket: its times, the bytes that a rank sends, those that leave its node, and by what. ``moving``: what a
     rank's processor has to do with the bytes, in seconds.

@@ -16,7 +16,7 @@ _PARTS, _LEAST_BYTES = 4, 1 << 20
 
 def overlaps(nbytes: int, nodes: int) -> bool:
     """Whether buckets of so many bytes in all travel while others are filled."""
-    return nbytes >= (OVERLAP_BYTES if nodes == 1 else min(OVERLAP_BYTES, OVERLAP_BYTES_BETWEEN_NODES))
+    return nbytes >= (OVERLAP_BYTES if nodes <= 1 else min(OVERLAP_BYTES, OVERLAP_BYTES_BETWEEN_NODES))
 
 
 def largest_bucket(bucket_bytes: int, nbytes: int, nodes: int) -> int:
@@ -25,7 +25,7 @@ def largest_bucket(bucket_bytes: int, nbytes: int, nodes: int) -> int:
     Between nodes a quarter of all, so that the first can travel while the others are computed; 1 MiB is enough for the
     network's speed.
     """
-    return bucket_bytes if nodes == 1 else min(bucket_bytes, max(_LEAST_BYTES, nbytes // _PARTS))
+    return bucket_bytes if nodes <= 1 else min(bucket_bytes, max(_LEAST_BYTES, nbytes // _PARTS))
 
 
 class Size(NamedTuple):

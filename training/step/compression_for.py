@@ -7,9 +7,21 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from bitring.compression.compressor import Compressor, compressors, parsed
+from bitring.settings import name_of
+from bitring.training.choice import Choice, choices
 from bitring.training.step.checks import chosen, text_of
 
 Choices = dict[str, Compressor | None]
+
+
+def chosen_compression(given: Any) -> Compressor | Choice | None:
+    """``compression``, by name or instance: a choice, too. Raises TypeError and ValueError."""
+    if isinstance(given, Choice):
+        return given
+    if isinstance(given, str) and name_of(given) in choices.names():
+        made: Choice = chosen("compression", given, choices, Choice)
+        return made
+    return chosen_compressor("compression", given)
 
 
 def chosen_compressor(argument: str, given: Any) -> Compressor | None:
@@ -38,20 +50,20 @@ def checked_choices(given: Any, names: Iterable[str]) -> Choices:
     return made
 
 
-def compressor_of_each(names: Iterable[str], compression: Compressor | None, choices: Choices) -> Choices:
-    """Parameter's name -> compressor."""
-    return {name: _compressor_of(name, compression, choices) for name in names}
+def compressor_of_each(usual: Choices, chosen_for: Choices) -> Choices:
+    """Parameter's name -> compressor: the ``usual`` one, where ``compression_for`` says nothing else."""
+    return {name: _compressor_of(name, compressor, chosen_for) for name, compressor in usual.items()}
 
 
-def _compressor_of(name: str, compression: Compressor | None, choices: Choices) -> Compressor | None:
-    if name in choices:
-        return choices[name]
-    return next((each for pattern, each in choices.items() if fnmatchcase(name, pattern)), compression)
+def _compressor_of(name: str, usual: Compressor | None, chosen_for: Choices) -> Compressor | None:
+    if name in chosen_for:
+        return chosen_for[name]
+    return next((each for pattern, each in chosen_for.items() if fnmatchcase(name, pattern)), usual)
 
 
-def compression_in_words(compression: Compressor | None, choices: Choices) -> str:
+def compression_in_words(compression: Compressor | Choice | None, chosen_for: Choices) -> str:
     """The same on every rank and in every run."""
     words = text_of(compression)
-    if choices:
-        words += "; " + ", ".join(f"{pattern}: {text_of(each)}" for pattern, each in choices.items())
+    if chosen_for:
+        words += "; " + ", ".join(f"{pattern}: {text_of(each)}" for pattern, each in chosen_for.items())
     return words

@@ -24,6 +24,7 @@ from bitring.training.batches import Batches
 from bitring.training.checkpoints.file import previous
 from bitring.training.checkpoints.loading import load_checkpoint
 from bitring.training.checkpoints.saving import write_checkpoint
+from bitring.training.choice import Choice
 from bitring.training.data_parallel import DataParallel
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Optimizer
@@ -47,7 +48,7 @@ class Parts:
     model: Model
     optimizer: Optimizer
     mode: Mode
-    compression: Compressor | None
+    compression: Compressor | Choice | None
     batches: Batches
     steps: int  # of all epochs
     warmup_steps: int

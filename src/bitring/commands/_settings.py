@@ -16,6 +16,7 @@ from bitring.commands._units import Interval
 from bitring.compression.compressor import Compressor, compressors
 from bitring.registry import Registry
 from bitring.settings import make, name_of, read, spelled
+from bitring.training.choice import Choice, choices
 from bitring.training.mode import Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 
@@ -83,13 +84,15 @@ class Settings:
         """The optimizer. Raises ValueError as ``make_mode`` does."""
         return _made(optimizers, dataclasses.asdict(self))
 
-    def make_compression(self) -> Compressor | None:
-        """The compressor, None for an exact exchange. Raises ValueError as ``make`` does."""
+    def make_compression(self) -> Compressor | Choice | None:
+        """The compressor or choice, None for an exact exchange. Raises ValueError as ``make`` does."""
         if self.compression == "none":
             return None
         name = name_of(self.compression)
         if name == "none":
             raise ValueError(f"--compression {self.compression}: none has no settings")
+        if name in choices.names():
+            return make(self.compression, choices)
         if name not in compressors.names():
             raise ValueError(f"unknown compressor {name!r}; known: none, {', '.join(compressors.names())}")
         return make(self.compression, compressors)

@@ -17,6 +17,7 @@ from bitring.exit_codes import ExitCode
 from bitring.models.dataset import datasets
 from bitring.models.model import models
 from bitring.registry import Registry
+from bitring.training.choice import choices
 from bitring.training.mode import modes
 from bitring.training.optimizer import optimizers
 
@@ -55,7 +56,8 @@ def _names(registry: Registry[Any]) -> str:
     "--compression",
     default="none",
     show_default=True,
-    help=f"{how('topk:density=0.001')}. One of: none, {_names(compressors)}.",
+    help=f"{how('topk:density=0.001')}. One of: none, {_names(compressors)}; or, for each parameter the quickest, "
+    f"{_names(choices)}.",
 )
 @click.option("--warmup-steps", type=int, help="Exact steps before compression begins.  [default: 1/64 of all]")
 @click.option(
