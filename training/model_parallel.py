@@ -38,7 +38,7 @@ from bitring.training.placement.layout import part
 from bitring.training.placement.messages import Messages
 from bitring.training.placement.parts import Part, local_parameters, parts_of
 from bitring.training.placement.placement import Placement
-from bitring.training.placement.predicted import Traffic, predicted
+from bitring.training.placement.predicted import Picture, Traffic, predicted
 from bitring.training.placement.schedules import SCHEDULES, Task
 from bitring.training.placement.shared_sums import SharedSums
 from bitring.training.placement.split_pass import SplitPass
@@ -364,11 +364,20 @@ class ModelParallel:
 
         Bytes are those out of the rank that sends most, for the last batch; before the first step, for one of 64.
         """
-        samples = -(-(self._samples or 64) // self.replicas)
-        traffic = self._predicted(self._chosen, samples)
+        samples, traffic = self._traffic()
         waits = {number: seconds / max(self.steps, 1) for number, seconds in self._waited.items()}
         words = f"{self._chosen!r}, {self.ranks} ranks, {self.replicas} replicas, {samples} samples each"
         return explained(words, self.placed, self._parts, traffic, waits)
+
+    def _traffic(self) -> tuple[int, Traffic]:
+        """The samples of a replica in the last batch, or in one of 64, and what a step of these sends."""
+        samples = -(-(self._samples or 64) // self.replicas)
+        return samples, self._predicted(self._chosen, samples)
+
+    def picture(self) -> Picture:
+        """What a picture of the placement shows, for the last batch."""
+        samples, traffic = self._traffic()
+        return Picture(self.placed, [self._shapes[each.node.name][-1] for each in self.placed], samples, traffic)
 
     def free(self) -> None:
         """Free plans and communicators. Collective; the parameters stay as they are."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from bitring.training.placement.assignment import Placed
 from bitring.training.placement.layout import part
 from bitring.training.placement.parts import Part
 from bitring.training.placement.wiring import Edge, Wiring
@@ -27,6 +28,15 @@ class Traffic(NamedTuple):
         """Out of each rank."""
         values = [[there[i] + back[i] for _, there, back in self.edges] for i in range(len(self.sums))]
         return [sum(values[i]) + self.sums[i] + self.replicas[i] for i in range(len(self.sums))]
+
+
+class Picture(NamedTuple):
+    """A placement to be drawn: its nodes, the width of each one's values, a replica's samples, and what travels."""
+
+    placed: list[Placed]
+    widths: list[int]
+    samples: int
+    traffic: Traffic
 
 
 def predicted(

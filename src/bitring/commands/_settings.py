@@ -54,6 +54,8 @@ class Settings:
     resume: bool
     timeline: Path | None
     fresh: bool
+    placement: str | None = None
+    replicas: int = 1
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for what is out of range, excludes another, or is no algorithm."""
@@ -62,6 +64,8 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
         if self.resume and self.fresh:
             raise ValueError("--resume and --fresh exclude each other: the one goes on, the other begins anew")
+        if self.replicas != 1 and self.placement is None:
+            raise ValueError("--replicas is for --placement: without one every rank has the whole model")
         if self.timeline is not None and self.timeline.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--timeline must end in .png, .svg or .pdf; got {self.timeline}")
         if self.algorithm != "auto":
@@ -107,7 +111,8 @@ class Settings:
         compressor = self.make_compression()
         compression = "none" if compressor is None else spelled(name_of(self.compression), compressor)
         options = {**dataclasses.asdict(self), "compression": compression}
-        return {name: value for name, value in _in_force(options).items() if name not in left_out}
+        split = ("placement", "replicas")  # a run with these has no checkpoints
+        return {name: value for name, value in _in_force(options).items() if name not in (*left_out, *split)}
 
 
 def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -75,6 +75,18 @@ def _names(registry: Registry[Any]) -> str:
     help="Learning rate at the start; it falls to 0 at the end.  [default: 0.02 for sgd, 0.01 for adagrad]",
 )
 @click.option("--momentum", type=float, help="For sgd.  [default: 0.9]")
+@click.option(
+    "--placement",
+    help="Split the model between ranks: auto, data, hybrid, pipeline:stages=2,microbatches=8, or "
+    "LAYER=samples|columns|rows|RANK, separated by commas. Makes no checkpoints yet.",
+)
+@click.option(
+    "--replicas",
+    type=int,
+    default=1,
+    show_default=True,
+    help="With --placement: groups that each have the whole model.",
+)
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples in a step, of all ranks together.")
 @click.option("--epochs", type=int, default=15, show_default=True, help="Passes through the training samples.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the initial parameters and the data's order.")
@@ -116,8 +128,10 @@ def command(**options: object) -> None:
     One seed gives one result, to the bit, on the same number of ranks.
     """
     settings = Settings(**options)  # type: ignore[arg-type]
-    if settings.is_sandblaster():
+    if settings.placement is not None:
+        from bitring.commands._placed import run
+    elif settings.is_sandblaster():
         from bitring.commands._sandblaster import run
     else:
-        from bitring.commands._train import run  # both initialise MPI
+        from bitring.commands._train import run  # all three initialise MPI
     run(settings)
