@@ -27,11 +27,8 @@ TORCH = importlib.util.find_spec("torch") is not None
 
 
 def contenders(nbytes: int, *levels: str) -> list[str]:
-    own = [
-        name
-        for name in algorithms.names()
-        if name not in (("shared_memory", "multilane") if native() is None else ("multilane",))
-    ]
+    elsewhere = {"multilane", "leaders", *(["shared_memory"] if native() is None else [])}
+    own = [name for name in algorithms.names() if name not in elsewhere]
     library = [f"{name}, {level}" for level in levels for name in ("library", "library out of place")]
     limit = native() is not None and nbytes >= 64 << 10
     return [*own, "auto, resident", "auto", "plain call", *library, *["gloo"] * TORCH, *["limit"] * limit]
