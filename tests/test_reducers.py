@@ -42,7 +42,12 @@ def raised(call: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def test_registered_beside_the_encoders() -> None:
-    names = {"powersgd": "PowerSGD", "randomk": "RandomK", "sufficient_factors": "SufficientFactors"}
+    names = {
+        "powersgd": "PowerSGD",
+        "randomk": "RandomK",
+        "sufficient_factors": "SufficientFactors",
+        "row_owners": "RowOwners",
+    }
     assert names.items() <= {name: compressors.get(name).__name__ for name in bitring.compressors()}.items()
     assert not any(issubclass(cls, Encoder) for cls in REDUCERS)
     assert bitring.PowerSGD is compressors.get("powersgd")

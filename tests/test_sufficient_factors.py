@@ -19,6 +19,7 @@ from bitring.training.modes.local import Local
 from bitring.training.optimizers.sgd import SGD
 
 SHAPES: dict[str, Any] = {"w": (60, 80), "b": (80,), "k": (3, 4, 5), "thin": (2, 30), "last": (70, 50)}
+SIZES = {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
 
 
 def raised(call: Any, *arguments: Any, **named: Any) -> Any:
@@ -59,7 +60,7 @@ def samples_of(comm: Any, step: int) -> list[int]:
 @pytest.mark.parametrize(
     ("compression", "dtype"),
     [
-        *(("sufficient_factors", dtype) for dtype in VALUE_DTYPES),
+        *((x, dtype) for x in ("sufficient_factors", "row_owners") for dtype in VALUE_DTYPES),
         *((x, np.float32) for x in (None, "onebit", "powersgd")),
     ],
 )
@@ -92,6 +93,26 @@ def test_bytes_sent(comm: Any, agree: Any) -> None:
     densely = 4 * sum(int(np.prod(shape)) for name, shape in SHAPES.items() if name not in paying)
     counts = 3 * 8 * comm.size
     expected = (comm.size - 1) * (as_factors + counts + 2 * densely)
+    sent = comm.allreduce(trainer.bytes_sent)
+    agree(comm, sent == expected, f"{sent}, not {expected}")
+    trainer.free()
+
+
+def test_bytes_sent_by_row_owners(comm: Any, agree: Any) -> None:
+    """Of the module's closed form: v to all, columns of u and rows of the products to and from their owners."""
+    trainer = new_trainer(comm, algorithm="ring", compression="row_owners")
+    samples, p = samples_of(comm, 0), comm.size
+    trainer.step(gradients(comm.rank, 0, samples[comm.rank]), weight=samples[comm.rank])
+    total = sum(samples)
+    paying = [name for name in ("w", "thin", "last") if total * (SHAPES[name][0] / p + SHAPES[name][1]) < SIZES[name]]
+    agree(comm, "w" in paying and "last" in paying)
+    expected = (p - 1) * 3 * 8 * p
+    for name in paying:
+        m, n = SHAPES[name]
+        owned = [m * (r + 1) // p - m * r // p for r in range(p)]
+        columns = sum(samples[r] * (m - owned[r]) for r in range(p))
+        expected += 4 * ((p - 1) * total * n + columns + (p - 1) * m * n)
+    expected += 8 * (p - 1) * sum(size for name, size in SIZES.items() if name not in paying)
     sent = comm.allreduce(trainer.bytes_sent)
     agree(comm, sent == expected, f"{sent}, not {expected}")
     trainer.free()

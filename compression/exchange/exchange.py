@@ -46,6 +46,13 @@ class Exchange:
         yield from wait_for(self._context.comm.Iallgatherv(MPI.IN_PLACE, where), progress)
         self._gathered_nbytes += (self.size - 1) * counts[self.rank]
 
+    def deal(self, sent: Array, counts: Sequence[int], room: Array, taken: Sequence[int], progress: Progress) -> Steps:
+        """Alltoall: bytes of ``sent``, ``counts[r]`` of them to rank r, and ``taken[r]`` from it to ``room``, uint8."""
+        here, there = ([sum(each[:r]) for r in range(self.size)] for each in (counts, taken))
+        request = self._context.comm.Ialltoallv([sent, (counts, here), MPI.BYTE], [room, (taken, there), MPI.BYTE])
+        yield from wait_for(request, progress)
+        self._gathered_nbytes += sum(counts) - counts[self.rank]
+
     def once_a_node(self, compile_kernels: Callable[[], None]) -> None:
         """See ``once_a_node``. Collective."""
         once_a_node(self._context, compile_kernels, "plan_allreduce")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ from bitring.compression.factors import Factors
 from bitring.compression.reducer import Reducer, Reduction, check_host
 
 if TYPE_CHECKING:
-    from bitring.collectives.interop.steps import Progress, Steps
+    from bitring.collectives.interop.steps import Progress, Steps, StepsTo
     from bitring.compression.exchange.exchange import ExactSum, Exchange
 
 _DENSE = -1
@@ -43,17 +44,17 @@ class SufficientFactors(Reducer):
 
     def bind(self, flat: Array, parameters: Sequence[Array], exchange: Exchange) -> Reduction:
         """See Reducer."""
-        return _Gathered(flat, parameters, exchange)
+        return FactorsReduction(flat, parameters, exchange)
 
 
 def pays(samples: int, shape: tuple[int, int]) -> bool:
-    """Whether factors of ``samples`` samples in all are fewer bytes than the dense exchange of a parameter."""
+    """Whether factors to all are fewer bytes than the dense exchange of a parameter."""
     m, n = shape
     return samples * (m + n) < 2 * m * n
 
 
-class _Gathered(Reduction):
-    """No state."""
+class FactorsReduction(Reduction):
+    """All gather all factors. No state."""
 
     def __init__(self, flat: Array, parameters: Sequence[Array], exchange: Exchange) -> None:
         super().__init__(parameters)
@@ -77,6 +78,10 @@ class _Gathered(Reduction):
             f"{len(self._matrices)} of {len(parameters)} parameters may travel as factors; "
             f"the others are summed by {exchange.algorithms}"
         )
+
+    def pays(self, samples: int, shape: tuple[int, int]) -> bool:
+        """Whether factors of ``samples`` samples in all are fewer bytes than the dense exchange of a parameter."""
+        return pays(samples, shape)
 
     def take(self, number: int, factors: Factors) -> None:
         """See Reduction."""
@@ -113,7 +118,7 @@ class _Gathered(Reduction):
             counts = [self._samples[0].nbytes] * self._exchange.size
             yield from self._exchange.gather(bytes_of(self._samples.reshape(-1)), counts, progress)
             for i, samples in zip(self._matrices, self._samples.T, strict=True):
-                if samples.min() >= 0 and pays(int(samples.sum()), self.parameters[i].shape):
+                if samples.min() >= 0 and self.pays(int(samples.sum()), self.parameters[i].shape):
                     gathered.append(i)
         with self.stats.during("encode"):
             for i, factors in given.items():
@@ -122,7 +127,8 @@ class _Gathered(Reduction):
         if not gathered:
             yield from self._whole.steps(progress)
             return
-        yield from self._gather(gathered, given, progress)
+        each = dict(zip(self._matrices, self._samples.T.tolist(), strict=True))
+        yield from self.multiply(gathered, given, each, progress)
         for i in self._matrices:
             if i not in gathered:
                 yield from self._single[i].steps(progress)
@@ -136,27 +142,27 @@ class _Gathered(Reduction):
                     values[...] = self._rest[start : start + values.size].reshape(values.shape)
                     start += values.size
 
-    def _gather(self, gathered: list[int], given: dict[int, Factors], progress: Progress) -> Steps:
-        """Gather the factors of these parameters, and multiply them out."""
-        exchange = self._exchange
-        samples = dict(zip(self._matrices, self._samples.T.tolist(), strict=True))
-        counts = [
-            sum(samples[i][r] * sum(self.parameters[i].shape) for i in gathered) * self._dtype.itemsize
-            for r in range(exchange.size)
-        ]
-        if self._room.size < sum(counts):
-            self._room = np.empty(sum(counts), np.uint8)
-        parts: list[Array] = []
-        start = 0
-        for count in counts:
-            parts.append(self._room[start : start + count].view(self._dtype))
-            start += count
+    def gather(self, counts: list[int], mine: list[Array], progress: Progress) -> StepsTo[list[Array]]:
+        """All ranks' values, ``counts[r]`` of rank r, as flat arrays; ``mine``: this rank's."""
+        exchange, itemsize = self._exchange, self._dtype.itemsize
+        if self._room.size < sum(counts) * itemsize:
+            self._room = np.empty(sum(counts) * itemsize, np.uint8)
+        ends = np.cumsum([0, *counts]) * itemsize
+        parts = [self._room[start:end].view(self._dtype) for start, end in pairwise(ends.tolist())]
         if counts[exchange.rank]:
             with self.stats.during("encode"):
-                mine = [np.ravel(x) for i in gathered for x in (given[i].u, given[i].v)]
-                np.concatenate(mine, out=parts[exchange.rank])
-        yield from exchange.gather(self._room, counts, progress)
-        at = [0] * exchange.size
+                np.concatenate([np.ravel(each) for each in mine], out=parts[exchange.rank])
+        yield from exchange.gather(self._room, [count * itemsize for count in counts], progress)
+        return parts
+
+    def multiply(
+        self, gathered: list[int], given: dict[int, Factors], samples: dict[int, list[int]], progress: Progress
+    ) -> Steps:
+        """Gather the factors of these parameters, and multiply them out. ``samples[i][r]``: of parameter and rank."""
+        size = self._exchange.size
+        counts = [sum(samples[i][r] * sum(self.parameters[i].shape) for i in gathered) for r in range(size)]
+        parts = yield from self.gather(counts, [x for i in gathered for x in (given[i].u, given[i].v)], progress)
+        at = [0] * size
         with self.stats.during("decode"):
             for i in gathered:
                 stacked: list[Array] = []

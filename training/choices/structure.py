@@ -1,7 +1,8 @@
 """For each parameter the exchange that takes the least predicted time (Zhang et al., "Poseidon", 2017).
 
 What is weighed: the dense sum by the best algorithm; the factors of a dense layer's gradient to all ranks, which
-multiply them (``bitring.SufficientFactors``); and an encoder, if one is allowed. Seconds are those of ``bitring
+multiply them (``bitring.SufficientFactors``), or to the owners of its rows (``bitring.RowOwners``); and an encoder, if
+one is allowed. Seconds are those of ``bitring
 predict``.
 
 Where messages and computing cost nothing, factors win by Poseidon's structure-aware inequality: with K samples per rank
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from bitring.compression.compressor import Compressor, parsed
 from bitring.compression.encoder import Encoder
+from bitring.compression.reducers.row_owners import RowOwners
 from bitring.compression.reducers.sufficient_factors import SufficientFactors
 from bitring.models.architecture import LayerTable
 from bitring.settings import setting
@@ -22,7 +24,7 @@ from bitring.training.choice import Choice, Picked
 from bitring.training.prediction.cluster import BUILT_IN, Cluster
 from bitring.training.prediction.predict import exchange_seconds
 
-FACTORS = "sufficient_factors"
+FACTORS, OWNERS = "sufficient_factors", "row_owners"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Structure(Choice):
     def pick(self, shapes: Mapping[str, tuple[int, ...]], cluster: Cluster) -> dict[str, Picked]:
         """See Choice."""
         encoder = self._encoder()
-        compressors: dict[str, Compressor | None] = {"exact": None, FACTORS: SufficientFactors()}
+        compressors: dict[str, Compressor | None] = {"exact": None, FACTORS: SufficientFactors(), OWNERS: RowOwners()}
         if encoder is not None:
             compressors[self.encoder] = encoder
         picked: dict[str, Picked] = {}

@@ -100,7 +100,8 @@ def exchange_seconds(
 ) -> dict[str, float]:
     """Seconds to exchange the first of a layer's parameters alone, by each of ``exchanges`` that would be used for it.
 
-    Names are those of ``predict``: "exact", an encoder's, "sufficient_factors". ``batch``: samples per rank in a step.
+    Names are those of ``predict``: "exact", an encoder's, "sufficient_factors"; and "row_owners".
+    ``batch``: samples per rank in a step.
     """
     alone = dataclasses.replace(layer, parameters=layer.parameters[:1])
     step = _Step([alone], cluster, machine, batch, None, False)
@@ -201,6 +202,8 @@ class _Step:
         if name == "sufficient_factors":
             used = self.cluster.ranks > 1 and any(self._factored(layer) for layer in self.layers)
             return _Costing(self._sufficient_factors, lossless=True) if used else None
+        if name == "row_owners":
+            return _Costing(self._row_owners, lossless=True) if any(layer.factors for layer in self.layers) else None
         return self._owners(name)
 
     def _timeline(self, buckets: Sequence[BucketSizes], exchanges: Sequence[_Exchange], agree: float) -> float:
@@ -352,3 +355,20 @@ class _Step:
             how,
             moving,
         )
+
+    def _row_owners(self, bucket: BucketSizes) -> _Exchange:
+        """One weight: v to all, columns of u to the owners of the rows, and the rows to all.
+
+        An owner multiplies a p-th of all products, as much as its own product in back-propagation would have been.
+        """
+        p, (name,) = self.cluster.ranks, bucket.names
+        rows, columns = self.shapes[name]
+        samples = self.batch * self.layers[self.layer_of[name]].factors
+        v, u, product = (ITEMSIZE * count for count in (samples * columns, samples * rows / p, rows * columns / p))
+        wire = (
+            self.network.allgather(round(v)) + self.network.allgather(round(u)) + self.network.allgather(round(product))
+        )
+        sent = (p - 1) * (v + u + product)
+        leaving = 0.0 if self.network.inside else sent
+        moving = wire if self.network.inside else self._wire_work(leaving)
+        return _Exchange(Times(0, wire, 0.0, wire), sent, leaving, "row owners", moving)

@@ -167,7 +167,7 @@ def _train(course: Course) -> None:
     """Make the steps that are missing. Collective."""
     settings, comm, trainer = course.settings, course.comm, course.trainer
     done, batches = len(course.history), course.parts.batches
-    most_left = math.inf if course.parts.compression is None else course.parts.compression.most_left
+    most_left = min((each.most_left for each in trainer.compressors.values() if each is not None), default=math.inf)
     progress = Progress(done, settings.epochs, len(batches), course.epoch.steps, most_left) if comm.rank == 0 else None
     # Training that diverges is the trainer's to report, once.
     with progress or contextlib.nullcontext(), np.errstate(over="ignore", invalid="ignore"):
