@@ -15,6 +15,7 @@ from bitring.errors import MismatchError, NonFiniteError, PeerError
 from bitring.training.checkpoints.loading import load_checkpoint
 from bitring.training.checkpoints.saving import save_checkpoint
 from bitring.training.data_parallel import DataParallel
+from bitring.training.lbfgs import LBFGS
 from bitring.training.modes.block_momentum import BlockMomentum
 from bitring.training.modes.local import Local
 from bitring.training.optimizers.adagrad import AdaGrad
@@ -473,6 +474,7 @@ SHARED = np.ones(6)
             TypeError,
             "optimizer must be a name (adagrad, sgd) or an instance of Optimizer, got the class SGD itself",
         ),
+        ({"optimizer": LBFGS()}, TypeError, "got LBFGS(memory=10), which is for bitring.Sandblaster"),
         ({"optimizer": "sgd:eps=1"}, ValueError, "unknown setting 'eps' of the optimizer sgd; known: lr, momentum, "),
         ({"mode": "local:tau=0"}, ValueError, "Local: tau must be at least 1; got 0"),
         ({"mode": "async"}, ValueError, "unknown mode 'async'; known: block_momentum, delayed, local, sync"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class LBFGS(Settings):
     """
 
     memory: int = setting(10, least=0)
+
+    is_for: ClassVar[str] = "bitring.Sandblaster"
 
 
 @dataclass(frozen=True)

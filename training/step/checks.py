@@ -232,6 +232,8 @@ def chosen(argument: str, given: Any, registry: Registry[Any], base: type[Any]) 
     if isinstance(given, base):
         return given
     shown = f"the class {given.__name__} itself" if isinstance(given, type) else repr(given)
+    if hasattr(given, "is_for"):
+        shown += f", which is for {given.is_for}"
     raise TypeError(
         f"DataParallel: {argument} must be a name ({', '.join(registry.names())}) or an instance of {base.__name__}, "
         f"got {shown}"

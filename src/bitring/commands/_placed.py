@@ -22,6 +22,7 @@ from bitring.commands._ranks import ending_together, fail, limit_threads, refuse
 from bitring.commands._results import append_metrics, begin_metrics
 from bitring.commands._settings import Settings
 from bitring.commands._units import count, traffic
+from bitring.compression.compressor import Compressor
 from bitring.errors import NonFiniteError
 from bitring.exit_codes import ExitCode
 from bitring.machine import versions
@@ -30,6 +31,7 @@ from bitring.models.model import Model, models
 from bitring.settings import Settings as Checked
 from bitring.settings import make, setting
 from bitring.training.batches import Batches
+from bitring.training.choice import Choice
 from bitring.training.model_parallel import ModelParallel
 from bitring.training.placement.placement import Placement
 from bitring.training.placement.schedules import SCHEDULES
@@ -93,10 +95,18 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[Data, Model, Any]
     return data, models.get(settings.model)(data.input_shape, data.classes, seed=settings.seed), placement
 
 
+def _compressor(settings: Settings) -> Compressor | None:
+    made = settings.make_compression()
+    if isinstance(made, Choice):
+        raise ValueError(f"--compression {settings.compression} is not for --placement, which takes one compressor")
+    return made
+
+
 def _run(settings: Settings, comm: MPI.Intracomm) -> None:
     data, model, placement = together(comm, lambda: _prepare(settings, comm))
     limit_threads(comm)
     optimizer: Any = together(comm, settings.make_optimizer)
+    compression = together(comm, lambda: _compressor(settings))
     trainer = together(
         comm,
         lambda: ModelParallel(
@@ -106,7 +116,7 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
             placement=placement,
             replicas=settings.replicas,
             mode=settings.make_mode(),
-            compression=settings.make_compression(),
+            compression=compression,
         ),
     )
     batches = Batches(data.x_train, data.y_train, settings.batch)
