@@ -115,6 +115,8 @@ def test_little_travels_in_the_messages_by_which_ranks_agree(topology):
         assert choice_of("auto", 1000, topology, collective=collective).name == "leaders"
         assert choice_of("auto", 1000, topology, collective=collective, own=False).name == "mpi"
         assert choice_of("auto", 1 << 24, topology, collective=collective).name != "leaders"
+    for collective, name in (("broadcast", "leaders"), ("allgather", "mpi"), ("reduce_scatter", "mpi")):
+        assert choice_of("auto", 32 << 10, topology, collective=collective).name == name
 
 
 def rules(topology: Topology, *best: tuple[int, str], itemsize: int = 4, resident: bool = False) -> Rules:

@@ -59,8 +59,13 @@ LEADERS_NBYTES = 64 << 10
 """Up to here the agreement that comes before a schedule would be a good part of the cost between nodes."""
 
 
+WHOLE_NBYTES = 8 << 10
+"""The same, where all of the buffer travels and a part would do: 32 KiB between 2 hosts take twice as long."""
+
+
 def _little_between(query: Query) -> str | None:
-    little = query.nbytes <= LEADERS_NBYTES
+    whole = query.collective in ("allgather", "reduce_scatter")  # of which each rank's part would be enough
+    little = query.nbytes <= (WHOLE_NBYTES if whole else LEADERS_NBYTES)
     return f"{query.nbytes} bytes travel in the messages by which ranks agree" if little else None
 
 
