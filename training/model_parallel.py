@@ -29,6 +29,7 @@ from bitring.models.graph import INPUT, value_shapes
 from bitring.models.layers import Workspace
 from bitring.models.model import Model
 from bitring.settings import Range, checked
+from bitring.training.choice import Choice
 from bitring.training.data_parallel import DataParallel
 from bitring.training.mode import Mode
 from bitring.training.optimizer import Elementwise, Optimizer, optimizers
@@ -77,7 +78,7 @@ class ModelParallel:
         placement: str | Mapping[str, str | int] | Placement = "data",
         replicas: int = 1,
         mode: Mode | str = "sync",
-        compression: Compressor | str | None = None,
+        compression: Compressor | Choice | str | None = None,
     ) -> None:
         self.comm = given_comm(comm, "ModelParallel")
         self.model, self.placement = model, placement
