@@ -30,8 +30,8 @@ EMULATED = Table(
         _between(4, 2, (0, "leaders"), (256 << 10, "multilane")),
     )
 )
-"""The best algorithms between nodes where this machine was not measured: on emulated hosts (benchmarks/hosts.py) at 1
-Gbit/s and unshaped, where leaders is never slower than another up to these sizes, with one rank a host or two."""
+"""The best algorithms between nodes where this machine was not measured: those of one run on emulated hosts
+(benchmarks/hosts.py) at 1 Gbit/s, on 2 and 4 hosts of one rank and 2 of two. ``bitring tune`` measures a cluster."""
 
 LIBRARY = "mpi"
 """The algorithm for collectives that bitring does not have, and for one rank alone."""
