@@ -52,10 +52,11 @@ def checked_choices(given: Any, names: Iterable[str]) -> Choices:
 
 def compressor_of_each(usual: Choices, chosen_for: Choices) -> Choices:
     """Parameter's name -> compressor: the ``usual`` one, where ``compression_for`` says nothing else."""
-    return {name: _compressor_of(name, compressor, chosen_for) for name, compressor in usual.items()}
+    return {name: compressor_of(name, compressor, chosen_for) for name, compressor in usual.items()}
 
 
-def _compressor_of(name: str, usual: Compressor | None, chosen_for: Choices) -> Compressor | None:
+def compressor_of(name: str, usual: Compressor | None, chosen_for: Choices) -> Compressor | None:
+    """A parameter's: ``chosen_for`` its name, or by the first pattern that fits, else the ``usual`` one."""
     if name in chosen_for:
         return chosen_for[name]
     return next((each for pattern, each in chosen_for.items() if fnmatchcase(name, pattern)), usual)

@@ -13,6 +13,8 @@ from bitring.settings import Range, checked
 from bitring.torch.bucket import Entry
 from bitring.torch.tensors import array_dtype, memory_order
 from bitring.torch.watched import Watched
+from bitring.training.step.bucket_sizes import kind_of
+from bitring.training.step.compression_for import compressor_of
 
 BUCKET_BYTES = 8 << 20
 """The first gradients of back-propagation are under way while most are still to come."""
@@ -51,12 +53,9 @@ class Options:
 
     def compressor_of(self, name: str, values: int) -> Any:
         """The compressor of a parameter of so many values; None where it travels exactly, as what is small does."""
-        chosen: Any = self.compression
-        for pattern, given in (self.compression_for or {}).items():
-            if pattern == name or fnmatchcase(name, pattern):
-                chosen = given
-                break
-        return None if chosen is None or values < getattr(chosen, "block", 1) else chosen
+        chosen_for: Any = self.compression_for or {}
+        usual: Any = self.compression
+        return kind_of(compressor_of(name, usual, chosen_for), values)
 
     def require_known(self, names: Mapping[str, Any]) -> None:
         """Raise ValueError for a pattern of ``compression_for`` that no parameter has."""
