@@ -103,6 +103,10 @@ class Graph(Model):
                 inputs = (f"{name}_flat",)
             add(name, description, inputs)
         last = nodes[-1].name
+        taken = {name for node in nodes for name in node.inputs}
+        for node in nodes[:-1]:
+            if node.name not in taken:
+                raise ValueError(f"{kind}: no layer takes {node.name!r}, which is not the last one")
         if shapes[last] != (self.classes,):
             raise ValueError(
                 f"{kind}: the last layer, {last!r}, must give {self.classes} values, one a class; "

@@ -263,6 +263,11 @@ def test_factors_of_a_shared_layer_are_multiplied_out() -> None:
         ({"a": (bitring.Add(), ("input",))}, ValueError, "two values or more of one shape; got (6,)"),
         ({"a": (bitring.Select(0), "input")}, ValueError, "at least two dimensions, the first above 0; got (6,)"),
         (
+            {"a": (bitring.Dense("d", 4), "input"), "b": (bitring.Dense("e", 3), "input")},
+            ValueError,
+            "no layer takes 'a', which is not the last one",
+        ),
+        (
             {"a": (bitring.Dense("d", 4), "input"), "b": (bitring.Dense("d", 3), "a")},
             ValueError,
             "another layer has the name 'd', and they are not the same",
