@@ -36,8 +36,9 @@ class GradientAverager:
     is the mean over all ranks' samples, which any optimizer can use, and a view of the averager's memory.
 
     ``compression``: None for an exact exchange, a compressor's name such as "onebit" or "topk:density=0.001", or an
-    instance. ``compression_for``: other compressors, by the parameters' names or patterns such as "*.bias"; a
-    name goes before patterns, and of these the first that fits. Parameters with fewer values than one block of a compressor travel exactly.
+    instance. ``compression_for``: other compressors, by the parameters' names or patterns such as "*.bias"; a name goes
+    before patterns, and of these the first that fits. Parameters with fewer values than one block of a compressor
+    travel exactly.
     ``overlap``: whether gradients travel while back-propagation goes on; "auto" does so between nodes and from 8 MiB
     of gradients on. The gradients' bits do not depend on it.
     ``unused``: a gradient that is None on some ranks counts as zeros there, or with "error" raises. One that is None on
