@@ -130,23 +130,28 @@ class Stepper:
             self._later = None
 
     def _make(self, steps: int) -> None:
-        """All ranks know that all have come to the end: make the updates."""
-        if not self._updates:
+        """All ranks know that all have come to the end: make the updates, and begin what goes on between steps."""
+        if not self._updates and self._later is None:
             self.steps += steps
-        else:
-            if not self._compares_after(steps):
-                context_of(self.comm).exchanged()
-            began = time.perf_counter()
-            with HeldBack(), np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
-                self._replica.update(self._updates)
-                self.steps += steps
-            self._exchange.timeline.applied(began)
-        if self._later is not None:
-            self._under_way = self._later
-            self._exchange.begin()
-            self._exchange.open(self.steps <= self._exact_steps)
-            for number in range(len(self._exchange.buckets)):
-                self._exchange.load(number, self._later.arrays, self._later.scale, None, start=True)
+            return
+        if self._later is None and not self._compares_after(steps):
+            context_of(self.comm).exchanged()
+        with HeldBack():
+            if self._updates:
+                began = time.perf_counter()
+                with np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
+                    self._replica.update(self._updates)
+                self._exchange.timeline.applied(began)
+            self.steps += steps
+            if self._later is not None:
+                self._begin_later(self._later)
+
+    def _begin_later(self, later: Later) -> None:
+        self._under_way = later
+        self._exchange.begin()
+        self._exchange.open(self.steps <= self._exact_steps)
+        for number in range(len(self._exchange.buckets)):
+            self._exchange.load(number, later.arrays, later.scale, None, start=True)
 
     def _compares_after(self, steps: int) -> bool:
         """Whether the replicas are compared when so many steps more have been made."""
