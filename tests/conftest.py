@@ -78,7 +78,7 @@ def agree() -> Agree:
 @contextlib.contextmanager
 def _on_nodes(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, node: Callable[[int, int], int], algorithm: str
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """A duplicate of ``comm`` whose ranks are told to be on the node that ``node`` says, of a rank and the size."""
     from mpi4py import MPI
 

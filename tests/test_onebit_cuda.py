@@ -191,7 +191,7 @@ def test_panels_on_a_gpu(dtype: Any) -> None:
         panels.decode(code, on_device, accumulate)
         out[:] = on_device.view(np.uint8).get().view(out.dtype)
 
-    for shape in [*SHAPES, (1000, 1003, 64)]:
+    for shape in [*SHAPES, (1000, 1003, 64, 1)]:
         for huge in (False, True):
             check_panels(encode, decode, dtype, shape, huge)
 

@@ -368,9 +368,10 @@ def test_a_residual_that_stays_large_brings_advice_once(comm, agree, caplog):
         with caplog.at_level(logging.WARNING, "bitring"):
             caplog.clear()
             for _ in range(2):  # plans
-                plan = bitring.plan_allreduce(np.ones(n, np.float32), comm=other, compression="onebit")
+                x = np.ones(n, np.float32)
+                plan = bitring.plan_allreduce(x, comm=other, compression="onebit")
                 for _ in range(runs):
-                    plan._flat[:] = rng.standard_normal(n) * rng.lognormal(sigma=spread, size=n)
+                    x[:] = rng.standard_normal(n) * rng.lognormal(sigma=spread, size=n)
                     plan()
                     counts.append(sum("costs accuracy" in record.getMessage() for record in caplog.records))
                 plan.free()

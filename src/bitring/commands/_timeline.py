@@ -17,7 +17,7 @@ def draw_timeline(spans: Sequence[Span], path: Path, title: str) -> None:
 
     buckets = sorted({span.bucket for span in spans if span.kind in _ON_THE_WAY and span.bucket is not None})
     rows = {bucket: len(buckets) - 1 - i for i, bucket in enumerate(buckets)}
-    colors = dict(zip(KINDS, COLORS, strict=False))
+    colors: dict[str, str] = dict(zip(KINDS, COLORS, strict=False))
     picture = figure(9, 1.6 + 0.3 * (len(rows) + 1))
     axes = picture.subplots()
     for span in spans:
