@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,8 @@ class _Reduction:
         def copy() -> None:
             self.total[...] = array
 
-        def plain() -> tuple[Any, Any]:
-            if before is not None:
-                before()
+        def plain(before: Callable[[], None]) -> tuple[Any, Any]:
+            before()
             return MPI.IN_PLACE, self.work
 
         before = copy if out is not x or self.total is not self.result else None

@@ -20,9 +20,9 @@ class Call:
     """``collective`` by ``algorithm`` on ``work``, a 1-D array, under ``op``, from or to ``root``.
 
     ``request``: what ranks agree on. ``work`` is None where only the MPI library reads this rank's arguments;
-    ``sendbuf`` and ``recvbuf`` are what its call is given. ``plain`` returns arrays instead that it cannot refuse.
-    ``before`` copies to ``work``, ``after`` from there. ``own`` says whether bitring has the operation on these values,
-    ``library`` whether the MPI library has it.
+    ``sendbuf`` and ``recvbuf`` are what its call is given. ``plain``, handed what does ``before``, returns arrays
+    instead that it cannot refuse. ``before`` copies to ``work``, ``after`` from there. ``own`` says whether bitring has
+    the operation on these values, ``library`` whether the MPI library has it.
     """
 
     request: Request
@@ -33,7 +33,7 @@ class Call:
     work: Array | None = None
     sendbuf: Any = None
     recvbuf: Any = None
-    plain: Callable[[], tuple[Any, Any]] | None = None
+    plain: Callable[[Callable[[], None]], tuple[Any, Any]] | None = None
     before: Callable[[], None] | None = None
     after: Callable[[], None] | None = None
     own: bool = True

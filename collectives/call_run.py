@@ -49,6 +49,7 @@ class CallRun:
         self._key: tuple[Any, ...] = ()  # under which runners are kept
         self._idle: list[Runner] = []  # others kept there
         self._kept = False  # the runner, by an earlier call
+        self._copied = False  # the call's ``before`` is done
         self._done = False
 
     @property
@@ -173,11 +174,18 @@ class CallRun:
     def _steps(self, progress: Progress) -> Steps:
         """Run the runner that was taken, with the copies before and after it."""
         if self._runner is not None:
-            if self._call.before is not None:
-                self._call.before()
+            self._copy_once()
             if self._context.size > 1:
                 yield from self._runner.steps(progress)
             self._end()
+
+    def _copy_once(self) -> None:
+        """Do what the call does ``before``; no matter how many ways are tried: where buffers overlap, the first copy
+        has changed the source.
+        """
+        if not self._copied and self._call.before is not None:
+            self._call.before()
+        self._copied = True
 
     def _end(self) -> None:
         """End a run: copy the result, keep the runner."""
@@ -249,8 +257,7 @@ class CallRun:
         if not may_run_past_engine(operation):
             self._keep_runner()
             return None
-        if self._call.before is not None:
-            self._call.before()
+        self._copy_once()
         try:
             outcome = fast_path.runs(operation, ALONE_SECONDS).run()
         except BaseException as error:  # an interrupt: others may be in the run
@@ -270,7 +277,8 @@ class CallRun:
         call = self._call
         send, receive = call.sendbuf, call.recvbuf
         if not call.request.library and call.plain is not None:
-            send, receive = call.plain()
+            send, receive = call.plain(self._copy_once)
+            self._copied = False  # where this is a request's run, the next one copies anew
         if call.own and not call.request.library:
             yield from wait_for(library(self._context.comm, send, receive), progress)  # there is nothing to refuse
             return

@@ -21,17 +21,26 @@ from bitring.collectives.selection.selection import fast_path_limits
 from bitring.native import operation_of, type_of
 
 Copy = Callable[[], None]
+Plain = Callable[[Copy], tuple[Any, Any]]
 
 
-def _plain(send: Array, receive: Array, before: Copy | None) -> Callable[[], tuple[Any, Any]]:
+def _plain(send: Array, receive: Array) -> Plain:
     """``Call.plain``: in place where it is all the same array, or where the two overlap, which the library refuses."""
 
-    def plain() -> tuple[Any, Any]:
+    def plain(before: Copy) -> tuple[Any, Any]:
         if send is not receive and not np.may_share_memory(send, receive):
             return send, receive
-        if before is not None:
-            before()
+        before()
         return MPI.IN_PLACE, receive
+
+    return plain
+
+
+def _as_given(send: Array | None, receive: Array | None) -> Plain:
+    """``Call.plain`` of a call that needs no copy."""
+
+    def plain(before: Copy) -> tuple[Any, Any]:
+        return send, receive
 
     return plain
 
@@ -91,7 +100,7 @@ def allreduce_call(context: Context, function: str, sendbuf: Any, recvbuf: Any, 
             "recvbuf": receive.spec,
             "work": work,
             "before": before,
-            "plain": _plain(send.flat, work, before),
+            "plain": _plain(send.flat, work),
             **operation(op, work, function),
             "terms": {"dtype": work.dtype, "count": work.size, "order": order, "op": op_name(op)},
         }
@@ -127,7 +136,7 @@ def reduce_call(context: Context, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: 
             "root": int(root),
             "work": work,
             "before": before,
-            "plain": (lambda: (given, None)) if receive is None else _plain(given, work, before),
+            "plain": _as_given(given, None) if receive is None else _plain(given, work),
             **reduced,
             "terms": terms,
         }
@@ -154,7 +163,7 @@ def reduce_scatter_block_call(context: Context, sendbuf: Any, recvbuf: Any, op: 
             _same(function, given, receive.flat, blocks_sent=size)
         work = xp_of(given).empty(given.size, given.dtype)
 
-        def plain() -> tuple[Any, Any]:
+        def plain(before: Copy) -> tuple[Any, Any]:
             if send is receive:
                 return MPI.IN_PLACE, given
             if np.may_share_memory(given, receive.flat):
@@ -202,7 +211,7 @@ def allgather_call(context: Context, function: str, sendbuf: Any, recvbuf: Any, 
             "recvbuf": receive.spec,
             "work": received,
             "before": before,
-            "plain": _plain(sent, received, before),
+            "plain": _plain(sent, received),
             "library": device_of(received) is None,
             "terms": {"nbytes": block, "order": _order(function, send, receive)},
         }
@@ -223,7 +232,7 @@ def bcast_call(context: Context, buf: Any, root: int, algorithm: str) -> Call:
             "recvbuf": values.spec,
             "root": int(root),
             "work": work,
-            "plain": lambda: (None, work),
+            "plain": _as_given(None, work),
             "library": device_of(work) is None,
             "terms": {"nbytes": work.size, "order": _order("Bcast", values, None), "root": int(root)},
         }
