@@ -181,6 +181,16 @@ def test_direct_limits_between_nodes():
     assert fast_path_limits(Topology(4, nodes=4), BUILT_IN) == (1, 0)  # without the native engine
 
 
+def test_direct_limits_hold_for_every_size_of_values():
+    floats = rules(TWO_NODES, (0, "leaders"), (100_000, "ring"))
+    assert fast_path_limits(TWO_NODES, Table((floats,))) == (0, 99_999)
+    doubles = rules(TWO_NODES, (0, "leaders"), (5000, "multilane"), itemsize=8)
+    assert fast_path_limits(TWO_NODES, Table((floats, doubles))) == (0, 4999)
+    halves = rules(TWO_NODES, (0, "ring"), (6000, "leaders"), itemsize=2)
+    assert fast_path_limits(TWO_NODES, Table((floats, halves))) == (6000, 99_999)
+    assert fast_path_limits(TWO_NODES, Table((floats, doubles, halves))) == (1, 0)
+
+
 def test_direct_limits():
     assert fast_path_limits(ONE_NODE, BUILT_IN) == (0, 1 << 62)
     assert fast_path_limits(ONE_NODE, MEASURED) == (100, 999)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from bitring.arrays import NUMERIC_DTYPES
 from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.schedules.topology import Topology
 from bitring.collectives.selection.defaults import ANYWHERE, EMULATED, LIBRARY, NO_LIBRARY, PREFERENCES
 from bitring.collectives.selection.table import BUILT_IN, Table
+
+_ITEMSIZES = sorted({dtype.itemsize for dtype in NUMERIC_DTYPES})
 
 
 class Choice(NamedTuple):
@@ -74,13 +77,19 @@ def _default(query: Query) -> Choice:
 def fast_path_limits(topology: Topology, table: Table) -> tuple[int, int]:
     """The first and the last size in bytes of a stretch for which "auto" means a self-checking algorithm.
 
-    On private memory, of an operation and dtype that anybody reduces. ``(1, 0)`` where there is none. Other sizes are
-    chosen for one by one.
+    On private memory, of an operation and dtype that anybody reduces, whatever the values' size: all ranks of a call
+    choose the same, whichever way they come. ``(1, 0)`` where there is none. Other sizes are chosen for one by one.
     """
-    kind = topology.size, topology.nodes, 4, False, topology.native
+    stretches = [_self_checking_stretch(topology, table, itemsize) for itemsize in _ITEMSIZES]
+    first, last = max(first for first, _ in stretches), min(last for _, last in stretches)
+    return (first, last) if first <= last else (1, 0)
+
+
+def _self_checking_stretch(topology: Topology, table: Table, itemsize: int) -> tuple[int, int]:
+    kind = topology.size, topology.nodes, itemsize, False, topology.native
     rules = table.nearest(*kind) or EMULATED.nearest(*kind)
     if rules is None:
-        query = Query(collective="allreduce", nbytes=0, topology=topology, own=True, library=True)
+        query = Query(collective="allreduce", nbytes=0, topology=topology, own=True, library=True, itemsize=itemsize)
         best: tuple[tuple[int, str], ...] = ((0, _default(query).name),)
     else:
         best = rules.best
