@@ -44,7 +44,8 @@ def allreduce(
     arguments raise TypeError or ValueError there, and PeerError on the others.
     """
     context = context_of(given_comm(comm, "allreduce"))
-    fast_path, outcome = context.direct if algorithm == "auto" and mean is False else None, DECLINED
+    usual = isinstance(algorithm, str) and algorithm == "auto" and mean is False
+    fast_path, outcome = context.direct if usual else None, DECLINED
     if fast_path is not None:
         result = np.empty(x.shape, x.dtype) if out is None and type(x) is np.ndarray else out
         try:
