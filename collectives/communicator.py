@@ -28,7 +28,7 @@ from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.plan import RUN, ExactPlan, run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.context import Context, check_alive, context_of
+from bitring.collectives.runtime.context import Context, check_alive, context_of, finish_making
 from bitring.collectives.runtime.objects import agreed_job
 from bitring.collectives.selection.selection import check_name
 from bitring.errors import uncopyable
@@ -133,6 +133,16 @@ class Communicator(MPI.Intracomm):
             elif request.error is not None:
                 raise request.error
             return self._derived(make())
+
+    def Free(self) -> None:
+        """As mpi4py's. What is under way ends with an error that says so."""
+        finish_making(self)
+        super().Free()
+
+    def Disconnect(self) -> None:
+        """As mpi4py's; see ``Free``."""
+        finish_making(self)
+        super().Disconnect()
 
     def Dup(self, info: MPI.Info | None = None) -> Self:
         """As mpi4py's; returns a Communicator."""

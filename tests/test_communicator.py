@@ -744,3 +744,21 @@ def test_a_duplicate_that_the_library_cannot_make_is_not_used(comm, agree):
     time.sleep(0.1)  # the progress thread may have something to tell
     agree(comm, context.queue.contact is None, "messages went through it")
     context.close()
+
+
+def test_free_while_the_first_call_is_under_way(comm, agree):
+    """Its duplicate may not be there yet; what is under way ends, done or with an error that says so."""
+    for late in range(comm.size):
+        other = Communicator(comm.Dup())
+        x, total = np.ones(1000, np.float32), np.empty(1000, np.float32)
+        if comm.rank == late:
+            time.sleep(0.05)
+        request = other.Iallreduce(x, total)
+        other.Free()
+        try:
+            request.Wait()
+        except RuntimeError as error:
+            agree(comm, "was freed" in str(error), repr(error))
+        else:
+            agree(comm, bool(np.all(total == comm.size)), repr(total[:3]))
+        comm.Barrier()

@@ -249,6 +249,13 @@ def context_of(comm: MPI.Intracomm) -> Context:
     return context
 
 
+def finish_making(comm: MPI.Intracomm) -> None:
+    """Before ``comm`` is freed: what its first collective has asked of the library comes to its end."""
+    context = comm.Get_attr(_keyval()) if comm != MPI.COMM_NULL else None
+    if isinstance(context, Context):
+        context.queue.before_free()
+
+
 def check_alive(comm: MPI.Intracomm, function: str) -> list[int]:
     """The ranks' numbers in MPI.COMM_WORLD; to be called before the first message of a communicator.
 

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mpi4py import MPI
@@ -128,6 +129,11 @@ class Engine:
                     for job in [queue.jobs[0] for queue in list(self._queues) if queue.jobs]:
                         job.end(error)
         return moved
+
+    def undisturbed(self, ask: Callable[[], bool]) -> bool:
+        """What ``ask`` says while no job advances."""
+        with self._lock:
+            return ask()
 
     def drop(self, queue: JobQueue) -> None:
         """End what is left of a queue that is closed: it would keep all others from native operations for ever."""

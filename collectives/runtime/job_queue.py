@@ -30,6 +30,8 @@ T = TypeVar("T")
 _FEW = 64
 """So many ranks are watched of those that all exchange messages; of others' ends words tell."""
 
+_DUPLICATE_SECONDS = 10.0
+
 _GENTLE_SECONDS = 1e-3
 
 _abandoned: list[object] = []
@@ -203,9 +205,7 @@ class JobQueue:
     def run(self, steps: Callable[[Progress], Steps], what: str, progress: Progress) -> Steps:
         """A job's steps, when the communicator is there, and the ranks know where to reach each other."""
         while self._made is not None:
-            if self._is_made():
-                self._made = None
-                self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+            if self._is_there():
                 progress.moves += 1
             else:
                 yield
@@ -214,6 +214,23 @@ class JobQueue:
         if self._ended:
             self.check(what)
         yield from steps(progress)
+
+    def _is_there(self) -> bool:
+        if self._made is not None and self._is_made():
+            self._made = None
+            self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+        return self._made is None
+
+    def before_free(self) -> None:
+        """Wait until the private duplicate is there, for which all ranks have asked when all free the communicator.
+
+        The library may put off the end of a communicator that is being duplicated to where jobs ask for the duplicate,
+        in the middle of them, or lose it. Ranks that never ask are not waited for any longer than that.
+        """
+        until = time.monotonic() + _DUPLICATE_SECONDS
+        while self._made is not None and not self.broken and time.monotonic() < until:
+            if not engine.undisturbed(self._is_there):
+                time.sleep(_GENTLE_SECONDS)
 
     def _is_made(self) -> bool:
         """Whether the private duplicate has been made. Where none can be made, the library tells all ranks."""
