@@ -48,9 +48,13 @@ class Meeting:
         self._comm = comm
         self._context = context_of(comm)
         self._settings = settings
-        self._plan, self._records = _shared_plan(comm)
+        self._shared = _shared_plan(comm)
+        self._plan, self._records = self._shared.plan, self._shared.records
+        self._early: tuple[Records | None, BaseException | None] | None = (
+            None  # what another trainer's meeting waited for
+        )
         self.waited = 0.0
-        """Seconds from when this rank handed in its last record to when it had the others'."""
+        """Seconds from when this rank's last record left to when it had the others'."""
         self._began = 0.0
         self._record: Sequence[float] = ()
         self._where = ""
@@ -76,40 +80,59 @@ class Meeting:
 
     def begin(self, record: Sequence[float], where: str, beside: bool = False) -> None:
         """Hand in this rank's record; ``beside``: it travels while this rank does something else."""
-        self._record, self._where = record, where
+        self._record, self._where, self._early = record, where, None
         if self._context.size == 1:
             return
+        self._shared.end_of_another(self)
         self._end_interrupted(where)
+        self._shared.pending = self
         self._fill(record, where)
         if beside:
             self._plan.start(self._came)
 
     def end(self, heard: Callable[[Records], None] = lambda records: None) -> Records:
         """The records that were handed in to ``begin``; see ``exchange``."""
-        record, where = self._record, self._where
         if self._context.size == 1:
-            alone = [list(record)]
+            alone = [list(self._record)]
             heard(alone)
             return alone
-        if self._plan.started:
-            self._plan.wait()
+        if self._early is not None:
+            early, self._early = self._early, None
+            if early[1] is not None:
+                raise early[1]
+            records = early[0] or []
         else:
-            self._plan()
-            self._came(None)
-        records: Records = self._records.tolist()
+            records = self._run()
         alike = _alike(records, _ALIKE)
-        if not alike and not _alike(records, _PLACE):
-            # A rank whose wait was interrupted had sent its record all the same. By now it may mean what the others do.
-            self._fill(record, where)
-            self._plan()
-            records = self._records.tolist()
-            alike = _alike(records, _ALIKE)
         heard(records)
         if alike:
             return records
         if not _alike(records, slice(SETTINGS, SETTINGS + 1)) and _alike(records, slice(TRAINER, TRAINER + 1)):
             raise MismatchError(self._different_settings())
         raise MismatchError(_odd_one_out([tuple(record[_PLACE]) for record in records]))
+
+    def come_to_end(self) -> None:
+        """Have the records by now: another trainer's are to be exchanged. What is wrong is raised by ``end``."""
+        try:
+            self._early = self._run(), None
+        except Exception as error:
+            self._early = None, error
+
+    def _run(self) -> Records:
+        self._shared.pending = None
+        if self._plan.started:
+            self._plan.wait()
+        else:
+            self._began = time.perf_counter()
+            self._plan()
+            self._came(None)
+        records: Records = self._records.tolist()
+        if not _alike(records, _ALIKE) and not _alike(records, _PLACE):
+            # A rank whose wait was interrupted had sent its record all the same. By now it may mean what the others do.
+            self._fill(self._record, self._where)
+            self._plan()
+            records = self._records.tolist()
+        return records
 
     def _fill(self, record: Sequence[float], where: str) -> None:
         self._records[...] = 0.0
@@ -140,14 +163,28 @@ class Meeting:
         return "DataParallel: ranks have different settings"
 
 
-def _shared_plan(comm: MPI.Intracomm) -> tuple[Any, Any]:
-    """The plan of the communicator's records, and its buffer. Collective when it is made, for the first trainer."""
+class _Shared:
+    """The plan of a communicator's records, its buffer, and the meeting that is to run it: of a step that is open."""
+
+    def __init__(self, plan: Any, records: Any) -> None:
+        self.plan = plan
+        self.records = records
+        self.pending: Meeting | None = None
+
+    def end_of_another(self, meeting: Meeting) -> None:
+        """Before ``meeting`` uses the plan: another one that has handed in its record gets the others'."""
+        if self.pending is not None and self.pending is not meeting:
+            self.pending.come_to_end()
+
+
+def _shared_plan(comm: MPI.Intracomm) -> _Shared:
+    """What trainers of the communicator share. Collective when it is made, for the first trainer."""
     context = context_of(comm)
     if "records" not in context.kept:
         records = np.zeros((context.size, _WIDTH))
-        context.kept["records"] = plan_exact(records, comm, MPI.SUM, "auto", "DataParallel"), records
-    plan, records = context.kept["records"]
-    return plan, records
+        context.kept["records"] = _Shared(plan_exact(records, comm, MPI.SUM, "auto", "DataParallel"), records)
+    shared: _Shared = context.kept["records"]
+    return shared
 
 
 def total_weight(records: Records, where: str) -> float:
