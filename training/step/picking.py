@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from bitring.collectives.plan import plan_exact
 from bitring.collectives.runtime.context import context_of
+from bitring.collectives.runtime.jointly import jointly
 from bitring.collectives.runtime.objects import broadcast
 from bitring.training.choice import Choice, Picked
 from bitring.training.prediction.cluster import Cluster
@@ -27,11 +28,9 @@ def picked_jointly(comm: MPI.Intracomm, choice: Choice, parameters: Mapping[str,
     latency, bandwidth = 0.0, math.inf
     if nodes > 1:
         latency, bandwidth = choice.given_network() or measured_network(comm, nodes)
-    picked: dict[str, Picked] = {}
-    if comm.Get_rank() == 0:
-        shapes = {name: tuple(w.shape) for name, w in parameters.items()}
-        cluster = Cluster(nodes * -(-ranks // nodes), nodes, bandwidth, latency)
-        picked = choice.pick(shapes, cluster)
+    shapes = {name: tuple(w.shape) for name, w in parameters.items()}
+    cluster = Cluster(nodes * -(-ranks // nodes), nodes, bandwidth, latency)
+    picked = jointly(comm, "DataParallel", lambda: choice.pick(shapes, cluster) if comm.Get_rank() == 0 else {})
     everyone: dict[str, Picked] = broadcast(comm, picked, "DataParallel")
     return everyone
 
