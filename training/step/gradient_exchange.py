@@ -120,7 +120,10 @@ class GradientExchange:
         bad = self.not_finite(taken)
         if bad is not None:
             raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self._comm.Get_rank()}")
-        return self.as_it_travels(taken)
+        travelling = self.as_it_travels(taken)
+        if self._packed is taken:
+            self._packed = travelling
+        return travelling
 
     def as_it_travels(self, gradients: Mapping[str, Any]) -> dict[str, Any]:
         """``Factors`` stay where these travel, and are multiplied out elsewhere."""
