@@ -66,6 +66,7 @@ class GradientExchange:
         self._packed: Mapping[str, Any] | None = None  # whose small arrays are in the buckets
         self._left: deque[tuple[Bucket, Any]] = deque()  # of the exchange under way: what other ranks wait for
         self._opened: list[tuple[Bucket, Any]] = []  # all buckets of the exchange, and their plans
+        self._travels: set[int] = set()  # the numbers of those that began to travel beside this rank's other work
         self.timeline = Timeline()
         self.failed = False
         """Whether a plan's run has failed since ``begin``, which it has on all ranks, or the communicator is broken."""
@@ -161,6 +162,7 @@ class GradientExchange:
         plans = [self._exact_plans.get(i, plan) if exact else plan for i, plan in enumerate(self.plans)]
         self._left.extend(zip(self.buckets, plans, strict=True))
         self._opened = [*self._left]
+        self._travels.clear()
         self.timeline.opened()
 
     def load(
@@ -179,20 +181,33 @@ class GradientExchange:
         self.timeline.packed(number, began)
         if start:
             plan.start(self.timeline.started(number))
+            self._travels.add(number)
+
+    def wait(self) -> None:
+        """Wait for the buckets that travel; ``results`` has their sums at once then. Can be called again."""
+        if self.failed:
+            raise RuntimeError("DataParallel: an exchange between two steps has failed; load a state to go on from")
+        for _, plan in self._left:
+            if plan.started:
+                self._wait(plan)
+
+    def _wait(self, plan: Any) -> None:
+        try:
+            plan.wait() if plan.started else plan()
+        except Exception:
+            self.failed = True
+            raise
 
     def results(self) -> Iterator[dict[str, Any]]:
         """The sums, bucket by bucket, when all are loaded. Interrupted, it can be called again for what is left."""
         self._packed = None
         while self._left:
             bucket, plan = self._left[0]
-            began = time.perf_counter()
-            try:
-                plan.wait() if plan.started else plan()
-            except Exception:
-                self.failed = True
-                raise
-            self.timeline.came(len(self._opened) - len(self._left), began, plan.telemetry)
+            began, number = time.perf_counter(), self._number
+            if plan.started or number not in self._travels:
+                self._wait(plan)
             self._left.popleft()
+            self.timeline.came(number, began, plan.telemetry)
             if plan.telemetry is not None:
                 self.totals.add(plan.telemetry)
             yield bucket.views
@@ -230,7 +245,7 @@ class GradientExchange:
         while self._left and not self.failed:
             bucket, plan = self._left[0]
             with contextlib.suppress(Exception):
-                if not plan.started:
+                if not plan.started and self._number not in self._travels:
                     bucket.flat[...] = 0
                     plan.start()
                 if math.isinf(seconds):
@@ -243,6 +258,11 @@ class GradientExchange:
                 continue
             self.failed = True
         return not self.failed
+
+    @property
+    def _number(self) -> int:
+        """Of the bucket that is next."""
+        return len(self._opened) - len(self._left)
 
     @property
     def under_way(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -17,6 +17,7 @@ from bitring.errors import NonFiniteError
 from bitring.training.step.checks import checked_weight
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.interrupts import HeldBack
+from bitring.training.step.later import Later
 from bitring.training.step.meeting import OPERATIONS, WRONG, Meeting, Records, total_weight
 from bitring.training.step.notices import Notices
 from bitring.training.step.open_step import OpenStep
@@ -24,14 +25,6 @@ from bitring.training.step.replica import Replica
 from bitring.training.step.transaction import Transaction
 from bitring.training.step.undo import Numbers
 from bitring.training.step.waits import Waits
-
-
-class Later(NamedTuple):
-    """An exchange that goes on between two steps: what it sums, and where the sums go."""
-
-    arrays: Mapping[str, Any]
-    scale: float
-    into: Mapping[str, Any]
 
 
 class Stepper:
@@ -279,12 +272,8 @@ class Stepper:
 
     def settle(self) -> None:
         """Wait for what is exchanged between two steps, and put the sums where the mode wants them."""
-        later = self._under_way
-        if later is None:
-            return
-        for sums in self._exchange.results():
-            for name, each in sums.items():
-                later.into[name][...] = each
+        if self._under_way is not None:
+            self._under_way.come(self._exchange)
         self._under_way = None
 
     def synchronize(self) -> None:

@@ -1,0 +1,25 @@
+"""An exchange that goes on between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bitring.training.step.gradient_exchange import GradientExchange
+from bitring.training.step.interrupts import HeldBack
+
+
+class Later(NamedTuple):
+    """What it sums, and where the sums go."""
+
+    arrays: Mapping[str, Any]
+    scale: float
+    into: Mapping[str, Any]
+
+    def come(self, exchange: GradientExchange) -> None:
+        """Wait for the sums of ``exchange``, and put each there once. Interrupted, it can be called again."""
+        exchange.wait()
+        with HeldBack():
+            for sums in exchange.results():
+                for name, each in sums.items():
+                    self.into[name][...] = each
