@@ -85,9 +85,9 @@ class Stepper:
         """See ``DataParallel.step``."""
         if self._open is not None:
             self._abandon_for(TypeError(f"{self.where}: gradients went to ready since begin, so none are taken here"))
-        self.begin_operation("step")
         timeline = self._exchange.timeline
         timeline.restart(computed=True)
+        self.begin_operation("step")
         with self._held:
             where = self.where
             self.notices.everyone = 0
@@ -163,8 +163,8 @@ class Stepper:
             self._abandon_for(
                 RuntimeError(f"{self.where}: begin: the step that began before was not made; step() makes it")
             )
-        self.begin_operation("step")
         self._exchange.timeline.restart(computed=False)
+        self.begin_operation("step")
         self.notices.everyone = 0
         mine = 0.0
         try:

@@ -80,7 +80,7 @@ class Timeline:
         """All buckets have come."""
         if not self._travels:
             return
-        last = 0.0
+        last = self._began  # what goes on between steps began to travel before
         for bucket, (start, end, telemetry) in self._travels.items():
             start = max(start, last)  # those before it were on the wire until then
             last = max(end, start)
