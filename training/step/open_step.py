@@ -14,7 +14,8 @@ from bitring.training.step.gradient_exchange import GradientExchange
 class OpenStep:
     """What ``DataParallel.begin`` returns. For ``with``: an exception in the block ends the step on all ranks.
 
-    ``weight``: this rank's samples; with 0 its gradients are not looked at. ``travels``: whether buckets are exchanged
+    ``weight``: this rank's samples; with 0 its gradients are not looked at, but buckets travel when the others'
+    do. ``travels``: whether buckets are exchanged
     as they are complete, which takes the ``total`` of all ranks' weights; else gradients are kept for ``step``.
     """
 
@@ -50,10 +51,8 @@ class OpenStep:
             raise ValueError(f"{where}: name must be a parameter's: {', '.join(parameters)}; got {name!r}")
         if name in self.gradients:
             raise ValueError(f"{where}: the gradient of {name!r} was handed over already in this step")
-        if not self.weight:
-            return
-        if not self.travels:
-            self.gradients[name] = gradient
+        if not self.travels or not self.weight:
+            self.gradients[name] = gradient if self.weight else None
             return
         taken = checked_gradients({name: gradient}, {name: parameters[name]}, where, False)
         bad = not_finite(taken)
@@ -63,15 +62,14 @@ class OpenStep:
 
     def complete(self, parameters: Mapping[str, Any], where: str, zeros: bool) -> None:
         """Put zeros in the place of gradients that did not come. Raises ValueError where ``zeros`` says they must."""
-        if self.weight:
-            self.gradients = checked_gradients(self.gradients, parameters, where, zeros)
+        self.gradients = (
+            checked_gradients(self.gradients, parameters, where, zeros) if self.weight else dict.fromkeys(parameters)
+        )
 
     def advance(self, total: Callable[[], float]) -> None:
         """Load the buckets that are complete; those of a large model begin to travel. ``total`` waits for the ranks."""
         buckets = self._exchange.buckets
-        while self._loaded < len(buckets) and (
-            not self.weight or buckets[self._loaded].shapes.keys() <= self.gradients.keys()
-        ):
+        while self._loaded < len(buckets) and buckets[self._loaded].shapes.keys() <= self.gradients.keys():
             everyone = total()
             if not everyone:
                 return

@@ -192,7 +192,7 @@ class Stepper:
         self._exchange.timeline.enter()
         try:
             opened.take(name, gradient, self._replica.parameters, self.where, self.rank)
-            if opened.travels and opened.weight:
+            if opened.travels:
                 opened.advance(self._total)
         except BaseException as error:
             self._abandon(opened, error)
