@@ -238,11 +238,19 @@ class Stepper:
             return
         if not opened.travels:
             self._open = None
+            self._miss(error)
             return
         if not opened.heard:
             with contextlib.suppress(Exception):  # then the others have heard that, too, and ``error`` is enough here
                 self._total()
         self._close(error)
+
+    def _miss(self, error: BaseException) -> None:
+        """Take part in the step that this rank cannot make, without samples: the others hear of it when ranks meet."""
+        said = error if isinstance(error, Exception) else RuntimeError(f"{self.where}: {type(error).__name__}")
+        self._problem = self._problem or said
+        with contextlib.suppress(Exception):  # where ranks met they have heard, and ``error`` is enough here
+            self.transact(lambda: self._run_mode({}, 0.0), steps=1)
 
     def _abandon_for(self, error: Exception) -> None:
         assert self._open is not None
