@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from bitring.errors import PeerError
 from bitring.training.checkpoints.loading import load_checkpoint
 from bitring.training.checkpoints.saving import write_checkpoint
 from bitring.training.modes.delayed import Delayed
+from bitring.training.step.timeline import Timeline
 
 
 def weight_of(comm: Any, step: int) -> float:
@@ -95,3 +97,27 @@ def test_the_number_of_steps_stays(comm, agree):
     error = raised(lambda: setattr(trainer, "mode", Delayed(2)))
     agree(comm, isinstance(error, (ValueError, PeerError)) and "steps must stay 1" in str(error), repr(error))
     trainer.free()
+
+
+@pytest.mark.parametrize("place", ["came", "ended"])
+def test_an_interrupt_while_the_sums_come(comm, agree, monkeypatch, place):
+    """The call can be made again, and has lost nothing."""
+    trainer, twin = (new_trainer(comm, "delayed", None) for _ in range(2))
+    for step in range(2):
+        for each in (trainer, twin):
+            each.step(gradients_of(comm, step))
+    interrupted = False
+    if comm.rank == comm.size - 1:
+        with monkeypatch.context() as patch:
+            patch.setattr(Timeline, place, lambda *_: signal.raise_signal(signal.SIGINT))
+            try:
+                trainer.step(gradients_of(comm, 2))
+            except KeyboardInterrupt:
+                interrupted = True
+    agree(comm, interrupted == (comm.rank == comm.size - 1), "no interrupt")
+    for step in range(2, 5):
+        for each in (trainer, twin):
+            each.step(gradients_of(comm, step))
+    agree(comm, everything(trainer) == everything(twin))
+    for each in (trainer, twin):
+        each.free()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 from test_transaction import BoomError, everything, gradients_of, new_trainer, raised
 
+from bitring import allreduce
 from bitring.compression.factors import Factors
 from bitring.errors import NonFiniteError, PeerError
 from bitring.training.data_parallel import DataParallel
@@ -197,4 +199,108 @@ def test_the_timeline_of_a_step(comm, agree, overlap, compression):
             times = {span.kind: span for span in spans if span.bucket == number}
             agree(comm, {"pack", "wire", "wait"} <= times.keys(), repr(times))
             agree(comm, times["pack"].start <= times["wire"].end <= times["wait"].end + 1e-3, repr(times))
+    trainer.free()
+
+
+@pytest.mark.parametrize("mode", ["delayed", Local(tau=2)], ids=str)
+@pytest.mark.parametrize("end", ["exception", "interrupt", "synchronize"])
+def test_a_mode_that_takes_them_at_the_end_hears_of_a_step_not_made(comm, agree, mode, end):
+    """Where the mode's ranks meet next; then all have made as many steps, and go on."""
+    trainer = new_trainer(comm, mode, "onebit")
+    trainer.step(gradients_of(comm, 0))
+    gradients, last = gradients_of(comm, 1), comm.size - 1
+
+    def not_made() -> None:
+        with trainer.begin():
+            trainer.ready("d", gradients["d"])
+            if end == "synchronize":
+                trainer.synchronize()
+            raise BoomError("boom") if end == "exception" else KeyboardInterrupt
+
+    def interrupted() -> None:
+        try:
+            not_made()
+        except KeyboardInterrupt as error:
+            raise BoomError("interrupted") from error
+
+    error = raised(interrupted) if comm.rank == last else raised(hand_over, trainer, gradients, 1.0)
+    expected = {"exception": BoomError, "interrupt": BoomError, "synchronize": RuntimeError}[end]
+    agree(comm, type(error) is (expected if comm.rank == last else PeerError), repr(error))
+    for step in range(2, 5):
+        hand_over(trainer, gradients_of(comm, step), 1.0)
+    trainer.synchronize()
+    agree(comm, comm.allgather(trainer.digest()) == [trainer.digest()] * comm.size, "replicas differ")
+    trainer.free()
+
+
+def test_two_trainers_take_turns_in_their_steps(comm, agree, overlap):
+    """Another trainer of the communicator makes steps while one has its open."""
+    trainer, other, twin, lone = (new_trainer(comm, "sync", "onebit") for _ in range(4))
+    for step in range(3):
+        gradients, theirs = gradients_of(comm, step), gradients_of(comm, 10 + step)
+        weight = (comm.rank + step) % 3
+        with trainer.begin(weight):
+            other.step(theirs, 2.0)
+            trainer.ready("d", gradients["d"])
+            with other.begin(3.0):
+                for name in ("c", "b", "a"):
+                    trainer.ready(name, gradients[name])
+                for name in ("a", "b", "c", "d"):
+                    other.ready(name, theirs[name])
+                trainer.step()
+                other.step()
+        twin.step(gradients, weight)
+        lone.step(theirs, 2.0)
+        lone.step(theirs, 3.0)
+        agree(comm, everything(trainer) == everything(twin), f"step {step}")
+        agree(comm, everything(other) == everything(lone), f"the other's step {step}")
+    for each in (trainer, other, twin, lone):
+        each.free()
+
+
+def test_calls_of_the_communicator_between_begin_and_step(comm, agree, overlap):
+    """They come at the same places on all ranks, those without samples too."""
+    trainer, twin = (new_trainer(comm, "sync", None) for _ in range(2))
+    gradients, weight, totals = gradients_of(comm, 0), comm.rank, []
+    with trainer.begin(weight):
+        for name in reversed(gradients):
+            trainer.ready(name, gradients[name])
+            totals.append(float(allreduce(np.ones(3, np.float32), comm=comm)[0]))
+        trainer.step()
+    twin.step(gradients, weight)
+    agree(comm, totals == [comm.size] * len(gradients) and everything(trainer) == everything(twin), repr(totals))
+    for each in (trainer, twin):
+        each.free()
+
+
+def test_computing_is_not_waiting(comm, agree):
+    """The rank that computes longest is the slowest, and the others' waits are as long as it lets them wait."""
+    trainer, last = new_trainer(comm, "sync", None), comm.size - 1
+    trainer.step(gradients_of(comm, 0))
+    trainer.telemetry()
+    gradients = gradients_of(comm, 1)
+    with trainer.begin():
+        time.sleep(0.2 + 0.2 * (comm.rank == last))
+        for name in reversed(gradients):
+            trainer.ready(name, gradients[name])
+        trainer.step()
+    told = trainer.telemetry()
+    fine = told["slowest_rank"] == last and (told["wait_seconds"] < 0.1) == (comm.rank == last)
+    agree(comm, fine or comm.size == 1, repr(told))
+    trainer.free()
+
+
+def test_a_state_loaded_ends_the_open_step(comm, agree, overlap):
+    trainer = new_trainer(comm, "sync", "onebit")
+    trainer.step(gradients_of(comm, 0))
+    state = trainer.state_dict()
+    trainer.step(gradients_of(comm, 1))
+    before, gradients = everything(trainer), gradients_of(comm, 2)
+    trainer.begin()
+    trainer.ready("d", gradients["d"])
+    error = raised(trainer.load_state_dict, state)
+    agree(comm, type(error) is RuntimeError and "begin" in str(error) and everything(trainer) == before, repr(error))
+    trainer.load_state_dict(state)
+    trainer.step(gradients_of(comm, 1))
+    agree(comm, everything(trainer) == before, "not as before")
     trainer.free()
