@@ -298,10 +298,10 @@ class Stepper:
     def restore(self, values: Mapping[tuple[str, ...], Any], steps: int) -> None:
         """Fill leaves of the state, by path; ``steps`` have been made."""
         if self._open is not None:
-            self._abandon_for(
-                RuntimeError("DataParallel.load_state_dict: a step is open since begin; make it by step()")
-            )
-        self.settle()
+            self._abandon_for(RuntimeError("DataParallel.load_state_dict: a step is open; make it by step()"))
+        with contextlib.suppress(Exception):  # what went wrong between the steps is over with this state
+            self.settle()
+        self._under_way = None
         self._replica.fill(values)
         self.steps = steps
         self._problem = None
