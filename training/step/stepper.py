@@ -298,7 +298,7 @@ class Stepper:
     def restore(self, values: Mapping[tuple[str, ...], Any], steps: int) -> None:
         """Fill leaves of the state, by path; ``steps`` have been made."""
         if self._open is not None:
-            self._abandon_for(RuntimeError("DataParallel.load_state_dict: a step is open; make it by step()"))
+            self._abandon_for(RuntimeError("DataParallel.load_state_dict: a step is open since begin; step() makes it"))
         with contextlib.suppress(Exception):  # what went wrong between the steps is over with this state
             self.settle()
         self._under_way = None
