@@ -285,7 +285,7 @@ def test_computing_is_not_waiting(comm, agree):
             trainer.ready(name, gradients[name])
         trainer.step()
     told = trainer.telemetry()
-    fine = told["slowest_rank"] == last and ((told["wait_seconds"] or 0.0) < 0.1) == (comm.rank == last)
+    fine = told.get("slowest_rank") == last and ((told["wait_seconds"] or 0.0) < 0.1) == (comm.rank == last)
     agree(comm, fine or comm.size == 1, repr(told))
     trainer.free()
 
