@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -187,11 +187,11 @@ def _shared_plan(comm: MPI.Intracomm) -> _Shared:
     return shared
 
 
-def total_weight(records: Records, where: str) -> float:
+def total_weight(weights: Iterable[float], where: str) -> float:
     """The sum of all ranks' weights, one after the other in rank order. Raises ValueError where it is not finite."""
     total = 0.0
-    for record in records:
-        total += record[WEIGHT]
+    for weight in weights:
+        total += weight
     if not math.isfinite(total):
         raise ValueError(f"{where}: the weights of all ranks have no finite sum")
     return total

@@ -18,7 +18,7 @@ from bitring.training.step.checks import checked_weight
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.interrupts import HeldBack
 from bitring.training.step.later import Later
-from bitring.training.step.meeting import OPERATIONS, WRONG, Meeting, Records, total_weight
+from bitring.training.step.meeting import OPERATIONS, WEIGHT, WRONG, Meeting, Records, total_weight
 from bitring.training.step.notices import Notices
 from bitring.training.step.open_step import OpenStep
 from bitring.training.step.replica import Replica
@@ -348,7 +348,7 @@ class Stepper:
         if any(record[WRONG] for record in records):
             problem, self._problem = self._problem, None
             raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
-        total = total_weight(records, where)
+        total = total_weight((record[WEIGHT] for record in records), where)
         self._transaction.met = True
         if self._replica.mode.writes and self._replica.mode_state:
             self._save()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 KINDS = ("compute", "pack", "encode", "wire", "decode", "wait", "apply")
@@ -27,8 +27,9 @@ class Timeline:
 
     def __init__(self) -> None:
         self._began = self._left = time.perf_counter()
-        self._spans: list[Span] = []
+        self._noted: list[tuple[str, int | None, float, float]] = []  # spans by the clock, put in order when asked for
         self._travels: dict[int, tuple[float, float, Any]] = {}  # bucket -> when it started and arrived, its telemetry
+        self._arrived: dict[int, tuple[float, float, Any]] = {}  # those of an exchange that has ended
         self._beside = False  # whether any began to travel beside other work
         self._waited = 0.0
         self._hidden_from = self._not_hidden = 0.0
@@ -37,7 +38,8 @@ class Timeline:
         """A step begins; ``computed``: its gradients are there, from when this rank left the last one on."""
         now = time.perf_counter()
         self._began = self._left if computed else now
-        self._spans = [Span("compute", None, 0.0, now - self._began)] if computed else []
+        self._noted = [("compute", None, self._began, now)] if computed else []
+        self._arrived = {}
         self._left = now
 
     def enter(self) -> None:
@@ -78,36 +80,39 @@ class Timeline:
 
     def ended(self) -> None:
         """All buckets have come."""
-        if not self._travels:
-            return
-        last = self._began  # what goes on between steps began to travel before
-        for bucket, (start, end, telemetry) in self._travels.items():
-            start = max(start, last)  # those before it were on the wire until then
-            last = max(end, start)
-            encode, decode = (0.0, 0.0) if telemetry is None else (telemetry.encode_seconds, telemetry.decode_seconds)
-            for kind, first, then in (
-                ("encode", start, min(start + encode, last)),
-                ("wire", min(start + encode, last), max(last - decode, min(start + encode, last))),
-                ("decode", max(last - decode, min(start + encode, last)), last),
-            ):
-                if then > first:
-                    self._spans.append(Span(kind, bucket, first - self._began, then - self._began))
-        if self._beside:
-            self._hidden_from += last - min(start for start, _, _ in self._travels.values())
+        self._arrived, self._travels = self._travels, {}
+        if self._beside and self._arrived:
+            travels = self._arrived.values()
+            self._hidden_from += max(end for _, end, _ in travels) - min(start for start, _, _ in travels)
             self._not_hidden += self._waited
-        self._travels = {}
 
     def applied(self, since: float) -> None:
         """The optimizer has updated parameters."""
         self._add("apply", None, since)
 
     def _add(self, kind: str, bucket: int | None, since: float) -> None:
-        self._spans.append(Span(kind, bucket, since - self._began, time.perf_counter() - self._began))
+        self._noted.append((kind, bucket, since, time.perf_counter()))
+
+    def _on_the_way(self) -> Iterator[tuple[str, int | None, float, float]]:
+        last = self._began  # what goes on between steps began to travel before
+        for bucket, (start, end, telemetry) in self._arrived.items():
+            start = max(start, last)  # those before it were on the wire until then
+            last = max(end, start)
+            encode, decode = (0.0, 0.0) if telemetry is None else (telemetry.encode_seconds, telemetry.decode_seconds)
+            sent = min(start + encode, last)
+            came = max(last - decode, sent)
+            for kind, first, then in (("encode", start, sent), ("wire", sent, came), ("decode", came, last)):
+                if then > first:
+                    yield kind, bucket, first, then
 
     @property
     def spans(self) -> list[Span]:
         """Of the last step, in the order of their beginnings."""
-        return sorted(self._spans, key=lambda span: (span.start, span.end))
+        spans = (
+            Span(kind, bucket, start - self._began, end - self._began)
+            for kind, bucket, start, end in [*self._noted, *self._on_the_way()]
+        )
+        return sorted(spans, key=lambda span: (span.start, span.end))
 
     def taken(self) -> dict[str, float]:
         """``hidden_share``, from 0 to 1, since the last call; empty where no exchange travelled beside other work."""

@@ -13,9 +13,10 @@ from bitring.collectives.runtime.jointly import common_error
 from bitring.errors import NonFiniteError
 from bitring.torch.bucket import Entry
 from bitring.torch.exchange import Exchange
-from bitring.torch.meeting import WRONG, Meeting, total_weight
+from bitring.torch.meeting import WEIGHT, WRONG, Meeting
 from bitring.torch.residuals import Kept, give, take
 from bitring.torch.tensors import all_finite
+from bitring.training.step.meeting import total_weight
 
 
 class Mean:
@@ -53,7 +54,7 @@ class Mean:
             error = common_error(self._comm, where, problem, alike=(NonFiniteError,))
             assert error is not None
             raise error
-        total = total_weight(records, where)
+        total = total_weight((record[WEIGHT] for record in records), where)
         if not total:
             return False
         self._failure = None

@@ -83,16 +83,6 @@ class Meeting:
         raise MismatchError(f"{self._function}: ranks do not do the same: {_odd_one_out(records)}")
 
 
-def total_weight(records: Records, where: str) -> float:
-    """The sum of all ranks' weights, one after the other in rank order. Raises ValueError where it is not finite."""
-    total = 0.0
-    for record in records:
-        total += record[WEIGHT]
-    if not np.isfinite(total):
-        raise ValueError(f"{where}: the weights of all ranks have no finite sum")
-    return total
-
-
 def _odd_one_out(records: Records) -> str:
     """Say which rank is elsewhere than most, or has other settings."""
     for part, words in (

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from bitring.collectives.runtime.jointly import common_error, raise_everywhere
 from bitring.errors import NonFiniteError
 from bitring.torch.gradients import Before
-from bitring.torch.meeting import ABSENT, WRONG, Records, total_weight
+from bitring.torch.meeting import ABSENT, WEIGHT, WRONG, Records
 from bitring.torch.sparse import gathered
 from bitring.torch.tensors import all_finite
 from bitring.training.step.checks import checked_weight
-from bitring.training.step.meeting import hash_of
+from bitring.training.step.meeting import hash_of, total_weight
 
 if TYPE_CHECKING:
     from bitring.torch.averager import GradientAverager
@@ -116,7 +116,7 @@ class Step:
     def _weights(self, records: Records) -> float:
         if any(record[WRONG] for record in records):
             raise_everywhere(self._averager.comm, self._where, None, alike=(NonFiniteError,))
-        return total_weight(records, self._where)
+        return total_weight((record[WEIGHT] for record in records), self._where)
 
     def _load(self, start: bool) -> None:
         """Send the next bucket."""
