@@ -1,11 +1,9 @@
-"""L-BFGS against SciPy's, evaluation by evaluation; and against SGD and AdaGrad, accuracy by seconds.
+"""L-BFGS against SciPy's, evaluation by evaluation.
 
-    mpirun -n 2 python benchmarks/batch_methods.py --json FILE --plot FILE
+    python benchmarks/batch_methods.py --json FILE
 
-Evaluations: softmax regression and an MLP on the digits, in float64, five starts, to within 1e-6 of SciPy's loss after
-60 iterations (both see the same function, ridge included); asked of one rank alone. Accuracy: an MLP 64-128-10 on the
-digits, three seeds; each method has the step size that was best for it among those in ``RATES``. Seconds to 94% are the
-slowest rank's.
+Softmax regression and an MLP on the digits, in float64, five starts, to within 1e-6 of SciPy's loss after 60
+iterations; both see the same function, ridge included.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,10 @@ import numpy as np
 from mpi4py import MPI
 
 import bitring
-from bitring.commands._pictures import COLORS, figure, plain
 from bitring.models.dataset import Data, load
 from bitring.nodes import describe
 
-STARTS, SEEDS, WANTED = 5, 3, 0.94
-EPOCHS, ITERATIONS, BATCH = 20, 40, 64
-RATES = {"sgd": (0.2, 0.05, 0.02), "adagrad": (0.05, 0.02, 0.01)}
+STARTS = 5
 
 
 class Ridged:
@@ -62,7 +56,7 @@ class Ridged:
 
 
 def evaluations(data: Data, kind: str, seed: int) -> dict[str, float]:
-    """How many evaluations each needs, and the losses; on this rank alone."""
+    """How many evaluations each needs, and the losses."""
     import scipy.optimize
 
     hidden: Any = {"hidden": (32,)} if kind == "mlp" else {}
@@ -86,97 +80,20 @@ def evaluations(data: Data, kind: str, seed: int) -> dict[str, float]:
     return result
 
 
-def curve(data: Data, method: str, rate: float, seed: int) -> list[tuple[float, float]]:
-    """Seconds and test accuracy after each epoch or iteration. Collective."""
-    comm = MPI.COMM_WORLD
-    model = bitring.MLP(data.input_shape, data.classes, hidden=(128,), seed=seed)
-    points: list[tuple[float, float]] = []
-    spent, begin = 0.0, time.perf_counter()
-
-    def note() -> None:
-        nonlocal spent, begin
-        spent += time.perf_counter() - begin
-        points.append((max(comm.allgather(spent)), float(model.accuracy(data.x_test, data.y_test))))
-        begin = time.perf_counter()
-
-    if method == "lbfgs":
-        job = bitring.Sandblaster(model, bitring.LBFGS(), comm=comm, portions=4 * comm.size)
-        for _ in range(ITERATIONS):
-            job.step(data.x_train, data.y_train)
-            job.synchronize()
-            note()
-        job.free()
-        return points
-    optimizer = bitring.SGD(lr=rate, momentum=0.9) if method == "sgd" else bitring.AdaGrad(lr=rate)
-    trainer = bitring.DataParallel(model.parameters, optimizer, comm=comm)
-    for epoch in range(EPOCHS):
-        batches = bitring.Batches(data.x_train, data.y_train, BATCH)
-        for x, y in bitring.shard(batches, comm, seed=seed, epoch=epoch):
-            trainer.step(model.loss_and_gradients(x, y)[1], weight=len(x))
-        note()
-    trainer.free()
-    return points
-
-
-def seconds_to(points: list[tuple[float, float]], wanted: float) -> float:
-    """When the accuracy was reached; infinite if never."""
-    return next((seconds for seconds, accuracy in points if accuracy >= wanted), float("inf"))
-
-
 def main() -> None:
-    """Measure, and print; rank 0 writes the files."""
-    parser = argparse.ArgumentParser(description="L-BFGS against others.")
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description="L-BFGS against SciPy's.")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
     asked = parser.parse_args()
-    comm, data = MPI.COMM_WORLD, load("digits")
-    machine = describe(comm)
-    found: dict[str, Any] = {"benchmark": "batch_methods", "machine": machine, "evaluations": {}, "methods": {}}
-    if comm.rank == 0:
-        for kind in ("softmax", "mlp"):
-            runs = [evaluations(data, kind, seed) for seed in range(STARTS)]
-            ratios = [each["bitring"] / each["scipy"] for each in runs]
-            found["evaluations"][kind] = {"runs": runs, "median_ratio": statistics.median(ratios)}
-            print(f"{kind}: {statistics.median(ratios):.3f} of SciPy's evaluations, median of {STARTS}", flush=True)
-    comm.barrier()
-    for method in ("lbfgs", "sgd", "adagrad"):
-        tried: dict[float, Any] = {}
-        for rate in RATES.get(method, (0.0,)):
-            tried[rate] = [curve(data, method, rate, seed) for seed in range(SEEDS)]
-        of = {rate: statistics.mean(points[-1][1] for points in curves) for rate, curves in tried.items()}
-        rate = max(of, key=lambda each: of[each])
-        curves = tried[rate]
-        to = [seconds_to(points, WANTED) for points in curves]
-        found["methods"][method] = {
-            "rate": rate or None,
-            "accuracy": [points[-1][1] for points in curves],
-            "seconds_to_94": [x if np.isfinite(x) else None for x in to],
-            "curves": curves,
-        }
-        if comm.rank == 0:
-            print(f"{method} {rate or ''}: {of[rate]:.4f} at the end; to 94%: {to}", flush=True)
-    if comm.rank == 0:
-        if asked.json:
-            asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        if asked.plot:
-            draw(found["methods"], asked.plot, comm.size)
-
-
-def draw(methods: dict[str, Any], path: Path, ranks: int) -> None:
-    """Accuracy by seconds."""
-    drawing = figure(6.5, 4)
-    axes = drawing.add_subplot()
-    plain(axes)
-    for color, (name, method) in zip(COLORS, methods.items(), strict=False):
-        for seed, points in enumerate(method["curves"]):
-            label = name if seed == 0 else None
-            axes.plot(*zip(*points, strict=True), color=color, label=label, linewidth=1)
-    axes.set_ylim(0.8, 1)
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("test accuracy")
-    axes.set_title(f"MLP 64-128-10 on the digits, {ranks} ranks, three seeds")
-    axes.legend(frameon=False)
-    drawing.savefig(path)
+    data = load("digits")
+    found: dict[str, Any] = {"benchmark": "batch_methods", "machine": describe(MPI.COMM_WORLD), "evaluations": {}}
+    for kind in ("softmax", "mlp"):
+        runs = [evaluations(data, kind, seed) for seed in range(STARTS)]
+        ratios = [each["bitring"] / each["scipy"] for each in runs]
+        found["evaluations"][kind] = {"runs": runs, "median_ratio": statistics.median(ratios)}
+        print(f"{kind}: {statistics.median(ratios):.3f} of SciPy's evaluations, median of {STARTS}", flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What each compressor costs in accuracy: the CNN on Fashion-MNIST, 4 ranks, several seeds.
 
     python benchmarks/convergence_compressors.py [--seeds 3] [--epochs 2] [--work FOLDER] [--results FOLDER]
+                                                 [--only MODE:COMPRESSION ...]
 
-Every registered compressor in the mode ``sync``, every other mode exact and with 1-bit, all from the same starts and
-with the same batches as the exact ``sync``. A run that was interrupted goes on from its last checkpoint in the work
-folder; one that is complete is not repeated; the results are written anew after each. A full sweep takes about an hour
-on two cores.
+Every registered compressor in the mode ``sync``, every other mode in which all ranks make equally many steps exact and
+with 1-bit, all from the same starts and with the same batches as the exact ``sync``. A run that was interrupted goes on
+from its last checkpoint in the work folder; one that is complete is not repeated; the results are written anew after
+each. A full sweep takes about an hour on two cores. ``--only`` runs these and the exact ``sync`` that they are compared
+with; the rows of all others stay as they are in the results.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from typing import Any
 from convergence_fashion_mnist import HERE, machine, train
 
 import bitring
+from bitring.training.mode import FreeMode, modes
 
 EXACT = ("sync", "none")
+COMMON_STEPS = [mode for mode in bitring.modes() if mode != "sync" and not issubclass(modes.get(mode), FreeMode)]
 
 
 def main() -> None:
@@ -31,10 +35,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "convergence-compressors")
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--only", nargs="+", metavar="MODE:COMPRESSION", help="as in sync:onebit")
     asked = parser.parse_args()
     cases = [EXACT, *(("sync", name) for name in bitring.compressors())]
-    cases += [(mode, name) for mode in bitring.modes() if mode != "sync" for name in ("none", "onebit")]
+    cases += [(mode, name) for mode in COMMON_STEPS for name in ("none", "onebit")]
     target = asked.results / "convergence-compressors.json"
+    order = {case: number for number, case in enumerate(cases)}
+    others: list[dict[str, Any]] = []
+    if asked.only:
+        wanted = {EXACT, *(tuple(case.split(":", 1)) for case in asked.only)}
+        if unknown := wanted - set(cases):
+            parser.error(f"unknown: {sorted(unknown)}; known: {' '.join(map(':'.join, cases))}")
+        cases = [case for case in cases if case in wanted]
+        if target.exists():
+            kept = json.loads(target.read_text(encoding="utf-8"))["rows"]
+            others = [each for each in kept if (each["mode"], each["compression"]) not in wanted]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     for seed in range(asked.seeds):
         for mode, name in cases:
@@ -44,7 +59,8 @@ def main() -> None:
             except subprocess.CalledProcessError as error:  # it diverged, say
                 run = {"summary": None, "history": [], "error": f"status {error.returncode}"}
             runs[mode, name].append(run)
-            rows = [row(case, made, runs[EXACT]) for case, made in runs.items() if made]
+            rows = [*others, *(row(case, made, runs[EXACT]) for case, made in runs.items() if made)]
+            rows.sort(key=lambda each: order[each["mode"], each["compression"]])
             kept = {"benchmark": "convergence-compressors", "machine": machine(), "epochs": asked.epochs, "rows": rows}
             target.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     for each in rows:

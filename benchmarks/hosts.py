@@ -132,6 +132,18 @@ class Stream:
             into = into[count:]
         self._socket.sendall(b"+")
 
+    def exchange(self, data: memoryview, into: memoryview) -> list[threading.Thread]:
+        """Send all, and receive as much as ``into`` holds: two threads, to be joined, that wait in the kernel."""
+
+        def receive() -> None:
+            if self._socket.recv_into(into, 0, socket.MSG_WAITALL) != len(into):
+                raise ConnectionError("the other end has closed the stream")
+
+        threads = [threading.Thread(target=receive), threading.Thread(target=self._socket.sendall, args=(data,))]
+        for thread in threads:
+            thread.start()
+        return threads
+
     def close(self) -> None:
         """Close this end."""
         self._socket.close()

@@ -3,21 +3,26 @@
     python benchmarks/network_allreduce.py --hosts 4 --rate 1gbit --json FILE --plot FILE
 
 Starts the hosts (hosts.py; needs root) and runs itself on them. float32 sums by plans, in place, by
-``Communicator.Allreduce``, in place, and by ``bitring.allreduce(out=)``; each is checked before it is timed, the
-contenders take turns, and a time is the median of its samples, each the slowest rank's. Processor seconds are those of
-all ranks together. The stream carries 2(N-1)/N·n bytes, what an AllReduce of n bytes between N hosts has to send from
-each, from the first host to the second. What leaves a host is counted by its interface; a contender that sent less than
-it has to, or was faster than the wire, ends the benchmark with an error: it did not use the network.
+``Communicator.Allreduce``, in place, by ``bitring.allreduce(out=)``, and by gloo where PyTorch is installed; each is
+checked before it is timed, the contenders take turns, and a time is the median of its samples, each the slowest rank's.
+Processor seconds are those of all ranks together. The stream carries 2(N-1)/N·n bytes, what an AllReduce of n bytes
+between N hosts has to send from each, from the first host to the second. What leaves a host is counted by its
+interface; a contender that sent less than it has to, or was faster than the wire, ends the benchmark with an error: it
+did not use the network.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import math
+import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,6 +36,7 @@ LIBRARY = ("library", "library out of place")
 STREAM = "TCP stream"
 
 CALLS = ("Communicator.Allreduce", "bitring.allreduce")
+GLOO = "gloo"
 
 _SAMPLE_SECONDS = 20e-3
 """A sample repeats a short call for so long: the token bucket lets the first bytes through at once."""
@@ -107,17 +113,17 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
             raise RuntimeError(f"{lab.hosts} emulated hosts, but the MPI library sees {machine['nodes']}")
         results: list[dict[str, Any]] = []
         network = {"emulated": True, **lab._asdict()}
-        kept = {"benchmark": "network_allreduce", "dtype": "float32", "network": network, "machine": machine}
-        kept["results"] = results
+        kept: dict[str, Any] = {"benchmark": "network_allreduce", "dtype": "float32", "network": network}
+        kept |= {"machine": machine, "results": results}
         if comm.rank == 0:
             print(title(kept))
             print(
                 f"{'bytes':>8}  {'contender':<24}{'median':>10}{'processors':>11}{'busbw':>12}{'library':>9}"
                 f"{'stream':>8}  bytes that leave a host"
             )
-        stream = make_stream(comm, lab)
+        stream, gloo = make_stream(comm, lab), make_gloo(comm)
         for nbytes in asked.sizes:
-            rows = measure(comm, lab, nbytes, asked.algorithms, asked.samples, stream)
+            rows = measure(comm, lab, nbytes, asked.algorithms, asked.samples, stream, gloo)
             results += rows
             if comm.rank == 0:
                 for row in rows:
@@ -135,8 +141,28 @@ def make_stream(comm: Any, lab: hosts.Lab) -> hosts.Stream | None:
     return hosts.Stream(1, 2) if comm.rank in ends else None
 
 
+def make_gloo(comm: Any) -> Callable[[Any], None] | None:
+    """gloo's sum of an array in place; None where some rank has no PyTorch. Collective."""
+    torch: Any = None
+    with contextlib.suppress(ImportError):
+        torch = importlib.import_module("torch")
+    if not all(comm.allgather(torch is not None)):
+        return None
+    os.environ["GLOO_SOCKET_IFNAME"] = hosts.INTERFACE
+    store = comm.bcast(str(Path(tempfile.mkdtemp(), "store")) if comm.rank == 0 else None)
+    group = torch.distributed
+    group.init_process_group("gloo", init_method=f"file://{store}", rank=comm.rank, world_size=comm.size)
+    return lambda x: group.all_reduce(torch.from_numpy(x))
+
+
 def measure(
-    comm: Any, lab: hosts.Lab, nbytes: int, names: Sequence[str], samples: int, stream: hosts.Stream | None
+    comm: Any,
+    lab: hosts.Lab,
+    nbytes: int,
+    names: Sequence[str],
+    samples: int,
+    stream: hosts.Stream | None,
+    gloo: Callable[[Any], None] | None,
 ) -> list[dict[str, Any]]:
     """A row for each contender. Collective, and the same on all ranks."""
     from mpi4py import MPI
@@ -154,6 +180,8 @@ def measure(
         Contender(LIBRARY[0], partial(comm.Allreduce, MPI.IN_PLACE, x), x, x),
         Contender(LIBRARY[1], partial(comm.Allreduce, x, y), x, y),
     ]
+    if gloo is not None:
+        contenders.append(Contender(GLOO, partial(gloo, x), x, x))
     for contender in contenders:
         check_sum(comm, contender)
     contenders.append(Contender(STREAM, partial(carry, stream, memoryview(bytearray(least if stream else 0)))))

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stress_calls import Arena, Calls, outcome
 from stress_steps import BESIDE, FLOATS, UNUSABLE, Call, Step, breaks, draw, judge, name_of, part_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -37,46 +38,6 @@ from run import launcher  # how this environment's mpirun is called
 
 LIMIT_SECONDS = 90.0
 """For one call. BITRING_TIMEOUT is a third of it, so that most hangs come as errors."""
-
-
-class Arena:
-    """A communicator in use. ``comm`` is a bitring.Communicator, or one of mpi4py's own where ``raw``."""
-
-    def __init__(self, comm: Any, raw: bool) -> None:
-        from mpi4py import MPI
-
-        import bitring
-
-        self.raw = MPI.Intracomm(comm)
-        self.comm = self.raw if raw else bitring.Communicator(self.raw)
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self.plans: list[tuple[Any, Any]] = []
-        self._ours: dict[str, Any] = {}
-
-    def communicator(self, algorithm: str) -> Any:
-        """A Communicator of it, the same one each time."""
-        import bitring
-
-        if algorithm not in self._ours:
-            self._ours[algorithm] = bitring.Communicator(self.raw, algorithm)
-        return self._ours[algorithm]
-
-    def make_plans(self) -> None:
-        """Those that are kept. Collective when first called."""
-        import numpy as np
-
-        import bitring
-
-        kinds: tuple[dict[str, Any], ...] = ({}, {"algorithm": "ring"}, {"compression": "onebit"}, {"algorithm": "mpi"})
-        for options in () if self.plans else kinds:
-            x = np.zeros(100, np.float32)
-            self.plans.append((bitring.plan_allreduce(x, comm=self.comm, **options), x))
-
-    def free(self) -> None:
-        """Collective."""
-        self.plans.clear()
-        self._ours.clear()
-        self.raw.Free()
 
 
 class Ranks:
@@ -92,12 +53,12 @@ class Ranks:
             if rank == self.rank:
                 _compile()
             self.side.Barrier()
+        self.calls = Calls(self.side)
         self.arena = Arena(self.aside.Dup(), raw=False)
         self.arenas = 1
         self.counted: Counter[str] = Counter()
         self._armed = False
         self._watched: tuple[float, str] = (math.inf, "")
-        self._sums = MPI.Op.Create(_add, commute=True)
         signal.signal(signal.SIGINT, self._interrupt)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -150,7 +111,7 @@ class Ranks:
         probe = Call(("Allreduce", "allreduce", "Bcast", "Iallreduce", "plan")[number % 5])
         if step.kind == "legal":
             return ""
-        first = self.side.allgather(self.outcome(self.arena, probe))
+        first = self.side.allgather(self.calls.outcome(self.arena, probe))
         if all(each == "right" for each in first) and step.kind != "collide":
             return ""
         may_break = step.kind in ("illegal", "together", "unequal") and any(
@@ -162,188 +123,11 @@ class Ranks:
             return f"then {probe.function} should be right on all ranks; got {first}"
         if not all(name_of(each) in UNUSABLE for each in first):
             return f"then {probe.function} should be right on all ranks, or an error on all; got {first}"
-        second = self.side.allgather(self.outcome(self.arena, probe))
+        second = self.side.allgather(self.calls.outcome(self.arena, probe))
         if not all("this communicator is unusable since" in each for each in second):
             return f"then the communicator should be unusable on all ranks; got {first}, and {second}"
         self.renew(step.raw)
         return ""
-
-    def outcome(self, arena: Arena, call: Call) -> str:
-        """What comes of the call."""
-        return outcome(lambda: self.make(arena, call))
-
-    def make(self, arena: Arena, call: Call) -> str:
-        """The call, to its end: "right", or what is wrong with the sum."""
-        return self.begin(arena, call, beside=False)()
-
-    def begin(self, arena: Arena, call: Call, beside: bool) -> Callable[[], str]:
-        """Begin the call; what is returned waits for it. ``beside``: a plan that is kept is started."""
-        import numpy as np
-        from mpi4py import MPI
-
-        import bitring
-
-        if call.bad == "shape":
-            arena.communicator("auto").empty((-1,), call.dtype)
-        elif call.function == "empty" and call.bad:
-            arena.communicator("auto").empty(3, object)
-        rank, size, ours = arena.rank, arena.size, arena.communicator(call.algorithm)
-        name = call.function
-        blocks = size if name == "Reduce_scatter_block" else 1
-        everyone = [values(call, r, blocks) for r in range(size)]
-        x, op = everyone[rank], self._sums if call.op == "user" else getattr(MPI, call.op)
-        total = reduced(call, everyone)
-        root = 99 if call.bad == "root" else call.root % size
-        algorithm = "unknown" if call.bad == "algorithm" else call.algorithm
-
-        def buffer(like: Any, filled: bool) -> Any:
-            y = like.copy(order="K") if filled else np.zeros_like(like)
-            if call.bad == "swapped":
-                y = y.astype(y.dtype.newbyteorder())
-            elif call.bad == "object":
-                y = np.array([object()] * 3, object)
-            elif call.bad == "strided":
-                y = np.zeros(2 * y.size, y.dtype)[::2]
-            elif call.bad == "short":
-                y = y.reshape(-1)[:-1]
-            elif call.bad == "list":
-                y = [[1, 2], [3]]
-            elif call.bad == "nan":
-                y[0] = np.nan
-            if call.bad == "read_only":
-                y.flags.writeable = False
-            return y
-
-        def right(got: Any, want: Any, nearly: bool = False) -> str:
-            same = np.allclose(got, want, rtol=1e-3) if nearly else np.array_equal(got, want)
-            return "right" if same else f"wrong: {np.ravel(got)[:5]}, not {np.ravel(want)[:5]}"
-
-        if name in ("Allreduce", "Iallreduce", "persistent"):
-            y = buffer(x, call.in_place)
-            send = MPI.IN_PLACE if call.in_place else x
-            if name == "Allreduce":
-                ours.Allreduce(send, y, op)
-                return lambda: right(y, total)
-            if name == "Iallreduce":
-                request = ours.Iallreduce(send, y, op)
-                return lambda: (self._wait(request, call.mixed), right(y, total))[1]
-
-            def runs() -> str:
-                persistent, said = ours.Allreduce_init(send, y, op), ""
-                for _ in range(2):
-                    if call.in_place:
-                        y[...] = x
-                    persistent.Start()
-                    persistent.Wait()
-                    said = right(y, total)
-                persistent.Free()
-                return said
-
-            return runs
-        if name in ("plan", "started", "compressed"):
-            y = buffer(x, filled=True)
-
-            def planned() -> str:
-                options: dict[str, Any] = {"compression": "onebit"} if name == "compressed" else {"op": op}
-                plan, said = bitring.plan_allreduce(y, comm=arena.comm, algorithm=algorithm, **options), ""
-                for _ in range(2):
-                    y[...] = x
-                    if call.bad == "nan":
-                        y[0] = np.nan
-                    if name == "started":
-                        plan.start()
-                        plan.wait()
-                    else:
-                        plan()
-                    said = right(y, total, name == "compressed")
-                if call.in_place:
-                    plan.free()
-                return said
-
-            return planned
-        if name == "kept":
-            plan, y = arena.plans[call.index]
-            if not plan.started:
-                y[:] = rank + 1
-            if beside:
-                plan.start()
-            return lambda: (plan.wait() if plan.started else plan(), right(y, size * (size + 1) / 2, True))[1]
-        if name in ("Allgather", "Iallgather"):
-            whole = np.stack(everyone)
-            y = buffer(np.zeros_like(whole), False)
-            send = MPI.IN_PLACE if call.in_place else x
-            if call.in_place and not call.bad:
-                y[rank] = x
-            request = getattr(ours, name)(send, y)
-            return lambda: (request is None or self._wait(request, False), right(y, whole))[1]
-        if name == "empty":
-            shared = ours.empty(call.shape, call.dtype)
-            shared[...] = x
-            ours.Allreduce(MPI.IN_PLACE, shared, op)
-            return lambda: right(shared, total)
-        if name == "trainer":
-            w = np.zeros_like(x)
-
-            def train() -> str:
-                trainer = bitring.DataParallel({"w": w}, bitring.SGD(lr=1.0), comm=arena.comm)
-                trainer.step({"w": buffer(x, filled=True)})
-                trainer.free()
-                return right(-w * size, total, True)
-
-            return train
-        return lambda: self._blocking(ours, arena, call, x, op, root, algorithm, buffer, right, everyone)
-
-    def _blocking(
-        self,
-        ours: Any,
-        arena: Arena,
-        call: Call,
-        x: Any,
-        op: Any,
-        root: int,
-        algorithm: str,
-        buffer: Any,
-        right: Any,
-        everyone: Any,
-    ) -> str:
-        import numpy as np
-        from mpi4py import MPI
-
-        import bitring
-
-        rank, total = arena.rank, reduced(call, everyone)
-        if call.function == "allreduce":
-            y = buffer(x, call.in_place)
-            mean: Any = "yes" if call.bad == "mean" else call.mean
-            out = bitring.allreduce(
-                y if call.in_place else x, y, op=op, comm=arena.comm, algorithm=algorithm, mean=mean
-            )
-            return right(out, total / arena.size if call.mean else total, call.mean)
-        if call.function == "Reduce":
-            y = buffer(x, call.in_place)
-            send = MPI.IN_PLACE if call.in_place and rank == root else x
-            ours.Reduce(y if call.bad == "list" else send, y, op, root)
-            return right(y, total) if rank == root else "right"
-        if call.function == "Bcast":
-            y = buffer(x, rank == root)
-            ours.Bcast(y, root)
-            return right(y, everyone[root])
-        block = slice(rank * x.size // arena.size, (rank + 1) * x.size // arena.size)
-        y = buffer(x if call.in_place else x[block], call.in_place)
-        ours.Reduce_scatter_block(MPI.IN_PLACE if call.in_place else x, y, op)
-        return right(np.ravel(y)[: block.stop - block.start], total[block])
-
-    def _wait(self, request: Any, mixed: bool) -> None:
-        from mpi4py import MPI
-
-        if not mixed:
-            request.Wait()
-            return
-        import numpy as np
-
-        x = np.zeros(1)
-        beside = self.side.Irecv(x, self.rank, 7), self.side.Isend(np.ones(1), self.rank, 7)
-        MPI.Request.Waitall([beside[0], request, beside[1]])
 
     def _prepare(self, arena: Arena, calls: Sequence[Call]) -> None:
         if any(call.function == "kept" for call in calls):
@@ -351,7 +135,7 @@ class Ranks:
 
     def _do_legal(self, step: Step) -> list[str]:
         self._prepare(self.arena, step.rounds[0])
-        return [self.outcome(self.arena, step.rounds[0][self.rank])]
+        return [self.calls.outcome(self.arena, step.rounds[0][self.rank])]
 
     _do_illegal = _do_legal
 
@@ -361,7 +145,7 @@ class Ranks:
         got = [""] * len(step.rounds)
         for k, calls in enumerate(step.rounds):
             try:
-                begun[k] = self.begin(self.arena, calls[self.rank], beside=True)
+                begun[k] = self.calls.begin(self.arena, calls[self.rank], beside=True)
             except Exception as error:
                 got[k] = f"{type(error).__name__}: {error}"
         order = list(begun)
@@ -378,7 +162,7 @@ class Ranks:
         got: list[str] = []
         for calls in step.rounds:
             self._prepare(part, [calls[rank] for rank in part_of(step, self.rank)])
-            got.append(self.outcome(part, calls[self.rank]))
+            got.append(self.calls.outcome(part, calls[self.rank]))
         part.free()
         return got
 
@@ -390,7 +174,7 @@ class Ranks:
         def work(k: int) -> None:
             for number in range(k, len(step.rounds), 2):
                 turns[k].acquire()
-                got[number] = self.outcome(self.arena, step.rounds[number][self.rank])
+                got[number] = self.calls.outcome(self.arena, step.rounds[number][self.rank])
                 turns[1 - k].release()
 
         _together(work)
@@ -403,7 +187,7 @@ class Ranks:
         def work(k: int) -> None:
             for number in range(k, len(step.rounds), 2):
                 self._prepare(arenas[k], step.rounds[number])
-                got[number] = self.outcome(arenas[k], step.rounds[number][self.rank])
+                got[number] = self.calls.outcome(arenas[k], step.rounds[number][self.rank])
 
         _together(work)
         for arena in arenas:
@@ -415,7 +199,7 @@ class Ranks:
 
         def work(k: int) -> None:
             for _ in range(5):
-                got[k].append(self.outcome(self.arena, step.rounds[0][self.rank]))
+                got[k].append(self.calls.outcome(self.arena, step.rounds[0][self.rank]))
 
         _together(work)
         return got[0] + got[1]
@@ -427,20 +211,20 @@ class Ranks:
         if self.rank in step.victims:
 
             def work() -> None:
-                got[0] = self.outcome(self.arena, first)
+                got[0] = self.calls.outcome(self.arena, first)
 
             worker = threading.Thread(target=work)
             worker.start()
             while not self._inside():
                 time.sleep(1e-4)
-            got[1] = self.outcome(self.arena, second)
+            got[1] = self.calls.outcome(self.arena, second)
             self.side.send(None, step.late, 8)
             worker.join()
             return got
         if self.rank == step.late:
             for victim in step.victims:
                 self.side.recv(source=victim, tag=8)
-        return [self.outcome(self.arena, call) for call in (first, second)]
+        return [self.calls.outcome(self.arena, call) for call in (first, second)]
 
     def _do_late(self, step: Step) -> list[str]:
         call = step.rounds[0][self.rank]
@@ -448,12 +232,12 @@ class Ranks:
         if self.rank == step.late:
             self.side.recv(source=step.victims[0], tag=9)
         if self.rank != step.victims[0]:
-            return [self.outcome(self.arena, call)]
+            return [self.calls.outcome(self.arena, call)]
         begun: list[Callable[[], str]] = []
         waits = threading.Event()
 
         def make() -> str:
-            begun.append(self.begin(self.arena, call, beside=True))
+            begun.append(self.calls.begin(self.arena, call, beside=True))
             if call.function in BESIDE:
                 waits.set()
             return begun[0]()
@@ -473,7 +257,7 @@ class Ranks:
         call = step.rounds[0][self.rank]
         self._prepare(self.arena, step.rounds[0])
         if self.rank not in step.victims:
-            return [self.outcome(self.arena, call)]
+            return [self.calls.outcome(self.arena, call)]
         queue = self._queue()
         before = queue.count
 
@@ -481,11 +265,11 @@ class Ranks:
             time.sleep(step.seconds[self.rank])
             os.kill(os.getpid(), signal.SIGINT)
 
-        got = [self._interrupted(lambda: self.make(self.arena, call), strike)]
+        got = [self._interrupted(lambda: self.calls.make(self.arena, call), strike)]
         not_begun = queue.count == before and not queue.broken
         goes_on = call.function == "kept" and self.arena.plans[call.index][0].started
         if got[0].startswith("KeyboardInterrupt") and (not_begun or goes_on):
-            got.append(self.outcome(self.arena, call))
+            got.append(self.calls.outcome(self.arena, call))
         return got
 
     def _interrupted(self, make: Callable[[], str], strike: Callable[[], None]) -> str:
@@ -517,7 +301,7 @@ class Ranks:
 
         got = [outcome(lambda: train(1))]
         if self.rank in step.victims:
-            got.append(self.outcome(self.arena, step.rounds[0][self.rank]))
+            got.append(self.calls.outcome(self.arena, step.rounds[0][self.rank]))
         else:
             got.append(outcome(lambda: train(2)))
         got.append(outcome(lambda: train(2)))
@@ -554,45 +338,12 @@ def _compile() -> None:
         plan.free()
 
 
-def _add(a: Any, b: Any, datatype: Any) -> None:
-    import numpy as np
-
-    np.frombuffer(b, np.float64)[:] += np.frombuffer(a, np.float64)
-
-
 def _together(work: Callable[[int], None]) -> None:
     threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def values(call: Call, rank: int, blocks: int = 1) -> Any:
-    """What rank ``rank`` gives: small whole numbers."""
-    import numpy as np
-
-    if call.function == "compressed":
-        return np.full(call.shape, rank + 1, call.dtype)
-    shape = (call.shape[0] * blocks, *call.shape[1:])
-    x = (np.arange(math.prod(shape)) * 7 + rank * 3) % 4 + 1
-    return np.array(x.reshape(shape), call.dtype, order=call.order)  # type: ignore[call-overload]
-
-
-def reduced(call: Call, everyone: Sequence[Any]) -> Any:
-    """What becomes of all ranks' values."""
-    import numpy as np
-
-    reduce = {"SUM": np.sum, "user": np.sum, "PROD": np.prod, "MAX": np.max, "MIN": np.min}[call.op]
-    return reduce(np.stack(everyone).astype("f8"), axis=0).astype(call.dtype)
-
-
-def outcome(call: Callable[[], str]) -> str:
-    """What ``call`` returns, or its error."""
-    try:
-        return call()
-    except (Exception, KeyboardInterrupt) as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def work(asked: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
     mpirun -n 2 python benchmarks/torch_step.py --json FILE --plot FILE
     python benchmarks/hosts.py --hosts 2 --rate 1gbit -- python benchmarks/torch_step.py --between --json FILE
+    python benchmarks/torch_step.py --draw --json FILE --plot FILE      # of what was measured before
 
 Each variant has a model of its own, all with the same values; they take turns, a few steps at a time, so that all see
 the same machine. A step is forward, backward, exchange and SGD's update. The overhead is a step's median less that of
@@ -158,11 +159,12 @@ def begin_gloo() -> None:
 def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3 + 2 * len(results), 3.4), dpi=100, layout="constrained")
     axes: Any = figure.subplots(1, len(results), squeeze=False)[0]
     for axis, (model, found) in zip(axes, results.items(), strict=True):
         names = list(found)[::-1]
-        axis.barh(names, [found[name] for name in names])
+        axis.bar_label(axis.barh(names, [found[name] for name in names]), fmt="%.3g", padding=2, fontsize=8)
+        axis.margins(x=0.15)
         axis.set_title(f"{model} of gradients")
         axis.set_xlabel("ms a step, median")
         if axis is not axes[0]:
@@ -174,10 +176,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--between", action="store_true")
     parser.add_argument("--overhead", action="store_true")
+    parser.add_argument("--draw", action="store_true")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
+    if given.draw:
+        plot(json.loads(given.json.read_text(encoding="utf-8"))["ms_a_step"], given.plot)
+        return
     torch.set_num_threads(1)
     comm = MPI.COMM_WORLD
     whole: dict[str, Any] = {

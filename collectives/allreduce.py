@@ -15,7 +15,7 @@ from bitring.collectives.calls import fast_path_of, remember
 from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
 from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.plan import array_terms
-from bitring.collectives.runtime.context import context_of, given_comm
+from bitring.collectives.runtime.context import KeepsDirect, context_of, given_comm
 from bitring.settings import checked
 
 
@@ -43,20 +43,46 @@ def allreduce(
     Raises on all ranks: MismatchError where ranks differ in dtype, count, shape, op, mean or algorithm. A rank's bad
     arguments raise TypeError or ValueError there, and PeerError on the others.
     """
-    context = context_of(given_comm(comm, "allreduce"))
-    usual = isinstance(algorithm, str) and algorithm == "auto" and mean is False
-    fast_path, outcome = context.direct if usual else None, DECLINED
+    kept: object = comm
+    fast_path, outcome = None, DECLINED
+    if isinstance(algorithm, str) and algorithm == "auto" and mean is False:
+        fast_path = kept.direct if isinstance(kept, KeepsDirect) else None
+        if fast_path is None:
+            fast_path = context_of(given_comm(comm, "allreduce")).direct
     if fast_path is not None:
         result = np.empty(x.shape, x.dtype) if out is None and type(x) is np.ndarray else out
         try:
             outcome = fast_path.reduce(x, result, op)
         except BaseException as error:  # an interrupt: others may be in the run
-            context.queue.cut_short("allreduce", error)
+            context_of(given_comm(comm, "allreduce")).queue.cut_short("allreduce", error, (x, result))
             raise
         if outcome == DONE:
             return result
         if outcome != DECLINED:
             out = result
+    return _allreduce(x, out, op, comm, algorithm, mean, fast_path, outcome)
+
+
+def allreduce_together(
+    x: Array, shapes: list[tuple[int, ...]], *, op: MPI.Op, comm: MPI.Intracomm, algorithm: str, mean: bool
+) -> None:
+    """As ``allreduce(x, x)`` of arrays that lie one after the other in ``x``, 1-D; all ranks must have these shapes."""
+    _allreduce(x, x, op, comm, algorithm, mean, shapes=shapes)
+
+
+def _allreduce(
+    x: Any,
+    out: Any,
+    op: MPI.Op,
+    comm: MPI.Intracomm | None,
+    algorithm: str,
+    mean: bool,
+    fast_path: Any = None,
+    outcome: Any = DECLINED,
+    shapes: list[tuple[int, ...]] | None = None,
+) -> Array:
+    """``outcome``: of the ``fast_path``, where it was tried."""
+    context = context_of(given_comm(comm, "allreduce"))
     reduction = _Reduction()
 
     def library(comm: MPI.Intracomm, send: Any, receive: Any) -> MPI.Request:
@@ -65,13 +91,17 @@ def allreduce(
     with context.turn("allreduce", continues=outcome != DECLINED):
         if outcome == REFUSED:
             return out
-        call = read_call("allreduce", "allreduce", algorithm, lambda: reduction.read(x, out, op, mean))
+        call = read_call("allreduce", "allreduce", algorithm, lambda: reduction.read(x, out, op, mean, shapes))
         context.prepare("allreduce", call.request.error)
         if fast_path is None:
             context.direct = fast_path_of(context)
+            kept: object = comm
+            if isinstance(kept, KeepsDirect):
+                kept.direct = context.direct
         arrival = None if fast_path is None or outcome == DECLINED else fast_path.operation
         CallRun(context, call).now(library, arrival)
-        if context.direct is not None and algorithm == "auto" and not mean and call.work is not None:
+        known = algorithm == "auto" and not mean and shapes is None
+        if context.direct is not None and known and call.work is not None:
             remember(context.direct, op, reduction.result, call.request)
     if mean:
         reduction.divide(context.size)
@@ -85,7 +115,7 @@ class _Reduction:
     total: Array
     work: Array  # the values of ``total``
 
-    def read(self, x: Any, out: Any, op: MPI.Op, mean: bool) -> dict[str, Any]:
+    def read(self, x: Any, out: Any, op: MPI.Op, mean: bool, shapes: list[tuple[int, ...]] | None) -> dict[str, Any]:
         """Check the arguments; the fields of the call."""
         require_op(op, "allreduce")
         array = as_array(x, "allreduce", "x")
@@ -104,7 +134,7 @@ class _Reduction:
         if device_of(self.result) is not device_of(array):
             raise ValueError("allreduce: out must be in the same memory as x; one is on a device")
         self.total, self.work = self.result, flat_view(self.result, "allreduce", "out", writable=True)
-        _check_mean(mean, op, dtype)
+        check_mean(mean, op, dtype)
         if mean and dtype.itemsize == 2:
             self.total = xp_of(array).empty(array.shape, np.float32)
             self.work = self.total.reshape(-1)
@@ -122,7 +152,12 @@ class _Reduction:
             "before": before,
             "plain": plain,
             **operation(op, self.work, "allreduce"),
-            "terms": {**array_terms(self.result), "op": op_name(op), "mean": mean},
+            "terms": {
+                **array_terms(self.result),
+                **({} if shapes is None else {"shapes": shapes}),
+                "op": op_name(op),
+                "mean": mean,
+            },
         }
 
     def divide(self, size: int) -> None:
@@ -133,7 +168,8 @@ class _Reduction:
                 self.result[...] = self.total
 
 
-def _check_mean(mean: object, op: MPI.Op, dtype: np.dtype[Any]) -> None:
+def check_mean(mean: object, op: MPI.Op, dtype: np.dtype[Any]) -> None:
+    """Raise TypeError or ValueError where ``mean`` is no bool, or there is no mean of such an operation or dtype."""
     checked("allreduce", "mean", mean, bool)
     if mean and op_name(op) != "SUM":
         raise ValueError(f"allreduce: mean=True is for op=MPI.SUM; got {op_name(op)}")

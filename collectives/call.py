@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from bitring.arrays import Array
 from bitring.collectives.interop.operators import op_name, require_defined, require_op
-from bitring.collectives.plan import library_reduces, memory_name
+from bitring.collectives.plan import HOST, library_reduces, memory_name
 from bitring.collectives.runtime.agreement import Request
 from bitring.collectives.selection.selection import check_name
 
@@ -22,7 +22,8 @@ class Call:
     ``request``: what ranks agree on. ``work`` is None where only the MPI library reads this rank's arguments;
     ``sendbuf`` and ``recvbuf`` are what its call is given. ``plain``, handed what does ``before``, returns arrays
     instead that it cannot refuse. ``before`` copies to ``work``, ``after`` from there. ``own`` says whether bitring has
-    the operation on these values, ``library`` whether the MPI library has it.
+    the operation on these values, ``library`` whether the MPI library has it. ``packed`` makes the same call of plain
+    memory, where only the library reads the arguments but can copy them there.
     """
 
     request: Request
@@ -38,6 +39,7 @@ class Call:
     after: Callable[[], None] | None = None
     own: bool = True
     library: bool = True
+    packed: Callable[[Call], Call] | None = None
 
 
 def read_call(function: str, collective: str, algorithm: str, read: Callable[[], dict[str, Any]]) -> Call:
@@ -52,9 +54,10 @@ def read_call(function: str, collective: str, algorithm: str, read: Callable[[],
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         request.error = error
     work, terms = fields.get("work"), fields.pop("terms", {})
-    if work is not None:
-        request.terms = {**terms, "algorithm": algorithm, "memory": memory_name(work)}
     request.library = work is None and request.error is None
+    if request.error is None:
+        memory = HOST if work is None else memory_name(work)
+        request.terms = {**terms, "algorithm": algorithm, "memory": memory}
     return Call(request=request, collective=collective, algorithm=algorithm, **fields)
 
 

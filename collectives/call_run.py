@@ -57,6 +57,11 @@ class CallRun:
         """The algorithm, when settled; None where it is the library's own call."""
         return None if self._handed_on else self._choice
 
+    @property
+    def chosen(self) -> str | None:
+        """The algorithm's name, when settled; None where only the library can run the call."""
+        return None if self._choice is None else self._choice.name
+
     def settle(self, progress: Progress, blocking: bool = True) -> Steps:
         """Agree with all ranks and choose the algorithm.
 
@@ -214,10 +219,11 @@ class CallRun:
                 return
 
         def whole(progress: Progress) -> Steps:
-            if arrival is None:
+            operation = self._begin_repeated() if arrival is None else arrival
+            if operation is None:
                 yield from self.settle(progress)
             else:
-                yield from self._settle_arrived(arrival, progress)
+                yield from self._settle_arrived(operation, progress)
             if self._handed_on:
                 yield from self.library_steps(library, progress)
             elif not self._done and self._take_kept_runner():
@@ -241,11 +247,16 @@ class CallRun:
         that ranks differ.
         """
         fast_path = self._context.queue.fast_path
-        if fast_path is None or self._call.request.error is not None or self._call.request.library:
+        if fast_path is None or self._call.request.error is not None:
+            return None
+        repeats = self._repeats()
+        if self._call.request.library:
             return None
         self._choose(blocking=True)
         if not self._take_kept_runner():
-            return None
+            if not repeats:
+                return None
+            self._take_runner()
         assert self._runner is not None
         if self._runner.operation is None:
             self._keep_runner()
@@ -271,6 +282,33 @@ class CallRun:
             fast_path.taken_over()
             return operation
         return None
+
+    def _repeats(self) -> bool:
+        """Whether the ranks make this call without asking each other first, which this one must not do, either.
+
+        If it is such a call but for this rank's arguments, it becomes one.
+        """
+        call, roll_call = self._call, self._context.roll_call
+        if call.request.error is not None or roll_call is None or not roll_call.repeating:
+            return False
+        if call.request.library and call.packed is not None:
+            call = call.packed(call)
+        if call.request.library or not roll_call.repeats(call.request.signature):
+            return False
+        self._call = call
+        return True
+
+    def _begin_repeated(self) -> Any:
+        """The operation, begun, of a call that the ranks make without asking each other first; None for any other."""
+        if not self._repeats():
+            return None
+        self._choose(blocking=True)
+        if not self._take_kept_runner():
+            self._take_runner()
+        self._copy_once()
+        operation = cast(SelfCheckingRunner, self._runner).signed(self._call.request.signature)
+        operation.begin()
+        return operation
 
     def library_steps(self, library: Library, progress: Progress) -> Steps:
         """Run the library's own call. Arguments that the library refuses on some ranks are errors on all."""

@@ -11,14 +11,18 @@ from mpi4py import MPI
 
 from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
 from bitring.collectives.call import Call, operation, read_call
+from bitring.collectives.execution.library import MOST_VALUES, native_call
 from bitring.collectives.execution.native import may_run_past_engine
 from bitring.collectives.interop.buffers import Values, is_in_place, parse
-from bitring.collectives.interop.operators import REDUCTIONS, op_name, ufunc_name
+from bitring.collectives.interop.opaque import Opaque, opaque
+from bitring.collectives.interop.operators import REDUCTIONS, op_name, require_op, ufunc_name
+from bitring.collectives.packed_call import packed_bcast
 from bitring.collectives.plan import HOST
-from bitring.collectives.runtime.agreement import Request
+from bitring.collectives.runtime.agreement import Request, checked
 from bitring.collectives.runtime.context import Context
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.selection.selection import fast_path_limits
-from bitring.native import operation_of, type_of
+from bitring.native import extension, operation_of, type_of
 
 Copy = Callable[[], None]
 Plain = Callable[[Copy], tuple[Any, Any]]
@@ -74,6 +78,20 @@ def _same(function: str, send: Array, receive: Array, blocks_sent: int = 1, bloc
         raise ValueError(f"{function}: sendbuf and recvbuf must be in the same memory; one is on a device")
 
 
+def _reduced_terms(given: Opaque, blocks: int, op: MPI.Op, root: int | None = None) -> dict[str, object]:
+    """What can be told of a reduction that only the library reads, in the words that others use."""
+    count = None if given.values is None else given.values // blocks
+    terms = {"dtype": given.dtype, "count": count, "order": "C", "op": op_name(op), "root": root}
+    return {name: value for name, value in terms.items() if value is not None}
+
+
+def _moved_terms(given: Opaque, blocks: int, root: int | None = None) -> dict[str, object]:
+    """As ``_reduced_terms``, where bytes are moved."""
+    nbytes = None if given.nbytes is None else given.nbytes // blocks
+    terms = {"nbytes": nbytes, "order": "C", "root": root}
+    return {name: value for name, value in terms.items() if value is not None}
+
+
 def _same_arrays(function: str, sendbuf: Any, recvbuf: Any) -> None:
     """As ``_same``, for what only the library reads: it may crash on arrays of two dtypes without numbers."""
     sent, received = (getattr(buffer, "dtype", None) for buffer in (sendbuf, recvbuf))
@@ -89,7 +107,9 @@ def allreduce_call(context: Context, function: str, sendbuf: Any, recvbuf: Any, 
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
             _same_arrays(function, sendbuf, recvbuf)
-            return {"sendbuf": sendbuf, "recvbuf": recvbuf}
+            require_op(op, function)
+            terms = _reduced_terms(opaque(recvbuf, function, "recvbuf"), 1, op)
+            return {"sendbuf": sendbuf, "recvbuf": recvbuf, "terms": terms}
         work, before = receive.flat, None
         if send is not receive:
             _same(function, send.flat, work)
@@ -121,7 +141,10 @@ def reduce_call(context: Context, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: 
         if send is None or (at_root and receive is None):
             if at_root:
                 _same_arrays("Reduce", sendbuf, recvbuf)
-            return {"sendbuf": sendbuf, "recvbuf": recvbuf, "root": int(root)}
+            require_op(op, "Reduce")
+            given = recvbuf if is_in_place(sendbuf) else sendbuf
+            terms = _reduced_terms(opaque(given, "Reduce", "sendbuf"), 1, op, int(root))
+            return {"sendbuf": sendbuf, "recvbuf": recvbuf, "root": int(root), "terms": terms}
         given, before = send.flat, None
         work = xp_of(given).empty(given.size, given.dtype) if receive is None else receive.flat
         if work is not given:
@@ -154,7 +177,10 @@ def reduce_scatter_block_call(context: Context, sendbuf: Any, recvbuf: Any, op: 
         send = receive if in_place else parse(sendbuf, function, "sendbuf", writable=False, blocks=size)
         if receive is None or send is None:
             _same_arrays(function, sendbuf, recvbuf)
-            return {"sendbuf": sendbuf, "recvbuf": recvbuf}
+            require_op(op, function)
+            blocks = size if in_place else 1
+            terms = _reduced_terms(opaque(recvbuf, function, "recvbuf", blocks), blocks, op)
+            return {"sendbuf": sendbuf, "recvbuf": recvbuf, "terms": terms}
         given = send.flat
         if given.size % size:
             raise ValueError(f"{function}: sendbuf must hold {size} equal blocks; got {given.size} values")
@@ -194,7 +220,8 @@ def allgather_call(context: Context, function: str, sendbuf: Any, recvbuf: Any, 
         send = receive if is_in_place(sendbuf) else parse(sendbuf, function, "sendbuf", writable=False)
         if receive is None or send is None:
             _same_arrays(function, sendbuf, recvbuf)
-            return {"sendbuf": sendbuf, "recvbuf": recvbuf}
+            terms = _moved_terms(opaque(recvbuf, function, "recvbuf", context.size), context.size)
+            return {"sendbuf": sendbuf, "recvbuf": recvbuf, "terms": terms}
         received, before = bytes_of(receive.flat), None
         sent = received if send is receive else bytes_of(send.flat)
         if received.size % context.size:
@@ -226,7 +253,9 @@ def bcast_call(context: Context, buf: Any, root: int, algorithm: str) -> Call:
         require_root(root, context.size, "Bcast")
         values = parse(buf, "Bcast", "buf", writable=context.rank != root)
         if values is None:
-            return {"recvbuf": buf, "root": int(root)}
+            told = opaque(buf, "Bcast", "buf")
+            terms, packed = _moved_terms(told, 1, int(root)), packed_bcast(context, buf, told, int(root))
+            return {"recvbuf": buf, "root": int(root), "terms": terms, "packed": packed}
         work = bytes_of(values.flat)
         return {
             "recvbuf": values.spec,
@@ -267,6 +296,34 @@ def fast_path_of(context: Context) -> Any:
                 signature = Request("Allreduce", {**terms, "memory": HOST}).kind
                 fast_path.serve(op, operation_of(ufunc), kind, signature)
     return fast_path
+
+
+def know(fast_path: Any, context: Context, call: Call, chosen: str | None) -> None:
+    """Tell the fast path of a call whose ranks have agreed, for those like it; ``chosen``: the algorithm that ran it.
+
+    Of C-contiguous arrays in host memory; none of other algorithms than those that it stands in for.
+    """
+    work, terms = call.work, call.request.terms
+    if work is None or device_of(work) is not None or terms["order"] != "C":
+        return
+    moves, blocks = call.collective in ("broadcast", "allgather"), call.collective in ("allgather", "reduce_scatter")
+    kind = type_of(work.dtype)
+    library, whole = None, None
+    little = context.common is not None and work.nbytes <= extension.NodeCollective.most
+    algorithm = None if chosen is None else algorithms.get(chosen)
+    if not little and algorithm is not None and algorithm.library:
+        count = work.size // context.size if blocks else work.size
+        if count > MOST_VALUES:
+            return
+        library = native_call(context.comm, call.collective, work.dtype, count, call.op, call.root)
+        whole = checked(context.roll_call, call.request, library)
+    elif not little and (algorithm is None or not algorithm.self_checking):
+        return
+    if kind is not None and (moves or ufunc_name(call.op, work.dtype) is not None):
+        collective = extension.Collective[call.collective]
+        signature = call.request.signature
+        op = None if moves else call.op
+        fast_path.know(collective, op, kind, work.size, call.root, signature, library, whole)
 
 
 def remember(fast_path: Any, op: MPI.Op, result: Array, request: Request) -> None:

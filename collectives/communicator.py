@@ -6,32 +6,35 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 from typing_extensions import Self
 
 from bitring.arrays import require_native
+from bitring.collectives.base_plan import RUN
 from bitring.collectives.call import Call
-from bitring.collectives.call_run import CallRun, Library
+from bitring.collectives.call_run import CallRun
 from bitring.collectives.calls import (
     allgather_call,
     allreduce_call,
     bcast_call,
     fast_path_of,
+    know,
     reduce_call,
     reduce_scatter_block_call,
 )
 from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
 from bitring.collectives.interop.steps import Progress, Steps
-from bitring.collectives.plan import RUN, ExactPlan, run_agreement
+from bitring.collectives.plan import ExactPlan, run_agreement
 from bitring.collectives.requests import GeneralRequest, PersistentRequest
 from bitring.collectives.runtime.agreement import Request, agree
-from bitring.collectives.runtime.context import Context, check_alive, context_of, finish_making
+from bitring.collectives.runtime.context import Context, KeepsDirect, check_alive, context_of, finish_making
 from bitring.collectives.runtime.objects import agreed_job
 from bitring.collectives.selection.selection import check_name
 from bitring.errors import uncopyable
+from bitring.native import extension, native
 
 
 def _shape(given: Any) -> tuple[int, ...]:
@@ -76,7 +79,7 @@ def _require_ints(function: str, **given: Any) -> None:
             raise TypeError(f"{function}: {argument} must be an int of 32 bits; got {value!r}")
 
 
-class Communicator(MPI.Intracomm):
+class Communicator(MPI.Intracomm, KeepsDirect):
     """A drop-in for ``MPI.Intracomm``: the same communicator, with bitring's collectives.
 
     ``Communicator(comm)`` wraps ``comm`` without duplicating it; ``Dup``, ``Split`` and ``Create`` return
@@ -135,14 +138,22 @@ class Communicator(MPI.Intracomm):
             return self._derived(make())
 
     def Free(self) -> None:
-        """As mpi4py's. What is under way ends with an error that says so."""
-        finish_making(self)
-        super().Free()
+        """As mpi4py's. What is under way ends with an error that says so.
+
+        Raises MismatchError, and frees all the same, where earlier calls of Bcast or Reduce were not the same on all
+        ranks and this one had gone on.
+        """
+        try:
+            finish_making(self)
+        finally:
+            super().Free()
 
     def Disconnect(self) -> None:
         """As mpi4py's; see ``Free``."""
-        finish_making(self)
-        super().Disconnect()
+        try:
+            finish_making(self)
+        finally:
+            super().Disconnect()
 
     def Dup(self, info: MPI.Info | None = None) -> Self:
         """As mpi4py's; returns a Communicator."""
@@ -290,29 +301,15 @@ class Communicator(MPI.Intracomm):
 
     def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
         """Reduce over all ranks into ``recvbuf`` of rank ``root``."""
-
-        def make(context: Context) -> Call:
-            return reduce_call(context, sendbuf, recvbuf, op, root, self._algorithm)
-
-        self._run("Reduce", make, lambda comm, send, receive: comm.Ireduce(send, receive, op, root))
+        self._run(_REDUCE, sendbuf, recvbuf, op, root)
 
     def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over all ranks; rank r gets block r."""
-
-        def make(context: Context) -> Call:
-            return reduce_scatter_block_call(context, sendbuf, recvbuf, op, self._algorithm)
-
-        self._run(
-            "Reduce_scatter_block", make, lambda comm, send, receive: comm.Ireduce_scatter_block(send, receive, op)
-        )
+        self._run(_REDUCE_SCATTER_BLOCK, sendbuf, recvbuf, op, 0)
 
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> None:
         """Gather every rank's ``sendbuf`` in ``recvbuf`` of every rank, in rank order."""
-
-        def make(context: Context) -> Call:
-            return allgather_call(context, "Allgather", sendbuf, recvbuf, self._algorithm)
-
-        self._run("Allgather", make, lambda comm, send, receive: comm.Iallgather(send, receive))
+        self._run(_ALLGATHER, sendbuf, recvbuf, None, 0)
 
     def Iallgather(self, sendbuf: Any, recvbuf: Any) -> MPI.Request:
         """Begin an Allgather; see ``Iallreduce``."""
@@ -329,15 +326,69 @@ class Communicator(MPI.Intracomm):
 
     def Bcast(self, buf: Any, root: int = 0) -> None:
         """Copy rank ``root``'s ``buf`` to every rank's."""
+        self._run(_BCAST, None, buf, None, root)
 
-        def make(context: Context) -> Call:
-            return bcast_call(context, buf, root, self._algorithm)
-
-        self._run("Bcast", make, lambda comm, send, receive: comm.Ibcast(receive, root))
-
-    def _run(self, function: str, make: Callable[[Context], Call], library: Library) -> None:
+    def _run(self, kind: _Kind, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, root: int) -> None:
+        fast_path, outcome = self._fast_path, DECLINED
+        if fast_path is not None:
+            try:
+                outcome = fast_path.call(kind.collective, sendbuf, recvbuf, op, root)
+            except BaseException as error:  # an interrupt: others may be in the run
+                context_of(self).queue.cut_short(kind.function, error, (sendbuf, recvbuf))
+                raise
+            if outcome == DONE:
+                return
         context = context_of(self)
-        with context.turn(function):
-            call = make(context)
-            context.prepare(function, call.request.error)
-            CallRun(context, call).now(library)
+        with context.turn(kind.function, continues=outcome != DECLINED):
+            if outcome == REFUSED:
+                return
+            call = kind.read(context, sendbuf, recvbuf, op, root, self._algorithm)
+            context.prepare(kind.function, call.request.error)
+            if fast_path is None and self._algorithm == "auto":
+                self._fast_path = fast_path_of(context)
+            arrival = None if fast_path is None or outcome == DECLINED else fast_path.operation
+            run = CallRun(context, call)
+            run.now(lambda comm, send, receive: kind.library(comm, send, receive, op, root), arrival)
+            if self._fast_path is not None:
+                know(self._fast_path, context, call, run.chosen)
+
+
+class _Kind(NamedTuple):
+    """A call that has a fast path once it was made: how its arguments are read, and the library's own."""
+
+    function: str
+    collective: Any  # as the native engine names it
+    read: Callable[[Context, Any, Any, Any, Any, str], Call]
+    library: Callable[[MPI.Intracomm, Any, Any, Any, int], MPI.Request]
+
+
+def _native(collective: str) -> Any:
+    return None if native() is None else extension.Collective[collective]
+
+
+_REDUCE = _Kind(
+    "Reduce",
+    _native("reduce"),
+    reduce_call,
+    lambda comm, send, receive, op, root: comm.Ireduce(send, receive, op, root),
+)
+_REDUCE_SCATTER_BLOCK = _Kind(
+    "Reduce_scatter_block",
+    _native("reduce_scatter"),
+    lambda context, send, receive, op, root, algorithm: reduce_scatter_block_call(
+        context, send, receive, op, algorithm
+    ),
+    lambda comm, send, receive, op, root: comm.Ireduce_scatter_block(send, receive, op),
+)
+_ALLGATHER = _Kind(
+    "Allgather",
+    _native("allgather"),
+    lambda context, send, receive, op, root, algorithm: allgather_call(context, "Allgather", send, receive, algorithm),
+    lambda comm, send, receive, op, root: comm.Iallgather(send, receive),
+)
+_BCAST = _Kind(
+    "Bcast",
+    _native("broadcast"),
+    lambda context, send, receive, op, root, algorithm: bcast_call(context, receive, root, algorithm),
+    lambda comm, send, receive, op, root: comm.Ibcast(receive, root),
+)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from bitring.collectives.base_plan import RUN, Plan
 from bitring.collectives.interop.steps import Progress, Steps, finish
-from bitring.collectives.plan import RUN, ExactPlan, Plan
+from bitring.collectives.plan import ExactPlan
 from bitring.collectives.runtime.agreement import Request, conclude, verdict_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.selection.selection import Choice

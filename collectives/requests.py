@@ -10,9 +10,9 @@ from typing import Literal
 from mpi4py import MPI
 from typing_extensions import Self
 
+from bitring.collectives.base_plan import RUN, Plan
 from bitring.collectives.interop.polled_request import Callbacks, as_mpi, start
 from bitring.collectives.interop.steps import Progress, Steps
-from bitring.collectives.plan import RUN, Plan
 from bitring.collectives.runtime.context import Context
 from bitring.collectives.runtime.engine import engine
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitring.models import joins, layers, recurrent
+from bitring.models import dropout, joins, layers, recurrent
 from bitring.models.layers import Layer
 from bitring.settings import Settings, setting
 
@@ -102,6 +102,18 @@ class ReLU(Description):
     def build(self, shapes: Sequence[Shape], input_gradient: bool) -> tuple[Layer, Shape]:
         """See Description."""
         return layers.ReLU(), self.only(shapes, None, "one value")
+
+
+@dataclass(frozen=True)
+class Dropout(Description):
+    """In training each value becomes 0 with probability ``rate``, else x / (1 − rate)."""
+
+    rate: float = setting(0.5, least=0, below=1)
+    seed: int = setting(0, least=0)
+
+    def build(self, shapes: Sequence[Shape], input_gradient: bool) -> tuple[Layer, Shape]:
+        """See Description."""
+        return dropout.Dropout(self.rate, self.seed), self.only(shapes, None, "one value")
 
 
 @dataclass(frozen=True)

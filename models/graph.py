@@ -61,6 +61,7 @@ def apply(
         copy = workspace.empty(x[0].shape, x[0].dtype)
         copy[...] = x[0]
         x = [copy]
+    workspace.node = node.name
     return node.layer.forward(workspace, parameters, x[0] if len(x) == 1 else tuple(x))
 
 

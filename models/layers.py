@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,16 +28,32 @@ Backward = Callable[[Array, Emit], Array]
 made with ``input_gradient=False``)."""
 
 
+class Draw(NamedTuple):
+    """What is drawn by in a pass: the ``step``'s number, the number in the batch of the array's ``first`` sample.
+
+    Of an array that is cut along its last axis: ``column``, the first of its values there, of ``width`` of all; 0: the
+    axis is whole.
+    """
+
+    step: int
+    first: int = 0
+    column: int = 0
+    width: int = 0
+
+
 class Workspace:
     """Memory for what lives during one pass; the next pass gets the same memory again.
 
     Large arrays made anew come as fresh pages from the system, which costs a sixth of the CNN's time.
     ``make_product``: what a dense weight's gradient dyᵀ·x is made by in this pass; None for the product itself.
+    ``node``: the name of the node that is applied; ``draw``: what it draws by, None where nothing is drawn.
     """
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
         self.make_product: Callable[[Array, Array], Any] | None = None
+        self.node = ""
+        self.draw: Draw | None = None
         self._buffers: list[Array] = []
         self._taken = 0
 
@@ -47,7 +63,7 @@ class Workspace:
 
     def product(self, dy: Array, x: Array) -> Any:
         """The gradient dyᵀ·x, newly made, as it is wanted in this pass."""
-        return dy.T @ x if self.make_product is None else self.make_product(dy.copy(), x.copy())
+        return dy.T @ x if self.make_product is None else self.make_product(dy, x)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An uninitialised, contiguous array, valid until ``restart``."""
@@ -69,6 +85,9 @@ class Layer(ABC):
 
     returns_view = False
     """Whether the output is a view of the input."""
+
+    mixes_samples = False
+    """Whether a sample's output depends on the others of its batch, as batch normalization's does."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self.shapes = dict(shapes or {})

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from bitring.launcher import launched_rank
 from bitring.models.graph import Node, chain, forward, layers_of
-from bitring.models.layers import Array, Emit, Layer, Workspace
+from bitring.models.layers import Array, Draw, Emit, Layer, Workspace
 from bitring.registry import Registry
 from bitring.settings import Range, checked
 
@@ -43,6 +44,7 @@ class Model(ABC):
         self.dtype, self.xp = np.dtype(dtype), xp
         self.nodes = self.graph()
         self._workspace = Workspace(xp)
+        self._calls = 0  # of loss_and_gradients
         random = np.random.default_rng(seed)
         self.parameters: dict[str, Array] = {}
         for layer in layers_of(self.nodes):
@@ -70,6 +72,7 @@ class Model(ABC):
         y: Array,
         on_gradient: Callable[[str, Array], None] | None = None,
         product: Callable[[Array, Array], Any] | None = None,
+        draw: Draw | None = None,
     ) -> tuple[float, dict[str, Array]]:
         """The mean loss over the batch, and its gradient by every parameter, newly made, in ``parameters``' order.
 
@@ -80,6 +83,9 @@ class Model(ABC):
 
         A dense weight's gradient is uᵀ·v of the layer's error u (N, outputs) and its input v (N, inputs). With
         ``product=bitring.Factors`` it is given as that, ``product(u, v)`` of new arrays, and not multiplied out.
+
+        ``draw``: what Dropout draws by, a ``bitring.Draw`` with a step's number and that of the first sample in the
+        batch of all ranks; None: the number of the call, from 0, and samples that no other rank has.
         """
         x, y = self.checked("loss_and_gradients", x, y)
         ready: dict[str, Array] = {}
@@ -90,9 +96,10 @@ class Model(ABC):
                 on_gradient(name, gradient)
 
         loss = 0.0
+        drawn_by, self._calls = draw or Draw(self._calls, launched_rank() << 32), self._calls + 1
         if len(x):
-            logits, back = self._forward(x)
-            self._workspace.make_product = product
+            logits, back = self._forward(x, drawn_by)
+            self._workspace.make_product = None if product is None else lambda u, v: product(u.copy(), v.copy())
             losses, d = self.cross_entropy(logits, y)
             loss = float(losses.mean())
             d /= len(x)
@@ -122,8 +129,9 @@ class Model(ABC):
         right = sum(int((logits.argmax(axis=1) == y[part]).sum()) for part, logits in self._evaluated(x))
         return right / max(len(x), 1)
 
-    def _forward(self, x: Array) -> tuple[Array, Callable[[Array, Emit], None]]:
+    def _forward(self, x: Array, draw: Draw | None = None) -> tuple[Array, Callable[[Array, Emit], None]]:
         self._workspace.restart()
+        self._workspace.draw = draw
         return forward(self.nodes, self._workspace, self.parameters, self.arranged(x))
 
     def arranged(self, x: Array) -> Array:

@@ -89,6 +89,25 @@ environment() {
     mv "$folder/installed.new" "$folder/installed"
 }
 
+# jax_packages VENV FOLDER: JAX and optax for that environment, in a folder of their own, for PYTHONPATH.
+jax_packages() {
+    local python=$1/bin/python folder=$2
+    if PYTHONPATH=$folder "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("jax") and u.find_spec("optax")))'; then
+        return
+    fi
+    rm -rf "$folder" "$folder.new"
+    if "$python" -m pip install --disable-pip-version-check --progress-bar off --quiet --no-compile --only-binary :all: \
+        --target "$folder.new" "jax==0.10.2" "optax==0.2.8" >"$folder.log" 2>&1 </dev/null; then
+        # NumPy and ml_dtypes are the environment's: bitring and its kernels are tested with those.
+        rm -rf "$folder.new"/numpy "$folder.new"/numpy-* "$folder.new"/numpy.libs "$folder.new"/ml_dtypes*
+        mv "$folder.new" "$folder"
+        echo "Installed JAX in $folder"
+    else
+        echo "No wheels of JAX in the package index; its tests are skipped"
+        tail -n 3 "$folder.log"
+    fi
+}
+
 # torch_packages VENV FOLDER: PyTorch's CPU wheel for that environment, in a folder of its own, for PYTHONPATH: it is as
 # large as all the rest, and the other tests do without. Only where the package index has such a wheel; the other one
 # brings gigabytes of CUDA.

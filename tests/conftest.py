@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import importlib.util
 import json
 import os
@@ -95,6 +96,16 @@ def _on_nodes(
 
 
 @pytest.fixture
+def on_nodes(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Makes such a duplicate of ``comm``: ``with on_nodes(node, algorithm) as duplicate``."""
+    from bitring.native import native
+
+    if native() is None or comm.size < 2:
+        pytest.skip("needs the native engine, and ranks for two nodes")
+    return functools.partial(_on_nodes, comm, monkeypatch)
+
+
+@pytest.fixture
 def two_nodes(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A duplicate of ``comm`` whose ranks are told to be on two nodes: 1 + 2 ranks, 2 + 2, or 2 + 3."""
     from bitring.native import native
@@ -155,6 +166,29 @@ def on_ranks(clean_environment: Callable[..., dict[str, str]]) -> Callable[..., 
         )
 
     return on_ranks
+
+
+@pytest.fixture(scope="session")
+def on_survivors(clean_environment: Callable[..., dict[str, str]]) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs a script on 3 ranks that the launcher leaves alone when one dies; returns the finished process."""
+    mpirun = Path(sys.executable).with_name("mpirun")
+    told = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
+    if "HYDRA" not in told.upper():
+        pytest.skip("needs MPICH's launcher, which can be told to leave the other ranks alone")
+
+    def on_survivors(script: str) -> subprocess.CompletedProcess[str]:
+        command = 'trap "" USR1; "$0" -c "$1" || exit 3'  # the launcher ends all when its own child is killed
+        return subprocess.run(
+            [mpirun, "-disable-auto-cleanup", "-n", "3", "sh", "-c", command, sys.executable, script],
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
+
+    return on_survivors
 
 
 def _world() -> tuple[int, int]:
@@ -220,8 +254,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Lockstep:
     """Keeps the ranks at the same test, and leaves behind what tests/run.py shows when they got stuck."""
 
-    # Outside of tests (collection, the end) a rank may take this long before its stacks are recorded.
-    BETWEEN_SECONDS = 60.0
+    # Before the first test, and between two and at the end, a rank may take this long before its stacks are recorded.
+    START_SECONDS, BETWEEN_SECONDS = 180.0, 60.0
 
     def __init__(self, logs: Path | None) -> None:
         self._progress = (logs / f"progress-{RANK}.jsonl").open("a", encoding="utf-8") if logs else None
@@ -231,7 +265,7 @@ class Lockstep:
         self._began = 0.0
         self._deadline = 0.0
         self._record(event="began", pid=os.getpid())
-        self._watch(self.BETWEEN_SECONDS)
+        self._watch(self.START_SECONDS)
 
     def _watch(self, seconds: float) -> None:
         if self._stacks:
@@ -260,6 +294,7 @@ class Lockstep:
             odd = sorted(set(lists[0].split("\n")) ^ set(other.split("\n")))
             raise pytest.UsageError(f"the ranks collected different tests, or in a different order: {odd[:5]}")
         self._record(event="collected", tests=names)
+        self._watch(self.BETWEEN_SECONDS)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._outcome, self._began = "passed", time.monotonic()

@@ -12,7 +12,7 @@ import contextlib
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,17 @@ class Stream:
     """Work in order. ``ended`` counts what has been performed, ``asked`` all there ever was."""
 
     def __init__(self) -> None:
-        self.queue: deque[Callable[[], None]] = deque()
+        self.queue: deque[Callable[[], object]] = deque()
         self.asked = self.ended = 0
+        self._lock = threading.RLock()  # the progress thread asks for work and waits for it, too
 
-    def ask(self, work: Callable[[], None]) -> None:
-        self.queue.append(work)
-        self.asked += 1
+    def ask(self, work: Callable[[], object]) -> None:
+        with self._lock:
+            self.queue.append(work)
+            self.asked += 1
 
     def perform(self, until: int) -> None:
-        with np.errstate(all="ignore"):
+        with self._lock, np.errstate(all="ignore"):
             while self.ended < until:
                 self.queue.popleft()()
                 self.ended += 1
@@ -90,6 +92,7 @@ class DeviceArray:
 
     dtype = property(lambda self: self._memory.dtype)
     shape = property(lambda self: self._memory.shape)
+    ndim = property(lambda self: self._memory.ndim)
     size = property(lambda self: self._memory.size)
     nbytes = property(lambda self: self._memory.nbytes)
     flags = property(lambda self: self._memory.flags)
@@ -119,8 +122,45 @@ class DeviceArray:
 
         self.stream.ask(assign)
 
+    def _in_place(self, ufunc: Any, other: Any) -> DeviceArray:
+        given = other._memory if isinstance(other, DeviceArray) else other
+        self.stream.ask(lambda: ufunc(self._memory, given, out=self._memory))
+        return self
+
+    def __iadd__(self, other: Any) -> DeviceArray:
+        return self._in_place(np.add, other)
+
+    def __isub__(self, other: Any) -> DeviceArray:
+        return self._in_place(np.subtract, other)
+
+    def __imul__(self, other: Any) -> DeviceArray:
+        return self._in_place(np.multiply, other)
+
+    def sum(self, dtype: Any) -> DeviceArray:
+        made = empty((), dtype)
+        self.stream.ask(lambda: np.sum(self._memory, dtype=dtype, out=made._memory))
+        return made
+
 
 ndarray = DeviceArray
+
+
+def zeros_like(x: DeviceArray) -> DeviceArray:
+    made = empty(x.shape, x.dtype)
+    made[...] = 0
+    return made
+
+
+def empty_like(x: DeviceArray) -> DeviceArray:
+    return empty(x.shape, x.dtype)
+
+
+def concatenate(arrays: Sequence[DeviceArray], axis: None, out: DeviceArray | None = None) -> DeviceArray:
+    assert axis is None
+    made = empty(sum(x.size for x in arrays), arrays[0].dtype) if out is None else out
+    parts = [x._memory for x in arrays]
+    stream.ask(lambda: np.concatenate(parts, axis=None, out=made._memory))
+    return made
 
 
 def empty(shape: Any, dtype: Any = np.float64) -> DeviceArray:
@@ -145,8 +185,9 @@ def __getattr__(name: str) -> Any:
     if not isinstance(ufunc, np.ufunc):
         raise AttributeError(name)
 
-    def queued(a: DeviceArray, b: DeviceArray, out: DeviceArray) -> DeviceArray:
-        out.stream.ask(lambda: ufunc(a._memory, b._memory, out=out._memory))
+    def queued(a: DeviceArray, b: Any, out: DeviceArray, **how: Any) -> DeviceArray:
+        given = b._memory if isinstance(b, DeviceArray) else b
+        out.stream.ask(lambda: ufunc(a._memory, given, out=out._memory, **how))
         return out
 
     return queued

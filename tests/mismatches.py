@@ -4,7 +4,8 @@
 
 All ranks draw the same course of deeds. In some of them one rank, the odd one, does something else: it gives another
 dtype, count, operation, algorithm, or runs another plan. Then all ranks must raise, an array that is only read must be
-as it was, and the next deed must work.
+as it was, and the next deed must work. Of a Bcast or Reduce that ranks make without waiting for all, those that have
+returned must raise in their next call, and the next deed is on another communicator.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from mpi4py import MPI
 from bitring.collectives.allreduce import allreduce
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.plan import plan_exact
+from bitring.collectives.runtime.context import context_of
 from bitring.errors import MismatchError
 
 COUNTS = [0, 1, 3, 100, 2_000, 17_000, 40_000]
-DEEDS = ["Allreduce", "allreduce", "in place", "plan", "Bcast", "Allgather", "Reduce"]
-DIFFERENCES = ["dtype", "count", "op", "algorithm", "plan", "function"]
+DEEDS = ["Allreduce", "allreduce", "in place", "plan", "Bcast", "Allgather", "Reduce", "Reduce_scatter_block"]
+DIFFERENCES = ["dtype", "count", "op", "algorithm", "plan", "function", "root"]
 
 
 def course(comm: Communicator, seed: int, most_good: int = 100) -> list[str]:
@@ -31,11 +33,9 @@ def course(comm: Communicator, seed: int, most_good: int = 100) -> list[str]:
     random = np.random.default_rng(seed)
     size, rank = comm.Get_size(), comm.Get_rank()
     values = [int(random.choice(COUNTS)) for _ in range(4)]
-    plans = []
-    for n in values:
-        algorithm = str(random.choice(["auto", "leaders", "ring", "mpi"]))
-        plans.append(plan_exact(np.zeros(n, np.float32), comm, MPI.SUM, algorithm))
-    wrong: list[str] = []
+    algorithms = [str(random.choice(["auto", "leaders", "ring", "mpi"])) for _ in values]
+    comm = Communicator(MPI.Intracomm(comm).Dup(), comm.algorithm)
+    plans, own, wrong = _plans(comm, values, algorithms), [comm], list[str]()
     for _ in range(3):
         deed, good = str(random.choice(DEEDS)), int(random.choice([0, 1, 2, most_good]))
         k, odd = int(random.integers(len(plans))), int(random.integers(size))
@@ -52,15 +52,47 @@ def course(comm: Communicator, seed: int, most_good: int = 100) -> list[str]:
             kind = type(error).__name__
             if not isinstance(error, MismatchError):
                 wrong.append(f"seed {seed}: {deed} with another {difference} on rank {odd}: {error!r}")
-        kinds = comm.allgather(kind)
-        if kinds != ["MismatchError"] * size and (kinds != ["no error"] * size or size > 1):
+        kinds = MPI.COMM_WORLD.allgather(kind)
+        broken = any(MPI.COMM_WORLD.allgather(context_of(comm).queue.broken is not None))
+        late = deed in ("Bcast", "Reduce") and "MismatchError" in kinds and (broken or "no error" in kinds)
+        if kinds != ["MismatchError"] * size and (kinds != ["no error"] * size or size > 1) and not late:
             wrong.append(f"seed {seed}: {deed} with another {difference} on rank {odd}: {kinds}")
-        if deed in ("Allreduce", "allreduce", "Allgather", "Reduce") and not (x == rank + 1).all():
+        if (
+            deed in ("Allreduce", "allreduce", "Allgather", "Reduce", "Reduce_scatter_block")
+            and not (x == rank + 1).all()
+        ):
             wrong.append(f"seed {seed}: {deed} with another {difference} on rank {odd} has changed its input")
+        if late:
+            wrong += _raises_at_last(comm, kind == "no error")
+            for plan in plans:
+                plan.free()
+            own.append(Communicator(MPI.Intracomm(comm).Dup(), comm.algorithm))
+            comm = own[-1]
+            plans = _plans(comm, values, algorithms)
         wrong += _alike(comm, deed, values[k], plans[k])
     for plan in plans:
         plan.free()
+    for each in own:
+        each.Free()
     return wrong
+
+
+def _plans(comm: Communicator, counts: list[int], algorithms: list[str]) -> list[Any]:
+    return [
+        plan_exact(np.zeros(n, np.float32), comm, MPI.SUM, algorithm)
+        for n, algorithm in zip(counts, algorithms, strict=True)
+    ]
+
+
+def _raises_at_last(comm: Communicator, returned: bool) -> list[str]:
+    """What is wrong with the next call of a rank that has ``returned`` from one that was not the same on all ranks."""
+    try:
+        comm.Allreduce(MPI.IN_PLACE, np.ones(3))
+    except Exception as error:
+        if isinstance(error, MismatchError if returned else RuntimeError):
+            return []
+        return [f"the next call, of a rank that has {'' if returned else 'not '}returned: {error!r}"]
+    return ["the next call did not raise"]
 
 
 def _call(comm: Communicator, deed: str, x: Any, plan: Any) -> Callable[[], Any]:
@@ -73,6 +105,7 @@ def _call(comm: Communicator, deed: str, x: Any, plan: Any) -> Callable[[], Any]
         "Bcast": lambda: comm.Bcast(x, 0),
         "Allgather": lambda: comm.Allgather(x, np.empty((comm.Get_size(), x.size), x.dtype)),
         "Reduce": lambda: comm.Reduce(x, y, root=comm.Get_size() - 1),
+        "Reduce_scatter_block": lambda: comm.Reduce_scatter_block(np.tile(x, comm.Get_size()), y),
     }
     return calls[deed]
 
@@ -85,13 +118,17 @@ def _other(
     if difference == "plan" or (deed == "plan" and difference != "function"):
         return plans[(k + 1) % len(plans)]
     if difference == "function":
+        if deed == "Reduce_scatter_block":
+            return lambda: comm.Bcast(x, 0)
         return lambda: comm.Reduce_scatter_block(np.ones(comm.Get_size() * n, np.float32), x)
     if difference == "count":
         return _call(comm, deed, np.ones(n + 1, np.float32), None)
     if difference == "dtype" and n > 0:
         return _call(comm, deed, np.ones(n, np.int64), None)
-    if difference == "op" and deed == "Allreduce":
-        return lambda: comm.Allreduce(x, np.empty_like(x), MPI.MAX)
+    if difference == "op" and deed in ("Allreduce", "Reduce"):
+        return lambda: getattr(comm, deed)(x, np.empty_like(x), MPI.MAX)
+    if difference == "root" and deed in ("Bcast", "Reduce") and comm.Get_size() > 2:
+        return lambda: comm.Bcast(x, 1) if deed == "Bcast" else comm.Reduce(x, np.empty_like(x), root=1)
     return (
         _call(Communicator(comm, algorithm="double_binary_tree"), deed, x, None)
         if deed != "allreduce"
@@ -120,6 +157,8 @@ def _alike(comm: Communicator, deed: str, n: int, plan: Any) -> list[str]:
         comm.Reduce(x, y, root=size - 1)
         if rank != size - 1:
             return []
+    elif deed == "Reduce_scatter_block":
+        comm.Reduce_scatter_block(np.tile(x, size), y)
     elif deed == "in place":
         comm.Allreduce(MPI.IN_PLACE, x)
         y = x

@@ -28,8 +28,9 @@ from typing import Any
 STARTS = 6
 """How often one configuration is started at most: after this many hangs the rest would hang too."""
 
-START_SECONDS = 120.0
-"""A run that has not said anything after this time is ended."""
+START_SECONDS = 180.0
+"""A run that has not said anything after this time is ended, and one that has not collected its tests so long after
+that; conftest.py knows it too."""
 
 BETWEEN_SECONDS = 60.0
 """A rank has this long between two tests, and from the last test to its end; conftest.py knows it too."""
@@ -96,7 +97,7 @@ class Progress:
     def overdue(self) -> bool:
         """Whether a rank has been where it is for longer than it may."""
         for records, changed in zip(self.records, self._changed, strict=True):
-            if not records:
+            if not records or records[-1]["event"] == "began":
                 allowed = START_SECONDS
             elif records[-1]["event"] in ("start", "failing"):
                 allowed = next(record["limit"] for record in reversed(records) if record["event"] == "start")

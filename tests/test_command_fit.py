@@ -43,3 +43,18 @@ def test_mistakes_are_named(tmp_path: Path):
     run = CliRunner().invoke(__main__._bitring, ["fit", "lasso", "--data", str(tmp_path / "odd.npz")])
     assert run.exit_code != 0
     assert "it has no y, only x, z" in run.output
+
+
+def test_logistic_regression(tmp_path: Path):
+    x, y = rows()
+    np.savez(tmp_path / "signs.npz", x=x, y=y > 0)
+    arguments = ["fit", "logistic_regression", "--data", str(tmp_path / "signs.npz"), "--output", str(tmp_path)]
+    run = CliRunner().invoke(__main__._bitring, arguments)
+    assert run.exit_code == 0, run.output
+    coefficients = np.load(tmp_path / "coefficients.npy")
+    assert np.mean((x @ coefficients > 0) == (y > 0)) > 0.9
+    assert json.loads((tmp_path / "summary.json").read_text())["program"] == "logistic_regression"
+    np.savez(tmp_path / "odd.npz", x=x, y=np.ones(60))
+    run = CliRunner().invoke(__main__._bitring, [*arguments[:3], str(tmp_path / "odd.npz")])
+    assert run.exit_code != 0
+    assert "y must have two different values; got 1" in run.output

@@ -372,10 +372,13 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path):
     [
         (["--model", "cnm"], "Error: unknown model 'cnm'; known: cnn, mlp, softmax"),
         (["--data", "digit"], "Error: load: unknown data set 'digit'; known: cifar10, digits,"),
-        (["--mode", "asink"], "Error: unknown mode 'asink'; known: block_momentum, delayed, local, sync"),
+        (["--mode", "asink"], f"Error: unknown mode 'asink'; known: {', '.join(bitring.modes())}"),
         (["--compression", "2bit"], "Error: unknown compressor '2bit'; known: none, "),
         (["--algorithm", "rong"], "Error: unknown algorithm 'rong'; known: binomial_tree,"),
-        (["--optimizer", "adam"], "Error: unknown optimizer 'adam'; known: adagrad, sgd"),
+        (
+            ["--optimizer", "rmsprop"],
+            "Error: unknown optimizer 'rmsprop'; known: adagrad, adam, onebit_adam, sgd",
+        ),
         (["--optimizer", "adagrad", "--momentum", "0.5"], "Error: --momentum is not for the optimizer adagrad"),
         (["--tau", "5"], "Error: --tau is not for the mode sync"),
         (["--mode", "local:tua=5"], "Error: unknown setting 'tua' of the mode local; known: tau"),
@@ -625,8 +628,9 @@ def test_the_bar_is_shown_through_mpirun(tmp_path: Path, clean_environment):
 def test_sandblaster_trains_and_goes_on_on_other_ranks(on_ranks, tmp_path):
     train = ("-m", "bitring", "train", "--model", "softmax", "--data", "digits", "--optimizer", "lbfgs:memory=5")
     train += ("--mode", "sandblaster:portions=16", "--output", str(tmp_path))
-    done = on_ranks(2, *train, "--epochs", "4")
+    done = on_ranks(2, *train, "--epochs", "4", "--placement", "hybrid")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["placement"] == "hybrid"
     done = on_ranks(1, *train, "--epochs", "6", "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -638,6 +642,16 @@ def test_sandblaster_trains_and_goes_on_on_other_ranks(on_ranks, tmp_path):
     assert summary["test_accuracy"] > 0.8
     assert summary["evaluations"] == records[-1]["evaluations"] >= 6
     assert (tmp_path / "portions.png").stat().st_size > 1000
+
+
+def test_one_model_in_shared_memory(on_ranks, tmp_path):
+    """Hogwild's parameters are put where it wants them, and a run of it goes on."""
+    common = ["train", "--model", "softmax", "--data", "digits", "--mode", "hogwild", "--output", str(tmp_path)]
+    for more in (["--epochs", "2"], ["--epochs", "3", "--resume"]):
+        done = on_ranks(2, "-m", "bitring", *common, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["epoch"] for line in history(tmp_path)] == [1, 2, 3]
+    assert summary(tmp_path)["test_accuracy"] > 0.8 and summary(tmp_path)["bytes_sent"] == 0
 
 
 def test_lbfgs_is_for_sandblaster_alone(tmp_path):

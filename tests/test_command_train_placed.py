@@ -32,11 +32,29 @@ def test_accuracy_is_the_same_whatever_the_placement(on_ranks, tmp_path: Path):
         assert each["train_loss"] == pytest.approx(found[0]["train_loss"], rel=1e-4)
 
 
+def test_a_run_goes_on_under_another_placement(on_ranks, tmp_path: Path):
+    common = ("-m", "bitring", "train", "--model", "mlp", "--data", "digits", "--epochs", "2", "--output", tmp_path)
+    done = on_ranks(2, *common, "--placement", "hybrid")
+    assert done.returncode == 0, done.stderr
+    whole = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    (tmp_path / "checkpoint.npz.previous").replace(tmp_path / "checkpoint.npz")  # as if it had ended there
+    done = on_ranks(2, *common, "--placement", "data", "--resume")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-4) and again["epochs"] == 2
+    done = on_ranks(2, *common, "--placement", "data", "--resume", "--batch", "256")
+    assert done.returncode == 2, done.stderr
+    assert "--resume: the checkpoint was made with --batch 64; got 256" in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--placement", "both"], "unknown placement 'both'; known: auto, data, hybrid, pipeline:stages=2"),
-        (["--placement", "hybrid", "--resume"], "--resume is not for --placement yet"),
+        (
+            ["--placement", "both"],
+            "unknown placement 'both'; known: auto, data, hybrid, hybrid_in_turns, pipeline:stages=2",
+        ),
+        (["--placement", "data", "--mode", "downpour"], "--mode downpour is not for --placement"),
         (["--replicas", "2"], "--replicas is for --placement"),
     ],
 )

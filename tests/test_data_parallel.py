@@ -1,7 +1,7 @@
 """Synchronous training, exact and compressed; what all modes share: checks, errors, buckets, state."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,7 @@ from bitring.training.checkpoints.loading import load_checkpoint
 from bitring.training.checkpoints.saving import save_checkpoint
 from bitring.training.data_parallel import DataParallel
 from bitring.training.lbfgs import LBFGS
+from bitring.training.mode import modes
 from bitring.training.modes.block_momentum import BlockMomentum
 from bitring.training.modes.local import Local
 from bitring.training.optimizers.adagrad import AdaGrad
@@ -468,20 +469,21 @@ SHARED = np.ones(6)
         ),
         ({"parameters": {"w": READ_ONLY}}, ValueError, "'w' must be writable"),
         ({"parameters": {"u": SHARED[:4], "v": SHARED[3:]}}, ValueError, "'u' and 'v' share memory"),
-        ({"optimizer": "adam"}, ValueError, "unknown optimizer 'adam'; known: adagrad, sgd"),
+        ({"optimizer": "rmsprop"}, ValueError, "unknown optimizer 'rmsprop'; known: adagrad, adam, onebit_adam, sgd"),
         (
             {"optimizer": SGD},
             TypeError,
-            "optimizer must be a name (adagrad, sgd) or an instance of Optimizer, got the class SGD itself",
+            "optimizer must be a name (adagrad, adam, onebit_adam, sgd) or an instance of Optimizer, "
+            "got the class SGD itself",
         ),
         ({"optimizer": LBFGS()}, TypeError, "got LBFGS(memory=10), which is for bitring.Sandblaster"),
         ({"optimizer": "sgd:eps=1"}, ValueError, "unknown setting 'eps' of the optimizer sgd; known: lr, momentum, "),
         ({"mode": "local:tau=0"}, ValueError, "Local: tau must be at least 1; got 0"),
-        ({"mode": "async"}, ValueError, "unknown mode 'async'; known: block_momentum, delayed, local, sync"),
+        ({"mode": "async"}, ValueError, f"unknown mode 'async'; known: {', '.join(modes.names())}"),
         (
             {"mode": 3},
             TypeError,
-            "mode must be a name (block_momentum, delayed, local, sync) or an instance of Mode, got 3",
+            f"mode must be a name ({', '.join(modes.names())}) or an instance of Mode, got 3",
         ),
         ({"compression": "twobit"}, ValueError, "'twobit'; known: "),
         ({"compression": "none"}, ValueError, "'none' is no compressor: compression=None is exact; known: "),
@@ -836,3 +838,47 @@ def test_bfloat16_and_immutable_tensors(comm, agree):
         trainer.step({"w": kind(np.ones((3, 4), ml_dtypes.bfloat16))})
     agree(comm, bool((w.array == -1).all()), str(w.array))
     trainer.free()
+
+
+class Layer(NamedTuple):
+    """As JAX's libraries have them."""
+
+    w: Any
+    b: Any
+
+
+def test_nested_parameters(comm, agree):
+    """Named by their places; the bits are those of flat ones, and gradients may be nested or flat."""
+    rng = np.random.default_rng(3)
+    flat = {"in/w": rng.standard_normal((4, 3)), "in/b": np.zeros(4), "out/0/w": np.ones((2, 4)), "out/0/b": np.ones(2)}
+    nested: Any = {
+        "in": {"w": flat["in/w"].copy(), "b": flat["in/b"].copy()},
+        "out": [Layer(flat["out/0/w"].copy(), flat["out/0/b"].copy())],
+    }
+    one, other = (DataParallel(each, SGD(lr=0.1), comm=comm) for each in (flat, nested))
+    agree(comm, list(other.parameters) == list(flat), repr(list(other.parameters)))
+    for step in range(3):
+        g = {name: rng.standard_normal(w.shape) + comm.rank for name, w in flat.items()}
+        one.step(g)
+        if step == 2:
+            other.step(g)
+            continue
+        tree = {"out": [Layer(g["out/0/w"], g["out/0/b"])], "in": {"b": g["in/b"], "w": g["in/w"]}}
+        other.step(tree)
+    agree(comm, other.digest() == one.digest() and np.array_equal(nested["out"][0].w, flat["out/0/w"]))
+    for wrong, text in (({"in": nested["in"]}, "missing: ['out/0/w', 'out/0/b']"), ([[1.0]], "got 1"), (3, "got int")):
+        error = raised(other.step, wrong)
+        agree(comm, text in str(error), repr(error))
+    for each in (one, other):
+        each.free()
+
+
+@pytest.mark.single
+def test_nested_parameters_in_a_list_and_two_of_one_name():
+    trainer = DataParallel([{"w": np.ones(3)}, np.ones(2)], "sgd")
+    assert list(trainer.parameters) == ["0/w", "1"]
+    trainer.step([{"w": np.ones(3)}, np.ones(2)])
+    with pytest.raises(ValueError, match="two arrays are named 'a/b'"):
+        DataParallel({"a": {"b": np.ones(2)}, "a/b": np.ones(2)}, "sgd")
+    with pytest.raises(TypeError, match="must be named by non-empty strings, got the name 3"):
+        DataParallel({"a": {3: np.ones(2)}}, "sgd")

@@ -26,8 +26,9 @@ def test_is_a_plain_loop_that_applies_old_means(comm, agree, compression, steps)
     """The means are those of a trainer in mode sync, whose update is noted down instead of made."""
     trainer, twin = new_trainer(comm, Delayed(steps), compression), new_trainer(comm, "sync", compression)
     means: list[dict[str, Any] | None] = []
-    update = twin._stepper.update
-    twin._stepper.update = lambda gradients, at_end=False: means[-1].update(  # type: ignore[method-assign,union-attr]
+    stepper: Any = twin._stepper
+    update = stepper.update
+    stepper.update = lambda gradients, at_end=False: means[-1].update(  # type: ignore[union-attr]
         {name: g.copy() for name, g in gradients.items()}
     )
     expected = {name: w.copy() for name, w in trainer.parameters.items()}
@@ -49,7 +50,7 @@ def test_is_a_plain_loop_that_applies_old_means(comm, agree, compression, steps)
     for old in means[-steps:]:
         apply(old)
     agree(comm, all(np.array_equal(w, expected[name]) for name, w in trainer.parameters.items()), "synchronize")
-    twin._stepper.update = update  # type: ignore[method-assign]
+    stepper.update = update
     for each in (trainer, twin):
         each.free()
 

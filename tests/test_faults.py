@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import shutil
 import subprocess
 import sys
@@ -17,11 +17,8 @@ import pytest
 pytestmark = pytest.mark.single
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-SPEC = importlib.util.spec_from_file_location("bitring_faults", BENCHMARKS / "faults.py")
-assert SPEC is not None and SPEC.loader is not None
-faults: Any = importlib.util.module_from_spec(SPEC)
-sys.modules["bitring_faults"] = faults
-SPEC.loader.exec_module(faults)
+sys.path.insert(0, str(BENCHMARKS))
+faults: Any = importlib.import_module("faults")
 
 USUAL = faults.Trial(
     fault="kill",

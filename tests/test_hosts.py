@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,8 @@ def test_network_allreduce(run, tmp_path: Path):
     results = json.loads(kept.read_text())
     assert results["network"] == {"emulated": True, "hosts": 2, "ranks_per_host": 1, "rate": RATE, "burst": 1 << 17}
     assert results["machine"]["nodes"] == 2
-    names = ["ring", "Communicator.Allreduce", "bitring.allreduce", "library", "library out of place", "TCP stream"]
+    names = ["ring", "Communicator.Allreduce", "bitring.allreduce", "library", "library out of place"]
+    names += [*["gloo"] * (find_spec("torch") is not None), "TCP stream"]
     rows = results["results"]
     assert [(row["nbytes"], row["contender"]) for row in rows] == [(n, c) for n in (1 << 16, 1 << 20) for c in names]
     for row in rows:
@@ -247,3 +249,15 @@ def test_overlap(run, tmp_path: Path):
     assert results["seconds"]["alone"] > ((1 << 20) - (1 << 17)) / RATE
     assert results["beside_against_alone"] > 0
     assert results["loop_against_alone"] > 0
+    assert results["loop_beside_tcp_against_alone"] > 0
+
+
+def test_fixed_cost(run, tmp_path: Path):
+    kept = tmp_path / "f.json"
+    arguments = ["--sizes", "8,1KiB", "--samples", "2", "--json", kept]
+    status, _, err = run(*arguments, script=[BENCHMARKS / "fixed_cost.py"])
+    assert status == 0, err
+    rows = json.loads(kept.read_text())["results"]
+    assert [row["nbytes"] for row in rows] == [8, 1024]
+    for row in rows:
+        assert min(row["plan"], row["bare"], row["library"], row["python_seconds"]) > 0

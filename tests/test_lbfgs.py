@@ -248,6 +248,6 @@ def test_no_number_at_the_beginning_is_an_error():
 
 
 def test_settings():
-    with pytest.raises(ValueError, match="LBFGS: memory must be at least 0; got -1"):
+    with pytest.raises(ValueError, match="LBFGS: memory must be 0 to 150; got -1"):
         bitring.LBFGS(memory=-1)
     assert bitring.LBFGS().memory == 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 
 import bitring
 from bitring.errors import MismatchError, NonFiniteError, PeerError
-from bitring.models.layers import ReLU
+from bitring.models.layers import Layer, ReLU
 from bitring.models.model import Model
+from bitring.native import extension
+from bitring.training.placement import native_messages
 
 RNG = np.random.default_rng(0)
 
@@ -78,6 +82,7 @@ def placements(name: str, ranks: int) -> list[Any]:
             {"code_a": 0, "code_b": last, "dense1": 0, "dense2": last, "dense3": 0},
             {"code_a": "samples", "code_b": last, "dense1": "columns", "dense2": "rows", "dense3": "columns"},
         ]
+    found.append("hybrid_in_turns")
     learned = [name for name, w in MODELS[name]().parameters.items() if w.ndim > 1 and "recurrent" not in name]
     for count in [ranks] if ranks <= len(learned) else []:
         found += [
@@ -112,35 +117,152 @@ def test_loss_and_gradients_are_those_of_one_process(comm, agree, name, every):
     samples = [11, 1, 6] if every else [5] if name == "cnn" else [11, 1]
     for replicas in splits(comm.size) if every else splits(comm.size)[-1:]:
         for placement in placements(name, comm.size // replicas)[slice(None) if every else slice(1, 4, 2)]:
-            model = MODELS[name]()
-            trainer = bitring.ModelParallel(
-                model, bitring.SGD(lr=1.0), comm=comm, placement=placement, replicas=replicas
-            )
-            for count in samples:
-                before = trainer.parameters()
-                alone = MODELS[name]()
-                for parameter, w in alone.parameters.items():
-                    w[...] = before[parameter]
-                x, y = batch(alone, count)
-                wanted, gradients = alone.loss_and_gradients(x, y)
-                sent = trainer._nbytes_sent
-                loss = trainer.step(x, y)
-                after = trainer.parameters()
-                # The update rounds to the parameters' size: 1e-13 of the largest of them and of the gradients.
-                error = off({k: before[k] - after[k] for k in before}, gradients)
-                what = f"{placement}, {replicas} replicas, {count} samples: {error:.1e}"
-                agree(comm, abs(loss - wanted) < 1e-13 * abs(wanted), f"{what}, loss {loss} for {wanted}")
-                agree(comm, error < 1e-13 * max(1.0, *(abs(w).max() for w in before.values())) * 4, what)
-                # To the byte as in closed form: all but the gradients' sums.
-                if count % replicas == 0:
-                    traffic = trainer._predicted(trainer._chosen, count // replicas)
-                    values = sum(there[trainer.rank] + back[trainer.rank] for _, there, back in traffic.edges)
-                    agree(comm, trainer._nbytes_sent - sent == values, f"{what}: {values} bytes")
-            trainer.free()
+            proved(comm, agree, name, placement, samples, replicas)
+
+
+def proved(comm: Any, agree: Any, name: str, placement: Any, samples: list[int], replicas: int = 1) -> None:
+    """Loss and gradients of steps with so many samples are within 1e-13 of one process, bytes as predicted."""
+    trainer = bitring.ModelParallel(
+        MODELS[name](), bitring.SGD(lr=1.0), comm=comm, placement=placement, replicas=replicas
+    )
+    for count in samples:
+        before = trainer.parameters()
+        alone = MODELS[name]()
+        for parameter, w in alone.parameters.items():
+            w[...] = before[parameter]
+        x, y = batch(alone, count)
+        wanted, gradients = alone.loss_and_gradients(x, y, draw=bitring.Draw(trainer.steps))
+        sent = trainer._nbytes_sent
+        loss = trainer.step(x, y)
+        after = trainer.parameters()
+        # The update rounds to the parameters' size: 1e-13 of the largest of them and of the gradients.
+        error = off({k: before[k] - after[k] for k in before}, gradients)
+        what = f"{placement}, {replicas} replicas, {count} samples: {error:.1e}"
+        agree(comm, abs(loss - wanted) < 1e-13 * abs(wanted), f"{what}, loss {loss} for {wanted}")
+        agree(comm, error < 1e-13 * max(1.0, *(abs(w).max() for w in before.values())) * 4, what)
+        # To the byte as in closed form: all but the gradients' sums.
+        if count % replicas == 0:
+            traffic = trainer._predicted(trainer._split.placement, count // replicas)
+            values = sum(there[trainer.rank] + back[trainer.rank] for _, there, back in traffic.edges)
+            agree(comm, trainer._nbytes_sent - sent == values, f"{what}: {values} bytes")
+    trainer.free()
+
+
+def dropping(dtype: Any = np.float64) -> Model:
+    layers = [
+        bitring.Dense("dense1", 9),
+        bitring.ReLU(),
+        bitring.Dropout(0.5),
+        bitring.Dense("dense2", 6),
+        bitring.Dropout(0.2),
+        bitring.Dense("dense3", 3),
+        bitring.Dense("dense4", 3),
+        bitring.Dense("dense5", 3),
+    ]
+    return bitring.Sequence(layers, (7,), 3, dtype=dtype, seed=1)
+
+
+def test_dropout_is_the_same_on_any_placement(comm, agree, monkeypatch):
+    """Cut by samples, by features, in pieces and between replicas."""
+    monkeypatch.setitem(MODELS, "dropping", dropping)
+    replicas = splits(comm.size)[-1]
+    pipeline = bitring.Placement(stages=comm.size // replicas, microbatches=3)
+    for placement in ("data", "hybrid", "hybrid_in_turns", pipeline):
+        proved(comm, agree, "dropping", placement, [11, 2], replicas)
+
+
+class Centred(Layer):
+    """It takes the batch's mean away, as batch normalization does."""
+
+    mixes_samples = True
+
+    def forward(self, workspace: Any, parameters: Any, x: Any) -> Any:
+        return x - x.mean(0), lambda dy, emit: dy - dy.mean(0)
+
+
+def test_layers_that_look_at_the_whole_batch(comm, agree, monkeypatch):
+    """Are refused where they would get a part of it, and work on one rank."""
+
+    def centred(dtype: Any = np.float64) -> Model:
+        model = mlp(dtype)
+        model.nodes[1] = model.nodes[1]._replace(layer=Centred())
+        return model
+
+    placement: Any = "data" if comm.size > 1 else bitring.Placement(stages=1, microbatches=2)
+    with pytest.raises(ValueError, match=r"relu2 \(Centred\) computes over all samples of a batch, and would get"):
+        bitring.ModelParallel(centred(), "sgd", comm=comm, placement=placement)
+    monkeypatch.setitem(MODELS, "centred", centred)
+    proved(comm, agree, "centred", {"dense1": "columns"} if comm.size == 1 else {"dense1": comm.size - 1}, [11])
+
+
+def test_each_ranks_samples_in_turn(comm, agree):
+    """Krizhevsky's other batch scheme: dense layers take one rank's samples after the other's."""
+    for name, samples in (("cnn", [5]), ("branches", [11, 1])):
+        proved(comm, agree, name, "hybrid_in_turns", samples, splits(comm.size)[-1])
+
+
+class Python:
+    """The extension is as if it were not there, for the messages of split models."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native_messages, "native", lambda: None)
+
+
+@pytest.mark.parametrize("encoder", [None, "float16"])
+def test_both_executors_give_the_same_bits(comm, agree, monkeypatch, encoder):
+    """The native engine's, and its reference in Python: losses and parameters, batches of several sizes."""
+    for name, placement in (("branches", "hybrid"), ("mlp", {"dense1": "rows", "dense2": 0, "dense3": "columns"})):
+        found = []
+        for native in (True, False):
+            with monkeypatch.context() as patch:
+                if not native:
+                    Python(patch)
+                trainer = bitring.ModelParallel(
+                    MODELS[name](np.float32), "sgd", comm=comm, placement=placement, value_compression=encoder
+                )
+                losses = [trainer.step(*batch(trainer.model, count)) for count in (6, 1, 7, 6)]
+                found.append((losses, trainer.parameters(), trainer.bytes_sent))
+                words = bitring.explain(trainer)
+                runs_in = "the native engine" if native and extension is not None else "Python"
+                agree(comm, f"messages by {runs_in}" in words, words)
+                trainer.free()
+        (losses, w, nbytes), others = found
+        agree(comm, losses == others[0] and nbytes == others[2], f"{name}: {losses}, {others[0]}")
+        agree(comm, all((w[key] == others[1][key]).all() for key in w), name)
+
+
+def test_more_messages_than_tags_are_refused(comm, agree):
+    """And the next batch is trained with."""
+    if comm.size != 2:
+        pytest.skip("of two stages")
+    placement = bitring.Placement(stages=comm.size, microbatches=2048)
+    trainer = bitring.ModelParallel(mlp(), "sgd", comm=comm, placement=placement)
+    with pytest.raises(ValueError, match="would send 2048 messages from one rank to another, which may be 2047"):
+        trainer.step(*batch(mlp(), 2048))
+    trainer.step(*batch(mlp(), 2))
+    agree(comm, trainer.steps == 1)
+    trainer.free()
+
+
+def test_values_that_travel_encoded(comm, agree):
+    """16 bits a value: half the bytes, gradients to about its precision; encoders that cannot are refused."""
+    x, y = batch(mlp(np.float32), 11)
+    sent, losses = [], []
+    for encoder in (None, "float16"):
+        trainer = bitring.ModelParallel(
+            mlp(np.float32), "sgd", comm=comm, placement="hybrid", value_compression=encoder
+        )
+        losses.append(trainer.step(x, y))
+        sent.append(trainer._nbytes_sent)
+        trainer.free()
+    agree(comm, sent[0] == 2 * sent[1] and abs(losses[0] - losses[1]) < 1e-2, f"{sent}, {losses}")
+    for encoder in ("topk:density=0.1", "powersgd"):
+        with pytest.raises(ValueError, match="value_compression must be an encoder whose payloads have a fixed size"):
+            bitring.ModelParallel(mlp(np.float32), "sgd", comm=comm, value_compression=encoder)
 
 
 def kept(trainer: Any) -> bytes:
-    return b"".join(w.tobytes() for w in trainer._mine.values())
+    return b"".join(w.tobytes() for w in trainer._split.mine.values())
 
 
 @pytest.mark.timeout(120)
@@ -181,11 +303,87 @@ def test_a_state_goes_on_under_another_placement(comm, agree):
     second.load_state_dict(state)
     agree(comm, np.allclose([second.step(x, y) for _ in range(2)], losses, rtol=1e-12, atol=0) and second.steps == 4)
     third = bitring.ModelParallel(cnn(), optimizer, comm=comm)
-    with pytest.raises(ValueError, match="load_state_dict: parameters must be of shapes"):
+    with pytest.raises(ValueError, match=r"load_state_dict: parameters/.* must be of shape"):
         third.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"optimizer keeps .*; state has"):
+    with pytest.raises(ValueError, match=r"optimizer/velocity/.* must be there, of shape"):
         second.load_state_dict({**state, "optimizer": {}})
+    last = comm.rank == comm.size - 1
+    for part in ("steps", "residuals", None):
+        bad: Any = {key: x for key, x in state.items() if key != part} if part else None
+        with pytest.raises(TypeError if last else bitring.PeerError, match=f"with '{part or 'parameters'}', a"):
+            second.load_state_dict(bad if last else state)
+        agree(comm, second.steps == 4)
     for trainer in (first, second, third):
+        trainer.free()
+
+
+@pytest.mark.parametrize("mode", ["sync", "delayed", "block_momentum:tau=2"])
+def test_a_checkpoint_goes_on_under_another_placement(comm, agree, mpi_tmp_path, mode):
+    """Parameters, slots and the mode's state; bit for bit where placement and replicas are the same."""
+    optimizer: Any = bitring.SGD(lr=0.05, momentum=0.9) if "block" in mode else bitring.Adam(lr=0.01)
+    x_y = batch(mlp(), 12)
+    made: dict[str, Any] = {"comm": comm, "mode": mode}
+    first = bitring.ModelParallel(mlp(), optimizer, placement="hybrid", replicas=splits(comm.size)[-1], **made)
+    for _ in range(3):
+        first.step(*x_y)
+    bitring.save_checkpoint(mpi_tmp_path / "c.npz", first, epoch=3)
+    losses = [first.step(*x_y) for _ in range(3)]
+    same = bitring.ModelParallel(mlp(), optimizer, placement="hybrid", replicas=splits(comm.size)[-1], **made)
+    agree(comm, bitring.load_checkpoint(mpi_tmp_path / "c.npz", same) == {"epoch": 3} and same.steps == 3)
+    agree(comm, [same.step(*x_y) for _ in range(3)] == losses, "not bit for bit")
+    other = bitring.ModelParallel(mlp(), optimizer, placement={"dense1": "rows", "dense2": 0}, **made)
+    if mode == "sync":
+        bitring.load_checkpoint(mpi_tmp_path / "c.npz", other)
+        agree(comm, np.allclose([other.step(*x_y) for _ in range(3)], losses, rtol=1e-12, atol=0))
+    with pytest.raises(bitring.CheckpointError, match="belongs to other training: here, "):
+        bitring.load_checkpoint(mpi_tmp_path / "c.npz", bitring.ModelParallel(mlp(), bitring.SGD(lr=0.1), comm=comm))
+    for trainer in (first, same, other):
+        trainer.free()
+
+
+def test_a_checkpoint_with_state_of_each_rank_is_refused(comm, agree, mpi_tmp_path):
+    """A DataParallel's residuals, which would be lost."""
+    made: dict[str, Any] = {"comm": comm, "compression": "onebit:block=64"}
+    replicas = bitring.DataParallel(cnn(np.float32).parameters, bitring.SGD(lr=0.05), **made)
+    split = bitring.ModelParallel(cnn(np.float32), bitring.SGD(lr=0.05), placement="data", **made)
+    replicas.step({name: w + comm.rank for name, w in replicas.parameters.items()})
+    bitring.save_checkpoint(mpi_tmp_path / "c.npz", replicas)
+    with pytest.raises(bitring.CheckpointError, match=r"holds (arrays that each rank has of its own|residual, which)"):
+        bitring.load_checkpoint(mpi_tmp_path / "c.npz", split)
+    agree(comm, split.steps == 0)
+    replicas.free()
+    split.free()
+
+
+def test_telemetry_is_of_conversions_and_of_the_exchange_between_replicas(comm, agree):
+    made: dict[str, Any] = {"comm": comm, "placement": "hybrid", "replicas": splits(comm.size)[-1]}
+    trainer = bitring.ModelParallel(mlp(np.float32), bitring.SGD(lr=0.05), compression="onebit:block=64", **made)
+    agree(comm, trainer.telemetry() == {})
+    trainer.step(*batch(mlp(np.float32), 12))
+    told, parts = trainer.telemetry(), comm.size // trainer.replicas
+    agree(
+        comm,
+        ("conversion_bytes" in told) == (parts > 1) and ("wait_seconds" in told) == (trainer.replicas > 1),
+        repr(told),
+    )
+    agree(comm, told.get("conversion_seconds", 0.0) >= 0 and trainer.telemetry() == {}, repr(told))
+    trainer.free()
+
+
+def test_residuals_between_replicas_are_conserved(comm, agree, mpi_tmp_path):
+    """What all replicas owe of a parameter, under one placement, is what they owe under another."""
+    x, y = batch(mlp(np.float32), 12)
+    made: dict[str, Any] = {"comm": comm, "compression": "topk:density=0.1", "replicas": splits(comm.size)[-1]}
+    first = bitring.ModelParallel(mlp(np.float32), bitring.SGD(lr=0.05), placement="hybrid", **made)
+    for _ in range(3):
+        first.step(x, y)
+    bitring.save_checkpoint(mpi_tmp_path / "c.npz", first)
+    owed = first.state_dict()["residuals"]
+    second = bitring.ModelParallel(mlp(np.float32), bitring.SGD(lr=0.05), placement="data", **made)
+    bitring.load_checkpoint(mpi_tmp_path / "c.npz", second)
+    again = second.state_dict()["residuals"]
+    agree(comm, owed.keys() == again.keys() and all((owed[name] == again[name]).all() for name in owed))
+    for trainer in (first, second):
         trainer.free()
 
 
@@ -210,19 +408,78 @@ def test_modes_and_compression_between_replicas(comm, agree):
             trainer.free()
 
 
-class Fails(ReLU):
-    """It raises when it is told to."""
+def test_downpour_of_parts(comm, agree):
+    """With one replica it is the optimizer alone; a rank pushes and fetches its part, and shared ones are equal."""
+    x, y = batch(mlp(np.float32), 12)
+    hybrid = {"dense1": "columns", "dense2": "rows", "dense3": "samples", "dense4": comm.size // 2 - 1}
+    alone, split = (
+        bitring.ModelParallel(mlp(np.float32), bitring.SGD(lr=0.05), comm=comm, placement="hybrid", mode=mode)
+        for mode in ("sync", "downpour:fetch=1,push=1")
+    )
+    for _ in range(3):
+        agree(comm, alone.step(x, y) == split.step(x, y))
+    wanted, found = alone.parameters(), split.parameters()
+    agree(comm, all((found[name] == w).all() for name, w in wanted.items()))
+    for each in (alone, split):
+        each.free()
+    if comm.size % 2:
+        return
+    mode: dict[str, Any] = {"comm": comm, "mode": "downpour:fetch=1,push=1", "replicas": 2}
+    trainer = bitring.ModelParallel(mlp(np.float32), bitring.SGD(lr=0.05), placement=hybrid, **mode)
+    x, y = batch(mlp(np.float32), 12 + trainer.replica)
+    losses = [trainer.step(x, y) for _ in range(10)]
+    trainer.synchronize()
+    mine = {} if trainer._split.trainer is None else trainer._split.trainer.parameters
+    everyone = comm.allgather((trainer.replica, trainer.rank, sum(w.size for w in mine.values()), kept(trainer)))
+    agree(comm, losses[-1] < losses[0], f"{losses}")
+    agree(comm, all(each[3] == kept(trainer) for each in everyone if each[1] == trainer.rank), "replicas differ")
+    values = sum(each[2] for each in everyone if each[0] == 0)  # each of them goes through one rank of a replica
+    agree(comm, values == sum(w.size for w in trainer.model.parameters.values()), f"{values} values")
+    shared = {name: w for name, w in trainer._split.mine.items() if name.startswith("dense3")}
+    copies = comm.allgather((trainer.replica, {name: w.tobytes() for name, w in shared.items()}))
+    agree(comm, all(theirs == copies[0][1] for _, theirs in copies))
+    with pytest.raises(ValueError, match="state_dict: the store of mode Downpour"):
+        trainer.state_dict()
+    trainer.free()
 
-    now = False
+
+def test_downpour_sends_a_ranks_part(comm, agree):
+    """Two replicas' shards, reached by messages: of what a rank has half goes to the other, and half comes back."""
+    if comm.size % 2:
+        pytest.skip("wants two replicas")
+    model = bitring.MLP((784,), 10, hidden=(256, 64), seed=0)
+    mode: dict[str, Any] = {"comm": comm, "mode": "downpour:fetch=1,push=1,servers=2", "replicas": 2}
+    trainer = bitring.ModelParallel(model, bitring.SGD(lr=0.05), placement="hybrid", **mode)
+    x, y = batch(model, 16)
+    store = trainer._split.trainer
+    assert store is not None
+    before = store.bytes_sent
+    for _ in range(4):
+        trainer.step(x, y)
+    trainer.synchronize()  # fetches once more
+    part = sum(w.nbytes for w in store.parameters.values())
+    sent = store.bytes_sent - before
+    agree(comm, abs(part * comm.size / 2 / sum(w.nbytes for w in model.parameters.values()) - 1) < 0.01, f"{part}")
+    agree(comm, 4 <= sent / part <= 4.5 * 1.01, f"{sent} bytes, a part has {part}")
+    trainer.free()
+
+
+class Fails(ReLU):
+    """It raises when it is told to, or gives what is of another shape, there or back."""
+
+    now: Any = False
 
     def forward(self, workspace: Any, parameters: Any, x: Any) -> Any:
-        if self.now:
+        if self.now is True:
             raise RuntimeError("no memory")
-        return super().forward(workspace, parameters, x)
+        y, backward = super().forward(workspace, parameters, x)
+        if self.now == "smaller":
+            return y[:, :1], backward
+        return y, (lambda dy, emit: backward(dy, emit)[:, :1]) if self.now == "smaller back" else backward
 
 
 @pytest.mark.parametrize("stages", [False, True])
-def test_what_fails_leaves_all_as_it_was(comm, agree, stages):
+def test_what_fails_leaves_all_as_it_was(comm, agree, monkeypatch, stages):
     """NaN, an error in a layer, a bad argument, other batches: on one rank, and the next step is made."""
     model = mlp()
     last = comm.size - 1
@@ -237,6 +494,9 @@ def test_what_fails_leaves_all_as_it_was(comm, agree, stages):
     trainer.step(x, y)
     before = trainer.parameters()
 
+    def fails(x: Any) -> Any:
+        raise OSError("it cannot be arranged")
+
     def raised(*kinds: type[Exception], x: Any = x, y: Any = y) -> str:
         try:
             trainer.step(x, y)
@@ -250,6 +510,10 @@ def test_what_fails_leaves_all_as_it_was(comm, agree, stages):
     trouble.now = mine
     text = raised(RuntimeError if mine else PeerError)
     agree(comm, "no memory" in text, text)
+    for kind, words in (("smaller", "gives values of shape"), ("smaller back", "gives back of shape")):
+        trouble.now = kind if mine else False
+        text = raised(ValueError if mine else PeerError)
+        agree(comm, words in text, text)
     trouble.now = False
     text = raised(NonFiniteError, x=np.full_like(x, np.nan))
     agree(comm, "the gradient of dense" in text, text)
@@ -257,6 +521,11 @@ def test_what_fails_leaves_all_as_it_was(comm, agree, stages):
         mine = comm.rank == last
         text = raised(TypeError if mine else PeerError, y=y.astype(float) if mine else y)
         agree(comm, "y must be integers" in text, text)
+        with monkeypatch.context() as patch:
+            if mine:
+                patch.setattr(model, "arranged", fails)
+            text = raised(OSError if mine else PeerError)
+        agree(comm, "cannot be arranged" in text, text)
         text = raised(MismatchError, x=x + 1 if mine else x)
         agree(comm, "ranks disagree on batch" in text, text)
         text = raised(MismatchError, x=x[: 9 - mine], y=y[: 9 - mine])
@@ -269,7 +538,39 @@ def test_what_fails_leaves_all_as_it_was(comm, agree, stages):
     agree(comm, all((after[name] == w).all() for name, w in before.items()) and trainer.steps == 1)
     trainer.step(x, y)
     agree(comm, trainer.steps == 2)
-    trainer.free()
+    for _ in range(2):
+        trainer.free()
+    with pytest.raises(RuntimeError, match=r"ModelParallel\.step: it has been freed"):
+        trainer.step(x, y)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_memory_of_a_step_that_is_cut_short_stays(comm, agree, monkeypatch, native):
+    """Messages may still arrive in it."""
+    if comm.size < 2:
+        pytest.skip("needs another rank")
+    if not native:
+        Python(monkeypatch)
+    mine, model = comm.Dup(), mlp()
+    trainer = bitring.ModelParallel(model, "sgd", comm=mine, placement="hybrid")
+    x, y = batch(model, 9)
+    trainer.step(x, y)
+    alive = weakref.ref(trainer._split.exchange(9)[1])
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if comm.rank == 0:
+        monkeypatch.setattr(ReLU, "forward", interrupted)
+    try:
+        trainer.step(x, y)
+    except BaseException as error:
+        kind = KeyboardInterrupt if comm.rank == 0 else PeerError
+        agree(comm, isinstance(error, kind), repr(error))
+        error.__traceback__ = None
+    del trainer
+    gc.collect()
+    agree(comm, alive() is not None)
 
 
 def test_arguments_are_checked_on_all_ranks(comm, agree):
@@ -290,21 +591,25 @@ def test_arguments_are_checked_on_all_ranks(comm, agree):
         raised(MismatchError, "placement must be the same on all ranks", placement=only)
 
 
-def test_auto_takes_what_sends_less_and_explain_says_what(comm, agree):
-    model = bitring.MLP((30,), 10, (40, 20), dtype=np.float32, seed=1)
-    trainer = bitring.ModelParallel(model, "sgd", comm=comm, placement="auto")
-    x, y = batch(model, 4)
-    trainer.step(x, y)
-    words = bitring.explain(trainer)
-    agree(comm, ("'hybrid'" if comm.size > 1 else "'data'") in words, words)
-    agree(comm, "dense1" in words and "in all" in words, words)
-    large = bitring.ModelParallel(
-        bitring.MLP((30,), 10, (40, 20), dtype=np.float32, seed=1), "sgd", comm=comm, placement="auto"
-    )
-    large.step(*batch(model, 4000))
-    agree(comm, "'data'" in bitring.explain(large))
-    for each in (trainer, large):
-        each.free()
+def test_auto_takes_what_is_predicted_to_take_least_and_explain_says_what(comm, agree):
+    """Wide layers and few samples: hybrid; small ones and many: data, whatever the number of ranks."""
+    for layers, samples, best in (((30, 2000, 2000), 4, "hybrid"), ((30, 40, 20), 4000, "data")):
+        model = bitring.MLP(layers[:1], 10, layers[1:], dtype=np.float32, seed=1)
+        trainer = bitring.ModelParallel(model, "sgd", comm=comm, placement="auto")
+        trainer.step(*batch(model, samples))
+        words = bitring.explain(trainer)
+        agree(comm, f"placement {best if comm.size > 1 else 'data'!r}," in words, words)
+        agree(comm, "considered 'hybrid': predicted" in words and "dense1" in words and "in all" in words, words)
+        state = trainer.state_dict()
+        later = bitring.ModelParallel(
+            bitring.MLP(layers[:1], 10, layers[1:], dtype=np.float32), "sgd", comm=comm, placement="auto"
+        )
+        later.load_state_dict(state)  # before its first batch
+        losses = [each.step(*batch(model, samples)) for each in (trainer, later)]
+        agree(comm, abs(losses[0] - losses[1]) < 1e-5 and later.steps == 2, str(losses))
+        agree(comm, bitring.explain(later).splitlines()[0] == words.splitlines()[0], bitring.explain(later))
+        for each in (trainer, later):
+            each.free()
 
 
 def test_bytes_of_the_cards_network(comm, agree):

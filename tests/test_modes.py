@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitring.collectives.communicator import Communicator
 from bitring.errors import NonFiniteError
 from bitring.training.data_parallel import DataParallel
-from bitring.training.mode import modes
+from bitring.training.mode import FreeMode, modes
 from bitring.training.optimizers.sgd import SGD
 
 each_mode = pytest.mark.parametrize("name", modes.names())
+FREE = {name for name in modes.names() if issubclass(modes.get(name), FreeMode)}
 STEPS = 7
 
 
 def new_trainer(comm: Any, name: str, compression: str | None = None) -> DataParallel:
-    parameters = {"a": np.ones((40, 30), np.float32), "b": np.zeros(7)}
+    parameters = {"a": Communicator(comm).empty((40, 30)), "b": Communicator(comm).empty(7, np.float64)}
+    parameters["a"][...], parameters["b"][...] = 1, 0
     return DataParallel(parameters, SGD(lr=0.1, momentum=0.9), comm=comm, mode=name, compression=compression)
 
 
@@ -44,6 +47,8 @@ def test_settings_are_frozen_and_equal_by_value(name: str) -> None:
 @each_mode
 @pytest.mark.parametrize("compression", [None, "onebit"])
 def test_replicas_are_equal_after_synchronize(comm: Any, agree: Any, name: str, compression: str | None) -> None:
+    if compression is not None and name in ("hogwild", "peers"):
+        pytest.skip("which compress in their own ways, or not at all")
     trainer = new_trainer(comm, name, compression)
     before = trainer.digest()
     train(trainer, STEPS)
@@ -54,6 +59,8 @@ def test_replicas_are_equal_after_synchronize(comm: Any, agree: Any, name: str, 
 
 @each_mode
 def test_state_goes_back_in_time(comm: Any, agree: Any, name: str) -> None:
+    if name in FREE and comm.size > 1:
+        pytest.skip("of which no two runs are the same")
     trainer, other = (new_trainer(comm, name) for _ in range(2))
     train(trainer, 3)
     state = trainer.state_dict()
@@ -91,11 +98,14 @@ def test_not_finite_raises_everywhere_and_the_step_can_be_made_again(comm: Any, 
     if comm.rank == comm.size - 1:
         gradients["b"][3] = np.inf
     said: Exception | None = None
-    try:
-        bad.step(gradients)
-        bad.synchronize()
-    except Exception as error:  # whichever it is, the others must not wait
-        said = error
+    comm.Barrier()
+    for call in (lambda: bad.step(gradients), bad.synchronize):
+        try:
+            call()
+        except Exception as error:  # whichever it is, the others must not wait
+            said = error
+            if name not in FREE:  # of which each rank raises it once, at one of the two
+                break
     agree(comm, isinstance(said, NonFiniteError) and "b" in str(said), repr(said))
     finite = all(np.isfinite(w).all() for w in bad.parameters.values())
     agree(comm, bool(finite))

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from bitring import SGD, AdaGrad
 from bitring.training.optimizer import Optimizer, optimizers
 
 pytestmark = pytest.mark.single
@@ -47,6 +48,7 @@ def test_update_is_apply_value_by_value(name: str) -> None:
             for i in range(w.size):
                 one = slice(i, i + 1)
                 of_one = {slot: array[one] for slot, array in slots[parameter].items()}
+                of_one |= dict.fromkeys(optimizer.counters, step)
                 optimizer.apply(w[one], kept[parameter].reshape(-1)[one], of_one, np.empty(1), np.empty(1))
     for parameter, w in alone.items():
         np.testing.assert_allclose(parameters[parameter].reshape(-1)[:5], w, rtol=1e-13, atol=1e-15)
@@ -75,6 +77,7 @@ def test_zeros_change_nothing_and_restart_keeps_shapes(name: str) -> None:
     optimizer.restart(state)
     for slot in optimizer.slots:
         assert {parameter: x.shape for parameter, x in state[slot].items()} == SHAPES
+    assert set(state) == set(optimizer.kept)
 
 
 @each_optimizer
@@ -84,7 +87,27 @@ def test_keeps_the_dtype(name: str, dtype: Any) -> None:
     parameters = gradients_of(0, dtype)
     state = optimizer.init(parameters)
     optimizer.update(parameters, gradients_of(1, dtype), state)
-    assert all(x.dtype == dtype for arrays in (parameters, *state.values()) for x in arrays.values())
+    slots = [state[slot] for slot in optimizer.slots]
+    assert all(x.dtype == dtype for arrays in (parameters, *slots) for x in arrays.values())
+
+
+@each_optimizer
+def test_counts_the_updates_of_each_parameter(name: str) -> None:
+    """Parameters that were updated less often are as if they were alone."""
+    optimizer: Any = optimizers.get(name)()
+    parameters, alone = gradients_of(0), gradients_of(0)
+    state, state_alone = optimizer.init(parameters), optimizer.init(alone)
+    for step in range(1, 4):
+        gradients = gradients_of(step)
+        some = [p for i, p in enumerate(parameters) if i < step]
+        optimizer.update({p: parameters[p] for p in some}, gradients, state)
+        for p in some:
+            optimizer.update({p: alone[p]}, gradients, state_alone)
+    for counter in optimizer.counters:
+        assert [int(state[counter][p]) for p in parameters] == [3, 2, 1, 0]
+        assert all(x.shape == () and x.dtype == np.int64 for x in state[counter].values())
+    for p in parameters:
+        np.testing.assert_allclose(parameters[p], alone[p], rtol=1e-13, atol=1e-15)
 
 
 @dataclass(frozen=True)
@@ -112,3 +135,41 @@ def test_an_optimizer_can_see_whole_parameters() -> None:
         np.testing.assert_allclose(w, before[name] - gradients[name] / length)
         np.testing.assert_array_equal(state["rows"][name], gradients[name])
     assert optimizer.may_raise
+
+
+@dataclass(frozen=True)
+class Halving(Normed):
+    """Its steps become shorter with each."""
+
+    counters = ("made",)
+
+    def update_parameter(self, w: Any, g: Any, slots: Any) -> None:
+        w -= g / 2 ** slots["made"]
+
+
+def test_an_optimizer_of_whole_parameters_can_count() -> None:
+    parameters, gradients = gradients_of(0), gradients_of(1)
+    before = {name: w.copy() for name, w in parameters.items()}
+    state = Halving().init(parameters)
+    for _ in range(2):
+        Halving().update(parameters, gradients, state)
+    for name, w in parameters.items():
+        np.testing.assert_allclose(w, before[name] - gradients[name] * 0.75)
+        assert state["made"][name] == 2
+
+
+@pytest.mark.parametrize("base", [SGD, AdaGrad])
+def test_what_has_another_update_than_the_class_it_is_derived_from_has_not_its_kernel(base: Any) -> None:
+    class Renamed(base):
+        """The same."""
+
+    class Half(base):
+        def apply(self, w: Any, g: Any, slots: Any, t: Any, u: Any) -> None:
+            super().apply(w, g / 2, slots, t, u)
+
+    class Clipped(base):
+        def update(self, parameters: Any, gradients: Any, state: Any) -> None:
+            super().update(parameters, {name: np.clip(g, -1, 1) for name, g in gradients.items()}, state)
+
+    assert Renamed(lr=1.0).native_update() == base(lr=1.0).native_update()
+    assert Half(lr=1.0).native_update() is None and Clipped(lr=1.0).native_update() is None

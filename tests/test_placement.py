@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import itertools
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import bitring
 from bitring.models.graph import INPUT, value_shapes
+from bitring.native import extension
 from bitring.training.placement.assignment import Placed, assign
+from bitring.training.placement.choosing import considered, seconds_of
 from bitring.training.placement.conversion import Hop, conversion
 from bitring.training.placement.layout import Layout, lay
+from bitring.training.placement.messages import Way
+from bitring.training.placement.native_messages import serves
 from bitring.training.placement.schedules import SCHEDULES, Course, Task, check
+from bitring.training.placement.seconds import Link
+from bitring.training.placement.step_hops import StepHops
+from bitring.training.placement.weight_gradients import Product, WeightGradients
+from bitring.training.placement.wiring import Wiring
 
 pytestmark = pytest.mark.single
 
@@ -97,7 +107,8 @@ def test_a_value_crosses_a_boundary_once_for_each_rank() -> None:
     everyone = (0, 1, 2, 3)
 
     def sent(before: Layout, after: Layout) -> list[int]:
-        return [sum(hop.sent(rank) for hop in conversion(before, after, 8, 12)) for rank in everyone]
+        hops = conversion(before, after, 8, 12)
+        return [sum(move.region.size for hop in hops for move in hop.sent(rank)) for rank in everyone]
 
     assert sent(lay("whole", (0,)), lay("whole", (1, 2))) == [2 * 96, 0, 0, 0]
     assert sent(lay("whole", (0,)), lay("samples", (1, 2))) == [96, 0, 0, 0]
@@ -124,6 +135,48 @@ def test_a_schedule_that_cannot_be_is_found() -> None:
         check(lambda stage, stages, microbatches: [Task(False, 0)], 1, 1)
     with pytest.raises(ValueError, match="tasks wait for each other for ever"):
         check(lambda stage, stages, microbatches: [Task(True, 0), Task(False, 0)], 2, 1)
+
+
+@pytest.mark.parametrize("pieces", [(3, 3, 4), (4, 3), (0, 2), (300, 300, 213), (600, 600), (700, 701, 2), (250,) * 30])
+def test_weights_gradients_are_the_sum_of_the_pieces_products(pieces: tuple[int, ...]) -> None:
+    """Whenever products are made, to the bit."""
+    random = np.random.default_rng(0)
+    factors = [Product(random.standard_normal((rows, 5)), random.standard_normal((rows, 7))) for rows in pieces]
+    wanted = sum(dy.T @ x for dy, x in factors)
+    weights = WeightGradients()
+    found = []
+    for every in (1, 3, 100):
+        gradients: dict[str, Any] = {}
+        weights.begin(gradients)
+        for number, product in enumerate(factors):
+            copies = Product(product.dy.copy(), product.x.copy())
+            weights.add("w", copies)
+            copies.dy[...], copies.x[...] = 0, 0
+            if number % every == every - 1:
+                weights.make_one()
+        weights.finish()
+        np.testing.assert_allclose(gradients["w"], wanted, rtol=0, atol=1e-11)
+        found.append(gradients["w"])
+    assert all((each == found[0]).all() for each in found)
+
+
+def test_products_do_not_depend_on_the_steps_before() -> None:
+    """A step of larger micro-batches leaves room for more of them."""
+    random = np.random.default_rng(0)
+    larger, *factors = (
+        Product(random.standard_normal((rows, 5)), random.standard_normal((rows, 7))) for rows in [700] + [200] * 6
+    )
+    found = []
+    for before in ([], [larger]):
+        weights = WeightGradients()
+        gradients: dict[str, Any] = {}
+        for mine, products in (({}, before), (gradients, factors)):
+            weights.begin(mine)
+            for product in products:
+                weights.add("w", product)
+            weights.finish()
+        found.append(gradients["w"])
+    np.testing.assert_array_equal(*found)
 
 
 def placed(placement: Any, ranks: int, model: Any = None) -> dict[str, Placed]:
@@ -161,10 +214,45 @@ def test_stages_of_about_equal_computing_and_by_name() -> None:
         assert max(map(layers.count, layers)) == -(-6 // count)
 
 
+def test_predicted_seconds_tell_placements_apart() -> None:
+    """On a slow network: convolutions by samples and dense layers split; a deep net of wide layers as a pipeline."""
+    gigabit = Link(5e-5, 8e-9)
+    deep = bitring.MLP((512,), 512, (512,) * 7)
+    for model, samples, best in (
+        (bitring.CNN((28, 28), 10), 64, "hybrid"),
+        (deep, 512, "Placement"),
+        (bitring.MLP((64,), 10, (32, 32)), 4096, "data"),
+    ):
+        x = model.arranged(np.zeros((1, *model.input_shape), np.float32))
+        shapes = {**value_shapes(model.nodes, model.parameters, x, np), INPUT: x.shape[1:]}
+        way: Any = Way(MPI.COMM_SELF, (0, 1, 2, 3), 0, 0, shapes, np.dtype(np.float32), None)
+        found = {
+            repr(each): seconds_of(model, way, each, 1, samples, gigabit, gigabit)
+            for each in considered(len(way.ranks))
+        }
+        assert min(found, key=found.__getitem__).strip("'").startswith(best), found
+
+
+def test_messages_that_one_call_of_the_library_cannot_carry_are_pythons() -> None:
+    """2 GiB, of values or of their payloads, which may be longer."""
+    model = bitring.MLP((4,), 4, (4,))
+    shapes = {**value_shapes(model.nodes, model.parameters, np.zeros((1, 4), np.float32), np), INPUT: (4,)}
+    wiring = Wiring(assign({"dense1": 0, "dense2": 1}, model.nodes, shapes, 2), shapes, [1])
+    cases: list[tuple[int, Any, bool]] = [
+        (2**26, None, True),
+        (2**27, None, False),
+        (2**26, SimpleNamespace(has_functions=True, nbytes=lambda values: 9 * values), False),
+        (2**26, SimpleNamespace(has_functions=True, nbytes=lambda values: 2 * values), True),
+    ]
+    for samples, encoder, native in cases:
+        way: Any = Way(MPI.COMM_SELF, (0, 1), 0, 0, shapes, np.dtype(np.float32), encoder)
+        assert serves(way, StepHops(wiring, samples)) == (native and extension is not None), (samples, encoder)
+
+
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        ("both", "placement must be 'data', 'hybrid', 'auto', a Placement, or a dict of layer -> "),
+        ("both", "placement must be 'data', 'hybrid', 'hybrid_in_turns', 'auto', a Placement, or a dict of layer -> "),
         ({"dense9": "rows"}, "placement['dense9']: no such layer; known: conv1, "),
         ({"dense1": 2}, "placement['dense1'] must be a rank of a replica, from 0 to 1; got 2"),
         ({"dense1": "whole"}, "placement['dense1'] must be 'samples', 'columns', 'rows' or a rank; got 'whole'"),

@@ -1,10 +1,19 @@
 """Handing out portions, and sums along a fixed tree, whoever computes what and when."""
 
+import math
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitring.collectives.runtime.mailbox import Message
+from bitring.training import coordinator
+from bitring.training.coordinator import Coordinator, Ended, Kind
+from bitring.training.cut import Cut
+from bitring.training.lbfgs import History
 from bitring.training.portions import Portions
 from bitring.training.shard import held_by, nodes_of, parts_for, parts_of
 from bitring.training.sum_tree import SumTree
@@ -60,6 +69,42 @@ def test_copies_are_of_the_oldest_and_only_where_asked_for():
     assert [portions.next(1), portions.next(1), portions.next(1)] == [0, 2, None]
     assert portions.done(1, 0)
     assert not portions.done(0, 0)
+
+
+def test_copies_are_made_where_they_help(monkeypatch):
+    """Of what would not be done before, or is late; a replica without work is asked again after a while."""
+    clock = [0.0]
+    monkeypatch.setattr(coordinator, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    given: list[tuple[int, int]] = []
+
+    def post(rank: int, kind: Kind, serial: int, numbers: Any, payload: Any) -> None:
+        if kind == Kind.WORK:
+            given.append((rank, int(numbers[0])))
+
+    def begun(paces: dict[int, float]) -> Coordinator:
+        given.clear()
+        history = History(0)
+        started = Ended(0, 0, math.nan, 0, history.numbers, ())
+        made = Coordinator(history, Cut((0, 1), 4, 8, False), started, True, post)
+        made._paces |= paces
+        for rank in (0, 1):
+            made.hear(Message(rank, Kind.READY, 1, (3.0, 1.0, 2.0), None))
+        return made
+
+    begun({0: 20, 1: 1})
+    assert given == [(0, 0), (0, 1), (1, 2), (1, 0)]
+    begun({0: 1})  # nothing is known of rank 1
+    assert given == [(0, 0), (0, 1), (1, 2), (1, 0)]
+    alike = begun({0: 1, 1: 1})
+    assert given == [(0, 0), (0, 1), (1, 2)]
+    for clock[0], rank, portion in ((1, 1, 2), (1.25, 0, 0)):
+        alike.hear(Message(rank, Kind.DONE, alike.evaluation, (portion, 0.5, 1.0), None))
+    for clock[0] in (1.5, 2.7):
+        alike.look_again()
+    assert given[3:] == []
+    clock[0] = 2.8
+    alike.look_again()
+    assert given[3:] == [(1, 1)]
 
 
 def test_late_results_of_what_is_finished_do_not_count():

@@ -35,14 +35,17 @@ def test_so_many_are_prepared_ahead(depth):
 
     ahead = bitring.prefetch(batches(), depth=depth)
     assert next(ahead) == 0
-    time.sleep(0.3)
     # Those in the queue, and one that waits for a place.
-    assert len(made) == 1 + depth + 1
+    wanted, until = 1 + depth + 1, time.monotonic() + 30
+    while len(made) < wanted and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)  # more would come now
+    assert len(made) == wanted
     assert list(ahead) == list(range(1, 20))
 
 
 def test_it_works_beside_the_caller():
-    inside = threading.Barrier(2, timeout=5)
+    inside = threading.Barrier(2, timeout=30)
 
     def transform(batch: int) -> int:
         inside.wait()
@@ -84,7 +87,7 @@ def test_the_thread_ends_when_it_is_forgotten():
     assert next(ahead) == 0
     assert threads() == before + 1
     del ahead
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while threads() > before and time.monotonic() < until:
         time.sleep(0.01)
     assert threads() == before

@@ -120,6 +120,10 @@ def test_settings_that_do_not_fit(comm, agree):
     )
     error = put(trainer, "optimizer", bitring.AdaGrad())
     agree(comm, type(error) is ValueError and "must keep the slots ['velocity']" in str(error), repr(error))
+    shared = DataParallel([np.zeros(5)], "sgd", comm=comm, mode="asynchronous")
+    error = put(shared, "optimizer", Custom(0.5))
+    agree(comm, type(error) is ValueError and "must have a native kernel in the mode" in str(error), repr(error))
+    shared.free()
     error = put(trainer, "optimizer", bitring.SGD)
     agree(comm, type(error) is TypeError and "optimizer must be a name" in str(error), repr(error))
     error = put(trainer, "mode", "sync")
@@ -167,7 +171,8 @@ def test_the_slowest_rank_is_named(comm, agree, compression):
     trainer.step(ones(trainer))
     trainer.telemetry()
     for _ in range(5):
-        time.sleep(0.03 * (comm.rank == late))
+        comm.gather(None, root=late)  # all the others have come here
+        time.sleep(0.1 * (comm.rank == late))
         trainer.step(ones(trainer))
     told: Any = trainer.telemetry()
     if comm.size == 1:

@@ -12,7 +12,13 @@ from bitring.training.checkpoints.resharding import Owned, Share, shares
 
 pytestmark = pytest.mark.single
 
-SHAPES = {("parameters", "w"): (6,), ("optimizer", "v"): (6,), ("residual", "w"): (2, 3), ("compression", "runs"): (1,)}
+SHAPES = {
+    ("parameters", "w"): (6,),
+    ("optimizer", "v"): (6,),
+    ("residual", "w"): (2, 3),
+    ("mode", "residual", "w"): (6,),
+    ("compression", "runs"): (1,),
+}
 
 
 def made(share: Share, file: dict[str, Any]) -> Any:
@@ -43,8 +49,9 @@ def test_what_is_owed_keeps_its_sum(old: int, new: int):
     ]
     owed = np.concatenate([made(each["owner_residual", "0"], file) for each in everyone])
     np.testing.assert_array_equal(owed, np.concatenate([file["owed x"], file["owed w"]]))
-    total = sum(made(each["residual", "w"], file) for each in everyone)
-    np.testing.assert_array_equal(total, sum(file[f"residual{rank}"] for rank in range(old)))
+    for path in (("residual", "w"), ("mode", "residual", "w")):
+        total = sum(made(each[path], file) for each in everyone)
+        np.testing.assert_array_equal(total, sum(file[f"{path[0]}{rank}"] for rank in range(old)))
     for rank, each in enumerate(everyone):
         np.testing.assert_array_equal(made(each["optimizer", "v"], file), file[f"optimizer{rank % old}"])
         assert each["compression", "runs"][0].members == ("compression0",)

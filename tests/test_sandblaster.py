@@ -1,6 +1,8 @@
 """Sandblaster: the same bits whoever computes what, slow and failing replicas, and what travels."""
 
+import contextlib
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from bitring.errors import MismatchError, NonFiniteError
 from bitring.training.coordinator import Kind
 from bitring.training.lbfgs import LBFGS
 from bitring.training.sandblaster import Sandblaster
+from bitring.training.shard import parts_for, parts_of
+from bitring.training.sum_tree import nodes_of
 
 RNG = np.random.default_rng(5)
 X = RNG.standard_normal((480, 12))
@@ -19,14 +23,15 @@ Y = (X @ RNG.standard_normal((12, 4)) + RNG.standard_normal((480, 4))).argmax(1)
 
 
 class Told(bitring.MLP):
-    """An MLP that sleeps, raises or gives NaN when it is told to."""
+    """An MLP that waits, raises or gives NaN when it is told to."""
 
-    sleep = 0.0
+    held_up: Any = None  # says whether it still is
     error: BaseException | None = None
     nan = False
 
     def loss_and_gradients(self, *args: Any, **more: Any) -> Any:
-        time.sleep(self.sleep)
+        while self.held_up is not None and self.held_up():
+            time.sleep(1e-3)
         if self.error is not None:
             raise self.error
         loss, gradients = super().loss_and_gradients(*args, **more)
@@ -49,31 +54,30 @@ def trained(comm: Any, steps: int = 6, **settings: Any) -> tuple[list[float], by
     return result
 
 
+def wait_for(comm: Any, w: Told, rank: int) -> Any:
+    """No other rank computes a portion before ``rank`` has begun one; a communicator, to be freed at the end."""
+    between = comm.Dup()
+    others = [each for each in range(comm.size) if each != rank]
+    told: list[Any] = []
+    word = between.irecv(source=rank) if comm.rank != rank else None
+
+    def held_up() -> bool:
+        if word is None and not told:
+            told.extend(between.isend(None, other) for other in others)
+        if word is None or word.test()[0]:
+            w.held_up = None
+        return w.held_up is not None
+
+    w.held_up = held_up
+    return between
+
+
 @pytest.fixture(scope="module")
 def alone() -> tuple[list[float], bytes]:
     """The result of one rank."""
     from mpi4py import MPI
 
     return trained(MPI.COMM_SELF)
-
-
-@pytest.mark.parametrize("backups", [True, False])
-def test_bits_of_one_rank_on_any_number(comm, agree, alone, backups):
-    agree(comm, trained(comm, backups=backups) == alone)
-    losses = alone[0]
-    assert losses == sorted(losses, reverse=True)
-
-
-def test_bits_with_ranks_of_any_speed(comm, agree, alone):
-    w = model(comm.rank)
-    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
-    losses = []
-    for step in range(6):
-        w.sleep = 0.003 * ((comm.rank + step) % 3)
-        losses.append(job.step(X, Y))
-    agree(comm, (losses, packed(job.parameters())) == alone)
-    agree(comm, packed(w.parameters) == alone[1])
-    job.free()
 
 
 def test_the_losses_are_of_the_whole_batch_at_the_new_parameters(comm, agree):
@@ -104,40 +108,52 @@ def test_batches_that_change_and_portions_as_given(comm, agree, dtype):
     agree(comm, evaluations >= 4 + 3, f"{evaluations}: three batches were new")
 
 
-def test_a_slow_rank_costs_little_and_keeps_nobody(comm, agree):
-    """It sleeps for longer than all others need for the whole step."""
-    slow = comm.size - 1
+@pytest.mark.parametrize("which", ["the last", "the coordinator's"])
+def test_a_rank_that_is_held_up_keeps_nobody_and_its_late_result_does_not_count(comm, agree, which):
+    """The others wait until it has begun a portion, and it does not end before another rank has made both steps."""
+    if comm.size == 1:
+        pytest.skip("needs another rank")
+    slow, other = (comm.size - 1, 0) if which == "the last" else (0, comm.size - 1)
+    between = comm.Dup()
     w = model()
     job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
     job.step(X, Y)
     job.synchronize()
-    if comm.rank == slow and comm.size > 1:
-        w.sleep = 2.0
-    begin = time.monotonic()
+    before = job.evaluations
+    word = between.irecv(source=other if comm.rank == slow else slow)
+
+    begun: list[int] = []
+
+    def held_up() -> bool:
+        if comm.rank == slow and not begun:
+            begun.extend(set(range(comm.size)) - {slow})
+            for rank in begun:
+                between.isend(None, rank)
+        if word.test()[0]:
+            w.held_up = None
+        return w.held_up is not None
+
+    w.held_up = held_up
     losses = [job.step(X, Y) for _ in range(2)]
-    took = time.monotonic() - begin
-    agree(comm, took < 2.0 or comm.rank == slow, f"{took:.1f} s for two steps")
+    if comm.rank == other:
+        between.isend(None, slow).wait()
+    job.synchronize()
     agree(comm, losses == sorted(losses, reverse=True))
     agree(comm, len(set(allgather(comm, tuple(losses), "test"))) == 1)
+    late = [each for each in job.records if each.replica == slow and each.evaluation > before]
+    agree(comm, not any(each.counts for each in late))
+    agree(comm, comm.rank > 0 or len(late) > 0, "it was given no portion")
     job.free()
-
-
-def test_the_coordinator_may_be_the_slow_one(comm, agree):
-    w = model()
-    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
-    w.sleep = 1.5 if comm.rank == 0 and comm.size > 1 else 0.0
-    begin = time.monotonic()
-    job.step(X, Y)
-    took = time.monotonic() - begin
-    agree(comm, took < 1.5 or comm.rank == 0, f"{took:.1f} s")
-    job.free()
+    between.Free()
 
 
 def test_a_rank_that_raises_costs_its_portion_and_may_come_back(comm, agree, alone):
     w = model(comm.rank)
     job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
-    losses = []
+    losses, between = [], comm
     for step in range(6):
+        if step == 2:
+            between = wait_for(comm, w, comm.size - 1)
         if step == 2 and comm.rank == comm.size - 1:
             w.error = OSError("the disk is gone")
             with pytest.raises(OSError, match="the disk is gone"):
@@ -146,6 +162,74 @@ def test_a_rank_that_raises_costs_its_portion_and_may_come_back(comm, agree, alo
         losses.append(job.step(X, Y))
     agree(comm, (losses, packed(job.parameters())) == alone)
     job.free()
+    between.Free()
+
+
+@pytest.mark.single
+def test_a_step_that_all_have_given_up_may_be_made_of_other_samples(comm, agree):
+    w, other = model(), model()
+    job, wanted = (Sandblaster(each, LBFGS(), comm=comm, portions=16) for each in (w, other))
+    losses = [job.step(X, Y)]
+    w.error = OSError("no such samples")
+    for part in (slice(0, 100), slice(100, 200)):
+        with pytest.raises(OSError, match="no such samples"):
+            job.step(X[part], Y[part])
+    w.error = None
+    losses += [job.step(X, Y), job.step(X, Y)]
+    agree(comm, losses == [wanted.step(X, Y) for _ in range(3)])
+    agree(comm, packed(w.parameters) == packed(other.parameters))
+    job.free()
+    wanted.free()
+
+
+@pytest.mark.single
+def test_portions_that_count_are_not_lost_when_the_step_is_made_again(comm, agree, alone):
+    w = model()
+    job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
+    losses, calls = [], iter(range(1000))
+
+    def held_up() -> bool:
+        if next(calls) == 5:  # not the step's first
+            w.error = OSError("the disk is gone")
+        return False
+
+    for step in range(6):
+        w.held_up = held_up if step == 2 else None
+        if step == 2:
+            with pytest.raises(OSError, match="the disk is gone"):
+                job.step(X, Y)
+            w.error = None
+        losses.append(job.step(X, Y))
+    agree(comm, (losses, packed(job.parameters())) == alone)
+    job.free()
+
+
+@pytest.mark.single
+def test_a_portion_that_comes_while_an_old_one_is_dropped_is_not_lost(comm, agree):
+    class Raced(deque[tuple[int, int]]):
+        """The job turns to the next evaluation between a look and what is done about it."""
+
+        def popleft(self) -> tuple[int, int]:
+            if self[0] == old:
+                self[0] = new
+            return super().popleft()
+
+    job = Sandblaster(model(), LBFGS(), comm=comm, portions=16)
+    job.step(X, Y)
+    service, now = job._service, job._service.latest
+    for old, new, wanted in (((now - 1, 3), (now, 5), 5), ((now, 3), (now + 1, 5), None)):
+        service.assigned = Raced([old])
+        agree(comm, service.has_work(now))
+        agree(comm, service.take_portion(now) == wanted)
+        agree(comm, list(service.assigned) == ([new] if wanted is None else []))
+    service.assigned = deque()
+    job.free()
+
+
+def test_models_whose_loss_is_drawn_are_refused(comm):
+    layers = [bitring.Dense("dense1", 3), bitring.Dropout(0.5)]
+    with pytest.raises(ValueError, match="dropout2 is a Dropout, which draws anew"):
+        Sandblaster(bitring.Sequence(layers, (2,), 3), LBFGS(), comm=comm)
 
 
 def test_a_rank_that_leaves(comm, agree, alone):
@@ -221,6 +305,24 @@ def test_state_goes_on_on_any_number_of_ranks(comm, agree):
     job.free()
 
 
+@pytest.mark.single
+def test_states_that_do_not_fit(comm):
+    job = Sandblaster(model(), LBFGS(memory=4), comm=comm, portions=16)
+    for _ in range(3):
+        job.step(X, Y)
+    state, before = job.state_dict(), packed(job.parameters())
+    for key, wrong, text in (
+        ("s", state["s"][:1], r"s must be of shape \(3, 140\), got \(1, 140\)"),
+        ("y", state["y"][:, 1:], r"y must be of shape \(3, 140\), got \(3, 139\)"),
+        ("gradient", state["gradient"][1:], r"gradient must be of shape \(140,\), got \(139,\)"),
+        ("numbers", {"pairs": 3}, "numbers must be a dict of pairs, loss, step, slope, iterations, evaluations"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            job.load_state_dict({**state, key: wrong})
+    assert packed(job.parameters()) == before
+    job.free()
+
+
 def test_the_coordinator_sends_and_gets_few_bytes(comm, agree, monkeypatch):
     """8·(8m + 8) per shard and iteration, and 32 per evaluation, beside the messages about portions."""
     from bitring.collectives.runtime import mailbox
@@ -247,8 +349,9 @@ def test_the_coordinator_sends_and_gets_few_bytes(comm, agree, monkeypatch):
     monkeypatch.undo()
     everyone: list[dict[Kind, int]] = allgather(comm, nbytes, "test")
     total = sum(n for each in everyone for kind, n in each.items() if kind not in about_portions)
-    shards = 8
-    allowed = shards * (4 * 8 * (8 * memory + 8) + 32 * (job.evaluations - before))
+    nodes = sum(len(list(nodes_of(*parts_of(rank, comm.size), parts_for(comm.size)))) for rank in range(comm.size))
+    assert nodes == comm.size or comm.size not in (1, 2, 4, 8)  # a rank whose parts are no whole subtree answers twice
+    allowed = nodes * (4 * 8 * (8 * memory + 8) + 32 * (job.evaluations - before))
     agree(comm, 0 < total <= allowed, f"{total} of {allowed}")
     job.free()
 
@@ -294,6 +397,7 @@ def test_ctrl_c_in_a_step(comm, agree):
     """It ends the step on its rank; the rank may step on."""
     w = model()
     job = Sandblaster(w, LBFGS(), comm=comm, portions=16)
+    between = wait_for(comm, w, 0)
     if comm.rank == 0:
         w.error = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
@@ -302,6 +406,7 @@ def test_ctrl_c_in_a_step(comm, agree):
     losses = [job.step(X, Y) for _ in range(2)]
     agree(comm, losses[1] < losses[0])
     job.free()
+    between.Free()
 
 
 def test_checkpoints(comm, agree, mpi_tmp_path):
@@ -323,4 +428,37 @@ def test_checkpoints(comm, agree, mpi_tmp_path):
     job = Sandblaster(model(), LBFGS(memory=4), comm=comm, portions=16)
     with pytest.raises(bitring.CheckpointError, match="belongs to other training: here, optimizer is LBFGS"):
         bitring.load_checkpoint(path, job)
+    job.free()
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_call_of_all_that_is_interrupted_can_be_made_again(comm, agree, monkeypatch, second):
+    """By ranks that wait in it for the last one, or for its word that it has exchanged something, too."""
+    job = Sandblaster(model(), LBFGS(), comm=comm, portions=16)
+    calls, until, last = job._calls, job._calls._until, comm.rank == comm.size - 1
+    count = 3 if second else 2  # that it waits
+
+    def interrupted(there: Any) -> None:
+        nonlocal count
+        count -= 1
+        if count == 0:
+            raise KeyboardInterrupt
+        until(there)
+
+    if not last:
+        calls._until = interrupted
+    if second or not last:
+        with contextlib.suppress(KeyboardInterrupt):
+            job.synchronize()
+    calls._until = until
+    losses = [job.step(X, Y)]
+    if comm.rank == 0 and comm.size > 1 and not second:  # the last one comes first
+        here = job._service.coordinator._here  # type: ignore[union-attr]
+        while comm.size - 1 not in here:
+            time.sleep(1e-3)
+            here = job._service.coordinator._here  # type: ignore[union-attr]
+    job.synchronize()
+    losses.append(job.step(X, Y))
+    agree(comm, comm.allgather(losses) == [losses] * comm.size)
+    job.synchronize()
     job.free()

@@ -138,7 +138,7 @@ def test_scripts_test_names_its_stages(clean_environment):
         check=False,
     )
     assert done.returncode == 2
-    assert "unknown stage 'mpich-9'; known: lint types shell single started mpich-2" in done.stderr
+    assert "unknown stage 'mpich-9'; known: lint types shell single commands jobs mpich-2" in done.stderr
 
 
 def test_test_gpu_says_what_it_skips_and_why(tmp_path: Path) -> None:

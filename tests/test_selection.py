@@ -115,8 +115,13 @@ def test_little_travels_in_the_messages_by_which_ranks_agree(topology):
         assert choice_of("auto", 1000, topology, collective=collective).name == "leaders"
         assert choice_of("auto", 1000, topology, collective=collective, own=False).name == "mpi"
         assert choice_of("auto", 1 << 24, topology, collective=collective).name != "leaders"
-    for collective, name in (("broadcast", "leaders"), ("allgather", "mpi"), ("reduce_scatter", "mpi")):
-        assert choice_of("auto", 32 << 10, topology, collective=collective).name == name
+    for collective, nbytes, name in (
+        ("broadcast", 1 << 20, "leaders"),
+        ("allgather", 1 << 16, "leaders"),
+        ("allgather", 1 << 20, "leaders" if topology.lanes > 1 else "mpi"),
+        ("reduce_scatter", 1 << 20, "leaders" if topology.lanes > 1 else "mpi"),
+    ):
+        assert choice_of("auto", nbytes, topology, collective=collective).name == name
 
 
 def rules(topology: Topology, *best: tuple[int, str], itemsize: int = 4, resident: bool = False) -> Rules:
@@ -241,5 +246,5 @@ def test_segments(itemsize, chunks):
         count = -(-(nbytes // itemsize) // values)
         assert count <= 1024 + 1
         if nbytes <= 1 << 31:
-            assert 256 << 10 <= values * itemsize <= 2 << 20
+            assert 512 << 10 <= values * itemsize <= 2 << 20
     assert segment_values(16 << 20, itemsize, 4) * itemsize == 1 << 20  # a quarter of a chunk

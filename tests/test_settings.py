@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -73,24 +74,27 @@ def test_every_setting_can_be_given_and_is_spelled_again(registry: Registry[Any]
     assert make(text, registry) == default
     # All others that are as good.
     others: dict[str, Any] = {}
+    kinds = {field.name: field.type for field in dataclasses.fields(default)}
     for field in dataclasses.fields(default):
         now: Any = getattr(default, field.name)
+        absent: Any = 2 if "int" in str(field.type) else "text" if "str" in str(field.type) else 0.25
         others[field.name] = (
             next(text for text in field.metadata["range"].one_of if text != now)
             if isinstance(now, str)
-            else {type(None): 0.25, bool: not now, int: 2 * (now or 1), float: (now or 1) / 3}[type(now)]
+            else {type(None): absent, bool: not now, int: 2 * (now or 1), float: (now or 1) / 3}[type(now)]
         )
     for field, other in others.items():
-        try:
-            changed = dataclasses.replace(default, **{field: other})
-        except ValueError:  # it needs another: Nesterov's momentum
-            changed = dataclasses.replace(default, **others)
+        changed: Any = None
+        # It may need another (Nesterov's momentum), or that another is not given.
+        for given in ({}, others, {each: None for each, kind in kinds.items() if "None" in str(kind)}):
+            with contextlib.suppress(ValueError):
+                changed = changed or dataclasses.replace(default, **(given | {field: other}))
         again = spelled(name, changed)
         assert f"{field}=" in again
         assert make(again, registry) == changed
         assert spelled(name, make(again, registry)) == again
         with pytest.raises((TypeError, ValueError), match=rf"^{type(default).__name__}: {field} must be "):
-            dataclasses.replace(default, **{field: "text"})
+            dataclasses.replace(default, **{field: 3 if other == "text" else "text"})
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_the_slowest_is_named(comm, agree, name):
     plan: Any = bitring.plan_allreduce(np.ones(5000, np.float32), comm=comm, compression=name, hierarchical=False)
     late = comm.size - 1
     for _ in range(3):
+        comm.barrier()
         if comm.rank == late:
             time.sleep(0.1)
         plan()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ import bitring  # noqa: E402
 import bitring.torch  # noqa: E402
 from bitring.errors import MismatchError, NonFiniteError, PeerError  # noqa: E402
 from bitring.torch import GradientAverager  # noqa: E402
+from bitring.torch.bucket import Bucket  # noqa: E402
+
+arrive = Bucket.arrive
 
 
 def raised(call: Any, *arguments: Any, **options: Any) -> Any:
@@ -282,6 +286,66 @@ def test_16_bits(comm, agree, dtype):
     averager.free()
 
 
+@pytest.mark.parametrize(("new_optimizer", "limit"), [(sgd, 1e-6), (adam, 1e-5)], ids=["sgd", "adam"])
+def test_masters_as_in_one_process(comm, agree, new_optimizer, limit):
+    """50 steps of a bfloat16 module whose float32 masters are trained, with overlap and without."""
+    rank, size = comm.rank, comm.size
+    weights = [float(part(r, size).stop - part(r, size).start) for r in range(size)]
+
+    def backward(model: Any, r: int, x: Any, y: Any) -> None:
+        cut = part(r, size)
+        torch.nn.functional.cross_entropy(model(x[cut].bfloat16()).float(), y[cut]).backward()
+
+    def trained(gradients: Any, **options: Any) -> Any:
+        model = dense().bfloat16()
+        masters = {name: p.detach().float().requires_grad_() for name, p in model.named_parameters()}
+        averager = GradientAverager(model, comm=comm, masters=masters, **options) if options else None
+        optimizer = new_optimizer(torch.nn.ParameterList(masters.values()))
+        for x, y in batches():
+            model.zero_grad()
+            gradients(model, masters, averager, x, y)
+            optimizer.step()
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.copy_(masters[name])
+        if averager is not None:
+            averager.free()
+        return torch.cat([t.detach().reshape(-1) for t in masters.values()])
+
+    def alone(model: Any, masters: Any, averager: Any, x: Any, y: Any) -> None:
+        sums = {name: torch.zeros_like(t) for name, t in masters.items()}
+        for r in range(size):
+            model.zero_grad()
+            if weights[r]:
+                backward(model, r, x, y)
+                for name, p in model.named_parameters():
+                    sums[name] += p.grad.float() * (weights[r] / sum(weights))
+        for name, t in masters.items():
+            t.grad = sums[name]
+
+    def together(model: Any, masters: Any, averager: Any, x: Any, y: Any) -> None:
+        with averager.batch(weight=weights[rank]):
+            if weights[rank]:
+                backward(model, rank, x, y)
+
+    expected = trained(alone)
+    found = [trained(together, overlap=overlap, bucket_bytes=500) for overlap in (True, False)]
+    apart = distance(found[0], expected)
+    agree(comm, apart <= limit and torch.equal(*found), f"{apart:.2e} from one process")
+    agree(comm, len(set(comm.allgather(found[0].numpy().tobytes()))) == 1, "replicas differ")
+
+
+@pytest.mark.parametrize("compression", [None, "onebit:block=64", "powersgd"])
+def test_parameters_of_a_device_are_staged(comm, agree, monkeypatch, compression):
+    """A device that is no other memory stands for one: gradients are packed there, copied, exchanged, copied back."""
+    first = together(Unused(), adam, comm, compression=compression, bucket_bytes=500)
+    monkeypatch.setattr("bitring.torch.options.device_of", lambda p, where: "cpu:0")
+    staged = []
+    monkeypatch.setattr(Bucket, "arrive", lambda self: staged.append(self.tensor is not self._host) or arrive(self))
+    second = together(Unused(), adam, comm, compression=compression, bucket_bytes=500)
+    agree(comm, torch.equal(first, second) and bool(staged) and all(staged), f"{len(staged)} buckets")
+
+
 def test_gradients_are_views_and_are_attached_again(comm, agree):
     model = dense()
     averager = GradientAverager(model, comm=comm)
@@ -397,6 +461,26 @@ def test_an_exception_in_a_block_ends_the_step_everywhere(comm, agree, overlap, 
     agree(comm, alike, "gradients are not as before")
     agree(comm, all(map(np.array_equal, kept, carried())), "residuals are not as before")
     agree(comm, raised(step, 2) is None and averager.steps == 2)
+    averager.free()
+
+
+@pytest.mark.parametrize("compression", [None, "onebit:block=64"])
+def test_a_ctrl_c_in_a_block_ends_the_step_everywhere(comm, agree, compression):
+    """On one rank, before anything was exchanged: the others hear of it, and all can go on."""
+    model = dense()
+    averager = GradientAverager(model, comm=comm, overlap=False, compression=compression)
+    bad, error = comm.size - 1, None
+    for interrupted in (True, False):
+        try:
+            with averager.batch():
+                cross_entropy(model, *next(batches(seed=comm.rank))).backward()
+                if interrupted and comm.rank == bad:
+                    signal.raise_signal(signal.SIGINT)
+        except BaseException as problem:
+            error = problem
+    kind = KeyboardInterrupt if comm.rank == bad else PeerError
+    agree(comm, type(error) is kind and (comm.rank == bad or "raised KeyboardInterrupt" in str(error)), repr(error))
+    agree(comm, averager.steps == 1)
     averager.free()
 
 

@@ -119,12 +119,13 @@ def test_resumes_bit_for_bit(comm, agree, mpi_tmp_path: Path, kind):
     other.owner.free()
 
 
-def test_on_other_ranks(comm, agree, mpi_tmp_path: Path):
+@pytest.mark.parametrize("kind", ["onebit", "onebit_adam"])
+def test_on_other_ranks(comm, agree, mpi_tmp_path: Path, kind):
     """All that the old ranks owe, the new ones do."""
     from mpi4py import MPI
 
     data = list(batches(5, seed=comm.rank))
-    one = Averaged(comm, "onebit:block=64")
+    one = KINDS[kind](comm)
     for x, y in data:
         one.step(x, y)
 
@@ -139,7 +140,7 @@ def test_on_other_ranks(comm, agree, mpi_tmp_path: Path):
     half = comm.Split(0 if comm.rank < max(1, comm.size - 1) else MPI.UNDEFINED)
     ok, text = True, ""
     if half != MPI.COMM_NULL and half.size < comm.size:
-        other = Averaged(half, "onebit:block=64")
+        other = KINDS[kind](half)
         load_checkpoint(mpi_tmp_path / "run.pt", other.owner, **other.parts)
         found = owed(other.owner.residuals(), half) if half.size > 1 else None
         ok = found is None or np.allclose(found, expected, atol=1e-6)
@@ -149,7 +150,7 @@ def test_on_other_ranks(comm, agree, mpi_tmp_path: Path):
         text = "the sum of residuals differs"
     agree(comm, ok, text)
     if comm.size > 1:
-        last = Averaged(comm, "onebit:block=64")
+        last = KINDS[kind](comm)
         load_checkpoint(mpi_tmp_path / "fewer.pt", last.owner, **last.parts)
         agree(comm, last.owner.steps == 6)
         last.step(*data[1])

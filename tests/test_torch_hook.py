@@ -123,6 +123,43 @@ def test_compressed_hook(comm, agree, group, compression):
     hook.free()
 
 
+@pytest.mark.parametrize("steps", [1, 4], ids=["of first buckets", "of new buckets"])
+def test_residuals_go_on(comm, agree, group, steps):
+    """In another hook, of another DistributedDataParallel, the bits are those of the one that went on."""
+
+    def trained(model: Any, optimizer: Any, hook: CommHook, part: slice) -> bytes:
+        ddp = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
+        ddp.register_comm_hook(hook, comm_hook)
+        for x, y in list(batches(8, seed=comm.rank))[part]:
+            optimizer.zero_grad()
+            cross_entropy(ddp, x, y).backward()
+            optimizer.step()
+        return values(model).numpy().tobytes()
+
+    results, kept = [], {}
+    for goes_on in (False, True):
+        model, hook = dense(), CommHook(comm, compression="onebit:block=64")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        if goes_on:
+            model.load_state_dict(kept["model"])
+            hook.load_state_dict(kept["hook"])
+        else:
+            trained(model, optimizer, hook, slice(0, steps))
+            kept = {"model": {name: p.clone() for name, p in model.state_dict().items()}, "hook": hook.state_dict()}
+        results.append(trained(model, optimizer, hook, slice(steps, 8)))
+        hook.free()
+    agree(comm, results[0] == results[1])
+    hook = CommHook(comm, compression="onebit:block=64")
+    without = dense()
+    without.load_state_dict(kept["model"])
+    fresh = trained(without, torch.optim.SGD(without.parameters(), lr=1e-2), hook, slice(steps, 8))
+    agree(comm, comm.size == 1 or fresh != results[0])
+    wrong = {**kept["hook"], "rank": kept["hook"]["rank"] + (comm.rank == comm.size - 1)}
+    error = raised(hook.load_state_dict, wrong)
+    agree(comm, isinstance(error, ValueError) and "the state is of rank" in str(error), repr(error))
+    hook.free()
+
+
 def test_an_error_in_an_exchange_is_raised_by_backward(comm, agree, group):
     model = dense()
     ddp = torch.nn.parallel.DistributedDataParallel(model)

@@ -27,30 +27,34 @@ def adamw(model: Any) -> Any:
     return torch.optim.AdamW(model.parameters(), lr=5e-3)
 
 
-def in_one_process(size: int, steps: int, tau: int, outer: Any, weights: list[float], delay: int, blend: float) -> Any:
-    """All ranks' models, one after the other; ``outer``: learning rate, momentum, Nesterov."""
+def in_one_process(
+    size: int, steps: int, tau: int, outer: Any, weights: list[float], delay: int, blend: float, fragments: int = 1
+) -> Any:
+    """All ranks' models, one after the other; ``outer``: learning rate, momentum, Nesterov.
+
+    Parameter number i is of fragment i mod ``fragments``, whose blocks end so much of ``tau`` earlier.
+    """
     lr, momentum, nesterov = outer
     models = [dense() for _ in range(size)]
     optimizers = [adamw(model) for model in models]
     data = [list(batches(steps, seed=r)) for r in range(size)]
     start = [p.detach().clone() for p in models[0].parameters()]
     velocity = [torch.zeros_like(p) for p in start]
-    mean: list[Any] = []
+    mean: list[Any] = [0.0] * len(start)
+    sent_at = [0] * len(start)
     for step in range(1, steps + 1):
         for model, optimizer, each in zip(models, optimizers, data, strict=True):
             optimizer.zero_grad()
             cross_entropy(model, *each[step - 1]).backward()
             optimizer.step()
         with torch.no_grad():
-            if step % tau == 0:
-                mean = [
-                    sum(
+            for i, s in enumerate(start):
+                if (step + i % fragments * tau // fragments) % tau == 0:
+                    sent_at[i] = step
+                    mean[i] = sum(
                         (s - list(m.parameters())[i]) * (w / sum(weights)) for m, w in zip(models, weights, strict=True)
                     )
-                    for i, s in enumerate(start)
-                ]
-            if step >= tau and (step - delay) % tau == 0:
-                for i, s in enumerate(start):
+                if sent_at[i] and step == sent_at[i] + delay:
                     velocity[i] = momentum * velocity[i] + mean[i]
                     s -= lr * (mean[i] + momentum * velocity[i] if nesterov else velocity[i])
                     for model in models:
@@ -60,11 +64,17 @@ def in_one_process(size: int, steps: int, tau: int, outer: Any, weights: list[fl
 
 
 @pytest.mark.parametrize(
-    ("outer", "delay", "blend"),
-    [((1.0, 0.0, False), 0, 0.0), ((1.0, 0.5, False), 0, 0.0), ((0.7, 0.9, True), 0, 0.0), ((0.7, 0.9, True), 2, 0.5)],
-    ids=["averaging", "block momentum", "diloco", "delayed"],
+    ("outer", "delay", "blend", "fragments"),
+    [
+        ((1.0, 0.0, False), 0, 0.0, 1),
+        ((1.0, 0.5, False), 0, 0.0, 1),
+        ((0.7, 0.9, True), 0, 0.0, 1),
+        ((0.7, 0.9, True), 2, 0.5, 1),
+        ((0.7, 0.9, True), 2, 0.25, 3),
+    ],
+    ids=["averaging", "block momentum", "diloco", "delayed", "streaming"],
 )
-def test_as_in_one_process(comm, agree, outer, delay, blend):
+def test_as_in_one_process(comm, agree, outer, delay, blend, fragments):
     lr, momentum, nesterov = outer
     weights = [float(r + 1) for r in range(comm.size)]
     model = dense(seed=comm.rank)
@@ -76,13 +86,14 @@ def test_as_in_one_process(comm, agree, outer, delay, blend):
         outer=bitring.SGD(lr=lr, momentum=momentum, nesterov=nesterov),
         delay=delay,
         blend=blend,
+        fragments=fragments,
     )
     steps = 25 if delay == 0 else 27
     for x, y in batches(steps, seed=comm.rank):
         local.optimizer.zero_grad()
         cross_entropy(model, x, y).backward()
         local.step(weight=weights[comm.rank])
-    expected = in_one_process(comm.size, steps, 5, outer, weights, delay, blend)[comm.rank]
+    expected = in_one_process(comm.size, steps, 5, outer, weights, delay, blend, fragments)[comm.rank]
     apart = distance(values(model), values(expected))
     agree(comm, apart < 1e-5, f"{apart:.2e}")
     same = len(set(comm.allgather(values(model).numpy().tobytes()))) == 1
@@ -123,6 +134,7 @@ def test_errors(comm, agree):
         ({"delay": 50}, ValueError, "delay must be below tau, 50; got 50"),
         ({"blend": 1.0}, ValueError, "blend"),
         ({"outer": torch.optim.SGD(model.parameters(), lr=1.0)}, TypeError, "outer must be a bitring optimizer"),
+        ({"outer": bitring.OneBitAdam()}, ValueError, "outer must be an optimizer of gradients; got OneBitAdam("),
     ):
         error = raised(LocalUpdates, model, adamw(model), comm=comm, **(options if comm.rank == bad else {}))
         agree(comm, type(error) is (kind if comm.rank == bad else PeerError) and text in str(error), repr(error))
@@ -133,4 +145,22 @@ def test_errors(comm, agree):
         model[0].weight.grad.fill_(float("nan"))
     error = raised(local.step)
     agree(comm, type(error) is NonFiniteError and f"'0.weight' on rank {bad}" in str(error), repr(error))
+    local.free()
+    model = dense()
+    local = LocalUpdates(model, adamw(model), comm=comm, tau=1)
+    cross_entropy(model, x, y).backward()
+    error = raised(local.step, weight=-1 if comm.rank == bad else 1)  # all meet in it
+    agree(comm, type(error) is (ValueError if comm.rank == bad else PeerError), repr(error))
+    local.step()
+    local.free()
+    local = LocalUpdates(model, adamw(model), comm=comm, tau=2)
+    error = raised(local.step, weight=-1 if comm.rank == bad else 1)  # nobody waits for anybody
+    agree(comm, (type(error) is ValueError) == (comm.rank == bad) and local.steps == (comm.rank != bad), repr(error))
+    if comm.rank == bad:
+        local.step()
+    model.double()  # outer steps go on in float32
+    model.zero_grad()
+    local.step()
+    local.synchronize()
+    agree(comm, len(set(comm.allgather(values(model).numpy().tobytes()))) == 1)
     local.free()

@@ -67,7 +67,8 @@ def test_the_frozen_formulas(comm, agree):
                 if t <= freeze:
                     v[i] = 0.999 * v[i] + 0.001 * p.grad**2
                 root = (v[i] / (1 - 0.999 ** min(t, freeze))).sqrt() + eps
-                p -= torch.where(v[i] > 0, lr * m[i] / (1 - 0.9**t) / root, 0.0)
+                moved = lr * m[i] / (1 - 0.9**t) / root
+                p -= torch.where(v[i] > 0, moved.clamp(-lr, lr) if t > freeze else moved, 0.0)
     apart = distance(values(model), values(reference))
     agree(comm, apart <= 1e-5, f"{apart:.2e}")
     optimizer.free()
@@ -93,6 +94,28 @@ def test_no_step_where_the_variance_is_zero(comm, agree, compression):
     agree(comm, sum(losses[-10:]) < 0.7 * sum(losses[:10]), f"{losses[0]:.2f} to {losses[-1]:.2f}")
     agree(comm, len(set(comm.allgather(values(model).numpy().tobytes()))) == 1, "replicas differ")
     agree(comm, comm.size == 1 or any(bool(r.any()) for r in optimizer.residuals().residual.values()))
+    optimizer.free()
+
+
+def test_a_step_after_the_freeze_is_at_most_lr_long(comm, agree):
+    """An early freeze: some inputs have hardly been seen, and their weights' variance is tiny."""
+    model = dense()
+    lr = 1e-2
+    optimizer = OneBitAdam(model.parameters(), lr=lr, comm=comm, freeze_step=2, compression="onebit:levels=block")
+    longest, losses = 0.0, []
+    for step, (x, _) in enumerate(batches(60, seed=comm.rank)):
+        y = (x[:, 0] > 0).long()
+        x[:, 2:4] *= 1e-4 if step < 2 else 1.0
+        before = values(model)
+        optimizer.zero_grad()
+        loss = cross_entropy(model, x, y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if step >= 2:
+            longest = max(longest, float((values(model) - before).abs().max()))
+    agree(comm, longest <= lr * 1.0001, f"{longest}")
+    agree(comm, sum(losses[-10:]) < 0.5 * sum(losses[:10]), f"{losses[0]:.2f} to {losses[-1]:.2f}")
     optimizer.free()
 
 
@@ -134,4 +157,12 @@ def test_errors(comm, agree):
         error = raised(optimizer.step, weight=-1.0 if comm.rank == bad else 1.0)
         agree(comm, type(error) is (ValueError if comm.rank == bad else PeerError), repr(error))
         optimizer.step()
+    error = raised(optimizer.add_param_group, {"params": [torch.nn.Parameter(torch.zeros(3))]})
+    agree(comm, type(error) is RuntimeError and "parameters cannot be added" in str(error), repr(error))
+    if comm.rank == bad:
+        model.double()
+    model.zero_grad()
+    error = raised(optimizer.step)
+    agree(comm, type(error) is (TypeError if comm.rank == bad else PeerError), repr(error))
+    agree(comm, "parameter number 0 was float32 of shape (17, 6) and is torch.float64" in str(error), repr(error))
     optimizer.free()

@@ -13,7 +13,9 @@ torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from torch_models import FEATURES, batches, cross_entropy, dense, values  # noqa: E402
 
+import bitring  # noqa: E402
 import bitring.torch  # noqa: E402
+from bitring.errors import PeerError  # noqa: E402
 from bitring.torch import GradientAverager  # noqa: E402
 
 
@@ -209,3 +211,104 @@ def test_broadcast_of_each_optimizers_state(comm, agree, name):
     cross_entropy(model, *data(7)).backward()
     optimizer.step()
     agree(comm, len(set(comm.allgather(values(model).numpy().tobytes()))) == 1)
+
+
+def test_what_does_not_belong_into_a_block(comm, agree):
+    """An update before the mean is there, and what would look at an exchange that is under way."""
+    model, other = dense(), dense(seed=1)
+    averager = GradientAverager(model, comm=comm, compression="onebit:block=64", overlap=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    elsewhere = torch.optim.SGD(other.parameters(), lr=0.1)
+    bad = comm.size - 1
+    before = values(model)
+
+    def step(last: Callable[[], Any]) -> None:
+        with averager.batch():
+            cross_entropy(model, *data(comm.rank)).backward()
+            elsewhere.step()
+            if comm.rank == bad:
+                last()
+
+    for last, text in (
+        (optimizer.step, "SGD.step() was called inside the step"),
+        (averager.residuals, "GradientAverager.residuals: called inside a step"),
+        (averager.free, "GradientAverager.free: called inside a step"),
+    ):
+        try:
+            step(last)
+        except Exception as problem:
+            error = problem
+        else:
+            error = None
+        kind = RuntimeError if comm.rank == bad else PeerError
+        agree(comm, type(error) is kind and text in str(error), repr(error))
+        agree(comm, torch.equal(before, values(model)) and averager.steps == 0, text)
+    with averager.batch():
+        cross_entropy(model, *data(comm.rank)).backward()
+    optimizer.step()
+    agree(comm, len(set(comm.allgather(values(model).numpy().tobytes()))) == 1)
+    averager.free()
+    averager.free()
+
+
+def test_parameters_of_another_shape(comm, agree):
+    """As pruning makes them: `p.data = ...`."""
+    model = torch.nn.Linear(FEATURES, 3)
+    averager = GradientAverager(model, comm=comm)
+    model.weight.data, model.bias.data = torch.ones(5, FEATURES), torch.zeros(5)
+    with averager.batch():
+        model(data(comm.rank)[0]).square().mean().backward()
+    bits = comm.allgather(model.weight.grad.numpy().tobytes())
+    agree(comm, model.weight.grad.shape == (5, FEATURES) and len(set(bits)) == 1)
+    averager.free()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_workers_that_load_data(comm, agree):
+    """Processes that PyTorch forks, in the middle of steps."""
+    model = dense()
+    averager = GradientAverager(model, comm=comm, overlap=True)
+    samples = torch.utils.data.TensorDataset(*data(comm.rank))
+    for x, y in torch.utils.data.DataLoader(samples, batch_size=4, num_workers=1, multiprocessing_context="fork"):
+        with averager.batch(weight=len(x)):
+            cross_entropy(model, x, y).backward()
+    agree(comm, averager.steps == 3)
+    averager.free()
+
+
+@pytest.mark.parametrize("compression", bitring.compressors())
+def test_every_compressor(comm, agree, compression):
+    """Replicas' gradients have the same bits, and what is left out is added later."""
+    model = torch.nn.Linear(40, 60)
+    averager = GradientAverager(model, comm=comm, compression=compression, overlap=True)
+    total, exact = torch.zeros(60, 40), torch.zeros(60, 40)
+    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(comm.rank))
+    for _ in range(12):
+        model.zero_grad()
+        with averager.batch():
+            model(x).square().mean().backward()
+        bits = comm.allgather(model.weight.grad.numpy().tobytes())
+        agree(comm, len(set(bits)) == 1, "replicas differ")
+        total += model.weight.grad
+        model.zero_grad()
+        model(x).square().mean().backward()
+        exact += torch.from_numpy(sum(comm.allgather(model.weight.grad.numpy()))) / comm.size
+    apart = float((total - exact).norm() / exact.norm())
+    agree(comm, apart < (1e-5 if comm.size == 1 else 0.5 if compression != "randomk" else 1.0), f"{apart:.3f}")
+    averager.free()
+
+
+def test_one_bit_knows_rows_and_columns(comm, agree):
+    """Its levels are of rank one, as with a plan that is told the shapes, and not those of blocks."""
+    model = torch.nn.Linear(64, 200, bias=False)
+    averager = GradientAverager(model, comm=comm, compression="onebit")
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(comm.rank))
+    model(x).square().mean().backward()
+    mine = model.weight.grad.numpy().reshape(-1) * np.float32(1 / comm.size)
+    averager.average()
+    for shapes in ([(200, 64)], None):
+        buffer = mine.copy()
+        bitring.plan_allreduce(buffer, comm=comm, compression="onebit", shapes=shapes)()
+        alike = np.array_equal(buffer, model.weight.grad.numpy().reshape(-1))
+        agree(comm, alike == (shapes is not None or comm.size == 1), f"shapes={shapes}")
+    averager.free()

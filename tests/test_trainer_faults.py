@@ -81,6 +81,24 @@ print("unchanged" if np.array_equal(before, w) and trainer.steps == 1 else "chan
 os._exit(0)
 """
 
+LATE_WITH_OTHERS_ALIVE = """
+trainer = new()
+trainer.step(g)
+others = range(comm.size - 1)
+if last:
+    exchange = trainer._stepper.exchange
+    trainer._stepper.exchange = lambda *arguments: ([comm.recv(source=r) for r in others], exchange(*arguments))[1]
+before = w.copy()
+attempt(trainer.step, g)
+print("unchanged" if np.array_equal(before, w) and trainer.steps == 1 else "changed", flush=True)
+if last:
+    [comm.send(None, dest=r) for r in others]
+else:
+    comm.send(None, dest=comm.size - 1)
+    comm.recv(source=comm.size - 1)
+os._exit(0)
+"""
+
 LATE_AT_THE_START = """
 if last:
     time.sleep(8)
@@ -126,9 +144,14 @@ TRIALS: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "late": (
         LATE,
         {"BITRING_TIMEOUT": "2"},
-        ["rank 0 TimeoutError rank 0 has waited 2 s in DataParallel.step", "come to it: [2]"],
+        ["rank 0 TimeoutError rank 0 has waited ", " s in DataParallel.step", "come to it: [2]"],
     ),
     "late in the middle": (LATE_IN_THE_MIDDLE, {"BITRING_TIMEOUT": "2"}, ["rank 0 TimeoutError", "unchanged"]),
+    "late when the others have given up": (
+        LATE_WITH_OTHERS_ALIVE,
+        {"BITRING_TIMEOUT": "2"},
+        ["rank 0 TimeoutError", "rank 2 TimeoutError", "unchanged"],
+    ),
     "late at the start": (LATE_AT_THE_START, {"BITRING_TIMEOUT": "2"}, ["rank 0 TimeoutError", "DataParallel"]),
     "interrupted": (INTERRUPTED, {}, ["rank 0 KeyboardInterrupt  after 1.", "rank 1 KeyboardInterrupt  after 1."]),
     "interrupted, then elsewhere": (

@@ -39,7 +39,8 @@ def gradients_of(comm: Any, step: int, dtype: Any = np.float32) -> dict[str, Any
 
 def everything(trainer: DataParallel) -> list[Any]:
     """All of this rank's state, when what goes on between two steps is over."""
-    trainer._stepper.settle()
+    stepper: Any = trainer._stepper
+    stepper.settle()
     kept = [(at, x.tobytes()) for at, x in arrays_in(trainer.live())]
     numbers = {key: x for key, x in trainer.live()["mode"].items() if not isinstance(x, dict)}
     plans = [{key: x.tobytes() for key, x in plan.state_dict().items()} for plan in trainer.plans]
@@ -72,14 +73,15 @@ def fail_in_optimizer(trainer: DataParallel, patch: pytest.MonkeyPatch) -> None:
 
 def fail_between_buckets(trainer: DataParallel, patch: pytest.MonkeyPatch) -> None:
     """The second bucket is never asked for."""
-    exchange = trainer._stepper.exchange
+    stepper: Any = trainer._stepper
+    exchange = stepper.exchange
 
     def failing(*arguments: Any, **named: Any) -> Any:
         for means in exchange(*arguments, **named):
             yield means
             raise BoomError("between buckets")
 
-    patch.setattr(trainer._stepper, "exchange", failing)
+    patch.setattr(stepper, "exchange", failing)
 
 
 def fail_while_packing(trainer: DataParallel, patch: pytest.MonkeyPatch) -> None:
@@ -247,7 +249,8 @@ def test_nothing_is_copied_for_an_optimizer_that_cannot_raise(comm, agree):
         trainer = DataParallel(parameters, optimizer, comm=comm, mode=mode)
         for step in range(2):
             trainer.step(gradients_of(comm, step))
-        agree(comm, bool(trainer._stepper._transaction.undo._copies) == copied, f"{mode} {optimizer}")
+        stepper: Any = trainer._stepper
+        agree(comm, bool(stepper._transaction.undo._copies) == copied, f"{mode} {optimizer}")
         trainer.free()
 
 

@@ -36,8 +36,13 @@ class Choice(Settings, ABC):
     """Whether gradients given as ``bitring.Factors`` may travel as such."""
 
     @abstractmethod
-    def pick(self, shapes: Mapping[str, tuple[int, ...]], cluster: Cluster) -> dict[str, Picked]:
-        """What each parameter is to travel by; called on one rank, for all."""
+    def pick(
+        self, shapes: Mapping[str, tuple[int, ...]], cluster: Cluster, by_owners: bool = False
+    ) -> dict[str, Picked]:
+        """What each parameter is to travel by; called on one rank, for all.
+
+        ``by_owners``: all goes to the owners of shards, and back, as in a parameter server.
+        """
 
     @abstractmethod
     def given_network(self) -> tuple[float, float] | None:

@@ -11,21 +11,25 @@ import enum
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitring.collectives.runtime.mailbox import Message
 from bitring.errors import MismatchError, NonFiniteError
-from bitring.training.lbfgs import Accept, Combine, Command, Evaluate, Forget, History, Measure, iteration
+from bitring.training.cut import Cut
+from bitring.training.lbfgs import NUMBERS, Accept, Combine, Command, Evaluate, Forget, History, Measure, iteration
 from bitring.training.portions import Portions
-from bitring.training.shard import parts_for
-from bitring.training.sum_tree import Node, SumTree
+from bitring.training.sum_tree import SumTree
 
 HELD = 2
 """So many portions a replica has: one that it computes, and the next."""
 
+_LATE = 0.5
+"""By so much of the time for a portion a replica may be late with one."""
+
+_LOOK_SECONDS = 1e-3
 
 ERRORS = NonFiniteError, MismatchError
 """What may end a step on all ranks."""
@@ -39,15 +43,16 @@ class Kind(enum.IntEnum):
     DONE = 1  # a portion, its loss times its share of the samples, the seconds it took
     GIVES_UP = 2  # it computes no more in this step
     FINISHED = 17  # it makes no more calls
-    HERE = 19  # it has come to a call that waits for all
+    HERE = 19  # it has come to where all meet. Serial: the meeting's number; numbers: see ``Service.meet``
+    AWAY = 29  # it has left again, interrupted
     # the coordinator to a replica
     WORK = 3  # a portion
     COUNTS = 4  # a portion's result is the first
     LATE = 5  # it is not
     SEND = 6  # all portions are there: send what is left to the shards
-    OVER = 7  # the step is: an error's number or 0, the loss, whose point the parameters are, evaluations; as READY
+    OVER = 7  # the step is: see ``Ended``
     CLOSE = 18  # everybody has finished: say farewell
-    ALL_HERE = 20  # the call may go on; or -1 and the ranks that make no more calls
+    ALL_HERE = 20  # the call may go on; or the ranks that make no more calls
     # the coordinator to a shard
     EVALUATE = 8  # at this step along the direction
     MEASURE = 9
@@ -57,10 +62,55 @@ class Kind(enum.IntEnum):
     FORGET = 13
     # a shard to the coordinator
     ANSWER = 14  # products, for each of the shard's nodes
+    # a shard to the rank that has its copy
+    COPY = 21  # the step, the pairs before, whether there is a new one, and whether it moved; products; the changes
+    # the rank that has a shard's copy to the coordinator
+    KEPT = 22  # that shard's answer, when the copy has changed as it has
+    # after a death, between those that are left: see ``survivors``
+    REPORT = 23
+    MOVE = 24
+    ROWS = 25
+    MOVED = 26
+    RESUME = 27
+    LOST = 28
     # a shard to a replica
     POINT = 15  # the shard's values of the parameters to evaluate
     # a replica to a shard
     GRADIENT = 16  # a node of the tree of portions: level and number; the shard's values of its gradient
+
+
+TO_COORDINATOR = frozenset(
+    {Kind.READY, Kind.DONE, Kind.GIVES_UP, Kind.ANSWER, Kind.KEPT, Kind.FINISHED, Kind.HERE, Kind.AWAY}
+)
+
+
+class Ended(NamedTuple):
+    """A step that is over: what all ranks know of it.
+
+    error: 1 + its place in ``ERRORS``, with its ``text``, or 0. loss: at the new parameters. point: the evaluation that
+    was of these. history: its ``lbfgs.NUMBERS``. data: the number of portions, and the digest of their samples; none
+    before the first step.
+    """
+
+    step: int
+    error: int
+    loss: float
+    point: int
+    history: tuple[float, ...]
+    data: tuple[float, ...]
+    text: bytes = b""
+
+    @classmethod
+    def of(cls, step: int, numbers: Iterable[float], text: Any) -> Ended:
+        """Of a message's parts."""
+        error, loss, point, *rest = map(float, numbers)
+        k = len(NUMBERS)
+        return cls(step, int(error), loss, int(point), tuple(rest[:k]), tuple(rest[k:]), bytes(text))
+
+    @property
+    def numbers(self) -> list[float]:
+        """For a message."""
+        return [self.error, self.loss, self.point, *self.history, *self.data]
 
 
 class PortionRecord(NamedTuple):
@@ -80,18 +130,19 @@ Post = Callable[[int, Kind, int, Sequence[float], Any], None]
 
 
 class Coordinator:
-    """``nodes``: those of every rank's shard, in which it answers. ``backups``: whether to hand out copies."""
+    """``cut``: of the vectors. ``ended``: the last step. ``backups``: whether to hand out copies of portions."""
 
-    def __init__(self, history: History, nodes: Sequence[Sequence[Node]], backups: bool, post: Post) -> None:
+    def __init__(self, history: History, cut: Cut, ended: Ended, backups: bool, post: Post) -> None:
         self.history = history
-        self.steps = 0  # that are over
-        self.evaluation = 0
-        self.batch: tuple[float, ...] | None = None  # the digest of the last step's, whose gradient the shards have
+        self.steps = ended.step  # that are over
+        self.evaluation = ended.point
+        self.batch = (ended.data or None) if not ended.error else None  # whose gradient the shards have: its digest
         self.records: deque[PortionRecord] = deque(maxlen=1 << 16)
-        self._nodes = nodes
+        self._cut = cut
+        self._nodes = {rank: cut.nodes(rank) for rank in cut.members}
         self._backups = backups
         self._post = post
-        self._ranks = range(len(nodes))
+        self._ranks = cut.members
         self._run: Generator[Command, Any, float] | None = None
         self._data: tuple[float, ...] = ()  # the portions' number, and the digest, of the step under way
         self._ready: dict[int, None] = {}  # replicas that compute in it
@@ -100,15 +151,18 @@ class Coordinator:
         self._answers = SumTree(1)
         self._asked = False  # the shards
         self._evaluating = False  # replicas, too
-        self._point = 0  # the evaluation whose point are the parameters
+        self._point = ended.point  # the evaluation whose point are the parameters
+        self._paces: dict[int, float] = {}  # seconds that a replica takes for a portion
+        self._since: dict[int, float] = {}  # when a replica began what it computes
+        self._looked = 0.0  # when, whether a copy is of use by now
         self._finished: set[int] = set()
-        self._here: set[int] = set()
+        self._here: dict[int, int] = {}  # ranks -> the number of the meeting that they have come to
 
     @property
     def awaited(self) -> set[int]:
         """The ranks that the step under way waits for."""
         if self._run is None:
-            return set(self._ranks) - self._here - self._finished
+            return set(self._ranks) - self._here.keys() - self._finished
         return self._portions.holders() if not self._portions.finished else set(self._ranks) if self._asked else set()
 
     def hear(self, message: Message) -> None:
@@ -130,26 +184,31 @@ class Coordinator:
                 for rank in self._ranks:
                     self._post(rank, Kind.CLOSE, 0, (), None)
         elif kind == Kind.HERE:
-            self._here.add(source)
+            self._here[source] = serial
             self._gather()
-        elif kind == Kind.ANSWER and self._asked and serial == self.evaluation:
-            nodes = self._nodes[source]
+        elif kind == Kind.AWAY:
+            self._here.pop(source, None)
+        elif self._asked and serial == self.evaluation:
+            owner = source if kind == Kind.ANSWER else self._cut.kept_by(source)
+            assert owner is not None
+            nodes = self._nodes[owner]
             for node, values in zip(nodes, np.reshape(numbers, (len(nodes), -1)), strict=True):
                 self._answers.add(node, values.copy())
             self._go_on_when_answered()
 
     def _gather(self) -> None:
         """Let the ranks go on that are in a call which waits for all, when all are; or when some never will be."""
-        if self._here and len(self._here | self._finished) == len(self._ranks):
-            numbers = [-1, *sorted(self._finished)] if self._finished else [0]
-            here, self._here = self._here, set()
-            for rank in here:
-                self._post(rank, Kind.ALL_HERE, 0, numbers, None)
+        if self._here and len(self._here.keys() | self._finished) == len(self._ranks):
+            here, self._here = self._here, {}
+            for rank, meeting in here.items():
+                self._post(rank, Kind.ALL_HERE, meeting, sorted(self._finished), None)
 
     def _begin(self, replica: int, step: int, data: tuple[float, ...]) -> None:
         """Let the replica take part in the step, if it is not over."""
         if step <= self.steps:
             return
+        if self._evaluating and not self._ready and data != self._data:
+            self._run = None  # all have given up: it is another step now, from the same parameters
         if self._run is None:
             self._data = data
             self._ready = {replica: None}
@@ -165,15 +224,43 @@ class Coordinator:
         self._hand(replica)
 
     def _hand(self, replica: int) -> None:
-        while not self._portions.finished and self._portions.held(replica) < HELD:
-            portion = self._portions.next(replica)
-            if portion is None:
-                return
+        while not self._portions.finished and self._portions.held(replica) < HELD and self._hand_one(replica):
+            pass
+
+    def _hand_one(self, replica: int) -> bool:
+        """Hand the replica a portion. Returns whether there was one for it."""
+        now = time.perf_counter()
+        if not self._portions.held(replica):
+            self._since[replica] = now
+        portion = self._portions.next(replica, lambda portion: self._helps(portion, replica, now))
+        if portion is not None:
             self._post(replica, Kind.WORK, self.evaluation, [portion], None)
+        return portion is not None
+
+    def _helps(self, portion: int, replica: int, now: float) -> bool:
+        """Whether the replica would have the portion done before those that have it; or they are late with it."""
+        pace = self._paces.get(replica)
+        places = self._portions.places(portion)
+        if pace is None or any(holder not in self._paces for holder, _ in places):
+            return True
+        own = self._since[replica] + (self._portions.held(replica) + 1) * pace
+        ends = [(self._since[holder] + (ahead + 1) * self._paces[holder], holder) for holder, ahead in places]
+        return all(own < end or now > end + _LATE * self._paces[holder] for end, holder in ends)
+
+    def look_again(self) -> None:
+        """To be called now and then: those who have portions may be late with them by now."""
+        now = time.perf_counter()
+        if now - self._looked > _LOOK_SECONDS and self._evaluating and not self._portions.finished:
+            self._looked = now
+            idle = [replica for replica in self._ready if not self._portions.held(replica)]
+            for replica in sorted(idle, key=lambda each: self._paces.get(each, 0.0)):
+                if not self._hand_one(replica):
+                    return  # nor is it of use by a slower one
 
     def _done(self, replica: int, evaluation: int, portion: float, loss: float, seconds: float) -> None:
         counts = evaluation == self.evaluation and self._portions.done(replica, int(portion))
-        now = time.perf_counter()
+        now = self._since[replica] = time.perf_counter()
+        self._paces[replica] = (self._paces.get(replica, seconds) + seconds) / 2
         self.records.append(
             PortionRecord(self.steps + 1, evaluation, int(portion), replica, now - seconds, now, counts)
         )
@@ -218,19 +305,17 @@ class Coordinator:
             self._end(math.nan, error)
 
     def _ask(self, command: Evaluate | Measure | Accept) -> None:
-        self._answers = SumTree(parts_for(len(self._nodes)))
+        self._answers = SumTree(self._cut.parts)
         self._asked = True
         if isinstance(command, Evaluate):
             self._evaluating = True
             self._evaluate(command.step)
             count = int(self._data[0])
             self._losses = SumTree(count)
-            self._portions = Portions(count, len(self._nodes), self._backups)
+            self._portions = Portions(count, len(self._ranks), self._backups)
             for _ in range(HELD):
                 for replica in self._ready:
-                    portion = self._portions.next(replica)
-                    if portion is not None:
-                        self._post(replica, Kind.WORK, self.evaluation, [portion], None)
+                    self._hand_one(replica)
         elif isinstance(command, Measure):
             self._point = self.evaluation
             self._tell_shards(Kind.MEASURE)
@@ -249,15 +334,19 @@ class Coordinator:
     def _end(self, loss: float, error: Exception | None) -> None:
         """End the step, well or by an error that all ranks raise."""
         if self._point != self.evaluation:  # replicas have a point that was not accepted
-            self._evaluate(0.0)
-            self._point = self.evaluation
+            self.show_point()
         self._run = None
         self._ready = {}
         self._asked = self._evaluating = False
         self.steps += 1
         self.batch = None if error is not None else self._data
         kind = 0 if error is None else 1 + ERRORS.index(type(error))
-        numbers = [kind, loss, self._point, self.history.evaluations, *self._data]
-        payload = np.frombuffer(str(error).encode(), np.uint8) if error is not None else None
+        text = b"" if error is None else str(error).encode()
+        ended = Ended(self.steps, kind, loss, self._point, self.history.numbers, self._data, text)
         for rank in self._ranks:
-            self._post(rank, Kind.OVER, self.steps, numbers, payload)
+            self._post(rank, Kind.OVER, self.steps, ended.numbers, np.frombuffer(text, np.uint8))
+
+    def show_point(self) -> None:
+        """Give the parameters to all replicas, anew."""
+        self._evaluate(0.0)
+        self._point = self.evaluation

@@ -20,10 +20,13 @@ from bitring.compression.compressor import Compressor
 from bitring.errors import uncopyable
 from bitring.settings import Range, checked
 from bitring.training.choice import Choice, Picked
-from bitring.training.mode import Mode
+from bitring.training.mode import BaseMode, FreeMode, modes
 from bitring.training.optimizer import Optimizer
+from bitring.training.step.base_stepper import BaseStepper
+from bitring.training.step.bucket import Bucket
 from bitring.training.step.checks import checked_unused
 from bitring.training.step.compression_for import checked_choices, chosen_compression, compressor_of_each
+from bitring.training.step.free_stepper import FreeStepper
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.open_step import OpenStep
 from bitring.training.step.picking import picked_jointly
@@ -37,19 +40,23 @@ _FIXED = {"comm", "compression", "compression_for", "algorithm", "warmup_steps",
 _numbers_of_trainers = itertools.count(1)
 
 
+_NOT_GIVEN = float("1")
+"""The weight of a step without one: an object of its own, which no caller's 1.0 is."""
+
+
 class DataParallel:
     """Train ``parameters`` on all ranks of ``comm``. Collective, as are ``step``, ``synchronize`` and ``free``.
 
-    ``parameters``: dict of name -> array, or a list (named "0", "1", ...); float16, bfloat16, float32 or float64, NumPy
-    or CuPy (all the same) or what shares its memory through DLPack, dense and writable; on the host in any memory
-    order, such as channels_last. They take rank 0's values now and are updated in place.
+    ``parameters``: dict of name -> array, or a list (named "0", "1", ...), or dicts, lists and tuples nested in each
+    other, whose arrays are named as in "layer/w"; float16, bfloat16, float32 or float64, NumPy or CuPy (all the same)
+    or what shares its memory through DLPack, dense and writable; on the host in any memory order, such as
+    channels_last. They take rank 0's values now and are updated in place.
     ``optimizer``: a name, or an instance such as ``SGD(lr=0.05)``; settings put into ``trainer.optimizer`` later, such
     as another learning rate, hold from then on.
     ``mode``: a name, or an instance such as ``BlockMomentum(tau=50)``.
     ``compression``: None for an exact exchange, a name such as "topk" or "topk:density=0.001", or an instance such as
     ``OneBit(block=1024)``; or a choice, "structure" or ``Structure(batch=64)``, of what each parameter travels by.
-    Parameters with fewer values than one block of an encoder travel exactly. The first
-    ``warmup_steps`` steps are exact.
+    Parameters with fewer values than one block of an encoder travel exactly; so do the first ``warmup_steps`` steps.
     ``compression_for``: name of a parameter, or a pattern such as "conv*", -> compressor or None, for those that travel
     otherwise than by ``compression``; names go before patterns, and of these the first that fits.
     ``check_every``: after so many steps ranks compare digests of their parameters, which takes about a second per GB,
@@ -68,7 +75,7 @@ class DataParallel:
         parameters: Mapping[str, Any] | Sequence[Any],
         optimizer: Optimizer | str,
         comm: MPI.Intracomm | None = None,
-        mode: Mode | str = "sync",
+        mode: BaseMode | str = "sync",
         compression: Compressor | Choice | str | None = None,
         algorithm: str = "auto",
         warmup_steps: int = 0,
@@ -88,9 +95,11 @@ class DataParallel:
             check_name(algorithm, "DataParallel")
             self.algorithm = algorithm
             self.warmup_steps = checked("DataParallel", "warmup_steps", warmup_steps, int, Range(least=0))
+            self._replica.warmup_steps = self.warmup_steps
             self.check_every = checked("DataParallel", "check_every", check_every, int, Range(least=0))
             self.bucket_bytes = checked("DataParallel", "bucket_bytes", bucket_bytes, int, Range(least=1))
             self.unused = checked_unused(unused)
+            self._require_no_common_steps()
             mine = self.describe()
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
@@ -98,11 +107,12 @@ class DataParallel:
 
         number = require_alike(self.comm, mine, next(_numbers_of_trainers))
         parameters = self._replica.parameters
+        free = isinstance(self._replica.mode, FreeMode)
         self.picked: dict[str, Picked] = {}
         """What a choice such as Structure has picked for each parameter, with predicted seconds; else empty."""
         usual: dict[str, Compressor | None] = {}
         if isinstance(self.compression, Choice):
-            self.picked = picked_jointly(self.comm, self.compression, parameters)
+            self.picked = picked_jointly(self.comm, self.compression, parameters, free)
             usual = {name: picked.compressor for name, picked in self.picked.items()}
         else:
             usual = dict.fromkeys(parameters, self.compression)
@@ -111,20 +121,36 @@ class DataParallel:
         self._exchange = GradientExchange(
             self.comm,
             self._replica.parameters,
-            self.compressors,
+            dict.fromkeys(parameters) if free else self.compressors,
             algorithm,
             self.bucket_bytes,
-            self.warmup_steps > 0,
-            self._replica.mode.plan,
+            self._replica.warms_up,
+            Bucket.plan if free else self._replica.common_mode.plan,
+            self._replica.travelling,
         )
         self._exchange.broadcast(self._replica.parameters, root=0)
         self.buckets, self.plans = self._exchange.buckets, self._exchange.plans
-        self._stepper = Stepper(
-            self.comm, self._replica, self._exchange, number, self.warmup_steps, self.unused == "zeros"
-        )
+        zeros = self.unused == "zeros"
+        self._stepper: BaseStepper
+        if free:
+            self._stepper = FreeStepper(self.comm, self._replica, self._exchange, number, self.compressors, zeros)
+        else:
+            self._stepper = Stepper(self.comm, self._replica, self._exchange, number, zeros)
         self.notices = self._stepper.notices
         if self.check_every:
             self._stepper.compare_at = self.check_every
+
+    def _require_no_common_steps(self) -> None:
+        """Raise ValueError where a free mode is to do what takes steps that all ranks make."""
+        if not isinstance(self._replica.mode, FreeMode):
+            return
+        for name in ("warmup_steps", "check_every"):
+            if getattr(self, name):
+                mode = modes.name_of(type(self._replica.mode))
+                raise ValueError(
+                    f"DataParallel: {name} must be 0 in mode {mode}, in which ranks do not make the same steps, "
+                    f"got {getattr(self, name)}"
+                )
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -140,7 +166,8 @@ class DataParallel:
     def optimizer(self) -> Optimizer:
         """The optimizer's settings. Others can be put here, the same on all ranks, which the next step checks.
 
-        Raises ValueError for an optimizer that keeps other slots: the state is not made anew.
+        Raises ValueError for an optimizer that keeps other slots: the state is not made anew; and, in a mode in which
+        ranks go each at its own pace, for one without a native kernel in the place of one that has it.
         """
         return self._replica.optimizer
 
@@ -149,12 +176,12 @@ class DataParallel:
         self._replica.take_optimizer(given)
 
     @property
-    def mode(self) -> Mode:
+    def mode(self) -> BaseMode:
         """The mode's settings. Others of the same mode can be put here, as with ``optimizer``."""
         return self._replica.mode
 
     @mode.setter
-    def mode(self, given: Mode | str) -> None:
+    def mode(self, given: BaseMode | str) -> None:
         self._replica.take_mode(given)
         self._stepper.mode_has_changed()
 
@@ -181,9 +208,14 @@ class DataParallel:
     @property
     def bytes_sent(self) -> int:
         """Payload bytes that this rank has sent to others in exchanges so far."""
-        return self._exchange.bytes_sent
+        return self._stepper.bytes_sent
 
-    def telemetry(self) -> dict[str, float | int | None]:
+    @property
+    def clocks(self) -> list[float]:
+        """Steps that each rank has made, as far as this one knows; infinite for one that has left."""
+        return self._stepper.clocks
+
+    def telemetry(self) -> dict[str, Any]:
         """Times and losses of this rank's exchanges since the last call; empty where there were none.
 
         ``wait_seconds`` for the slowest rank, before exchanges, and ``slowest_rank``, the one that was so most often.
@@ -191,8 +223,12 @@ class DataParallel:
         ``bytes_sent``, summed over steps and buckets; ``residual_ratio``, ``contraction`` and ``owner_residual_ratio``
         as means. See ``Telemetry``. ``hidden_share``, of 0 to 1: how much of the time of exchanges that went on beside
         other work this rank did not wait for.
+
+        In modes of a parameter server: ``wait_seconds`` of its steps, and ``waited_for``: rank -> seconds of these; of
+        the updates that this rank's shard has got ``applied`` and ``dropped``, how many, and ``staleness``: how old
+        they were -> how many.
         """
-        return {**self._exchange.totals.taken(), **self._stepper.waits.taken(), **self._exchange.timeline.taken()}
+        return self._stepper.telemetry()
 
     def timeline(self) -> list[Span]:
         """What the last step did when, on this rank: spans of kind, bucket's number or None, start and end in seconds.
@@ -214,11 +250,11 @@ class DataParallel:
         return [plan.algorithm for plan in self.plans]
 
     @one_call("DataParallel.step")
-    def step(self, gradients: Mapping[str, Any] | Sequence[Any] | None = None, weight: float = 1.0) -> None:
-        """One training step from this rank's ``gradients``, the mean over ``weight`` samples. Collective.
+    def step(self, gradients: Mapping[str, Any] | Sequence[Any] | None = None, weight: float = _NOT_GIVEN) -> None:
+        """One training step from this rank's ``gradients``, the mean over ``weight`` samples (1). Collective.
 
-        ``gradients`` match the parameters in names (or order), shapes, dtypes and device; any strides, through DLPack
-        as well; NumPy's subclasses are their plain data. They are only read, and ignored when ``weight`` is 0. A
+        ``gradients`` match the parameters in nesting, names (or order), shapes, dtypes and device; any strides, through
+        DLPack as well; NumPy's subclasses are their plain data. They are only read, and ignored when ``weight`` is 0. A
         gradient of two dimensions may be given as ``Factors``. All ranks make equally many steps; total weight 0
         changes nothing. Without arguments: the step that ``begin`` has opened.
 
@@ -229,9 +265,9 @@ class DataParallel:
         parameters, optimizer, residuals and the mode's state are as before, and the step can be made again.
 
         A Ctrl-C takes effect where ranks meet, and then the step has not been made; or, in a step in which they do not,
-        at its end, so that no rank falls behind.
+        at its end, so that no rank falls behind. In modes of a parameter server the step has been made once it fetches.
         """
-        if gradients is not None or not self._stepper.step_opened():
+        if gradients is not None or weight is not _NOT_GIVEN or not self._stepper.step_opened():
             self._stepper.step(gradients, weight)
         self.notices.step_is_made()
         if self._stepper.compares_now:
@@ -244,7 +280,9 @@ class DataParallel:
 
         In mode ``sync`` a bucket of gradients is exchanged as soon as they are there, while back-propagation computes
         the next (wait-free back-propagation; Zhang et al., Poseidon, 2017); with less than 8 MiB of them, in ``step``.
-        The weights are exchanged from here on, beside the forward pass. Other modes keep the gradients for ``step``::
+        The weights are exchanged from here on, beside the forward pass. In modes of a parameter server with push=1 and
+        fetch=1 gradients travel to the shards' owners, 256 KiB together or more, who apply them when the step is made.
+        Other modes keep the gradients for ``step``::
 
             trainer.begin(weight=len(x))
             model.loss_and_gradients(x, y, on_gradient=trainer.ready)
@@ -282,7 +320,8 @@ class DataParallel:
         except (TypeError, ValueError) as problem:
             error = problem
         self.meet("broadcast", error)
-        broadcast_tree(self.comm, self._exchange, self.live(), root)
+        broadcast_tree(self.comm, self._exchange, self._stepper.common_state(), root)
+        self.reload()
 
     def digest(self) -> str:
         """A hash of this rank's parameters, bit for bit; equal on all ranks when the replicas are."""
@@ -294,19 +333,41 @@ class DataParallel:
         Calls ``synchronize`` first, so it is collective in modes where that is. Holds ``parameters``, ``optimizer``,
         ``mode``, ``residuals`` (for each bucket, what its plan keeps), ``steps``, ``algorithms`` and ``settings``.
         """
-        self.synchronize()
-        return state_of(self)
+        return self._stepper.collect(lambda: state_of(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from this rank's ``state_dict``, of a trainer with the same parameters and settings. Not collective.
+        """Go on from this rank's ``state_dict``, of a trainer with the same parameters and settings.
 
-        Raises TypeError or ValueError, before anything is changed, when they are not the same.
+        Not collective, but in modes in which ranks go each at its own pace. Raises TypeError or ValueError, before
+        anything is changed, when they are not the same.
         """
-        load_state(self, state)
+        self._stepper.put_in(lambda: load_state(self, state))
+
+    def leave(self) -> None:
+        """This rank makes no more steps, and nobody waits for it. It may still synchronize, save, load and free.
+
+        Raises RuntimeError in a mode in which all ranks make the same steps. ``with trainer: ...`` leaves at its end.
+        """
+        self._stepper.leave()
+
+    def __enter__(self) -> DataParallel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stepper.end()
+
+    @property
+    def claims(self) -> bool:
+        """Whether ``claim`` has a store to count in."""
+        return self._stepper.claims
+
+    def claim(self, row: tuple[int, ...]) -> int:
+        """The next number, from 0 on, of a row of numbers, each of which one rank gets; see ``bitring.claimed``."""
+        return self._stepper.claim(row)
 
     def free(self) -> None:
         """Free the plans. Collective; the parameters stay as they are."""
-        self._stepper.begin_operation("free")
+        self._stepper.free()
         self._exchange.free()
 
     # What checkpoints call
@@ -325,6 +386,10 @@ class DataParallel:
     def restore(self, values: Mapping[tuple[str, ...], Any], steps: int) -> None:
         """Fill leaves of ``live``, by path; ``steps`` have been made."""
         self._stepper.restore(values, steps)
+
+    def reload(self) -> None:
+        """Go on from what ``restore`` has filled in. Collective in modes where ranks go each at its own pace."""
+        self._stepper.reload()
 
     def use_algorithms(self, algorithms: Sequence[str]) -> None:
         """Make the exact plans anew that run another algorithm. Collective."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitring.collectives.plan import Plan
+from bitring.collectives.base_plan import Plan
 from bitring.collectives.plan import explain as explain_plan
 from bitring.training.model_parallel import ModelParallel
 

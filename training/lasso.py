@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bitring.settings import setting
 from bitring.training.columns import Columns
-from bitring.training.program import Program
+from bitring.training.penalised import Penalised
 
 
 @dataclass
@@ -22,15 +21,12 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Lasso(Program):
+class Lasso(Penalised):
     """Settings: ``penalty`` ≥ 0. No intercept; columns as they are given, neither centred nor scaled.
 
     scikit-learn's ``Lasso(alpha, fit_intercept=False)`` minimises this divided by the number of rows: penalty is alpha
     times the rows. ``ridge`` ≥ 0 adds ridge/2·‖w‖² (the elastic net).
     """
-
-    penalty: float = setting(1.0, least=0)
-    ridge: float = setting(0.0, least=0)
 
     def worker(self, columns: Columns, y: Any) -> Rows:
         """See Program."""
@@ -41,30 +37,18 @@ class Lasso(Program):
         return worker.columns.dots(coordinates, worker.residual)
 
     def measure(self, worker: Rows) -> Any:
-        """r·r and r·y."""
+        """r·r / 2 and r·y."""
         r = worker.residual
-        return np.array([np.einsum("i,i->", r, r), np.einsum("i,i->", r, worker.y)])
-
-    def pull(self, sums: Any, values: Any, squares: Any) -> Any:
-        """The minimum along each coordinate: soft-thresholded."""
-        pulls = sums + squares * values
-        new = np.sign(pulls) * np.maximum(np.abs(pulls) - self.penalty, 0)
-        below = squares + self.ridge
-        return np.divide(new, below, out=np.zeros_like(new), where=below > 0)
+        return np.array([0.5 * np.einsum("i,i->", r, r), np.einsum("i,i->", r, worker.y)])
 
     def apply(self, worker: Rows, coordinates: Any, changes: Any) -> None:
         """Subtract from r what the columns add."""
         worker.residual -= worker.columns.combine(coordinates, changes)
 
-    def objective(self, measured: Any, values: Any) -> float:
-        """See Program."""
-        lasso = 0.5 * measured[0] + self.penalty * np.abs(values).sum()
-        return float(lasso + 0.5 * self.ridge * (values**2).sum())
+    def dual(self, measured: Any, scale: float) -> Any:
+        """See Penalised."""
+        return scale * measured[1] - scale**2 * measured[0]
 
-    def gap(self, measured: Any, sums: Any, values: Any) -> float:
-        """The duality gap, at r scaled down to where it is feasible."""
-        squares = measured[0] + self.ridge * (values**2).sum()
-        most = float(np.abs(sums - self.ridge * values).max(initial=0.0))
-        scale = 1.0 if most <= self.penalty else self.penalty / most
-        dual = scale * measured[1] - 0.5 * scale**2 * squares
-        return self.objective(measured, values) - float(dual)
+    def zeroing(self, x: Any, y: Any) -> float:
+        """See Penalised."""
+        return float(np.abs(x.T @ y).max())

@@ -10,7 +10,7 @@ An iteration is a generator (``iteration``): it yields the commands below, and i
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,15 +24,19 @@ EVALUATIONS = 20
 """So many steps along one direction are tried at most."""
 
 
+MOST_PAIRS = 150
+"""What a shard answers must fit into a message: 6·pairs + 1 products, of two nodes at most, of 2,048 numbers."""
+
+
 @dataclass(frozen=True)
 class LBFGS(Settings):
-    """Settings of L-BFGS: ``memory`` ≥ 0 is how many pairs (s, y) it keeps; without any it is steepest descent.
+    """Settings of L-BFGS: ``memory``, 0 to 150, is how many pairs (s, y) it keeps; without any it is steepest descent.
 
     It needs the loss and the gradient of a whole batch, several times in an iteration: it is for
     ``bitring.Sandblaster``, and no optimizer of the modes of ``DataParallel``.
     """
 
-    memory: int = setting(10, least=0)
+    memory: int = setting(10, least=0, most=MOST_PAIRS)
 
     is_for: ClassVar[str] = "bitring.Sandblaster"
 
@@ -73,6 +77,9 @@ class Forget:
 
 Command = Evaluate | Measure | Combine | Accept | Forget
 
+NUMBERS = ("pairs", "loss", "step", "slope", "iterations", "evaluations", "restarts")
+"""Of a history, beside the Gram matrix."""
+
 
 @dataclass
 class History:
@@ -97,6 +104,17 @@ class History:
     def __post_init__(self) -> None:
         if self.gram.shape != (2 * self.memory + 1,) * 2:
             self.gram = np.zeros((2 * self.memory + 1,) * 2)
+
+    @classmethod
+    def of(cls, memory: int, numbers: Iterable[float]) -> History:
+        """The history with these ``numbers``, but without their Gram matrix."""
+        pairs, loss, step, slope, *counts = numbers
+        return cls(memory, int(pairs), loss, step, slope, *map(int, counts))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """``NUMBERS``."""
+        return tuple(getattr(self, name) for name in NUMBERS)
 
     @property
     def basis(self) -> list[int]:
@@ -125,6 +143,12 @@ class History:
         for row, columns in ((k - 1, of_s), (k - 1, of_y), (m + k - 1, of_s[:-1]), (m + k - 1, of_y), (g, of_s)):
             self._set(row, columns, next(at))
         self._set(g, [*of_y, g], np.concatenate(list(at)))
+
+    def remeasured(self, products: Any) -> None:
+        """Take all products of the basis, in the order of ``np.triu_indices``."""
+        basis = np.array(self.basis)
+        rows, columns = (basis[at] for at in np.triu_indices(len(basis)))
+        self.gram[rows, columns] = self.gram[columns, rows] = products
 
     def forgotten(self) -> None:
         """Drop the pairs."""

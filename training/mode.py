@@ -5,6 +5,9 @@ settings. Its state is a dict that ``init`` makes: numbers, arrays, and dicts of
 checkpoints carry it. A mode uses no more of the trainer than :class:`Trainer` has.
 
 Modes that exchange once in a block of steps share the functions at the end: in between each rank trains alone.
+
+In a ``class Name(FreeMode):`` ranks go each at its own pace, and none waits for the others' steps. It starts what does
+the work, a :class:`Running`, which the trainer keeps.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from bitring.settings import Settings
 if TYPE_CHECKING:  # the registry of modes is read where MPI is not wanted
     from mpi4py import MPI
 
-    from bitring.collectives.plan import Plan
+    from bitring.collectives.base_plan import Plan
     from bitring.compression.compressor import Compressor
     from bitring.training.step.bucket import Bucket
+    from bitring.training.step.replica import Replica
 
 State = dict[str, Any]
 
@@ -82,8 +86,15 @@ class Trainer(Protocol):
         ...
 
 
-class Mode(Settings, ABC):
-    """Base of every mode; instances are settings and hold no state."""
+class BaseMode(Settings, ABC):
+    """What both kinds of modes are; instances are settings and hold no state."""
+
+    def take_over(self, state: State) -> None:
+        """Go on with ``state``, of the same mode with other settings, in place."""
+
+
+class Mode(BaseMode):
+    """Base of every mode in which all ranks make the same steps, in which they meet."""
 
     writes: ClassVar[bool] = True
     """Whether a step changes parameters, or arrays of the state, in other ways than ``trainer.update``."""
@@ -102,9 +113,6 @@ class Mode(Settings, ABC):
     def init(self, trainer: Trainer) -> State:
         """New state. The parameters are equal on all ranks by now."""
 
-    def take_over(self, state: State) -> None:
-        """Go on with ``state``, of the same mode with other settings, in place."""
-
     @abstractmethod
     def step(self, trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
         """One step with this rank's ``gradients``, the mean over ``weight`` samples; both are checked.
@@ -121,7 +129,98 @@ class Mode(Settings, ABC):
         """Make the parameters equal on all ranks, for a checkpoint or an evaluation. Collective where that needs it."""
 
 
-modes: Registry[Mode] = Registry("mode", Mode, "training/modes", group="bitring.modes")
+class FreeMode(BaseMode):
+    """Base of every mode in which each rank makes its steps at its own pace, as many as it likes."""
+
+    in_shared_memory: ClassVar[bool] = False
+    """Whether the parameters must be arrays of ``Communicator.empty``."""
+
+    takes_sparse: ClassVar[bool] = False
+    """Whether gradients stay ``Sparse`` where they are given so."""
+
+    @abstractmethod
+    def start(self, comm: MPI.Intracomm, replica: Replica, compressors: Mapping[str, Compressor | None]) -> Running:
+        """Begin to serve. Collective; the parameters are equal on all ranks by now, and the optimizer's state is zeros.
+
+        ``compressors``: what each parameter was asked to travel by. Raises on all ranks what any has against it.
+        """
+
+
+class Running(ABC):
+    """A free mode at work on one rank. The steps are each rank's own; what is collective is called by all ranks."""
+
+    @abstractmethod
+    def step(self, gradients: Mapping[str, Any], weight: float) -> None:
+        """A step with this rank's ``gradients``, checked and finite, the mean over ``weight`` samples; then the clock.
+
+        They may be ``Sparse`` where the mode takes these. ``weight`` 0: there are none. At the end the replica's
+        parameters are what the next gradients are to be computed of.
+        """
+
+    stands = False
+    """Whether the step under way has been made: an interrupt in the rest of it does not undo it."""
+
+    factors: frozenset[str] = frozenset()
+    """The parameters whose gradients stay ``Factors`` where they are given so."""
+
+    def ahead(self, gradients: Mapping[str, Any]) -> None:
+        """Some of the next step's gradients, checked and finite, which may travel now; ``step`` gets them again."""
+
+    def forget(self) -> None:
+        """The step of which gradients came ahead is not made."""
+
+    @abstractmethod
+    def miss(self, text: str) -> None:
+        """A step of no use: nothing is applied, the clock advances, and all ranks are told ``text``."""
+
+    @abstractmethod
+    def told(self) -> str | None:
+        """The text that a rank, this one too, has told by ``miss``, each once; None: nothing new."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """This rank makes no more steps, and nobody waits for it."""
+
+    def rest(self) -> None:
+        """This rank has come to where all meet, to ``synchronize``, and holds nobody back until all have come."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Make the parameters equal on all ranks, with all updates applied. Collective."""
+
+    claims: ClassVar[bool] = False
+    """Whether ``claim`` has something to count in."""
+
+    def claim(self, row: tuple[int, ...]) -> int:
+        """The next number of a row of numbers, 0, 1, 2, ..., each of which one rank gets. Not collective."""
+        raise NotImplementedError
+
+    def gather(self) -> None:
+        """Fill the replica's ``optimizer_state``, after ``synchronize``. Collective."""
+
+    def reload(self) -> None:
+        """Go on from what the replica was filled with. Collective."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """End. Collective; the parameters stay as they are."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank has sent to others."""
+        return 0
+
+    @property
+    @abstractmethod
+    def clocks(self) -> list[float]:
+        """Steps that each rank has made, as far as is known here; infinite for one that has left."""
+
+    def telemetry(self) -> dict[str, Any]:
+        """What has been counted since the last call."""
+        return {}
+
+
+modes: Registry[BaseMode] = Registry("mode", BaseMode, "training/modes", group="bitring.modes")
 
 
 def copies(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 What belongs together, in ``training/placement``:
 
-- ``placement``, ``assignment``, ``stages``, ``parts``: which rank has what of each layer and parameter
+- ``placement``, ``assignment``, ``stages``, ``parts``: which rank has what of each layer and parameter; ``split``:
+  what this rank has of all that
 - ``layout``, ``conversion``: how values lie on ranks, and what moves where; ``schedules``: pipelines as data
-- ``wiring``, ``split_pass``, ``messages``: the passes of a step; ``shared_sums``: gradients of what several ranks have
-- ``predicted``: what travels, in closed form
+- ``wiring``, ``split_pass``: the passes of a step; ``step_hops``: what moves in it, ``native_messages`` and
+  ``messages``: which carry it out; ``weight_gradients``: over micro-batches; ``shared_sums``: gradients of what several
+  ranks have
+- ``predicted``: what travels, in closed form; ``seconds``: how long a step takes; ``choosing``: what "auto" takes
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,31 +28,26 @@ from bitring.collectives.runtime.jointly import jointly, raise_everywhere
 from bitring.collectives.runtime.objects import allgather
 from bitring.collectives.runtime.tags import channel_of
 from bitring.compression.compressor import Compressor
+from bitring.compression.encoder import Encoder
 from bitring.errors import MismatchError, NonFiniteError, uncopyable
 from bitring.models.graph import INPUT, value_shapes
-from bitring.models.layers import Workspace
 from bitring.models.model import Model
 from bitring.settings import Range, checked
 from bitring.training.choice import Choice
-from bitring.training.data_parallel import DataParallel
-from bitring.training.mode import Mode
+from bitring.training.mode import BaseMode, FreeMode, modes
 from bitring.training.optimizer import Elementwise, Optimizer, optimizers
-from bitring.training.placement.assignment import Placed, assign
+from bitring.training.placement.assignment import assign
+from bitring.training.placement.choosing import considered, links, seconds_of
 from bitring.training.placement.explained import explained
 from bitring.training.placement.layout import part
-from bitring.training.placement.messages import Messages
-from bitring.training.placement.parts import Part, local_parameters, parts_of
+from bitring.training.placement.messages import Way, value_encoder
+from bitring.training.placement.parts import parts_of
 from bitring.training.placement.placement import Placement
-from bitring.training.placement.predicted import Picture, Traffic, predicted
-from bitring.training.placement.schedules import SCHEDULES, Task
-from bitring.training.placement.shared_sums import SharedSums
-from bitring.training.placement.split_pass import SplitPass
-from bitring.training.placement.wiring import Wiring
-from bitring.training.step.checks import chosen
+from bitring.training.placement.predicted import Picture, Traffic
+from bitring.training.placement.split import Replica, Split, predicted_of, refuse_mixing, wiring_of
+from bitring.training.step.checks import chosen, text_of
+from bitring.training.step.compression_for import chosen_compression
 from bitring.training.whole_batch import digest
-
-_AUTO = ("data", "hybrid")
-"""What ``placement="auto"`` chooses from; the first among equals."""
 
 
 class ModelParallel:
@@ -56,15 +55,18 @@ class ModelParallel:
 
     model: a ``bitring.Model`` on the host, the same on all ranks; rank 0's parameters are taken. Each rank keeps its
     part of them; ``parameters`` puts them together, and gives them to the model too.
-    optimizer: as for DataParallel; where parameters are cut it must work value by value, as SGD and AdaGrad do.
+    optimizer: as for DataParallel; where parameters are cut it must work value by value, as SGD, AdaGrad and Adam do.
     placement: "data": every layer whole on all ranks, each with its samples. "hybrid": dense layers by columns and rows
-    in turn, all else as "data". A dict of layer -> "samples", "columns" or "rows" (dense layers), or a rank; layers are
-    named as their parameters begin, or by a graph's names; those not named are as in "data", and layers without
-    parameters follow the layer before. A ``Placement``: a pipeline. "auto": of "data" and "hybrid" the one that sends
-    less, by the first batch.
+    in turn, all else as "data"; "hybrid_in_turns": which take one rank's samples after the other's. A dict of layer ->
+    "samples", "columns" or "rows" (dense layers), or a rank; layers are named as their parameters begin, or by a
+    graph's names; those not named are as in "data", and layers without parameters follow the layer before. A
+    ``Placement``: a pipeline. "auto": of "data", "hybrid" and pipelines the one that is predicted to take
+    least time, by the first batch and by what the network between nodes was found to do.
+    value_compression: an encoder of a fixed size that does not draw, such as "float16", by which values and their
+    gradients travel inside a replica; what it leaves out is lost. None: as they are.
     replicas: so many groups of ranks, of one node where they can be, each with the whole model and its part of every
-    batch. mode, compression: how gradients are averaged between replicas, see DataParallel. Inside a replica all is
-    exact.
+    batch. mode, compression: how gradients are averaged between replicas, see DataParallel; in "downpour" and the like
+    each rank pushes and fetches its part alone. Inside a replica sums of gradients are exact.
 
     Raises TypeError or ValueError on all ranks alike, MismatchError where their arguments differ.
     """
@@ -77,18 +79,24 @@ class ModelParallel:
         comm: MPI.Intracomm | None = None,
         placement: str | Mapping[str, str | int] | Placement = "data",
         replicas: int = 1,
-        mode: Mode | str = "sync",
+        mode: BaseMode | str = "sync",
         compression: Compressor | Choice | str | None = None,
+        value_compression: Encoder | str | None = None,
     ) -> None:
         self.comm = given_comm(comm, "ModelParallel")
         self.model, self.placement = model, placement
-        self.mode, self.compression = mode, compression
         self.steps = 0
         alike = (TypeError, ValueError)
-        self._given = jointly(self.comm, "ModelParallel", lambda: self._checked(optimizer, replicas), alike)
+        self._given = jointly(
+            self.comm,
+            "ModelParallel",
+            lambda: self._checked(optimizer, replicas, mode, compression, value_compression),
+            alike,
+        )
         mine = repr([(name, w.shape, w.dtype) for name, w in model.parameters.items()])
         told = {"parameters": mine, "placement": repr(placement), "replicas": self.replicas, "mode": repr(mode)}
         told |= {"compression": repr(compression), "optimizer": repr(self._given)}
+        told |= {"value_compression": repr(self.value_compression)}
         for rank, theirs in enumerate(allgather(self.comm, told, "ModelParallel")):
             for what, value in theirs.items():
                 if value != told[what]:
@@ -98,25 +106,41 @@ class ModelParallel:
         order = [rank for node in context.nodes for rank in node]  # replicas inside nodes, where they fit
         place = order.index(self.comm.Get_rank())
         self.replica, self.rank = divmod(place, self.ranks)
-        self._numbers = order[self.replica * self.ranks : (self.replica + 1) * self.ranks]
-        self._channel = channel_of(context.new_plan())
-        self._workspaces: list[Workspace] = []
+        numbers = tuple(order[self.replica * self.ranks : (self.replica + 1) * self.ranks])
+        self._replica = Replica(self.comm, self.replica, self.replicas, numbers, self.rank)
+        self._meets: MPI.Intracomm = self.comm
+        """The ranks that make a step together: in modes in which each goes at its own pace, the replica's."""
+        if self._free_mode:
+            self._meets, numbers = Communicator(self.comm).Split(self.replica, self.rank), tuple(range(self.ranks))
+            context = context_of(self._meets)
+        channel, shapes, dtype = channel_of(context.new_plan()), self._shapes, model.dtype
+        self._way = Way(context.comm, numbers, self.rank, channel, shapes, dtype, self.value_compression)
         self._nbytes_sent = 0
         self._waited: dict[int, float] = {}
+        self._told = (0.0, 0)  # what telemetry had told of waits and bytes
         self._samples = 0
-        self._trainer: DataParallel | None = None
-        self._sums: SharedSums | None = None
+        self._considered: list[tuple[Any, float]] = []  # placements that "auto" chose from, with predicted seconds
         for w in model.parameters.values():
             Communicator(self.comm).Bcast(w, 0)
+        self._undecided, self._freed = placement == "auto", False
         self._build("data" if placement == "auto" else placement)
 
-    def _checked(self, optimizer: Any, replicas: Any) -> Optimizer:
+    def _checked(self, optimizer: Any, replicas: Any, mode: Any, compression: Any, values: Any) -> Optimizer:
         """The optimizer; raises where an argument is wrong."""
         where = "ModelParallel"
         if not isinstance(self.model, Model):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{where}: model must be a bitring.Model; got {type(self.model).__name__}")
         if self.model.xp is not np:
             raise ValueError(f"{where}: model must be on the host (xp=numpy); arrays on a device are not split yet")
+        self.mode: BaseMode = chosen("mode", mode, modes, BaseMode)
+        self._free_mode = isinstance(self.mode, FreeMode)
+        if isinstance(self.mode, FreeMode) and (self.mode.in_shared_memory or self.placement == "auto"):
+            raise ValueError(
+                f"{where}: placement='auto', and parameters in shared memory, need a mode in which all ranks make the "
+                f"same steps; got {self.mode!r}"
+            )
+        self.compression: Compressor | Choice | None = chosen_compression(compression)
+        self.value_compression = value_encoder(values)
         self.replicas = checked(where, "replicas", replicas, int, Range(least=1))
         size = self.comm.Get_size()
         if size % self.replicas:
@@ -127,39 +151,19 @@ class ModelParallel:
         self._shapes = value_shapes(self.model.nodes, self.model.parameters, arranged, np)
         self._shapes[INPUT] = tuple(arranged.shape[1:])
         given: Optimizer = chosen("optimizer", optimizer, optimizers, Optimizer)
-        for placement in _AUTO if self.placement == "auto" else (self.placement,):
+        for placement in ("data", "hybrid") if self.placement == "auto" else (self.placement,):
             placed = assign(placement, self.model.nodes, self._shapes, self.ranks)
             cut = [name for name, each in parts_of(placed).items() if each.axis is not None and len(each.ranks) > 1]
             if cut and not isinstance(given, Elementwise):
                 kind = type(given).__name__
                 raise ValueError(f"{where}: optimizer must work value by value where {cut[0]} is cut; {kind} does not")
+            refuse_mixing(wiring_of(placement, placed, self._shapes), 1 if self._free_mode else self.replicas)
         return given
 
     def _build(self, placement: Any) -> None:
         """Take this rank's part of the model's parameters, as placed. Collective."""
-        self.placed: list[Placed] = assign(placement, self.model.nodes, self._shapes, self.ranks)
-        self._wiring = Wiring(self.placed, self._shapes)
-        self._parts: dict[str, Part] = parts_of(self.placed)
-        self.microbatches = placement.microbatches if isinstance(placement, Placement) else 1
-        schedule = SCHEDULES[placement.schedule if isinstance(placement, Placement) else "gpipe"]
-        stages = self._wiring.stages
-        self._tasks: dict[int, list[Task]] = {
-            stage: schedule(stage, stages, self.microbatches) for stage in range(stages)
-        }
-        mine = {
-            name: np.ascontiguousarray(each.of(self.model.parameters[name], self.rank)).copy()
-            for name, each in self._parts.items()
-            if self.rank in each.ranks
-        }
-        self._local = local_parameters(self.placed, mine, self.model.parameters, self.rank)
-        self._mine = {name: w for name, w in mine.items() if w.size}
-        self._sums = SharedSums(self.comm, self.replica, self.rank, self._parts, mine)
-        self._across = Communicator(self.comm).Split(self.rank, self.replica)
-        if self._mine:
-            self._trainer = DataParallel(
-                self._mine, self._given, comm=self._across, mode=self.mode, compression=self.compression
-            )
-        self._chosen = placement
+        settings = {"optimizer": self._given, "mode": self.mode, "compression": self.compression}
+        self._split = Split(self._replica, self.model, self._way, placement, settings)
 
     def __reduce__(self) -> Any:
         raise uncopyable(self, "state_dict() has what it knows, as plain arrays and numbers, for load_state_dict")
@@ -172,26 +176,29 @@ class ModelParallel:
     @optimizer.setter
     def optimizer(self, given: Optimizer | str) -> None:
         made = chosen("optimizer", given, optimizers, Optimizer)
-        if self._trainer is not None:
-            self._trainer.optimizer = made
+        if self._split.trainer is not None:
+            self._split.trainer.optimizer = made
         self._given = made
 
     @property
     def bytes_sent(self) -> int:
         """Payload bytes that this rank has sent to others so far, in steps."""
-        sums = 0 if self._sums is None else self._sums.nbytes_sent
-        return self._nbytes_sent + sums + (0 if self._trainer is None else self._trainer.bytes_sent)
+        between = 0 if self._split.trainer is None else self._split.trainer.bytes_sent
+        return self._nbytes_sent + self._split.sums.nbytes_sent + between
 
     @one_call("ModelParallel.step")
     def step(self, x: Any, y: Any) -> float:
         """One training step on the batch x (N, *input_shape), y (N,): the same on all ranks. Returns its mean loss.
 
-        The loss is the one before the update, on every rank. N may be 0, which changes nothing; parts may be empty.
+        The loss is the one before the update, on every rank. N may be 0, which changes nothing; parts may be empty. In
+        modes such as "downpour" each replica makes steps of its own, with batches of its own.
 
         A rank's bad arguments raise TypeError or ValueError there and PeerError on the others, batches or settings that
         differ MismatchError, NaN or Inf in a gradient NonFiniteError on all. Parameters are then as before, and
         training may go on.
         """
+        if self._freed:
+            raise RuntimeError("ModelParallel.step: it has been freed")
         where = f"ModelParallel.step (step {self.steps})"
         request = Request("ModelParallel.step")
         count = 0
@@ -206,32 +213,31 @@ class ModelParallel:
             }
         except Exception as error:  # whatever it is, the other ranks must not wait
             request.error = error
-        if self.placement == "auto" and self.steps == 0:
+        if self._undecided:
             self._agree(request)
             self._choose(count)
         self._samples = count
-        mine = part(count, self.replicas, self.replica)
-        passes = SplitPass(self._wiring, self.model, self._local, self.rank, self._workspaces, self.microbatches)
-        if request.error is None:
-            x, y = self._arranged(x[mine]), y[mine]
-        self._run(passes, request, x, y)
-        gradients = {
-            name: passes.gradients[name] if name in passes.gradients else np.zeros_like(w)
-            for name, w in self._mine.items()
-        }
-        assert self._sums is not None
-        self._sums.add(gradients)
-        problem = passes.error
+        mine = slice(0, count) if self._free_mode else part(count, self.replicas, self.replica)
+        try:
+            self._split.exchange(mine.stop - mine.start)
+            if request.error is None:
+                x, y = self._arranged(x[mine]), y[mine]
+        except Exception as error:  # memory, or what the model's ``arrange`` raises
+            request.error = request.error or error
+        split = self._split
+        self._split.passes.prepare(self.steps, mine.start)
+        self._run(request, x, y)
+        gradients = split.gradients()
+        problem = split.passes.error
         if problem is None:
             bad = next((name for name, each in gradients.items() if not np.isfinite(each).all()), None)
             if bad is not None:
                 problem = NonFiniteError(f"{where}: the gradient of {bad} on rank {self.comm.Get_rank()}")
         weight = mine.stop - mine.start
-        everyone = allgather(self.comm, (passes.loss * weight, problem is not None), where)
+        everyone = allgather(self._meets, (split.passes.loss * weight, problem is not None), where)
         if any(wrong for _, wrong in everyone):
-            raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
-        if self._trainer is not None:
-            self._trainer.step(gradients, weight=weight)
+            raise_everywhere(self._meets, where, problem, alike=(NonFiniteError,))
+        split.update(gradients, weight)
         self.steps += 1
         return float(sum(loss for loss, _ in everyone) / max(count, 1))
 
@@ -242,23 +248,23 @@ class ModelParallel:
         return self.model.arranged(x)
 
     def _agree(self, request: Request) -> None:
-        context = context_of(self.comm)
+        context = context_of(self._meets)
 
         def steps(progress: Progress) -> Steps:
             yield from agree(context.comm, context.roll_call, request, progress)
 
         context.queue.call(steps, request.function)
 
-    def _run(self, passes: SplitPass, request: Request, x: Any, y: Any) -> None:
+    def _run(self, request: Request, x: Any, y: Any) -> None:
         """The passes, as one job of the communicator's."""
-        context = context_of(self.comm)
+        context, split = context_of(self._meets), self._split
         context.prepare(request.function, request.error)
 
         def steps(progress: Progress) -> Steps:
             yield from agree(context.comm, context.roll_call, request, progress)
-            messages = Messages(context.comm, self._numbers, self.rank, self._channel, progress)
+            hops, messages = split.exchange(len(y))
             with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is found in the gradients
-                yield from passes.run(x, y, self._tasks, messages, progress)
+                yield from split.passes.run(x, y, hops, messages, progress)
             self._nbytes_sent += messages.nbytes_sent
             for number, seconds in messages.seconds.items():
                 self._waited[number] = self._waited.get(number, 0.0) + seconds
@@ -267,98 +273,95 @@ class ModelParallel:
 
     def _predicted(self, placement: Any, samples: int) -> Traffic:
         """What a step sends in a replica that gets so many samples."""
-        placed = assign(placement, self.model.nodes, self._shapes, self.ranks)
-        shapes = {name: w.shape for name, w in self.model.parameters.items()}
-        return predicted(
-            Wiring(placed, self._shapes),
-            parts_of(placed),
-            shapes,
-            self.ranks,
-            self.replicas,
-            samples,
-            placement.microbatches if isinstance(placement, Placement) else 1,
-            self.model.dtype.itemsize,
-        )
+        return predicted_of(self.model, self._way, placement, self.replicas, samples)
 
     def _choose(self, samples: int) -> None:
-        """Take the placement that sends the least for such a batch. Collective."""
-        each = -(-samples // self.replicas)
-        best = min(_AUTO, key=lambda placement: max(self._predicted(placement, each).total))
-        if best != self._chosen:
-            self._free()
+        """Take the placement that is predicted to take the least time for such a batch. Collective."""
+        each, places = -(-samples // self.replicas), considered(self.ranks)
+        inside, between = links(self.comm, self._replica)
+        arguments = self.replicas, each, inside, between
+        seconds = [seconds_of(self.model, self._way, placement, *arguments) for placement in places]
+        best = places[seconds.index(min(seconds))]
+        self._considered = [(place, time) for place, time in zip(places, seconds, strict=True) if time < math.inf]
+        if best != self._split.placement:
+            loaded = self._split.whole.collected("ModelParallel.step") if self.steps else None
+            self._split.free()
             self._build(best)
+            if loaded is not None:
+                self._split.whole.take(loaded, self.steps)
+        self._undecided = False
+
+    def telemetry(self) -> dict[str, Any]:
+        """Times and losses of this rank's exchanges since the last call; empty where there were none.
+
+        ``conversion_seconds``, which it waited for other ranks' values inside its replica, and ``conversion_bytes``,
+        which it sent there; and of the exchange between replicas, what ``DataParallel.telemetry`` tells.
+        """
+        trainer = self._split.trainer
+        between = {} if trainer is None else trainer.telemetry()
+        waited, nbytes = sum(self._waited.values()), self._nbytes_sent
+        before, self._told = self._told, (waited, nbytes)
+        if (waited, nbytes) != before:
+            between |= {"conversion_seconds": waited - before[0], "conversion_bytes": nbytes - before[1]}
+        return between
 
     @one_call("ModelParallel.synchronize")
     def synchronize(self) -> None:
         """Make the replicas equal, as the mode does it. Collective, but for ``sync``."""
-        if self._trainer is not None:
-            self._trainer.synchronize()
+        self._split.synchronize()
 
     @one_call("ModelParallel.parameters")
     def parameters(self) -> dict[str, Any]:
         """The whole parameters: name -> new array, on every rank. The model has them, too, afterwards. Collective."""
         self.synchronize()
-        whole = self._joined(self._mine, "ModelParallel.parameters")
+        whole: dict[str, Any] = self._split.whole.collected("ModelParallel.parameters", ("parameters",))["parameters"]
         for name, w in self.model.parameters.items():
             w[...] = whole[name]
         return whole
 
-    def _joined(self, arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Whole arrays, of every rank's parts in the first replica."""
-        kept = self.replica == 0
-        mine = {name: w for name, w in arrays.items() if kept and self.rank in self._parts[name].keepers}
-        everyone = allgather(self.comm, (self.rank, mine), where)
-        by_rank: dict[int, dict[str, Any]] = {}
-        for rank, theirs in everyone:
-            by_rank.setdefault(rank, {}).update(theirs)
-        whole: dict[str, Any] = {}
-        for name, w in self.model.parameters.items():
-            each = self._parts[name]
-            parts = [by_rank[rank].get(name, np.empty_like(each.of(w, rank))) for rank in each.keepers]  # empty parts
-            whole[name] = np.array(each.join(parts))
-        return whole
+    def describe(self) -> dict[str, Any]:
+        """The settings, as checkpoints keep them; ``placement`` and ``replicas`` may be others where it is loaded."""
+        return {
+            "parameters": {name: [w.dtype.name, list(w.shape)] for name, w in self.model.parameters.items()},
+            "optimizer": text_of(self._given),
+            "mode": text_of(self.mode),
+            "compression": text_of(self.compression),
+            "value_compression": text_of(self.value_compression),
+            "placement": repr(self.placement),
+            "replicas": self.replicas,
+            "ranks": 1,  # of which a checkpoint has arrays: they are whole
+        }
 
+    def _require_common_steps(self, where: str) -> None:
+        if self._free_mode:
+            raise ValueError(f"{where}: the store of mode {self.mode!r} is not kept for split models; see parameters()")
+
+    @one_call("ModelParallel.state_dict")
     def state_dict(self) -> dict[str, Any]:
         """All that a trainer of the same model and optimizer needs to go on, under any placement. Collective.
 
-        ``parameters`` and ``optimizer`` (slot -> name -> array) are whole, the same on all ranks; ``steps``.
-        Residuals of a compression between replicas are not in it.
+        ``parameters``, ``optimizer`` and ``mode`` are trees of whole arrays, by name at their leaves, and of numbers,
+        ``residuals`` what compressed exchanges between replicas still owe, by name; ``steps``. The same on all ranks.
+        Replicas are made equal first, see ``synchronize``.
         """
-        where = "ModelParallel.state_dict"
-        parameters = self.parameters()
-        slots = {} if self._trainer is None else self._trainer.live()["optimizer"]
-        return {
-            "parameters": parameters,
-            "optimizer": {slot: self._joined(slots.get(slot, {}), where) for slot in self._given.slots},
-            "steps": self.steps,
-        }
+        self._require_common_steps("ModelParallel.state_dict")
+        self.synchronize()
+        return {**self._split.whole.collected("ModelParallel.state_dict"), "steps": self.steps}
 
+    @one_call("ModelParallel.load_state_dict")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``, of the same model and optimizer; the placement may be another. Collective.
+        """Go on from a ``state_dict``, of the same model, optimizer and mode; the placement may be another. Collective.
 
-        Raises ValueError on all ranks, before anything is changed, where names, shapes or slots are others.
+        Raises on all ranks, before anything is changed: ValueError where names, shapes or slots are others; TypeError
+        where it is no ``state_dict``, and PeerError on the other ranks.
         """
         where = "ModelParallel.load_state_dict"
-        jointly(self.comm, where, lambda: self._check_state(state, where), (ValueError,))
+        self._require_common_steps(where)
+        jointly(self.comm, where, lambda: self._split.whole.require(state, where), (ValueError,))
         for name, w in self.model.parameters.items():
             w[...] = state["parameters"][name]
-        live = {} if self._trainer is None else self._trainer.live()["optimizer"]
-        for name, w in self._mine.items():
-            w[...] = self._parts[name].of(state["parameters"][name], self.rank)
-            for slot in self._given.slots:
-                live[slot][name][...] = self._parts[name].of(state["optimizer"][slot][name], self.rank)
         self.steps = int(state["steps"])
-
-    def _check_state(self, state: Mapping[str, Any], where: str) -> None:
-        wanted = {name: w.shape for name, w in self.model.parameters.items()}
-        if set(state["optimizer"]) != set(self._given.slots):
-            raise ValueError(
-                f"{where}: the optimizer keeps {sorted(self._given.slots)}; state has {sorted(state['optimizer'])}"
-            )
-        for what, arrays in (("parameters", state["parameters"]), *state["optimizer"].items()):
-            shapes = {name: np.shape(w) for name, w in arrays.items()}
-            if shapes != wanted:
-                raise ValueError(f"{where}: {what} must be of shapes {wanted}; got {shapes}")
+        self._split.whole.take(state, self.steps)
 
     def explain(self) -> str:
         """Who has what, and for each conversion its bytes and this rank's waits; see ``bitring.explain``.
@@ -367,27 +370,28 @@ class ModelParallel:
         """
         samples, traffic = self._traffic()
         waits = {number: seconds / max(self.steps, 1) for number, seconds in self._waited.items()}
-        words = f"{self._chosen!r}, {self.ranks} ranks, {self.replicas} replicas, {samples} samples each"
-        return explained(words, self.placed, self._parts, traffic, waits)
+        words = f"{self._split.placement!r}, {self.ranks} ranks, {self.replicas} replicas, {samples} samples each"
+        for place, seconds in self._considered:
+            words += f"\n  considered {place!r}: predicted {1e3 * seconds:.3g} ms a step"
+        return explained(words, self._split.wiring, self._split.parts, traffic, waits, self._split.by(samples))
 
     def _traffic(self) -> tuple[int, Traffic]:
         """The samples of a replica in the last batch, or in one of 64, and what a step of these sends."""
         samples = -(-(self._samples or 64) // self.replicas)
-        return samples, self._predicted(self._chosen, samples)
+        return samples, self._predicted(self._split.placement, samples)
 
     def picture(self) -> Picture:
         """What a picture of the placement shows, for the last batch."""
         samples, traffic = self._traffic()
-        return Picture(self.placed, [self._shapes[each.node.name][-1] for each in self.placed], samples, traffic)
+        placed, wiring = self._split.placed, self._split.wiring
+        words = {edge.number: wiring.in_words(edge) for edge, _, _ in traffic.edges}
+        return Picture(placed, [self._shapes[each.node.name][-1] for each in placed], samples, traffic, words)
 
     def free(self) -> None:
-        """Free plans and communicators. Collective; the parameters stay as they are."""
-        self._free()
-
-    def _free(self) -> None:
-        if self._trainer is not None:
-            self._trainer.free()
-        self._trainer = None
-        assert self._sums is not None
-        self._sums.free()
-        self._across.Free()
+        """Free plans and communicators. Collective, once; the parameters stay as they are."""
+        if self._freed:
+            return
+        self._freed = True
+        self._split.free()
+        if self._meets is not self.comm:
+            self._meets.Free()

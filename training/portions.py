@@ -2,11 +2,13 @@
 
 A pure rule: no messages and no clock. A replica is given consecutive portions where it can be, since it has their
 neighbours at hand and adds their gradients; the first is where its own range would begin if the batch were cut into
-equal parts. When all are handed out, free replicas get copies of those that are still out, the oldest first. The first
-result of a portion counts.
+equal parts. When all are handed out, free replicas get copies of those that are still out, the oldest first, where that
+helps. The first result of a portion counts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 
 class Portions:
@@ -19,6 +21,7 @@ class Portions:
         self._free = [(0, count)] if count else []  # runs [first, last) that nobody has
         self._last: dict[int, int] = {}  # the portion that a replica got last
         self._held: dict[int, list[int]] = {}  # portion -> its holders; in the order in which they were handed out
+        self._queues: dict[int, list[int]] = {}  # replica -> what it has, in that order
         self._done: set[int] = set()
 
     @property
@@ -32,16 +35,25 @@ class Portions:
 
     def held(self, replica: int) -> int:
         """The number of portions that the replica has."""
-        return sum(replica in holders for holders in self._held.values())
+        return len(self._queues.get(replica, ()))
 
-    def next(self, replica: int) -> int | None:
-        """Hand a portion, or a copy of one, to the replica; None when there is nothing for it."""
+    def places(self, portion: int) -> list[tuple[int, int]]:
+        """Who has it: each such replica, and how many others that one has to compute before."""
+        return [(replica, self._queues[replica].index(portion)) for replica in self._held[portion]]
+
+    def next(self, replica: int, helps: Callable[[int], bool] = lambda portion: True) -> int | None:
+        """Hand a portion, or a copy of one, to the replica; None when there is nothing for it.
+
+        ``helps``: says of a portion that others have whether a copy is of use.
+        """
         portion = self._take(replica)
         if portion is None and self._backups:
             out = [(len(holders), age, at) for age, (at, holders) in enumerate(self._held.items())]
-            portion = min((each for each in out if replica not in self._held[each[2]]), default=(0, 0, None))[2]
+            of_use = (each for each in out if replica not in self._held[each[2]] and helps(each[2]))
+            portion = min(of_use, default=(0, 0, None))[2]
         if portion is not None:
             self._held.setdefault(portion, []).append(replica)
+            self._queues.setdefault(replica, []).append(portion)
         return portion
 
     def _take(self, replica: int) -> int | None:
@@ -65,7 +77,8 @@ class Portions:
         if portion in self._done:
             return False
         self._done.add(portion)
-        self._held.pop(portion, None)
+        for holder in self._held.pop(portion, ()):
+            self._queues[holder].remove(portion)
         return True
 
     def leave(self, replica: int) -> None:
@@ -80,5 +93,6 @@ class Portions:
         holders = self._held.get(portion, [])
         if replica in holders:
             holders.remove(replica)
+            self._queues[replica].remove(portion)
             if not holders:
                 del self._held[portion]

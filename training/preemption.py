@@ -156,6 +156,8 @@ os.register_at_fork(after_in_child=_restore_in_child)
 
 def watching(comm: MPI.Intracomm) -> list[Preemption]:
     """The blocks entered on the ranks of ``comm``; the same on all of them."""
+    if not _active:
+        return []
     congruent = (MPI.IDENT, MPI.CONGRUENT, MPI.SIMILAR)
     return [each for each in _active if MPI.Comm.Compare(each.comm, comm) in congruent]
 

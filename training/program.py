@@ -23,6 +23,10 @@ class Program(Settings, ABC):
         keys = np.log(priorities) + random.gumbel(size=len(priorities))
         return np.argpartition(keys, -width)[-width:]
 
+    def targets(self, y: Any) -> Any:
+        """The targets as workers take them, from those given: (rows,), float64. Raises ValueError; it changes none."""
+        return y
+
     @abstractmethod
     def worker(self, columns: Columns, y: Any) -> Any:
         """A worker with these rows, while all coordinates are zero."""
@@ -33,7 +37,7 @@ class Program(Settings, ABC):
 
     @abstractmethod
     def measure(self, worker: Any) -> Any:
-        """The worker's part of what ``objective`` and ``gap`` need beside; 1-D."""
+        """The worker's part of what ``objective`` and ``gap`` need beside: two numbers."""
 
     @abstractmethod
     def pull(self, sums: Any, values: Any, squares: Any) -> Any:

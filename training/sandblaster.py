@@ -5,8 +5,9 @@ parameters and of L-BFGS's vectors; rank 0 decides, by numbers alone. What belon
 
 - ``lbfgs``, ``line_search``: the method, which yields commands; ``coordinator``: who does what next
 - ``portions``: which portion goes to whom; ``sum_tree``: sums that do not depend on that
-- ``whole_batch``: a batch cut into portions; ``shard``: the vectors; ``sandblaster_service``: a rank's messages and
-  shard, beside its computing
+- ``whole_batch``: a batch cut into portions; ``shard``: the vectors; ``cut``: who holds which; ``sandblaster_service``:
+  a rank's messages and shard, beside its computing; ``survivors``: what follows a death; ``joint_calls``: calls
+  that wait for all; ``split_replica``: several ranks that compute together
 """
 
 from __future__ import annotations
@@ -22,22 +23,21 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.interop.steps import Progress, StepsTo, wait_for
-from bitring.collectives.runtime.context import Context, context_of, given_comm
+from bitring.collectives.runtime.context import context_of, given_comm
 from bitring.collectives.runtime.engine import engine
-from bitring.collectives.runtime.job_queue import numbers_in
 from bitring.collectives.runtime.jointly import jointly
-from bitring.collectives.runtime.objects import agreed_job, allgather, broadcast
-from bitring.errors import MismatchError, uncopyable
-from bitring.settings import Range, checked
+from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.errors import DeadRankError, MismatchError, uncopyable
 from bitring.training.coordinator import ERRORS, Kind, PortionRecord
-from bitring.training.lbfgs import LBFGS, History
+from bitring.training.flat import fill, flat
+from bitring.training.joint_calls import JointCalls
+from bitring.training.lbfgs import LBFGS, NUMBERS, History
+from bitring.training.placement.placement import Placement
+from bitring.training.sandblaster_arguments import checked_arguments, require_alike, require_groups, require_state
 from bitring.training.sandblaster_service import Service
-from bitring.training.shard import Shard, held_by
+from bitring.training.split_replica import SplitReplica
+from bitring.training.store.service_job import private_context
 from bitring.training.whole_batch import cut, digest
-
-NUMBERS = ("pairs", "loss", "step", "slope", "iterations", "evaluations", "restarts")
-"""Of L-BFGS's history, in a state."""
 
 
 class Sandblaster:
@@ -46,12 +46,16 @@ class Sandblaster:
     model: a ``bitring.Model``, or what has its ``parameters`` (name -> NumPy array, all of one floating dtype) and
     ``loss_and_gradients(x, y)`` (the mean loss, and name -> gradient). Rank 0's parameters are taken. optimizer:
     ``bitring.LBFGS``. portions: into so many parts a batch is cut (fewer where it has fewer samples). backups: whether
-    ranks without work compute copies of portions that others have not finished.
+    ranks without work compute copies of portions that others have not finished. placement: ``replicas`` equal runs of
+    ranks compute together, the model split as in ``bitring.ModelParallel``; without it each rank is a replica.
+    survives: whether each rank keeps a copy of another's shard, so that a rank that dies costs the others no more than
+    the evaluation under way; not with a placement.
 
-    Equal arguments give equal parameters to the bit, whatever the number of ranks, their speed, and ``backups``,
-    provided that the model's arithmetic is the same on all of them. Each rank holds about (2·memory + 4) / p float64
-    vectors of the parameters' size beside the replica. Messages and shards are served by the progress thread, which
-    needs MPI.THREAD_MULTIPLE; below it a rank serves the others only while it is in one of the calls.
+    Equal arguments give equal parameters to the bit, whatever the number of replicas, their speed, and ``backups``,
+    whoever dies, provided that the model's arithmetic is the same on all of them. Each rank holds about (2·memory + 8)
+    / p float64 vectors of the parameters' size beside the replica, and as many for the copy. Messages and shards are
+    served by the progress thread, which needs MPI.THREAD_MULTIPLE; below it a rank serves the others only while it is
+    in one of the calls.
     """
 
     def __init__(
@@ -62,13 +66,19 @@ class Sandblaster:
         comm: MPI.Intracomm | None = None,
         portions: int = 64,
         backups: bool = True,
+        placement: str | Mapping[str, str | int] | Placement | None = None,
+        replicas: int = 1,
+        survives: bool = True,
     ) -> None:
-        self.comm = given_comm(comm, "Sandblaster")
-        outer = context_of(self.comm)
+        comm = given_comm(comm, "Sandblaster")
+        outer = context_of(comm)
         self.model = model
-        self._size, self._dtype = jointly(
-            self.comm, "Sandblaster", lambda: _checked(model, optimizer, portions, backups), (TypeError, ValueError)
-        )
+
+        def check() -> tuple[int, Any]:
+            require_groups(model, placement, replicas, outer.size)
+            return checked_arguments(model, optimizer, portions, backups, survives)
+
+        self._size, self._dtype = jointly(comm, "Sandblaster", check, (TypeError, ValueError))
         self.optimizer, self.portions, self.backups = optimizer, int(portions), bool(backups)
         shapes = [(name, w.shape) for name, w in model.parameters.items()]
         mine = {
@@ -77,19 +87,22 @@ class Sandblaster:
             "optimizer": optimizer,
             "portions": portions,
             "backups": backups,
+            "survives": survives,
+            "placement": repr(placement),
+            "replicas": replicas,
         }
-        for rank, theirs in enumerate(allgather(self.comm, mine, "Sandblaster")):
-            for key, value in theirs.items():
-                if value != mine[key] or type(value) is not type(mine[key]):
-                    raise MismatchError(f"Sandblaster: {key} is {value} on rank {rank}, {mine[key]} on another")
-        self._fill(broadcast(self.comm, _flat(model.parameters, self._dtype), "Sandblaster"))
-        private = agreed_job(outer, lambda progress: _duplicate(outer, progress), "Sandblaster")
-        self._context = Context(private, None, outer.rank, numbers_in(MPI.COMM_WORLD, private))
-        self.rank, self.size = outer.rank, outer.size
-        held = _flat(model.parameters, self._dtype)[held_by(self.rank, self.size, self._size)]
-        shard = Shard(held, optimizer.memory, self.rank, self.size, self._size)
-        self._service = Service(self._context, shard, self._size, self._dtype, optimizer.memory, self.backups)
+        require_alike(mine, allgather(comm, mine, "Sandblaster"))
+        self._split: SplitReplica | None = None
+        self._last = broadcast(comm, flat(model.parameters, self._dtype), "Sandblaster")  # after the last step
+        self._fill(self._last)
+        self._context = private_context(comm, "Sandblaster")
+        self.rank = outer.rank
+        if placement is not None:
+            self._split = SplitReplica(model, placement, int(replicas), comm)
+        survives = survives and placement is None and outer.size > 1
+        self._service = Service(self._context, comm, self._last, optimizer.memory, self.backups, survives)
         self._job = self._context.queue.submit(self._service.steps, "Sandblaster")
+        self._calls = JointCalls(self._service, self._until)
         self._calling = threading.Lock()
         self._loaded = 0  # the evaluation whose parameters the model has
         self._left = self._freed = False
@@ -112,40 +125,63 @@ class Sandblaster:
         What ``loss_and_gradients`` raises is raised on this rank alone: others compute its portions, and it may make
         the step again. Raises on all ranks: NonFiniteError where the loss or the gradient at the present parameters
         are no numbers, MismatchError where ranks give different samples; parameters are as before. DeadRankError when
-        a rank has died.
+        a rank has died and the others cannot go on without it, as where another has died that had its shard's copy; the
+        model has the parameters of the last step then, from which they may begin anew.
         """
         with self._call("step"):
             if self._left:
                 raise RuntimeError("Sandblaster.step: this rank has left")
-            pieces = cut("Sandblaster.step", x, y, self.portions)
+            pieces = self._pieces(x, y)
             samples = sum(len(piece[0]) for piece in pieces)
             data = float(len(pieces)), *digest(pieces if y is None else [(x, y)])
             step = self.steps + 1
+            if self._split is not None:
+                self._split.require_alike(data)
+                if not self._split.leads:
+                    self._split.follow(pieces)
+                    return self._end(step, data)
             self._post(Kind.READY, step, data)
             try:
                 while step not in self._service.over:
                     self._until(lambda: step in self._service.over or self._has_work())
                     self._compute(pieces, samples)
-            except BaseException:
+            except BaseException as error:
                 self._post(Kind.GIVES_UP, step)
+                if self._split is not None:
+                    self._split.end(error)
                 raise
+            if self._split is not None:
+                self._split.end(None)
             return self._end(step, data)
+
+    def _pieces(self, x: Any, y: Any) -> list[Any]:
+        """The batch's portions. What is wrong with it is raised on all ranks of a replica."""
+        where = "Sandblaster.step"
+        if self._split is None:
+            return cut(where, x, y, self.portions)
+        return jointly(self._split.comm, where, lambda: cut(where, x, y, self.portions), (TypeError, ValueError))
 
     def _end(self, step: int, data: tuple[float, ...]) -> float:
         """The step's result, when it is over."""
         service = self._service
-        message = service.over.pop(step)
-        kind, loss, point, evaluations, *theirs = message.numbers
-        self.steps, self.evaluations = step, int(evaluations)
-        if kind:
-            raise ERRORS[int(kind) - 1](message.payload.tobytes().decode())
-        if tuple(theirs) != data:
+        self._until(lambda: step in service.over)  # some may hear of it from their replica's leader
+        ended = service.over.pop(step)
+        self.steps, self.evaluations = step, int(ended.history[NUMBERS.index("evaluations")])
+        if ended.error:
+            raise ERRORS[ended.error - 1](ended.text.decode())
+        if ended.data != data:
             raise MismatchError(f"Sandblaster.step: rank {self.rank} gave other samples in step {step} than another")
-        self._until(lambda: service.point[0] >= point)
-        evaluation, flat = service.point
-        if evaluation == point:
-            self._load(evaluation, flat)
-        return float(loss)
+        self._until(lambda: service.point[0] >= ended.point)
+        evaluation, values = service.point
+        if evaluation == ended.point or (evaluation, step) == service.shown:
+            self._load(evaluation, values)
+            self._last = values
+        return ended.loss
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The ranks that take part: those it was made with, or those of them that are left."""
+        return self._calls.place()[1]
 
     def parameters(self) -> dict[str, Any]:
         """The parameters after the last step: name -> new array. Collective; the model has them, too, afterwards."""
@@ -159,7 +195,10 @@ class Sandblaster:
             self._gather("synchronize")
 
     def leave(self) -> None:
-        """Make no more steps on this rank. It still serves its shard, and takes part in collective calls."""
+        """Make no more steps on this rank. It still serves its shard, and takes part in collective calls.
+
+        The ranks of a split replica leave together, after the same step.
+        """
         self._left = True
 
     def free(self) -> None:
@@ -172,6 +211,8 @@ class Sandblaster:
             self._post(Kind.FINISHED)
             self._until(lambda: False)
             self._context.close()
+            if self._split is not None:
+                self._split.free()
 
     @property
     def bytes_sent(self) -> int:
@@ -191,119 +232,110 @@ class Sandblaster:
         float64; ``gram``: their products; ``numbers``; ``batch``: the digest of the last step's samples; ``steps``.
         Equal on all ranks.
         """
-        with self._call("state_dict"):
-            self._meet("state_dict")
-            shard, coordinator = self._service.shard, self._service.coordinator
-            mine = shard.w, shard.g, np.array(shard.s), np.array(shard.y)
-            everyone = allgather(self.comm, mine, "Sandblaster.state_dict")
-            history = None if coordinator is None else (coordinator.history, coordinator.batch, coordinator.steps)
-            history, batch, steps = broadcast(self.comm, history, "Sandblaster.state_dict")
-            w, g = (np.concatenate([each[i] for each in everyone]) for i in (0, 1))
-            pairs = (len(shard.s), self._size)
-            s, y = (np.concatenate([each[i] for each in everyone], axis=-1).reshape(pairs) for i in (2, 3))
-            return {
-                "parameters": w,
-                "gradient": g,
-                "s": s,
-                "y": y,
-                "gram": history.gram.copy(),
-                "numbers": {name: getattr(history, name) for name in NUMBERS},
-                "batch": batch,
-                "steps": steps,
-            }
+        state: dict[str, Any] = self.together("state_dict", self.exchange_state)
+        return state
+
+    def exchange_state(self, comm: MPI.Intracomm) -> dict[str, Any]:
+        """``state_dict``, while all ranks are in ``together``."""
+        shard, coordinator = self._service.held.shard, self._service.coordinator
+        mine = shard.w, shard.g, np.array(shard.s), np.array(shard.y)
+        everyone = allgather(comm, mine, "Sandblaster.state_dict")
+        history = None if coordinator is None else (coordinator.history, coordinator.batch, coordinator.steps)
+        history, batch, steps = broadcast(comm, history, "Sandblaster.state_dict")
+        w, g = (np.concatenate([each[i] for each in everyone]) for i in (0, 1))
+        pairs = (len(shard.s), self._size)
+        s, y = (np.concatenate([each[i] for each in everyone], axis=-1).reshape(pairs) for i in (2, 3))
+        return {
+            "parameters": w,
+            "gradient": g,
+            "s": s,
+            "y": y,
+            "gram": history.gram.copy(),
+            "numbers": {name: getattr(history, name) for name in NUMBERS},
+            "batch": batch,
+            "steps": steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the Sandblaster would that ``state`` was taken of, on however many ranks. Collective.
 
         Raises ValueError on all ranks when it is of other parameters or another ``memory``.
         """
+        where = "Sandblaster.load_state_dict"
+
+        def load(comm: MPI.Intracomm) -> None:
+            jointly(comm, where, lambda: require_state(state, self._size, self.optimizer), (ValueError,))
+            engine.undisturbed(lambda: self._take(state))
+
         with self._call("load_state_dict"):
-            self._meet("load_state_dict")
-            jointly(self.comm, "Sandblaster.load_state_dict", lambda: self._check_state(state), (ValueError,))
-            shard, coordinator = self._service.shard, self._service.coordinator
-            mine = held_by(self.rank, self.size, self._size)
-            shard.w[:], shard.g[:] = state["parameters"][mine], state["gradient"][mine]
-            shard.s = [row[mine].copy() for row in state["s"]]
-            shard.y = [row[mine].copy() for row in state["y"]]
-            # Steps are counted from where they are: the ranks' numbers must not fall behind.
-            if coordinator is not None:
-                gram = np.array(state["gram"], np.float64)
-                coordinator.history = History(self.optimizer.memory, **state["numbers"], gram=gram)
-                batch = state["batch"]
-                coordinator.batch = None if batch is None else tuple(batch)
+            self._calls.together("load_state_dict", load)
             self.evaluations = state["numbers"]["evaluations"]
             self._gather("load_state_dict")
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        where = "Sandblaster.load_state_dict"
-        for key in ("parameters", "gradient", "s", "y", "gram", "numbers", "batch", "steps"):
-            if key not in state:
-                raise ValueError(f"{where}: state has no {key!r}")
-        if np.shape(state["parameters"]) != (self._size,):
-            raise ValueError(f"{where}: state has {np.size(state['parameters'])} parameters, the model {self._size}")
-        wanted = (2 * self.optimizer.memory + 1,) * 2
-        if np.shape(state["gram"]) != wanted:
-            raise ValueError(f"{where}: state is of memory {len(state['gram']) // 2}, not {self.optimizer.memory}")
+    def _take(self, state: Mapping[str, Any]) -> None:
+        service, batch = self._service, tuple(state["batch"] or ())
+        history = History(self.optimizer.memory, **state["numbers"], gram=np.array(state["gram"], np.float64))
+        # Steps are counted from where they are: the ranks' numbers must not fall behind.
+        service.ended = service.ended._replace(error=0, history=history.numbers, data=batch)
+        rows = np.array([state["parameters"], state["gradient"], *state["s"], *state["y"]])
+        service.held.load(self.rank, rows, service.ended.step)
+        if service.coordinator is not None:
+            service.coordinator.history, service.coordinator.batch = history, batch or None
 
-    def _meet(self, function: str) -> None:
-        """Wait until all ranks have come here: none is in a step from then on."""
-        service = self._service
-        service.all_here = None
-        self._post(Kind.HERE)
-        self._until(lambda: service.all_here is not None)
-        ended = (service.all_here or [0])[1:]
-        if ended:
-            raise RuntimeError(f"Sandblaster.{function}: ranks {ended} have freed it, or have ended")
+    def together(self, function: str, exchange: Callable[[MPI.Intracomm], Any]) -> Any:
+        """What ``exchange`` of those that are left returns, when all ranks have come to this call. Collective.
+
+        It is made anew where a rank dies in the middle of it. ``function``: what the call is named in errors.
+        """
+        with self._call(function):
+            return self._calls.together(function, exchange)
 
     def _gather(self, function: str) -> None:
         """Give all models the parameters."""
-        self._meet(function)
-        parts = allgather(self.comm, self._service.shard.w.astype(self._dtype), f"Sandblaster.{function}")
-        self._fill(np.concatenate(parts))
+
+        def gather(comm: MPI.Intracomm) -> Any:
+            return allgather(comm, self._service.held.shard.w.astype(self._dtype), f"Sandblaster.{function}")
+
+        self._last = np.concatenate(self._calls.together(function, gather))
+        self._fill(self._last)
         self._loaded = 0
 
     def _has_work(self) -> bool:
         """Whether there is a portion to compute whose parameters are here."""
-        assigned, service = self._service.assigned, self._service
-        with contextlib.suppress(IndexError):
-            while assigned[0][0] < service.latest:
-                assigned.popleft()
-            return bool(assigned[0][0] == service.point[0])
-        return False
+        return self._service.has_work(self._service.point[0])
 
     def _compute(self, pieces: list[Any], samples: int) -> None:
         """Compute a portion, if there is one."""
         if not self._has_work():
             return
         begin = time.perf_counter()
-        evaluation, flat = self._service.point
-        try:
-            of, portion = self._service.assigned.popleft()
-        except IndexError:  # the evaluation has ended meanwhile
+        evaluation, values = self._service.point
+        portion = self._service.take_portion(evaluation)
+        if portion is None:  # the evaluation has ended meanwhile
             return
-        if of != evaluation:
-            return
-        self._load(evaluation, flat)
-        x, y = pieces[portion]
-        loss, gradients = self.model.loss_and_gradients(x, y)
+        self._load(evaluation, values)
+        x, y = piece = pieces[portion]
+        if self._split is None:
+            loss, gradients = self.model.loss_and_gradients(x, y)
+        else:
+            loss, gradients = self._split.compute(portion, piece)
         share = len(x) / samples
-        gradient = _flat({name: gradients[name] for name in self.model.parameters}, self._dtype)
+        gradient = flat({name: gradients[name] for name in self.model.parameters}, self._dtype)
         if gradient.size != self._size:
             raise ValueError(f"Sandblaster.step: gradients have {gradient.size} values, parameters {self._size}")
         gradient *= share
         self._post(Kind.DONE, evaluation, (portion, share * float(loss), time.perf_counter() - begin), gradient)
 
-    def _load(self, evaluation: int, flat: Any) -> None:
+    def _load(self, evaluation: int, values: Any) -> None:
         if self._loaded != evaluation:
-            self._fill(flat)
+            self._fill(values)
             self._loaded = evaluation
 
-    def _fill(self, flat: Any) -> None:
+    def _fill(self, values: Any) -> None:
         """Give the model's parameters the values."""
-        first = 0
-        for w in self.model.parameters.values():
-            w[...] = flat[first : first + w.size].reshape(w.shape)
-            first += w.size
+        fill(self.model.parameters, values)
+        if self._split is not None:
+            self._split.renew()
 
     def _post(self, kind: Kind, serial: int = 0, numbers: tuple[float, ...] = (), gradient: Any = None) -> None:
         self._service.outbox.append((kind, serial, numbers, gradient))
@@ -331,6 +363,9 @@ class Sandblaster:
             if self._job.done and self._job.error is not None:
                 raise self._job.error
             yield
+        except DeadRankError:
+            self._fill(self._last)
+            raise
         finally:
             self._calling.release()
 
@@ -356,37 +391,3 @@ def _finish(job: weakref.ref[Sandblaster]) -> None:
     if found is not None and not found._freed:
         with contextlib.suppress(Exception):
             found.free()
-
-
-def _checked(model: Any, optimizer: Any, portions: Any, backups: Any) -> tuple[int, Any]:
-    """The number of the model's values, and their dtype."""
-    if not isinstance(optimizer, LBFGS):
-        raise TypeError(f"Sandblaster: optimizer must be bitring.LBFGS; got {type(optimizer).__name__}")
-    checked("Sandblaster", "portions", portions, int, Range(least=1))
-    checked("Sandblaster", "backups", backups, bool)
-    parameters = getattr(model, "parameters", None)
-    if not isinstance(parameters, Mapping) or not parameters or not hasattr(model, "loss_and_gradients"):
-        raise TypeError(
-            f"Sandblaster: model must have parameters, a dict of arrays, and loss_and_gradients; "
-            f"got {type(model).__name__}"
-        )
-    for name, w in parameters.items():
-        if not isinstance(w, np.ndarray) or w.dtype not in (np.float32, np.float64):
-            kind = w.dtype if isinstance(w, np.ndarray) else type(w).__name__
-            raise TypeError(f"Sandblaster: parameter {name!r} must be a NumPy array of float32 or float64; got {kind}")
-    dtypes = {w.dtype for w in parameters.values()}
-    if len(dtypes) > 1:
-        raise TypeError(f"Sandblaster: parameters must be of one dtype; got {sorted(map(str, dtypes))}")
-    return sum(w.size for w in parameters.values()), dtypes.pop()
-
-
-def _duplicate(context: Context, progress: Progress) -> StepsTo[MPI.Intracomm]:
-    private, made = context.comm.Idup()
-    yield from wait_for(made, progress)
-    private.Set_errhandler(MPI.ERRORS_RETURN)
-    return MPI.Intracomm(private)
-
-
-def _flat(arrays: Mapping[str, Any], dtype: Any) -> Any:
-    """All values, one array after the other, in a new array."""
-    return np.concatenate([np.asarray(x, dtype).reshape(-1) for x in arrays.values()])

@@ -3,6 +3,8 @@
 A parameter store could hold them as well: whoever decides sees dot products alone. All vectors are float64. They are
 cut into parts whose number does not depend on the ranks', and products are summed part by part along a fixed tree
 (``sum_tree``): any number of ranks gives the same bits.
+
+What a step changes can be taken back, and another rank can make the same changes to a copy (``follow``).
 """
 
 from __future__ import annotations
@@ -22,33 +24,38 @@ def parts_for(ranks: int) -> int:
     return max(_PARTS, 1 << (ranks - 1).bit_length())
 
 
-def parts_of(rank: int, ranks: int) -> tuple[int, int]:
-    """The first part that a rank holds, and the one after its last."""
-    parts = parts_for(ranks)
+def parts_of(rank: int, ranks: int, parts: int | None = None) -> tuple[int, int]:
+    """The first of the ``parts`` that a rank holds, and the one after its last. None: as ``parts_for`` has it."""
+    parts = parts or parts_for(ranks)
     return parts * rank // ranks, parts * (rank + 1) // ranks
 
 
-def held_by(rank: int, ranks: int, size: int) -> slice:
+def held_by(rank: int, ranks: int, size: int, parts: int | None = None) -> slice:
     """The values that a rank holds, of vectors of ``size``."""
-    parts = parts_for(ranks)
-    first, last = parts_of(rank, ranks)
+    parts = parts or parts_for(ranks)
+    first, last = parts_of(rank, ranks, parts)
     return slice(size * first // parts, size * last // parts)
 
 
 def product(a: Any, b: Any) -> float:
     """The dot product of two float64 vectors, in blocks: the same bits whatever number of threads a library takes."""
+    if len(a) < _BLOCK:  # most often; the general way takes three times as long for few values
+        return float(np.einsum("i,i->", a, b))
     whole = len(a) // _BLOCK * _BLOCK
     blocks = np.einsum("ij,ij->i", a[:whole].reshape(-1, _BLOCK), b[:whole].reshape(-1, _BLOCK))
     return float(blocks.sum() + np.einsum("i,i->", a[whole:], b[whole:]))
 
 
 class Shard:
-    """One rank's values of the parameters ``w``, the gradient ``g``, the direction, and up to ``memory`` pairs s, y."""
+    """One rank's values of the parameters ``w``, the gradient ``g``, the direction, and up to ``memory`` pairs s, y.
 
-    def __init__(self, w: Any, memory: int, rank: int, ranks: int, size: int) -> None:
-        """``w``: this rank's values, which are copied, of ``size`` in all."""
-        parts = parts_for(ranks)
-        first, last = parts_of(rank, ranks)
+    None of these arrays, but the direction, is changed in place.
+    """
+
+    def __init__(self, w: Any, memory: int, rank: int, ranks: int, size: int, parts: int | None = None) -> None:
+        """``w``: this rank's values, which are copied, of ``size`` in all, which are cut into ``parts``."""
+        parts = parts or parts_for(ranks)
+        first, last = parts_of(rank, ranks, parts)
         start = size * first // parts
         self._parts = [
             (part, slice(size * part // parts - start, size * (part + 1) // parts - start))
@@ -64,6 +71,29 @@ class Shard:
         self._direction = np.zeros_like(self.w)
         self._gradient = np.zeros_like(self.w)  # where it was evaluated last
         self._step = 0.0
+        self._before = self._vectors  # those before the step under way
+        self._opened = 0
+
+    @property
+    def _vectors(self) -> tuple[Any, Any, list[Any], list[Any]]:
+        return self.w, self.g, [*self.s], [*self.y]
+
+    def open(self, step: int) -> None:
+        """What follows belongs to this step."""
+        if step > self._opened:
+            self._before, self._opened = self._vectors, step
+
+    def after(self, step: int, pairs: int) -> Any:
+        """The vectors after a step, the last that was opened or the one before: w, g, s, y, of ``pairs``, in rows."""
+        w, g, s, y = self._vectors if self._opened <= step else self._before
+        return np.array([w, g, *s[len(s) - pairs :], *y[len(y) - pairs :]])
+
+    def load(self, rows: Any, step: int) -> None:
+        """Take the vectors that another shard had ``after`` the step."""
+        pairs = len(rows) // 2 - 1
+        w, g, *both = (np.array(row, np.float64) for row in rows)
+        self.w, self.g, self.s, self.y = w, g, both[:pairs], both[pairs:]
+        self._before, self._opened = self._vectors, step
 
     def point(self, step: float) -> Any:
         """w + step·d, a new array: the parameters to evaluate."""
@@ -72,7 +102,7 @@ class Shard:
 
     def slope(self, gradient: Any) -> Any:
         """Take the gradient at the point. Returns its product with the direction, as ``_products`` does."""
-        self._gradient[:] = gradient
+        self._gradient = np.array(gradient, np.float64)
         return self._products([(self._gradient, self._direction)])
 
     def combine(self, coefficients: Any) -> None:
@@ -83,33 +113,46 @@ class Shard:
 
     def measure(self) -> Any:
         """Take the evaluated gradient for g. Returns its products with the basis, see ``lbfgs.Measure``."""
-        self.g[:] = self._gradient
+        self.g = self._gradient
         return self._products([(self.g, vector) for vector in (*self.s, *self.y, self.g)])
 
     def accept(self, keep: bool) -> Any:
         """Go to the point that was evaluated last. Returns the products that ``lbfgs.Accept`` is answered by."""
+        self.follow(self._step * self._direction, self._gradient, len(self.s), keep)
         if not keep:
-            self.w += self._step * self._direction
             return self.measure()
-        if len(self.s) == self._memory:
-            s, y = self.s.pop(0), self.y.pop(0)
-        else:
-            s, y = np.empty_like(self.w), np.empty_like(self.w)
-        np.multiply(self._direction, self._step, out=s)
-        np.subtract(self._gradient, self.g, out=y)
-        self.w += s
-        self.g[:] = self._gradient
-        self.s.append(s)
-        self.y.append(y)
+        s, y = self.s[-1], self.y[-1]
         pairs = [(s, each) for each in (*self.s, *self.y)]
         pairs += [(y, each) for each in (*self.s[:-1], *self.y)]
         pairs += [(self.g, each) for each in (*self.s, *self.y, self.g)]
         return self._products(pairs)
 
+    def follow(self, s: Any, gradient: Any, pairs: int, keep: bool) -> None:
+        """Go on by ``s``, None for nowhere, to where the gradient is this; having ``pairs``, the newest, before.
+
+        ``keep``: store the pair, in the oldest one's place where all are taken.
+        """
+        self.s, self.y = self.s[len(self.s) - pairs :], self.y[len(self.y) - pairs :]
+        if keep:
+            oldest = int(pairs == self._memory)
+            self.s = [*self.s[oldest:], s]
+            self.y = [*self.y[oldest:], gradient - self.g]
+        if s is not None:
+            self.w = self.w + s
+        self.g = gradient
+
+    def changes(self, moved: bool) -> Any:
+        """What ``follow`` needs to do as this shard has done: the gradient; before it, where it ``moved``, s."""
+        return np.array([self._step * self._direction, self.g] if moved else [self.g])
+
     def forget(self) -> None:
         """Drop all pairs."""
-        self.s.clear()
-        self.y.clear()
+        self.s, self.y = [], []
+
+    def gram(self) -> Any:
+        """The products of all pairs of vectors of the basis, in the order of ``np.triu_indices``, by ``nodes``."""
+        basis = [*self.s, *self.y, self.g]
+        return self._products([(a, b) for i, a in enumerate(basis) for b in basis[i:]])
 
     def _products(self, pairs: list[tuple[Any, Any]]) -> Any:
         """The products of pairs of vectors, summed over this rank's parts: a row for each of ``nodes``."""

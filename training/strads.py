@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.plan import Plan
+from bitring.collectives.base_plan import Plan
 from bitring.collectives.runtime.context import given_comm
 from bitring.collectives.runtime.jointly import jointly
 from bitring.collectives.runtime.objects import allgather
@@ -25,6 +25,7 @@ from bitring.training.columns import columns_of, is_sparse
 from bitring.training.program import Program
 from bitring.training.shard import parts_for, parts_of
 from bitring.training.sum_tree import SumTree
+from bitring.training.whole_batch import digest
 
 _REMEMBERED = 4096
 """Cosines of so many features' pairs are kept (4 bytes each); of more they are computed anew."""
@@ -109,8 +110,9 @@ class Strads:
         Raises TypeError and ValueError on all ranks; FloatingPointError when the objective grows without end, since
         columns that depend on each other are changed together.
         """
-        y = jointly(self.comm, "Strads.fit", lambda: _checked(x, y), (TypeError, ValueError))
-        _require_alike(self.comm, "Strads.fit", {"the shape of x": tuple(x.shape), "y": float(y.sum())})
+        alike = (TypeError, ValueError)
+        y = jointly(self.comm, "Strads.fit", lambda: self.program.targets(_checked(x, y)), alike)
+        _require_alike(self.comm, "Strads.fit", {"the shape of x": tuple(x.shape), "the digest of y": digest([(y,)])})
         run = _Run(self, x, y)
         try:
             return run.fit()
@@ -283,7 +285,7 @@ def _checked(x: Any, y: Any) -> Any:
     y = np.asarray(y, np.float64)
     if y.shape != x.shape[:1]:
         raise ValueError(f"Strads.fit: y must have shape ({x.shape[0]},), as many as x has rows; got {y.shape}")
-    if not (np.isfinite(y).all() and np.isfinite(x.data if is_sparse(x) else x).all()):
+    if not (np.isfinite(y).all() and np.isfinite(x.tocsr().data if is_sparse(x) else x).all()):
         raise ValueError("Strads.fit: x and y must be finite; there is NaN or Inf")
     return y
 

@@ -17,7 +17,7 @@ class SumTree:
     """The sums of complete subtrees among ``leaves`` parts, as large as they can be with what has come so far."""
 
     def __init__(self, leaves: int) -> None:
-        self._leaves = leaves
+        self.leaves = leaves
         self._root: Node = ((leaves - 1).bit_length(), 0)
         self.nodes: dict[Node, Any] = {}
 
@@ -27,7 +27,7 @@ class SumTree:
         level, number = node
         while (level, number) != self._root:
             sibling = number ^ 1
-            if sibling << level < self._leaves:
+            if sibling << level < self.leaves:
                 if (level, sibling) not in self.nodes:
                     break
                 other = self.nodes.pop((level, sibling))

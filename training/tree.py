@@ -12,6 +12,33 @@ from bitring.arrays import device_of, is_device
 Path = tuple[str, ...]
 
 
+def flattened(tree: Any, where: str) -> dict[str, Any]:
+    """Leaves by names such as "layer/w", of nested dicts, lists and tuples: keys, fields' names and numbers, from 0.
+
+    A list of numbers in it is a leaf, which was meant as an array. Raises TypeError for a key that is no text, and
+    ValueError for a name that two leaves have.
+    """
+    found: dict[str, Any] = {}
+
+    def walk(x: Any, name: str) -> None:
+        if isinstance(x, Mapping):
+            items: Any = x.items()
+        elif isinstance(x, (list, tuple)) and not (name and x and all(isinstance(each, (int, float)) for each in x)):
+            items = zip(getattr(x, "_fields", map(str, range(len(x)))), x, strict=True)
+        elif name in found:
+            raise ValueError(f"{where}: two arrays are named {name!r}")
+        else:
+            found[name] = x
+            return
+        for key, value in items:
+            if not isinstance(key, str) or not key:
+                raise TypeError(f"{where} must be named by non-empty strings, got the name {key!r}")
+            walk(value, f"{name}/{key}" if name else key)
+
+    walk(tree, "")
+    return found
+
+
 def is_array(x: object) -> bool:
     """Whether a leaf is an array, on the host or on a device."""
     return isinstance(x, np.ndarray) or is_device(x)

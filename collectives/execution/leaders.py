@@ -11,26 +11,24 @@ from bitring.native import address_of, extension, kernel
 
 
 class LeadersRunner:
-    """A collective on the ranks' buffers, as the AllReduce that it is a part of.
-
-    What moves values, and reduces none, is an AllReduce of bits: each rank gives its own, and zeros for the rest.
-    """
+    """A collective on the ranks' buffers."""
 
     scratch_nbytes = 0
 
     def __init__(self, context: Context, task: Task) -> None:
         assert context.roll_call is not None
-        flat, op, n = task.flat, task.op, task.flat.size
+        flat, op = task.flat, task.op
         self._roll_call = context.roll_call
         self._signature = task.signature
-        self._own = 0, n
-        ufunc = ufunc_name(op, flat.dtype)
-        if task.collective == "broadcast":
-            self._own, ufunc = (0, n if context.rank == task.root else 0), "bitwise_or"
-        elif task.collective == "allgather":
-            self._own, ufunc = (n * context.rank // context.size, n * (context.rank + 1) // context.size), "bitwise_or"
-        self._kernel = kernel(ufunc, flat.dtype)
-        assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
+        self._collective = extension.Collective[task.collective]
+        self._root = task.root
+        moves = task.collective in ("broadcast", "allgather")
+        self._kernel = 0 if moves else kernel(ufunc_name(op, flat.dtype), flat.dtype)
+        assert moves or self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
+        self._stride = flat.size // context.size if task.collective in ("allgather", "reduce_scatter") else 0
+        own = context.rank * self._stride * flat.itemsize
+        self._source_offset = own if task.collective == "allgather" else 0
+        self._target_offset = own if task.collective == "reduce_scatter" else 0
         leads = context.node.rank == 0
         rounds = (context.topology.nodes - 1).bit_length() if leads or not context.topology.shared else 0
         self.nbytes_sent = flat.nbytes * (rounds + context.node.size - 1)
@@ -38,12 +36,21 @@ class LeadersRunner:
 
     def bind(self, buffer: Array) -> None:
         """See Runner."""
-        self._buffer = buffer
-        self.operation: extension.LeadersAllreduce | None = extension.LeadersAllreduce(
-            self._roll_call, self._signature, address_of(buffer), buffer.size, buffer.itemsize, self._kernel, *self._own
+        self._buffer, address = buffer, address_of(buffer)
+        self.operation: extension.LeadersCollective | None = extension.LeadersCollective(
+            self._roll_call,
+            self._signature,
+            self._collective,
+            address + self._source_offset,
+            address + self._target_offset,
+            buffer.size,
+            buffer.itemsize,
+            self._kernel,
+            self._root,
+            self._stride,
         )
 
-    def signed(self, signature: int) -> extension.LeadersAllreduce:
+    def signed(self, signature: int) -> extension.LeadersCollective:
         """See SelfCheckingRunner."""
         assert self.operation is not None
         self.operation.sign(signature)

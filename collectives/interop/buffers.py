@@ -54,26 +54,8 @@ def parse(spec: Any, function: str, argument: str, *, writable: bool, blocks: in
         and (spec.flags.writeable or not writable)
     ):
         return Values(spec.reshape(-1), "C" if sum(length > 1 for length in spec.shape) > 1 else "", spec)
-    count, displ, datatype = None, 0, None
-    buffer = spec
-    if isinstance(spec, (list, tuple)):
-        if len(spec) == 2:
-            buffer, second = spec
-            if isinstance(second, (MPI.Datatype, str)):
-                datatype = second
-            else:
-                count = second
-        elif len(spec) == 3:
-            buffer, count, datatype = spec
-        elif len(spec) == 4:
-            buffer, count, displ, datatype = spec
-        else:
-            raise ValueError(
-                f"{function}: {argument} must be an array or a list of 2 to 4 items; got {len(spec)} items"
-            )
-        if isinstance(count, (list, tuple)):
-            count, displ = count
-    dtype = _dtype_of(datatype)
+    buffer, count, displ, datatype = unpacked(spec, function, argument)
+    dtype = dtype_of(datatype)
     as_bytes = dtype is not None and dtype.itemsize == 1
     if isinstance(buffer, np.ndarray) and not as_bytes:
         require_native(buffer.dtype, function, argument)
@@ -109,7 +91,32 @@ def parse(spec: Any, function: str, argument: str, *, writable: bool, blocks: in
     return Values(values, order, spec)
 
 
-def _dtype_of(datatype: MPI.Datatype | str | None) -> np.dtype[Any] | None:
+def unpacked(spec: Any, function: str, argument: str) -> tuple[Any, Any, Any, MPI.Datatype | str | None]:
+    """What mpi4py's specification ``spec`` says: buffer, count, displacement, datatype; None for what it leaves out."""
+    count, displ, datatype = None, 0, None
+    buffer = spec
+    if isinstance(spec, (list, tuple)):
+        if len(spec) == 2:
+            buffer, second = spec
+            if isinstance(second, (MPI.Datatype, str)):
+                datatype = second
+            else:
+                count = second
+        elif len(spec) == 3:
+            buffer, count, datatype = spec
+        elif len(spec) == 4:
+            buffer, count, displ, datatype = spec
+        else:
+            raise ValueError(
+                f"{function}: {argument} must be an array or a list of 2 to 4 items; got {len(spec)} items"
+            )
+        if isinstance(count, (list, tuple)):
+            count, displ = count
+    return buffer, count, displ, datatype
+
+
+def dtype_of(datatype: MPI.Datatype | str | None) -> np.dtype[Any] | None:
+    """The NumPy dtype of a predefined datatype; None for any other, and where NumPy has none."""
     if isinstance(datatype, str):
         datatype = MPI.Datatype.fromcode(datatype)
     if datatype is None or not datatype.is_predefined or "LOGICAL" in datatype.Get_name():

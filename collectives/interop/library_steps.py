@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -71,3 +71,16 @@ def beside(call: Callable[[], T], progress: Progress) -> StepsTo[T]:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def comm_of(ranks: Sequence[int], comm: MPI.Intracomm, tag: int, progress: Progress) -> StepsTo[MPI.Intracomm]:
+    """A communicator of these ranks of ``comm``, who all take part; other ranks do not, and may be dead."""
+
+    def make() -> MPI.Intracomm:
+        group = comm.Get_group().Incl(ranks)
+        try:
+            return MPI.Intracomm(comm.Create_group(group, tag))
+        finally:
+            group.Free()
+
+    return (yield from beside(make, progress))

@@ -5,7 +5,7 @@ Work waits for one of the library's requests (``wait_for``) or for a native oper
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from mpi4py import MPI
@@ -24,8 +24,12 @@ class Progress:
     """Progress of a running job, read by the engine: whether it moved, and the peers that it waits for.
 
     ``exchanging``: messages are under way, so that an error now leaves the communicator unusable. ``ends``: why all
-    ranks have agreed that no job may follow this one. ``patience``: seconds that it may wait whatever the timeout, for
-    work that is known to take long on another rank.
+    ranks have agreed that no job may follow this one. ``holds``: what has memory that messages may still arrive in, and
+    must stay when the job is cut short. ``patience``: seconds that it may wait whatever the timeout, for work that is
+    known to take long on another rank. ``idle``: nothing is expected, so that it may be looked at seldom.
+    ``told``: what the other ranks are to hear where this one alone ends it with an error. ``mistake``: this rank's own,
+    which it raises when the others do not come because of it. ``outlives``: is told of ranks that are gone, and returns
+    whether the job goes on without them; None: it never does.
     """
 
     def __init__(self) -> None:
@@ -34,6 +38,11 @@ class Progress:
         self.peers: frozenset[int] = frozenset()
         self.exchanging = False
         self.ends = ""
+        self.told = ""
+        self.mistake: Exception | None = None
+        self.outlives: Callable[[Sequence[int]], bool] | None = None
+        self.holds: object = None
+        self.idle = False
 
 
 def wait_for(request: MPI.Request, progress: Progress) -> Steps:

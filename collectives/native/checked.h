@@ -21,6 +21,9 @@ public:
     bool calls_library() const override { return true; }
     const Verdict& verdict() const { return verdict_; }
 
+    // What ranks say of the next runs.
+    void sign(std::uint64_t signature) { intent_.signature = signature; }
+
 protected:
     void start() override {
         agreed_ = false;

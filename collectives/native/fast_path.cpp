@@ -40,6 +40,11 @@ bool type_of(const char* format, Py_ssize_t itemsize, Type* type) {
     }
 }
 
+bool overlap(const void* a, std::size_t a_nbytes, const void* b, std::size_t b_nbytes) {
+    return static_cast<const char*>(a) < static_cast<const char*>(b) + b_nbytes &&
+           static_cast<const char*>(b) < static_cast<const char*>(a) + a_nbytes;
+}
+
 }  // namespace
 
 // A contiguous array's memory, for as long as this lives.
@@ -99,8 +104,15 @@ Status run_for(Operation& operation, double seconds) {
     }
 }
 
-FastPath::FastPath(std::shared_ptr<DirectAllreduce> operation, nb::object ndarray, nb::object in_place)
-    : ndarray_(std::move(ndarray)), in_place_(std::move(in_place)), operation_(std::move(operation)) {}
+FastPath::FastPath(std::shared_ptr<DirectCollective> allreduce, std::shared_ptr<DirectCollective> others, int rank,
+                   int size, nb::object ndarray, nb::object in_place)
+    : ndarray_(std::move(ndarray)),
+      in_place_(std::move(in_place)),
+      allreduce_(std::move(allreduce)),
+      others_(std::move(others)),
+      last_(allreduce_),
+      rank_(rank),
+      size_(size) {}
 
 void FastPath::serve(nb::object op, Op operation, Type type, std::uint64_t signature) {
     for (Served& served : served_) {
@@ -137,7 +149,7 @@ Outcome FastPath::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle o
     View receive, send;
     if (!receive.take(recvbuf, true) || !fits(receive)) return Outcome::declined;
     const void* from = receive.data();
-    if (!sendbuf.is(in_place_) && !sendbuf.is_none()) {
+    if (!is_in_place(sendbuf)) {
         if (!is_array(sendbuf) || !send.take(sendbuf, false) || send.type != receive.type ||
             send.nbytes() != receive.nbytes()) {
             return Outcome::declined;
@@ -179,8 +191,7 @@ Outcome FastPath::reduce(nb::handle x, nb::handle out, nb::handle op) {
 }
 
 Outcome FastPath::reduce_into(const View& to, const void* from, Reduce kernel, std::uint64_t signature) {
-    const auto apart = [&](const void* a, const void* b) { return static_cast<const char*>(a) + to.nbytes() <= b; };
-    if (from != to.data() && !apart(from, to.data()) && !apart(to.data(), from)) return Outcome::declined;
+    if (from != to.data() && overlap(from, to.nbytes(), to.data(), to.nbytes())) return Outcome::declined;
     Intent intent;
     intent.signature = signature;
     const Region* region = nullptr;
@@ -191,10 +202,102 @@ Outcome FastPath::reduce_into(const View& to, const void* from, Reduce kernel, s
             intent.where = region->where(from);
         }
     }
-    const Operand operand{from, to.data(), to.nbytes() / to.itemsize(), to.itemsize(), kernel};
-    operation_->rebind(intent, operand, region);
-    in_allreduce_ = true;
-    return run_open(*operation_, 0.2);
+    Carried carried;
+    carried.from = from;
+    carried.to = to.data();
+    carried.n = to.nbytes() / to.itemsize();
+    carried.itemsize = to.itemsize();
+    carried.reduce = kernel;
+    allreduce_->rebind(intent, carried, region);
+    doing_ = "Allreduce";
+    last_ = allreduce_;
+    return run_open(*allreduce_, 0.2);
+}
+
+void FastPath::know(Collective collective, nb::object op, Type type, std::size_t n, int root, std::uint64_t signature,
+                    std::shared_ptr<LibraryCollective> library, std::shared_ptr<Operation> checked) {
+    if (known(collective, op, type, n, root) != nullptr) return;
+    std::uint64_t unused;
+    Reduce reduce = nullptr;
+    if (collective == Collective::reduce || collective == Collective::reduce_scatter) {
+        reduce = kernel(op, type, &unused);
+        if (reduce == nullptr) return;
+    }
+    Known made{collective, std::move(op), type, n, root, signature, reduce, std::move(library), std::move(checked)};
+    if (known_.size() < kRemembered) {
+        known_.push_back(std::move(made));
+    } else {
+        known_[known_forgets_++ % kRemembered] = std::move(made);
+    }
+}
+
+const FastPath::Known* FastPath::known(Collective collective, nb::handle op, Type type, std::size_t n, int root) {
+    for (std::size_t k = 0; k < known_.size(); ++k) {
+        const std::size_t at = (known_last_ + k) % known_.size();
+        const Known& each = known_[at];
+        if (each.collective != collective || each.n != n || each.root != root) continue;
+        if (each.kernel != nullptr && (each.type != type || !each.op.is(op))) continue;
+        known_last_ = at;
+        return &each;
+    }
+    return nullptr;
+}
+
+Outcome FastPath::call(Collective collective, nb::handle sendbuf, nb::handle recvbuf, nb::handle op, nb::handle root) {
+    static constexpr const char* names[] = {"Allreduce", "Reduce", "Bcast", "Allgather", "Reduce_scatter_block"};
+    if (closed() || known_.empty() || !PyLong_CheckExact(root.ptr())) return Outcome::declined;
+    const long rooted = PyLong_AsLong(root.ptr());
+    if (rooted < 0 || rooted >= size_) {
+        PyErr_Clear();
+        return Outcome::declined;
+    }
+    // All values, or as many as all are, lie in `whole`; what is sent or received beside them in `part`.
+    const bool at_root = rank_ == int(rooted), blocks = collective >= Collective::allgather;
+    const bool in_place = collective != Collective::broadcast && is_in_place(sendbuf);
+    const bool sends = collective != Collective::broadcast && !in_place;
+    const bool receives = collective != Collective::reduce || at_root;
+    View send, receive;
+    if (in_place && !receives) return Outcome::declined;
+    if (receives && (!is_array(recvbuf) ||
+                     !receive.take(recvbuf, collective != Collective::broadcast || !at_root))) {
+        return Outcome::declined;
+    }
+    if (sends && (!is_array(sendbuf) || !send.take(sendbuf, false))) return Outcome::declined;
+    const View& whole = collective == Collective::allgather || !sends ? receive : send;
+    const View& part = collective == Collective::allgather ? send : receive;
+    const std::size_t block = whole.nbytes() / std::size_t(size_);
+    if (blocks && block * std::size_t(size_) != whole.nbytes()) return Outcome::declined;
+    if (sends && receives) {
+        if (send.type != receive.type || part.nbytes() != (blocks ? block : whole.nbytes())) return Outcome::declined;
+        if (overlap(send.data(), send.nbytes(), receive.data(), receive.nbytes())) return Outcome::declined;
+    }
+    Carried carried;
+    const bool moves = collective == Collective::broadcast || collective == Collective::allgather;
+    carried.collective = collective;
+    carried.itemsize = moves ? 1 : whole.itemsize();
+    carried.n = whole.nbytes() / carried.itemsize;
+    if (blocks && carried.n % std::size_t(size_) != 0) return Outcome::declined;
+    const Known* found = known(collective, op, moves ? Type::u8 : whole.type, carried.n, int(rooted));
+    if (found == nullptr) return Outcome::declined;
+    carried.from = sends ? send.data() : receive.data();
+    carried.to = receives ? receive.data() : nullptr;
+    doing_ = names[int(collective)];
+    if (found->library) {
+        found->library->bind(carried.from, carried.to);
+        last_ = found->checked;
+        return run_open(*last_, 0.2);
+    }
+    carried.reduce = found->kernel;
+    carried.root = int(rooted);
+    carried.stride = blocks ? carried.n / std::size_t(size_) : 0;
+    if (in_place && collective == Collective::allgather) {
+        carried.from = static_cast<const char*>(carried.from) + std::size_t(rank_) * block;
+    }
+    Intent intent;
+    intent.signature = found->signature;
+    others_->rebind(intent, carried, nullptr);
+    last_ = others_;
+    return run_open(*last_, 0.2);
 }
 
 Outcome FastPath::run_open(Operation& operation, double seconds) {

@@ -1,4 +1,4 @@
-// Runs past the engine, in the thread that calls: of plans, and AllReduce of plain NumPy arrays, with nothing of Python
+// Runs past the engine, in the thread that calls: of plans, and collectives of plain NumPy arrays, with nothing of Python
 // between the call and the exchange.
 #pragma once
 
@@ -9,7 +9,8 @@
 #include <memory>
 #include <vector>
 
-#include "direct_allreduce.h"
+#include "direct_collective.h"
+#include "library_collective.h"
 
 namespace bitring {
 
@@ -25,8 +26,9 @@ enum class Outcome : int {
 // The way past the engine, for one thread at a time. Python's lock is held wherever this changes.
 class FastPath {
 public:
-    // Arrays are reduced by `operation`.
-    FastPath(std::shared_ptr<DirectAllreduce> operation, nanobind::object ndarray, nanobind::object in_place);
+    // An AllReduce is `allreduce`'s, other collectives of small arrays are `others`'. This is `rank` of `size`.
+    FastPath(std::shared_ptr<DirectCollective> allreduce, std::shared_ptr<DirectCollective> others, int rank, int size,
+             nanobind::object ndarray, nanobind::object in_place);
 
     // `op`, the very object, means `operation`; ranks that reduce `type` under it say `signature` (and the count).
     void serve(nanobind::object op, Op operation, Type type, std::uint64_t signature);
@@ -50,11 +52,22 @@ public:
     // As allreduce(), of an array into one of the same shape, as remember() knows them.
     Outcome reduce(nanobind::handle x, nanobind::handle out, nanobind::handle op);
 
+    // From now on ranks that call() `collective` under `op` on `n` values (of a type that has `itemsize`, in all; of
+    // broadcasts and allgathers they are bytes, and `type` is Type::u8) say `signature`. The values travel with their
+    // arrival, or by `library` once all have said the same, in `checked`, where these are not null. Of many calls those
+    // that came last are known.
+    void know(Collective collective, nanobind::object op, Type type, std::size_t n, int root, std::uint64_t signature,
+              std::shared_ptr<LibraryCollective> library, std::shared_ptr<Operation> checked);
+
+    // As allreduce(), of any other collective that know() has told of. A broadcast has no sendbuf.
+    Outcome call(Collective collective, nanobind::handle sendbuf, nanobind::handle recvbuf, nanobind::handle op,
+                 nanobind::handle root);
+
     // Run an operation of all ranks from its begin for up to `seconds`. After any outcome but done and declined this
     // stays closed until the thread that called has said taken_over().
     Outcome run(Operation& operation, double seconds) {
         if (closed()) return Outcome::declined;
-        in_allreduce_ = false;
+        doing_ = "a run of a plan";
         return run_open(operation, seconds);
     }
 
@@ -80,10 +93,9 @@ public:
         refused_ = false;
     }
 
-    // Whether what the thread inside runs is operation().
-    bool in_allreduce() const { return in_allreduce_; }
-
-    std::shared_ptr<DirectAllreduce> operation() const { return operation_; }
+    // What the thread inside runs, in words; and what arrays were given to last.
+    const char* doing() const { return doing_; }
+    std::shared_ptr<Operation> operation() const { return last_; }
 
     // Calls are declined while `busy`, when the engine is at work or has given up, as it is until it says
     // otherwise; and those of any other thread but `thread`, if that is not 0.
@@ -94,7 +106,11 @@ public:
 
     // Give the memory back, that of a run under way at its end; it stays busy from now on.
     void close() {
-        if (inside_ == 0) operation_.reset();
+        if (inside_ != 0) return;
+        allreduce_.reset();
+        others_.reset();
+        last_.reset();
+        known_.clear();
     }
 
 private:
@@ -112,6 +128,18 @@ private:
     };
     static constexpr std::size_t kRemembered = 64;
 
+    struct Known {
+        Collective collective;
+        nanobind::object op;
+        Type type;
+        std::size_t n;
+        int root;
+        std::uint64_t signature;
+        Reduce kernel;
+        std::shared_ptr<LibraryCollective> library;
+        std::shared_ptr<Operation> checked;
+    };
+
     class View;
 
     bool is_array(nanobind::handle array) const {
@@ -119,6 +147,8 @@ private:
     }
     bool fits(const View& array) const;
     Reduce kernel(nanobind::handle op, Type type, std::uint64_t* signature) const;
+    bool is_in_place(nanobind::handle buffer) const { return buffer.is_none() || buffer.is(in_place_); }
+    const Known* known(Collective collective, nanobind::handle op, Type type, std::size_t n, int root);
     Outcome reduce_into(const View& to, const void* from, Reduce kernel, std::uint64_t signature);
     bool closed() const {
         return busy_ || inside_ != 0 || (thread_ != 0 && thread_ != PyThread_get_thread_ident());
@@ -131,12 +161,17 @@ private:
     std::vector<Remembered> remembered_;
     std::size_t forgets_ = 0;  // the one that is forgotten next
     std::vector<const Region*> regions_;
-    std::shared_ptr<DirectAllreduce> operation_;
+    std::vector<Known> known_;
+    std::size_t known_last_ = 0;  // the one that was called last
+    std::size_t known_forgets_ = 0;
+    std::shared_ptr<DirectCollective> allreduce_, others_;
+    std::shared_ptr<Operation> last_;
+    int rank_, size_;
     std::size_t from_ = 0, to_ = 0;
     bool busy_ = true;
     std::uint64_t thread_ = 0;
     std::uint64_t inside_ = 0;
-    bool in_allreduce_ = false;
+    const char* doing_ = "";
     bool refused_ = false;
 };
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <system_error>
 #include <utility>
 
@@ -24,6 +25,7 @@ std::string path_of(const std::string& name) { return "/dev/shm/" + name; }
 
 Memory& Memory::operator=(Memory&& other) noexcept {
     std::swap(data_, other.data_);
+    std::swap(own_, other.own_);
     std::swap(nbytes_, other.nbytes_);
     std::swap(descriptor_, other.descriptor_);
     std::swap(name_, other.name_);
@@ -97,6 +99,28 @@ void Memory::map(std::size_t nbytes) {
     nbytes_ = nbytes;
 }
 
+void Memory::show(const Memory& other) {
+    // An old size of 0 makes a second mapping of shared pages.
+    void* own = mremap(data_, 0, nbytes_, MREMAP_MAYMOVE);
+    if (own == MAP_FAILED) fail("cannot map shared memory twice");
+    if (mremap(other.data_, 0, nbytes_, MREMAP_MAYMOVE | MREMAP_FIXED, data_) == MAP_FAILED) {
+        const int error = errno;
+        munmap(own, nbytes_);
+        errno = error;
+        fail("cannot map shared memory in another's place");
+    }
+    own_ = static_cast<char*>(own);
+}
+
+void Memory::show_own() {
+    if (own_ == nullptr) return;
+    std::memcpy(own_, data_, nbytes_);
+    if (mremap(own_, nbytes_, nbytes_, MREMAP_MAYMOVE | MREMAP_FIXED, data_) == MAP_FAILED) {
+        fail("cannot map shared memory back");
+    }
+    own_ = nullptr;
+}
+
 void Memory::close_descriptor() {
     if (descriptor_ >= 0) close(descriptor_);
     descriptor_ = -1;
@@ -109,7 +133,8 @@ void Memory::unlink() {
 
 void Memory::release() {
     if (data_ != nullptr) munmap(data_, nbytes_);
-    data_ = nullptr;
+    if (own_ != nullptr) munmap(own_, nbytes_);
+    data_ = own_ = nullptr;
     close_descriptor();
     unlink();
 }

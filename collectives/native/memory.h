@@ -29,6 +29,13 @@ public:
     std::size_t nbytes() const { return nbytes_; }
     int descriptor() const { return descriptor_; }
 
+    // From now on the same addresses show `other`, of as many bytes; its own bytes are kept for show_own(). Throws
+    // std::system_error. Nothing may use the memory meanwhile.
+    void show(const Memory& other);
+
+    // The addresses show its own bytes again, which take the values that were shown.
+    void show_own();
+
     // Others have opened it: the descriptor is not needed any more.
     void close_descriptor();
     void unlink();
@@ -38,6 +45,7 @@ private:
     void release();
 
     char* data_ = nullptr;
+    char* own_ = nullptr;  // its own bytes, while it shows another's
     std::size_t nbytes_ = 0;
     int descriptor_ = -1;
     std::string name_;

@@ -8,31 +8,41 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <sys/eventfd.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <system_error>
 
+#include <unistd.h>
+
 #include "checked.h"
 #include "thread_pool.h"
 #include "fast_path.h"
+#include "hop_bindings.h"
 #include "execution.h"
 #include "kernels.h"
 #include "lane_allreduce.h"
-#include "leaders_allreduce.h"
-#include "library_allreduce.h"
+#include "leaders_collective.h"
+#include "library_collective.h"
 #include "memory.h"
 #include "mpi_wire.h"
 #include "news.h"
 #include "node.h"
+#include "node_collective.h"
 #include "nodes_roll_call.h"
 #include "owner_exchange.h"
 #include "presence.h"
 #include "region.h"
 #include "roll_call.h"
+#include "shard_bindings.h"
 #include "shared_allreduce.h"
+#include "store_bindings.h"
 #include "wait.h"
 
 namespace nb = nanobind;
@@ -83,9 +93,9 @@ std::shared_ptr<Execution> make_execution(std::shared_ptr<Program> program, cons
 
 std::shared_ptr<NodesRollCall> make_nodes_roll_call(std::shared_ptr<Node> node, const MpiLibrary& library,
                                                     int handle_size, std::uint64_t comm, std::uint64_t byte, int rank,
-                                                    std::vector<int> leaders, int tag) {
+                                                    const std::vector<std::vector<int>>& nodes, int tag) {
     auto wire = make_mpi_wire(library, handle_size, comm, byte, NodesRollCall::kRoom);
-    return std::make_shared<NodesRollCall>(std::move(node), std::move(wire), rank, std::move(leaders), tag);
+    return std::make_shared<NodesRollCall>(std::move(node), std::move(wire), rank, nodes, tag);
 }
 
 // Of each piece, in order: its owner, the number of its segment, its first value and the one after its last, the most
@@ -112,17 +122,44 @@ std::shared_ptr<OwnerExchange> make_owner_exchange(
                                            owned_from, to_owner_tag, from_owner_tag);
 }
 
+// Asks a thread in drive() to come back, from its nap, too.
+class Wake {
+public:
+    Wake() : descriptor_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {}
+    ~Wake() { close(descriptor_); }
+    Wake(const Wake&) = delete;
+    Wake& operator=(const Wake&) = delete;
+
+    bool is_set() const { return set_.load(std::memory_order_relaxed); }
+    void set() {
+        if (!set_.exchange(true)) eventfd_write(descriptor_, 1);
+    }
+    void clear() {
+        eventfd_t count;
+        if (set_.exchange(false)) eventfd_read(descriptor_, &count);
+    }
+    int descriptor() const { return descriptor_; }
+
+private:
+    std::atomic<bool> set_{false};
+    int descriptor_;
+};
+
+constexpr std::uint64_t kBusy = 4;
+
 // Takes the first of `operations` that has something to do further, again and again, without Python's lock, until one
 // is over (its index is returned), `seconds` have passed without anything moving, `wake` asks for a return, or there is
-// something to be read before any of them sends (-1).
-int drive(const std::vector<Operation*>& operations, std::atomic<int>& wake, double seconds, bool gentle) {
+// something to be read before any of them sends (-1). Python, which may be to interrupt a wait, gets a look in any case
+// after a few times as long, unless it is a `gentle` thread's.
+int drive(const std::vector<Operation*>& operations, Wake& wake, double seconds, bool gentle) {
     nb::gil_scoped_release released;
     const ThreadPool::Waiting waiting(!gentle);
     const bool network = std::any_of(operations.begin(), operations.end(),
                                      [](const Operation* operation) { return operation->calls_library(); });
-    Patience patience(gentle, network);
+    Patience patience(gentle, network, wake.descriptor());
     const auto limit = std::uint64_t(seconds * 1e9);
-    while (wake.load(std::memory_order_relaxed) == 0 && !News::of_process().unread_lately()) {
+    const std::uint64_t began = now_nanoseconds();
+    while (!wake.is_set() && !News::of_process().unread_lately()) {
         bool moved = false;
         for (std::size_t k = 0; k < operations.size(); ++k) {
             const Status status = operations[k]->advance();
@@ -131,6 +168,7 @@ int drive(const std::vector<Operation*>& operations, std::atomic<int>& wake, dou
         }
         if (moved) {
             patience.moved();
+            if (!gentle && now_nanoseconds() - began > kBusy * limit) return -1;
         } else {
             patience.rest();
             if (patience.idle_nanoseconds() > limit) return -1;
@@ -138,11 +176,6 @@ int drive(const std::vector<Operation*>& operations, std::atomic<int>& wake, dou
     }
     return -1;
 }
-
-// Asks a thread in drive() to come back.
-struct Wake {
-    std::atomic<int> value{0};
-};
 
 }  // namespace
 }  // namespace bitring
@@ -171,6 +204,10 @@ NB_MODULE(_native, m) {
         .value("float16", Type::f16).value("bfloat16", Type::bf16).value("float32", Type::f32)
         .value("float64", Type::f64).value("longdouble", Type::longdouble)
         .value("complex64", Type::c64).value("complex128", Type::c128).value("clongdouble", Type::clongdouble);
+    nb::enum_<Collective>(m, "Collective")
+        .value("allreduce", Collective::allreduce).value("reduce", Collective::reduce)
+        .value("broadcast", Collective::broadcast).value("allgather", Collective::allgather)
+        .value("reduce_scatter", Collective::reduce_scatter);
     nb::enum_<Outcome>(m, "Outcome")
         .value("done", Outcome::done).value("declined", Outcome::declined).value("disagree", Outcome::disagree)
         .value("unfinished", Outcome::unfinished).value("refused", Outcome::refused);
@@ -188,7 +225,15 @@ NB_MODULE(_native, m) {
     m.def("with_count", &with_count, "signature"_a, "count"_a);
     m.def("limit_threads", [](int threads) { ThreadPool::of_process().limit(threads); }, "threads"_a);
     m.def("set_crowded", [](bool value) { crowded() = value; }, "value"_a);
+    m.def("set_neighbours", [](bool value) { has_neighbours() = value; }, "value"_a);
     m.def("news_comes_to", [](int descriptor) { News::of_process().comes_to(descriptor); }, "descriptor"_a);
+    // The process ends when the interpreter has, before what was to follow: the MPI library's end.
+    m.def("end_before_library", [] {
+        return Py_AtExit(+[] {
+            std::fflush(nullptr);
+            _exit(0);
+        }) == 0;
+    });
     m.def("unread_news", [] { return News::of_process().unread(); });
 
     nb::class_<Memory>(m, "Memory")
@@ -213,15 +258,18 @@ NB_MODULE(_native, m) {
 
     nb::class_<Wake>(m, "Wake")
         .def(nb::init<>())
-        .def("set", [](Wake& wake) { wake.value.store(1, std::memory_order_relaxed); })
-        .def("clear", [](Wake& wake) { wake.value.store(0, std::memory_order_relaxed); });
+        .def("set", &Wake::set)
+        .def("clear", &Wake::clear);
 
     nb::class_<Verdict>(m, "Verdict")
         .def_ro("same", &Verdict::same)
         .def_ro("same_function", &Verdict::same_function)
         .def_prop_ro("library", [](const Verdict& verdict) { return (verdict.flags & kNeedsLibrary) != 0; })
         .def_prop_ro("bad", [](const Verdict& verdict) { return (verdict.flags & kBad) != 0; })
-        .def_prop_ro("told", [](const Verdict& verdict) { return (verdict.flags & kTold) != 0; });
+        .def_prop_ro("told", [](const Verdict& verdict) { return (verdict.flags & kTold) != 0; })
+        .def_ro("stranger", &Verdict::stranger)
+        .def_ro("strange", &Verdict::strange)
+        .def_ro("earlier", &Verdict::earlier);
 
     // Whoever calls the MPI library waits for its lock, and must not hold Python's: a thread that waits in the library
     // polls bitring's requests with the one, and wants the other.
@@ -238,7 +286,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("reason", [](const Operation& operation) { return operation.reason(); });
 
     m.def("drive", [](const std::vector<Operation*>& operations, Wake& wake, double seconds, bool gentle) {
-        return drive(operations, wake.value, seconds, gentle);
+        return drive(operations, wake, seconds, gentle);
     }, "operations"_a, "wake"_a, "seconds"_a, "gentle"_a);
 
     nb::class_<Region>(m, "Region", nb::is_weak_referenceable())
@@ -250,6 +298,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("nbytes", &Region::nbytes)
         .def_prop_ro("number", &Region::number)
         .def_prop_ro("rank", &Region::rank)
+        .def("unite", &Region::unite, "rank"_a)
+        .def("part_again", &Region::part_again)
         .def("address", [](const Region& region, int r) { return reinterpret_cast<std::uintptr_t>(region.part(r)); },
              "rank"_a)
         .def("holds", [](const Region& region, std::uintptr_t data, std::size_t nbytes) {
@@ -269,12 +319,19 @@ NB_MODULE(_native, m) {
         .def_prop_ro("rank", &Node::rank)
         .def_prop_ro("size", &Node::size);
 
-    nb::class_<RollCall>(m, "RollCall").def_prop_ro("calls_library", &RollCall::calls_library);
+    nb::class_<RollCall>(m, "RollCall")
+        .def_prop_ro("calls_library", &RollCall::calls_library)
+        .def("repeats", &RollCall::repeats, "signature"_a)
+        .def_prop_ro("repeating", &RollCall::repeating);
     nb::class_<NodeRollCall, RollCall>(m, "NodeRollCall").def(nb::init<std::shared_ptr<Node>>(), "node"_a);
     nb::class_<NodesRollCall, RollCall>(m, "NodesRollCall")
-        .def(nb::new_(&make_nodes_roll_call), nb::keep_alive<1, 3>(), "node"_a.none(), "library"_a, "handle_size"_a,
-             "comm"_a, "byte"_a, "rank"_a, "leaders"_a, "tag"_a)
-        .def_prop_ro("most", &NodesRollCall::most);
+        .def(nb::new_(&make_nodes_roll_call), nb::keep_alive<0, 3>(), "node"_a.none(), "library"_a, "handle_size"_a,
+             "comm"_a, "byte"_a, "rank"_a, "nodes"_a, "tag"_a)
+        .def_prop_ro("most", &NodesRollCall::most)
+        .def("place", [](const NodesRollCall& roll_call) {
+            const NodesRollCall::Place place = roll_call.place();
+            return std::make_tuple(place.meetings, place.calls, place.meets);
+        });
 
     nb::class_<Agreement, Operation>(m, "Agreement")
         .def("__init__", [](Agreement* self, std::shared_ptr<RollCall> roll_call, std::uint64_t signature, bool library,
@@ -289,21 +346,26 @@ NB_MODULE(_native, m) {
                             std::shared_ptr<Operation> next) {
             new (self) Checked(std::move(roll_call), Intent{signature, 0, kOnlyArrives}, std::move(next));
         }, "roll_call"_a, "signature"_a, "next"_a)
+        .def("sign", &Checked::sign, "signature"_a)
         .def_prop_ro("verdict", &Checked::verdict);
 
-    nb::class_<DirectAllreduce, Operation>(m, "DirectAllreduce")
-        .def_prop_ro("verdict", &DirectAllreduce::verdict);
-    nb::class_<LeadersAllreduce, DirectAllreduce>(m, "LeadersAllreduce")
-        .def("__init__", [](LeadersAllreduce* self, std::shared_ptr<NodesRollCall> roll_call, std::uint64_t signature,
-                            std::uintptr_t data, std::size_t n, std::size_t itemsize, std::uintptr_t kernel,
-                            std::size_t own_first, std::size_t own_last) {
-            void* values = reinterpret_cast<void*>(data);
-            const Operand operand{values, values, n, itemsize, reinterpret_cast<Reduce>(kernel)};
-            new (self) LeadersAllreduce(std::move(roll_call), Intent{signature, 0, 0}, operand, own_first, own_last);
-        }, "roll_call"_a, "signature"_a, "data"_a, "n"_a, "itemsize"_a, "kernel"_a, "own_first"_a, "own_last"_a)
-        .def("sign", &LeadersAllreduce::sign, "signature"_a);
+    nb::class_<DirectCollective, Operation>(m, "DirectCollective")
+        .def_prop_ro("verdict", &DirectCollective::verdict);
+    nb::class_<NodeCollective, DirectCollective>(m, "NodeCollective")
+        .def(nb::init<std::shared_ptr<Node>>(), "node"_a)
+        .def_ro_static("most", &Node::kSmall);
+    nb::class_<LeadersCollective, DirectCollective>(m, "LeadersCollective")
+        .def("__init__", [](LeadersCollective* self, std::shared_ptr<NodesRollCall> roll_call, std::uint64_t signature,
+                            Collective collective, std::uintptr_t from, std::uintptr_t to, std::size_t n,
+                            std::size_t itemsize, std::uintptr_t kernel, int root, std::size_t stride) {
+            const Carried carried{collective, reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), n,
+                                  itemsize, reinterpret_cast<Reduce>(kernel), root, stride};
+            new (self) LeadersCollective(std::move(roll_call), Intent{signature, 0, 0}, carried);
+        }, "roll_call"_a, "signature"_a, "collective"_a, "source"_a, "target"_a, "n"_a, "itemsize"_a, "kernel"_a,
+           "root"_a, "stride"_a)
+        .def("sign", &LeadersCollective::sign, "signature"_a);
 
-    nb::class_<SharedAllreduce, DirectAllreduce>(m, "SharedAllreduce")
+    nb::class_<SharedAllreduce, DirectCollective>(m, "SharedAllreduce")
         .def("__init__", [](SharedAllreduce* self, std::shared_ptr<Node> node, std::uint64_t signature,
                             const std::vector<std::tuple<std::uintptr_t, std::size_t, std::size_t, std::uintptr_t>>& operands,
                             std::shared_ptr<const Region> region) {
@@ -316,6 +378,7 @@ NB_MODULE(_native, m) {
             if (region) intent.where = region->where(made[0].to);
             new (self) SharedAllreduce(std::move(node), intent, std::move(made), std::move(region));
         }, "node"_a, "signature"_a, "operands"_a, "region"_a.none())
+        .def("sign", &SharedAllreduce::sign, "signature"_a)
         .def_static("small", &SharedAllreduce::small, "size"_a);
 
     nb::class_<Program>(m, "Program")
@@ -324,16 +387,19 @@ NB_MODULE(_native, m) {
         .def_prop_ro_static("message_fields", [](nb::handle) { return message_fields; });
     nb::class_<MpiLibrary>(m, "MpiLibrary").def(nb::init<const std::string&>(), "path"_a);
 
-    nb::class_<LibraryAllreduce, Operation>(m, "LibraryAllreduce")
-        .def_static("make", [](const MpiLibrary& library, int handle_size, std::uint64_t comm, std::uint64_t datatype,
-                               std::uint64_t op, std::int64_t in_place, int count) {
-            return make_library_allreduce(library, handle_size, LibraryCall{comm, datatype, op, in_place, count});
-        }, "library"_a, "handle_size"_a, "comm"_a, "datatype"_a, "op"_a, "in_place"_a, "count"_a)
-        .def("bind", [](LibraryAllreduce& operation, std::uintptr_t buffer) {
-            operation.bind(reinterpret_cast<void*>(buffer));
-        }, "buffer"_a);
+    nb::class_<LibraryCollective, Operation>(m, "LibraryCollective")
+        .def_static("make", [](const MpiLibrary& library, int handle_size, Collective collective, std::uint64_t comm,
+                               std::uint64_t datatype, std::uint64_t op, std::int64_t in_place, int count, int root) {
+            return make_library_collective(library, handle_size,
+                                           LibraryCall{collective, comm, datatype, op, in_place, count, root});
+        }, "library"_a, "handle_size"_a, "collective"_a, "comm"_a, "datatype"_a, "op"_a, "in_place"_a, "count"_a,
+           "root"_a)
+        .def_static("persistent", &make_persistent_collective, "library"_a, "handle_size"_a, "request"_a)
+        .def("bind", [](LibraryCollective& operation, std::uintptr_t from, std::uintptr_t to) {
+            operation.bind(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to));
+        }, "source"_a, "target"_a);
     nb::class_<Execution, Operation>(m, "Execution")
-        .def(nb::new_(&make_execution), nb::keep_alive<1, 3>(), "program"_a, "library"_a, "handle_size"_a, "comm"_a,
+        .def(nb::new_(&make_execution), nb::keep_alive<0, 3>(), "program"_a, "library"_a, "handle_size"_a, "comm"_a,
              "byte"_a, "rank"_a, "itemsize"_a, "kernel"_a)
         .def("bind", [](Execution& execution, std::uintptr_t buffer) {
             execution.bind(reinterpret_cast<void*>(buffer));
@@ -379,7 +445,7 @@ NB_MODULE(_native, m) {
         }, "encode"_a, "decode"_a, "encode_sum"_a, "decode_sum"_a, "settings"_a);
 
     nb::class_<OwnerExchange, Operation>(m, "OwnerExchange")
-        .def(nb::new_(&make_owner_exchange), nb::keep_alive<1, 2>(), "library"_a, "handle_size"_a, "comm"_a, "byte"_a,
+        .def(nb::new_(&make_owner_exchange), nb::keep_alive<0, 2>(), "library"_a, "handle_size"_a, "comm"_a, "byte"_a,
              "rank"_a, "size"_a, "type"_a, "codecs"_a, "fixed_size"_a, "owners"_a, "segments"_a, "starts"_a,
              "stops"_a, "nbytes"_a, "encoded_by"_a, "residual"_a, "owner_residual"_a, "owned_from"_a,
              "to_owner_tag"_a, "from_owner_tag"_a)
@@ -395,8 +461,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("stats", &OwnerExchange::stats, nb::rv_policy::copy);
 
     nb::class_<FastPath>(m, "FastPath")
-        .def(nb::init<std::shared_ptr<DirectAllreduce>, nb::object, nb::object>(), "operation"_a, "ndarray"_a,
-             "in_place"_a)
+        .def(nb::init<std::shared_ptr<DirectCollective>, std::shared_ptr<DirectCollective>, int, int, nb::object,
+                      nb::object>(), "allreduce"_a, "others"_a, "rank"_a, "size"_a, "ndarray"_a, "in_place"_a)
         .def("serve", &FastPath::serve, "op"_a, "operation"_a, "type"_a, "signature"_a)
         .def("limit", &FastPath::limit, "least"_a, "most"_a)
         .def("add", &FastPath::add, "region"_a)
@@ -409,11 +475,17 @@ NB_MODULE(_native, m) {
         .def("reduce", [](FastPath& fast_path, nb::handle x, nb::handle out, nb::handle op) {
             return int(fast_path.reduce(x, out, op));
         }, "x"_a.none(), "out"_a.none(), "op"_a.none())
+        .def("know", &FastPath::know, "collective"_a, "op"_a.none(), "type"_a, "n"_a, "root"_a, "signature"_a,
+             "library"_a.none(), "checked"_a.none())
+        .def("call", [](FastPath& fast_path, Collective collective, nb::handle sendbuf, nb::handle recvbuf,
+                        nb::handle op, nb::handle root) {
+            return int(fast_path.call(collective, sendbuf, recvbuf, op, root));
+        }, "collective"_a, "sendbuf"_a.none(), "recvbuf"_a.none(), "op"_a.none(), "root"_a)
         .def("runs", [](std::shared_ptr<FastPath> fast_path, std::shared_ptr<Operation> operation, double seconds) {
             return FastPath::Runs{std::move(fast_path), std::move(operation), seconds};
         }, "operation"_a, "seconds"_a)
         .def_prop_ro("inside", &FastPath::inside)
-        .def_prop_ro("in_allreduce", &FastPath::in_allreduce)
+        .def_prop_ro("doing", &FastPath::doing)
         .def("refuse", &FastPath::refuse)
         .def("taken_over", &FastPath::taken_over)
         .def("close", &FastPath::close)
@@ -423,4 +495,8 @@ NB_MODULE(_native, m) {
     nb::class_<FastPath::Runs>(m, "Runs").def("run", [](FastPath::Runs& runs) {
         return int(runs.fast_path->run(*runs.operation, runs.seconds));
     });
+
+    bind_shards(m);
+    bind_stores(m);
+    bind_hops(m);
 }

@@ -23,7 +23,12 @@ MpiLibrary::MpiLibrary(const std::string& path) {
     irecv = find("MPI_Irecv");
     testsome = find("MPI_Testsome");
     test = find("MPI_Test");
+    start = find("MPI_Start");
     iallreduce = find("MPI_Iallreduce");
+    ireduce = find("MPI_Ireduce");
+    ibcast = find("MPI_Ibcast");
+    iallgather = find("MPI_Iallgather");
+    ireduce_scatter_block = find("MPI_Ireduce_scatter_block");
 }
 
 namespace {
@@ -100,6 +105,11 @@ private:
     }
 
     int begin(bool sends, const Started& m) {
+        if (std::size_t(active_) == requests_.size()) {
+            requests_.resize(2 * requests_.size());
+            messages_.resize(requests_.size());
+            indices_.resize(requests_.size());
+        }
         Handle* request = &requests_[std::size_t(active_)];
         const int code = sends ? isend_(m.memory, int(m.nbytes), byte_, m.peer, m.tag, comm_, request)
                                : irecv_(m.memory, int(m.nbytes), byte_, m.peer, m.tag, comm_, request);

@@ -37,6 +37,13 @@ struct Verdict {
     bool same_function = true;  // their upper halves are
     bool same_place = true;     // all `where` are the same, and none is private
     std::uint32_t flags = 0;    // Flag, of any rank
+
+    // A rank that does something else and has gone on, or will not answer, so that not all ranks hear what this one has
+    // heard; and its signature. -1: none.
+    int stranger = -1;
+    std::uint64_t strange = 0;
+    // Signatures of the calls that this rank has made one way since all ranks met; where they are not the same.
+    std::vector<std::uint64_t> earlier;
 };
 
 class Node {
@@ -77,6 +84,15 @@ public:
     // What all ranks said, when all have arrived; what rank r left.
     Verdict verdict() const;
     const void* contribution(int r, std::size_t nbytes) const;
+
+    // The first rank that has not said the same as rank 0, when all have arrived, and its signature; -1: none.
+    int differing(std::uint64_t* signature) const {
+        for (int r = 1; r < int(parts_.size()); ++r) {
+            *signature = slot(r).signature;
+            if (*signature != slot(0).signature || slot(r).flags != slot(0).flags) return r;
+        }
+        return -1;
+    }
 
     // Steps inside an operation, counted over all operations: each rank reports its own, in order, and reads others'.
     // Three independent counts, so that three phases may overlap.

@@ -12,7 +12,7 @@ namespace bitring {
 
 class Region {
 public:
-    // `parts[r]` is rank r's, mapped here; all have the same size. `number` tells a node's regions apart.
+    // `parts[r]` is rank r's, mapped here. `number` tells a node's regions apart.
     Region(int rank, std::uint64_t number, std::vector<Memory> parts)
         : rank_(rank), number_(number), parts_(std::move(parts)) {}
 
@@ -24,6 +24,12 @@ public:
     int size() const { return int(parts_.size()); }
     char* part(int r) const { return parts_[std::size_t(r)].data(); }
     std::size_t nbytes() const { return parts_[std::size_t(rank_)].nbytes(); }
+
+    // This rank's part shows rank r's, at the same addresses; and its own again, which takes over the values. See Memory.
+    void unite(int r) {
+        if (r != rank_) parts_[std::size_t(rank_)].show(parts_[std::size_t(r)]);
+    }
+    void part_again() { parts_[std::size_t(rank_)].show_own(); }
 
     bool holds(const void* data, std::size_t nbytes) const {
         const auto begin = reinterpret_cast<std::uintptr_t>(part(rank_));

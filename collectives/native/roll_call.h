@@ -24,6 +24,11 @@ public:
     virtual int awaited() const = 0;
     virtual int error() const { return 0; }
     virtual bool calls_library() const { return false; }
+
+    // Whether the ranks make a call of this signature, next, without waiting for all: it must not begin with any other
+    // message. Whether there are such calls.
+    virtual bool repeats(std::uint64_t) const { return false; }
+    virtual bool repeating() const { return false; }
 };
 
 // Among the ranks of one node.

@@ -33,11 +33,11 @@ SharedAllreduce::SharedAllreduce(std::shared_ptr<Node> node, const Intent& inten
     for (const Operand& operand : operands_) nbytes_ += operand.n * operand.itemsize;
 }
 
-void SharedAllreduce::rebind(const Intent& intent, const Operand& operand, const Region* region) {
+void SharedAllreduce::rebind(const Intent& intent, const Carried& carried, const Region* region) {
     intent_ = intent;
-    operands_.assign(1, operand);
+    operands_.assign(1, Operand{carried.from, carried.to, carried.n, carried.itemsize, carried.reduce});
     region_ = region;
-    nbytes_ = operand.n * operand.itemsize;
+    nbytes_ = carried.nbytes();
 }
 
 void SharedAllreduce::start() {

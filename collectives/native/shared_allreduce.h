@@ -11,24 +11,36 @@
 #include <memory>
 #include <vector>
 
-#include "direct_allreduce.h"
+#include "direct_collective.h"
 #include "kernels.h"
 #include "node.h"
 #include "region.h"
 
 namespace bitring {
 
-class SharedAllreduce final : public DirectAllreduce {
+// Values to reduce from `from` into `to`, which may be the same memory.
+struct Operand {
+    const void* from;
+    void* to;
+    std::size_t n;
+    std::size_t itemsize;
+    Reduce reduce;
+};
+
+class SharedAllreduce final : public DirectCollective {
 public:
     // Several operands travel together, and must be small. `region` may be null; otherwise the one operand is in place in
     // it and is reduced there when all ranks say the same `where`.
     SharedAllreduce(std::shared_ptr<Node> node, const Intent& intent, std::vector<Operand> operands,
                     std::shared_ptr<const Region> region);
 
-    void rebind(const Intent& intent, const Operand& operand, const Region* region) override;
+    void rebind(const Intent& intent, const Carried& carried, const Region* region) override;
 
     int awaited() const override { return node_->name(awaited_); }
     const Verdict& verdict() const override { return verdict_; }
+
+    // What ranks say of the next runs.
+    void sign(std::uint64_t signature) { intent_.signature = signature; }
 
     // The most bytes that take the small way among `size` ranks.
     static std::size_t small(int size);

@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
+
+#include "alarm.h"
 
 namespace bitring {
 
@@ -31,19 +34,30 @@ inline bool& crowded() {
     return value;
 }
 
+// Whether this process shares its node with other ranks: then not all that it waits for is a message. Set as crowded().
+inline bool& has_neighbours() {
+    static bool value = false;
+    return value;
+}
+
 // Call rest() whenever there is nothing to do, moved() when there was.
+//
+// Where messages are waited for, a look at the network that takes long has found a part of one. While parts come in, the
+// thread need not look for more before the alarm rings.
 class Patience {
 public:
     // `gentle`: a thread beside a training loop, which must not take its core; spins are few and naps come early.
     // `network`: messages are waited for. A look at the network takes longer than to give way to nobody, and whoever is to
     // send them may need this core.
-    explicit Patience(bool gentle, bool network = false)
-        : gentle_(gentle), spins_(network ? 0 : crowded() ? kCrowded : gentle ? kFew : kSpins) {}
+    // `caller`: a descriptor that ends a nap, where messages are waited for.
+    explicit Patience(bool gentle, bool network = false, int caller = -1)
+        : gentle_(gentle), network_(network), caller_(caller), spins_(network ? 0 : crowded() ? kCrowded : gentle ? kFew : kSpins) {}
 
     void moved() {
         idle_ = 0;
-        nap_nanoseconds_ = kFirstNap;
         since_ = 0;
+        if (network_) found(now_nanoseconds());
+        if (!flows_) nap_ = kFirstNap;
     }
 
     void rest() {
@@ -52,36 +66,80 @@ public:
             pause_processor();
             return;
         }
-        if (since_ == 0) since_ = now_nanoseconds();
+        const std::uint64_t now = now_nanoseconds();
+        if (since_ == 0) since_ = now;
+        if (network_ && found(now)) return;  // there may be more
         // Other ranks may need this core to send what is waited for.
-        if (now_nanoseconds() - since_ < (gentle_ ? 20000u : 1000000u)) {
+        if (now - since_ < stay()) {
             sched_yield();
-            return;
+        } else {
+            nap();
         }
-        if (!naps_) prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);  // the default makes every nap 50 microseconds longer
-        naps_ = true;
-        // What has taken long is likely to take as long again: a slow network is looked at rarely, a fast one often.
-        nap_nanoseconds_ = std::min(2 * nap_nanoseconds_, gentle_ ? kGentleNap : kNap);
-        timespec nap{0, nap_nanoseconds_};
-        nanosleep(&nap, nullptr);
+        if (network_) looked_ = now_nanoseconds();
     }
 
     // Nanoseconds since rest() began to give way; 0 before.
     std::uint64_t idle_nanoseconds() const { return since_ == 0 ? 0 : now_nanoseconds() - since_; }
 
 private:
+    // Whether the look that ends now has found something.
+    bool found(std::uint64_t now) {
+        const std::uint64_t took = looked_ == 0 ? 0 : now - looked_;
+        const bool something = took > kVainLook;
+        looked_ = now;
+        if (napped_ != 0) {
+            alarm_->answer(something);
+            // Where looks take a good part of the time, it is not the network that is slow.
+            if (something && took * kPart > napped_) nap_ = std::max(nap_ / 4, kFirstNap);
+            napped_ = 0;
+        }
+        flows_ = (flows_ || something) && Alarm::trusted();
+        return something;
+    }
+
+    std::uint64_t stay() const {
+        // After a short nap there was much: the next part is near.
+        if (flows_) return has_neighbours() || nap_ == kFirstNap ? kShortStay : 0;
+        return gentle_ ? kShortStay : kStay;
+    }
+
+    void nap() {
+        if (!naps_) prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);  // the default makes every nap 50 microseconds longer
+        naps_ = true;
+        if (network_) {
+            if (!alarm_) alarm_.emplace(caller_);
+            const std::uint64_t begin = now_nanoseconds();
+            alarm_->sleep(nap_);
+            napped_ = now_nanoseconds() - begin;
+        } else {
+            const timespec nap{0, nap_};
+            nanosleep(&nap, nullptr);
+        }
+        // What has taken long is likely to take as long again: a slow network is looked at rarely, a fast one often.
+        nap_ = std::min(2 * nap_, gentle_ ? kGentleNap : flows_ && !has_neighbours() ? kFlowNap : kNap);
+    }
+
     static constexpr int kSpins = 400;
     static constexpr int kFew = 50;
     static constexpr int kCrowded = 4;
-    static constexpr long kFirstNap = 10000;
+    static constexpr long kFirstNap = 20000;
     static constexpr long kNap = 80000;
     static constexpr long kGentleNap = 500000;
-    bool gentle_;
-    int spins_;
+    static constexpr long kFlowNap = 1000000;
+    static constexpr std::uint64_t kStay = 1000000;
+    static constexpr std::uint64_t kShortStay = 20000;
+    static constexpr std::uint64_t kVainLook = 4000;  // takes less
+    static constexpr std::uint64_t kPart = 8;
+    bool gentle_, network_;
+    int caller_, spins_;
     bool naps_ = false;
-    long nap_nanoseconds_ = kFirstNap;
+    bool flows_ = false;  // parts of messages have come, and more will ring
+    long nap_ = kFirstNap;
     int idle_ = 0;
     std::uint64_t since_ = 0;
+    std::uint64_t looked_ = 0;  // when the last look began
+    std::uint64_t napped_ = 0;  // how long the nap before it was
+    std::optional<Alarm> alarm_;
 };
 
 }  // namespace bitring

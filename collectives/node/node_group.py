@@ -19,16 +19,16 @@ LEFT_SECONDS = 5.0
 """Seconds after which everything that a process did before it left has arrived."""
 
 
-class _Part:
-    """This rank's part of a region, as bytes for ``numpy.asarray``; the array keeps the region."""
+class Part:
+    """The first ``nbytes`` of a rank's part of a region, for ``numpy.asarray``; the array keeps the region."""
 
-    def __init__(self, region: Any) -> None:
+    def __init__(self, region: Any, rank: int, nbytes: int) -> None:
         self._region = region
         self.__array_interface__ = {
             "version": 3,
-            "shape": (region.nbytes,),
+            "shape": (nbytes,),
             "typestr": "|u1",
-            "data": (region.address(region.rank), False),
+            "data": (region.address(rank), False),
         }
 
 
@@ -60,7 +60,7 @@ class NodeGroup:
         return gone
 
     def new_region(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[Any]:
-        """Memory of ``nbytes`` per rank that all ranks of ``comm``, the node's, map; None where there is none."""
+        """Memory, ``nbytes`` of this rank, that all ranks of ``comm``, the node's, map; None where there is none."""
         self._count += 1
         region = yield from share(comm, nbytes, self._count, progress)
         if region is not None:
@@ -70,10 +70,32 @@ class NodeGroup:
                 weakref.finalize(region, self.fast_path.remove, region.number)
         return region
 
-    def new_part(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[_Part | None]:
+    def new_part(self, comm: MPI.Intracomm, nbytes: int, progress: Progress) -> StepsTo[Part | None]:
         """This rank's part of a new region, for ``numpy.asarray``."""
         region = yield from self.new_region(comm, nbytes, progress)
-        return None if region is None else _Part(region)
+        return None if region is None else Part(region, region.rank, region.nbytes)
+
+    def unite(self, region: Any) -> None:
+        """Make all ranks' parts of ``region`` the first rank's, at the same addresses, as each rank does for itself.
+
+        It is not reduced in place from here on. Raises OSError where the system refuses.
+        """
+        self._regions.pop(region.number, None)
+        if self.fast_path is not None:
+            self.fast_path.remove(region.number)
+        region.unite(0)
+
+    def part_again(self, region: Any) -> None:
+        """End ``unite``: each rank's part is its own again, and has the values."""
+        region.part_again()
+        self._regions[region.number] = region
+        if self.fast_path is not None:
+            self.fast_path.add(region)
+
+    def dead(self, member: int) -> bool:
+        """Whether the rank with this number in the node has died."""
+        presence = self._presences[member]
+        return presence is not None and presence.dead
 
     def region_of(self, flat: Any) -> Any:
         """The region that the 1-D NumPy array lies in; None for private memory."""

@@ -26,8 +26,8 @@ _TOKEN_NBYTES = 16
 def share(comm: MPI.Intracomm, nbytes: int, number: int, progress: Progress) -> StepsTo[Any]:
     """A native Region: ``nbytes`` of memory of each rank of ``comm``, zeroed, that all of them have mapped.
 
-    A job's steps on ``comm``, the ranks of a node. ``number`` tells the node's regions apart. Returns None on all ranks
-    when it cannot be had on any; the first of them that has a reason logs it.
+    A job's steps on ``comm``, the ranks of a node. ``nbytes`` may differ between ranks. ``number`` tells the node's
+    regions apart. Returns None on all ranks when it cannot be had on any; the first of them that has a reason logs it.
     """
     for named in (False, True):
         region, why = yield from _attempt(comm, nbytes, number, named, progress)
@@ -54,14 +54,14 @@ def _attempt(
     except OSError as error:
         why = str(error)
     descriptor = -1 if mine is None else mine.descriptor
-    everyone = yield from allgather_steps(comm, (os.getpid(), descriptor, name, token), progress)
+    everyone = yield from allgather_steps(comm, (os.getpid(), descriptor, rounded, name, token), progress)
     parts: list[Any] = []
-    for rank, (pid, descriptor, path, expected) in enumerate(everyone):
+    for rank, (pid, descriptor, theirs, path, expected) in enumerate(everyone):
         if rank == comm.Get_rank() or descriptor < 0 or mine is None:
             parts.append(mine)
             continue
         try:
-            part = extension.Memory.open(rounded, pid, descriptor, path)
+            part = extension.Memory.open(theirs, pid, descriptor, path)
             part.close_descriptor()
             if part.read(_TOKEN_NBYTES) != expected:
                 raise OSError(f"rank {rank} of this node writes to another memory")
@@ -74,5 +74,5 @@ def _attempt(
         mine.unlink()
         mine.close_descriptor()
     yield from wait_for(comm.Ibarrier(), progress)
-    incomplete = why or any(descriptor < 0 for _, descriptor, _, _ in everyone)
+    incomplete = why or any(descriptor < 0 for _, descriptor, *_ in everyone)
     return (None if incomplete else extension.Region(comm.Get_rank(), number, parts)), why

@@ -2,7 +2,8 @@
 
 ``import bitring`` installs the hook, without starting MPI, so that it holds while a rank loads its data, too. Once MPI
 runs with more than one rank, an exception that nobody catches prints its traceback with the rank's number and aborts
-all ranks, as ``python -m mpi4py`` does. ``BITRING_ABORT=0`` turns it off. It is for the main thread: an exception ends
+all ranks, as ``python -m mpi4py`` does; except where others can go on without it, which are told
+(``instead_of_abort``). ``BITRING_ABORT=0`` turns it off. It is for the main thread: an exception ends
 another thread, but not the process, which may go on without it. ``sys.exit`` is no exception that nobody catches.
 """
 
@@ -12,8 +13,12 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+
+instead_of_abort: list[Callable[[BaseException], bool]] = []
+"""What a rank says to others, which go on without it, before it ends after an exception; whether it has said it."""
 
 _installed: Any = None
 _forked = False
@@ -41,6 +46,9 @@ def abort_on_exception() -> None:
             lines = ["".join(traceback.format_exception_only(kind, error)).splitlines()[-1], "all ranks are ended"]
         sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
         sys.stderr.flush()
+        said = [say(error) for say in list(instead_of_abort)]
+        if any(said):
+            return
         time.sleep(0.2)  # a launcher may drop what it has not read from the ranks by then
         mpi.COMM_WORLD.Abort(1)
 

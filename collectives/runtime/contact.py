@@ -19,31 +19,46 @@ ASKS = 1
 WAITS = 2
 """The answer: its sender waits in the job named; number 0 when that is another communicator's."""
 FAILED = 3
-"""Its sender has given up in the middle of a job."""
+"""Its sender has given up in the middle of a job; the text says why, where that is an error of all ranks."""
 GONE = 4
 """The rank numbered has died, or left when it was waited for."""
 QUITS = 5
 """Its sender leaves in good order, with jobs undone."""
+INQUIRES = 6
+"""Its sender waits in the call that the text tells of, and wants to hear of ranks that do something else."""
+LEAVES_OFF = 7
+"""Its sender has waited for too long, and takes part in nothing any more; others may be waiting still."""
 
 _HEAD = struct.Struct(f"!{NAME_NBYTES}sBii")  # the communicator's name, the kind, the sender, a number; then a text
-_TEXT_NBYTES = 200
+_TEXT_NBYTES = 400
 
 
 class Contact:
     """One communicator's ranks, as far as this one has heard of them.
 
     ``cards``: one for each rank, in order; ``places``: their ranks in MPI.COMM_WORLD. ``answer`` says where this rank
-    is: a job's number, and its name.
+    is: a job's number, and its name. ``compare`` is handed a rank that waits, and what it says of its call;
+    ``differs`` is called when some have found that ranks' calls differ.
     """
 
     def __init__(
-        self, rank: int, cards: list[Card], places: Sequence[int], answer: Callable[[], tuple[int, str] | None]
+        self,
+        rank: int,
+        cards: list[Card],
+        places: Sequence[int],
+        answer: Callable[[], tuple[int, str] | None],
+        compare: Callable[[int, str], None],
+        differs: Callable[[], object],
     ) -> None:
         self.name = cards[0].secret
         self.rank = rank
         self.failed: set[int] = set()  # ranks that said that they have given up in the middle of a job
         self.quitters: set[int] = set()  # ranks that said that they leave with jobs undone
+        self.impatient: set[int] = set()  # ranks that said that they have waited for too long
+        self.difference = ""  # between ranks' calls, for which some have failed: which call that was, and the error
         self._answer = answer
+        self._compare = compare
+        self._differs = differs
         self._cards = cards
         self._heard: dict[int, str] = {}  # the address that a rank was heard from
         self._reached: dict[int, int] = {}  # the last job that a rank said it waits in
@@ -89,13 +104,25 @@ class Contact:
             self._heard[sender] = address
             if sender in self._neighbours:
                 ports().watch(self._cards[sender].process, address)
+        text = data[_HEAD.size :].decode("utf-8", "replace")
         if kind in (ASKS, WAITS):
-            self._waits[sender] = data[_HEAD.size :].decode("utf-8", "replace")
+            self._waits[sender] = text
             self._reached[sender] = max(number, self._reached.get(sender, 0))
         if kind == ASKS:
             self._reply(sender)
         elif kind == FAILED:
-            self.failed.add(sender)
+            if text:
+                self.difference = self.difference or text
+                self._differs()
+            else:
+                self.failed.add(sender)
+        elif kind == INQUIRES:
+            if self.rank in self.failed:
+                self._tell([sender], FAILED, text=self.difference)
+            else:
+                self._compare(sender, text)
+        elif kind == LEAVES_OFF:
+            self.impatient.add(sender)
         elif kind == QUITS:
             self.quitters.add(sender)
         elif kind == GONE and 0 <= number < len(self._cards):
@@ -103,7 +130,7 @@ class Contact:
 
     def _reply(self, sender: int) -> None:
         if self.rank in self.failed:
-            self._tell([sender], FAILED)
+            self._tell([sender], FAILED, text=self.difference)
         for rank in self.dead:
             self._tell([sender], GONE, rank)
         answer = self._answer()
@@ -142,10 +169,19 @@ class Contact:
             if rank in self._heard:
                 ports().watch(self._cards[rank].process, self._heard[rank])
 
-    def tell_failed(self) -> None:
-        """Tell the others that this rank has given up in the middle of a job."""
+    def tell_failed(self, difference: str = "") -> None:
+        """Tell the others that this rank has given up in the middle of a job; for a ``difference`` they raise, too."""
         self.failed.add(self.rank)
-        self._tell(self._others, FAILED)
+        self.difference = self.difference or difference
+        self._tell(self._others, FAILED, text=difference)
+
+    def tell_impatient(self) -> None:
+        """Tell the others that this rank has waited for too long, and takes part in nothing any more."""
+        self._tell(self._others, LEAVES_OFF)
+
+    def inquire(self, call: str) -> None:
+        """Tell the others which call this rank waits in; who has made another one in its place will say so."""
+        self._tell(self._others, INQUIRES, text=call)
 
     def tell_gone(self, gone: Collection[int]) -> None:
         """Tell the others that these are gone: they may wait for this rank, which will not do its part now."""

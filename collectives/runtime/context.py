@@ -6,6 +6,7 @@ bitring on the communicator, freed with it. Nothing is keyed by address or handl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -31,7 +32,7 @@ from bitring.collectives.runtime.turn import Turn, Turns
 from bitring.collectives.runtime.watch import gone_in_words
 from bitring.collectives.schedules.topology import Topology
 from bitring.collectives.selection.table import BUILT_IN, load_table, path_of_table
-from bitring.errors import DeadRankError
+from bitring.errors import DeadRankError, MismatchError
 from bitring.launcher import alone_by_mistake, launched_rank, thread_share
 from bitring.native import extension, native
 
@@ -60,7 +61,7 @@ class Context:
         self.choices: dict[Any, tuple[Any, bool]] = {}
         """The algorithm chosen for each kind of call, and whether it is the library's own call."""
         self.kept: dict[str, Any] = {}
-        """Objects that users of bitring's plans keep with the communicator, by name."""
+        """Objects that users of bitring's plans keep with the communicator, by name; communicators are freed, too."""
         self.topology = Topology(size)
         self.table = BUILT_IN
         self.shared: NodeGroup | None = None
@@ -172,6 +173,8 @@ class Context:
         fewest, most = min(map(len, nodes)), max(map(len, nodes))
         if engines:
             extension.limit_threads(thread_share([everyone[rank][2] for rank in mates], node.rank))
+            if len(mates) > 1:
+                extension.set_neighbours(True)
         shared = (yield from make_node_group(part, mates, progress)) if engines and most > 1 else None
         everywhere = all((yield from allgather_steps(self.comm, shared is not None, progress)))
         self.node, self.nodes = node, nodes
@@ -187,27 +190,53 @@ class Context:
     def _call_roll(self) -> None:
         """Make what ranks find out by whether they mean the same, and the way past the engine."""
         if self.common is not None:
-            self.roll_call, direct = node_roll_call(self.common)
+            way = node_roll_call(self.common)
         elif self.topology.nodes > 1:
-            leaders = list(range(self.size)) if self.shared is None else [ranks[0] for ranks in self.nodes]
-            self.roll_call, direct = nodes_roll_call(self.comm, self.shared, leaders)
+            nodes = [[rank] for rank in range(self.size)] if self.shared is None else self.nodes
+            way = nodes_roll_call(self.comm, self.shared, nodes)
+            self.queue.place = way.roll_call.place
         else:  # on one node that has no room to share
             return
-        self.queue.fast_path = extension.FastPath(direct, np.ndarray, MPI.IN_PLACE)
+        self.roll_call = way.roll_call
+        self.queue.fast_path = extension.FastPath(
+            way.allreduce, way.others, self.rank, self.size, np.ndarray, MPI.IN_PLACE
+        )
         if self.common is not None:
             self.common.fast_path = self.queue.fast_path
+
+    def part(self) -> None:
+        """Find out, before the end, whether calls that did not wait for all ranks were the same. Collective.
+
+        Raises MismatchError where they were not.
+        """
+        if self.roll_call is None or not self.roll_call.repeating:
+            return
+        request = Request("Free")
+        try:
+            with contextlib.suppress(RuntimeError), self.turn("Free"):  # which a useless communicator raises
+                self.queue.call(lambda progress: agree(self.comm, self.roll_call, request, progress), "Free")
+        except MismatchError as error:  # ranks that are not in Free wait in vain for this one from now on
+            self.queue.cut_short("Free", error, told=str(error))
+            raise
 
     def close(self) -> None:
         """Free everything. Collective, as freeing a communicator is."""
         self.cache.clear()
+        kept = [each for each in self.kept.values() if isinstance(each, MPI.Comm)]
         self.kept.clear()
-        for part in (*self._parts.values(), self._spare):
+        for part in (*kept, *self._parts.values(), self._spare):
             if part is not None and part != MPI.COMM_NULL:
                 part.Free()
         if self.node is not self:
             self.node.close()
         self.queue.close()
         self.shared = self.roll_call = self.direct = None
+
+
+class KeepsDirect:
+    """A communicator that has its context's ``direct`` at hand; to look that up takes as long as a small call."""
+
+    direct: Any = None
 
 
 def node_of(comm: MPI.Intracomm) -> MPI.Intracomm:
@@ -250,10 +279,14 @@ def context_of(comm: MPI.Intracomm) -> Context:
 
 
 def finish_making(comm: MPI.Intracomm) -> None:
-    """Before ``comm`` is freed: what its first collective has asked of the library comes to its end."""
+    """Before ``comm`` is freed: what its first collective has asked of the library comes to its end.
+
+    Raises MismatchError where ranks' last calls were not the same, which some do not wait to hear.
+    """
     context = comm.Get_attr(_keyval()) if comm != MPI.COMM_NULL else None
     if isinstance(context, Context):
         context.queue.before_free()
+        context.part()
 
 
 def check_alive(comm: MPI.Intracomm, function: str) -> list[int]:

@@ -12,6 +12,8 @@ from mpi4py import MPI
 from bitring.collectives.node import presence
 from bitring.collectives.runtime import ports
 from bitring.collectives.runtime.engine import engine
+from bitring.collectives.runtime.keeping import never_free
+from bitring.native import extension, native
 
 _LAST_WORDS_SECONDS = 1.0
 
@@ -27,14 +29,21 @@ def stop(why: str) -> None:
     engine.halt(why)
     _close_fast_paths()
     presence.leave()
+    for queue in list(engine.queues):
+        if queue.jobs or queue.wrecks:
+            never_free((list(queue.jobs), queue.wrecks))
     for queue in engine.join():
         if queue.contact is not None:
             queue.contact.tell_quit()
     ports.leave()
-    if engine.bereaved and not MPI.Is_finalized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if not (engine.bereaved or engine.outlives) or MPI.Is_finalized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not engine.outlives:
         MPI.COMM_WORLD.Abort(1)
+    elif native() is None or not extension.end_before_library():
+        os._exit(0)  # others that have not done their work may go on
 
 
 def _say_last_words() -> None:

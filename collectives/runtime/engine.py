@@ -8,14 +8,15 @@ when there is none; below MPI's thread level ``multiple`` there is no such threa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpi4py import MPI
 
@@ -26,13 +27,26 @@ if TYPE_CHECKING:
     from bitring.collectives.runtime.job import Job
     from bitring.collectives.runtime.job_queue import JobQueue
 
+T = TypeVar("T")
+
 logger = logging.getLogger("bitring")
 
 _DRIVE_SECONDS = 0.05
 """A native operation that has not moved for so long gives the engine a chance to look around."""
 
+_IDLE_DRIVE_SECONDS = 0.25
+"""And for so long where nothing is expected: to look around takes the interpreter from whoever computes."""
+
 _SPINS = 200
 _NAP_SECONDS = 20e-6
+
+_IDLE_TURNS = 50
+_IDLE_NAP_SECONDS = 1e-3
+"""The progress thread looks so seldom, after so many turns, at jobs that expect nothing."""
+
+_LONG_IDLE_TURNS = 1000
+_LONG_IDLE_NAP_SECONDS = 2e-3
+"""And so seldom after so many: a look takes about 50 µs of a core."""
 
 _POLL_SECONDS = 2e-4
 """A caller that waits inside the MPI library polls more often than this."""
@@ -62,6 +76,10 @@ class Engine:
         self.stopped: str | None = None
         self.queues: weakref.WeakSet[JobQueue] = weakref.WeakSet()
         self.bereaved = False  # a rank is gone, or silent: the MPI library's own end would wait for it
+        self.outlives = (
+            False  # this process goes on without a rank that is gone; and cannot end as the library wants it
+        )
+        self._serving = 0  # jobs that answer other ranks
         self._native: Any = native()
         self._wake_driver: Any = None if native() is None else extension.Wake()
 
@@ -91,7 +109,7 @@ class Engine:
 
     def give_up(self, queue: JobQueue, number: int, what: str, error: BaseException) -> None:
         """End the queue's jobs after ``number``, of a caller who was interrupted."""
-        with self._lock:
+        with self._stopped():
             for job in [each for each in queue.jobs if each.number > number]:
                 job.end(error)
             queue.cut_short(what, error)
@@ -108,6 +126,18 @@ class Engine:
             self._wake.notify_all()
         return True
 
+    def serve(self, more: int) -> None:
+        """So many jobs more, or less, answer other ranks."""
+        self._serving += more
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            for queue in list(self.queues):
+                queue.rest()
+
+    @property
+    def serves_in_waits(self) -> bool:
+        """Whether jobs that answer other ranks are advanced by callers alone, who must then wait in the engine."""
+        return self._serving > 0 and MPI.Query_thread() < MPI.THREAD_MULTIPLE
+
     def _turn(self, gentle: bool) -> bool:
         """Advance the first job of every communicator. Returns whether anything moved.
 
@@ -123,21 +153,36 @@ class Engine:
             operations = [queue.jobs[0].operation for queue in list(self._queues) if queue.jobs]
             if operations and self._native is not None and all(each is not None for each in operations):
                 moved = True
+                seconds = _IDLE_DRIVE_SECONDS if gentle and self._idle() else _DRIVE_SECONDS
                 try:
-                    self._native.drive(operations, self._wake_driver, _DRIVE_SECONDS, gentle)
+                    self._native.drive(operations, self._wake_driver, seconds, gentle)
                 except Exception as error:  # whose fault it is cannot be told
                     for job in [queue.jobs[0] for queue in list(self._queues) if queue.jobs]:
                         job.end(error)
         return moved
 
-    def undisturbed(self, ask: Callable[[], bool]) -> bool:
-        """What ``ask`` says while no job advances."""
-        with self._lock:
-            return ask()
+    def undisturbed(self, call: Callable[[], T]) -> T:
+        """Call while no job advances."""
+        with self._stopped():
+            return call()
+
+    @contextlib.contextmanager
+    def _stopped(self) -> Generator[None]:
+        """The lock, which the progress thread may keep for long while it is inside native operations."""
+        with self._wake:
+            self._drivers += 1
+        self.call_back()
+        try:
+            with self._lock:
+                yield
+        finally:
+            with self._wake:
+                self._drivers -= 1
+                self._wake.notify_all()
 
     def drop(self, queue: JobQueue) -> None:
         """End what is left of a queue that is closed: it would keep all others from native operations for ever."""
-        with self._lock:
+        with self._stopped():
             for job in list(queue.jobs):
                 queue.wrecks.append(job)
                 job.end(RuntimeError(f"{job.what}: the communicator was freed"), refused=True)
@@ -233,7 +278,21 @@ class Engine:
                     self._wake.wait(_POLL_REST_SECONDS)
                     continue
             idle = 0 if self._turn(gentle=True) else idle + 1
-            _rest(idle)
+            if idle > _IDLE_TURNS and self._expects_nothing():
+                with self._wake:
+                    if not (self._drivers or self.stopped):
+                        self._wake.wait(_IDLE_NAP_SECONDS if idle < _LONG_IDLE_TURNS else _LONG_IDLE_NAP_SECONDS)
+            else:
+                _rest(idle)
+
+    def _expects_nothing(self) -> bool:
+        """Whether all jobs under way are idle."""
+        with self._lock:
+            return self._idle()
+
+    def _idle(self) -> bool:
+        """The same, with the lock in hand."""
+        return all(queue.jobs[0].progress.idle for queue in list(self._queues) if queue.jobs)
 
     def halt(self, why: str) -> None:
         """Stop running jobs; later ones raise ``why``."""

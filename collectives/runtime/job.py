@@ -12,6 +12,7 @@ from mpi4py import MPI
 from bitring.arrays import surroundings
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.engine import engine
+from bitring.collectives.runtime.interrupts import HeldBack
 from bitring.collectives.runtime.watch import Watch, as_death
 from bitring.errors import RefusedError
 
@@ -29,8 +30,11 @@ class Job:
         what: str,
         number: int,
         on_done: Callable[[BaseException | None], None] | None,
+        serves: bool = False,
     ) -> None:
         self.queue = queue
+        self.serves = serves
+        """Whether it answers other ranks, beside whatever this one does, and so outlives a Ctrl-C."""
         self.what = what
         self.number = number
         self.done = False
@@ -44,9 +48,17 @@ class Job:
         self._left = False  # by its caller, who was interrupted: nobody may hear of its error
         self._awaited: frozenset[int] = frozenset()  # by the operation
         self.operation: Any = None  # a native operation that it waits for
+        self.whole = serves
+        """Whether a Ctrl-C in its steps leaves it as it is, and has its effect between two of them."""
 
     def advance(self) -> bool:
         """Advance the job as far as it goes now. Returns whether anything moved. An error ends this job only."""
+        if not self.whole:
+            return self._guarded()
+        with HeldBack():
+            return self._guarded()
+
+    def _guarded(self) -> bool:
         try:
             return self._advance()
         except StopIteration:
@@ -78,7 +90,8 @@ class Job:
         if self.operation is not None:
             moves += self.operation.moves
             awaited = self.operation.awaited
-            self.progress.peers = self._awaited = frozenset((awaited,) if awaited >= 0 else ())
+            if awaited >= 0 or self.progress.peers is self._awaited:  # else it is known from elsewhere
+                self.progress.peers = self._awaited = frozenset((awaited,) if awaited >= 0 else ())
         elif self.progress.peers is self._awaited:
             self.progress.peers = frozenset()  # whom an operation waited for that is over
         now = time.monotonic()
@@ -99,11 +112,13 @@ class Job:
             or not isinstance(error, Exception)
         )
         self.queue.jobs.remove(self)
+        if self.serves:
+            engine.serve(-1)
         try:
             if self.progress.ends:
                 self.queue.ends(self.progress.ends, self)
             elif cut_short:
-                self.queue.cut_short(self.what, error, self)
+                self.queue.cut_short(self.what, error, self, self.progress.told)
             self.queue.rest()
         finally:
             self.done = True

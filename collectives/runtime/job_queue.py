@@ -17,13 +17,15 @@ from mpi4py import MPI
 from bitring.collectives.interop.library_steps import NoCommunicatorError
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo
 from bitring.collectives.node.node_group import LEFT_SECONDS, NodeGroup
+from bitring.collectives.runtime.agreement import difference_of, words_of
 from bitring.collectives.runtime.card import CARD_NBYTES, Card
 from bitring.collectives.runtime.contact import Contact
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.job import Job
+from bitring.collectives.runtime.keeping import never_free
 from bitring.collectives.runtime.ports import ports
 from bitring.collectives.runtime.watch import ADVICE, are, timeout
-from bitring.errors import DeadRankError
+from bitring.errors import DeadRankError, MismatchError
 
 T = TypeVar("T")
 
@@ -33,10 +35,6 @@ _FEW = 64
 _DUPLICATE_SECONDS = 10.0
 
 _GENTLE_SECONDS = 1e-3
-
-_abandoned: list[object] = []
-"""What was under way on communicators that were of no use any more when they were freed: the MPI library may still
-write to its memory."""
 
 
 class JobQueue:
@@ -55,11 +53,16 @@ class JobQueue:
         self.count = 0  # jobs submitted so far; the same on all ranks
         self.broken: str | None = None
         self.dead: list[int] | None = None  # ranks that are gone, where it is broken because of that
+        self._outlived: set[int] = set()  # ranks that are gone, without which jobs go on
         self.wrecks: list[object] = []  # what was cut short: the library may still write to their memory
         self.contact: Contact | None = None  # past the MPI library; made by the first job
         self._meeting: tuple[MPI.Request, Any] | None = None  # while it is made
         self.shared: NodeGroup | None = None
         """The group of the communicator's ranks on this node."""
+        self.place: Callable[[], tuple[int, list[int], bool]] | None = None
+        """Where calls may be made one way: how often all ranks have met, this rank's calls since then, and whether the
+        last one is under way and waits for all."""
+        self._untold = ""  # an error of all ranks that this one's caller has not heard of
         self._fast_path: Any = None
         self._occupier = 0  # the thread that is in a call that goes by the engine
         self._ended = False  # all ranks have agreed that what comes now must not run
@@ -84,7 +87,8 @@ class JobQueue:
         if self._fast_path is None:
             return
         with self._resting:
-            now = bool(self.jobs or self.broken or self._made is not None or engine.stopped), self._occupier
+            busy = bool(self.jobs or self.broken or self._made is not None or engine.stopped)
+            now = busy or engine.serves_in_waits, self._occupier
             if now != self._kept_to:
                 self._kept_to = now
                 self._fast_path.keep_to(*now)
@@ -95,7 +99,14 @@ class JobQueue:
         self.rest()
 
     def check(self, what: str) -> None:
-        """Raise RuntimeError when no further job may be submitted, DeadRankError where that is for a death."""
+        """Raise RuntimeError when no further job may be submitted, DeadRankError where that is for a death.
+
+        MismatchError, once, where ranks' calls before have differed and this one has made another in the meantime.
+        """
+        if self.hears_of_difference():
+            text, self._untold = self._untold, ""
+            if text:
+                raise MismatchError(f"{text}; found when this rank had gone on to {what}, which was not made")
         if self.broken:
             text = f"{what}: this communicator is unusable since {self.broken}"
             raise RuntimeError(f"{text}; {ADVICE}") if self.dead is None else DeadRankError(text, self.dead)
@@ -107,11 +118,15 @@ class JobQueue:
             self.wrecks.append(wreck)
         self.rest()
 
-    def loses(self, gone: Sequence[int], wreck: object = None) -> None:
-        """Refuse every further job, since ranks are gone; and tell the others, who may wait for this one."""
-        engine.bereaved = True
-        self.dead = list(gone)
-        self.breaks(f"{are(gone)} gone", wreck)
+    def loses(self, gone: Sequence[int], wreck: object = None, goes_on: bool = False) -> None:
+        """Refuse every further job, since ranks are gone, unless it ``goes_on``; and tell others, who may not know."""
+        if goes_on:
+            engine.outlives = True
+            self._outlived |= set(gone)
+        else:
+            engine.bereaved = True
+            self.dead = list(gone)
+            self.breaks(f"{are(gone)} gone", wreck)
         if self.contact is not None:
             self.contact.tell_gone(gone)
 
@@ -120,15 +135,17 @@ class JobQueue:
         self._ended = True
         self.breaks(why, last)
 
-    def cut_short(self, what: str, error: BaseException | None, wreck: object = None) -> None:
+    def cut_short(self, what: str, error: BaseException | None, wreck: object = None, told: str = "") -> None:
         """Refuse every further job, since others may still exchange what this rank has given up; and tell them.
 
-        ``wreck`` holds the memory of what was given up, and is kept.
+        ``wreck`` holds the memory of what was given up, and is kept. ``told``: the error that the others are to raise.
         """
+        if told:
+            self._untold = ""  # the caller hears of it now
         if not self.broken:
             self.breaks(f"{what} was cut short by {type(error).__name__}", wreck)
             if self.contact is not None:
-                self.contact.tell_failed()
+                self.contact.tell_failed(self._at_place(told) if told else "")
             elif self._made is not None or self.comm.Get_size() > 1:
 
                 def tell(progress: Progress) -> Steps:
@@ -150,10 +167,10 @@ class JobQueue:
             self.contact.close()
         if self._fast_path is not None:
             if keep:
-                _abandoned.append(self._fast_path.operation)
+                never_free(self._fast_path.operation)
             self._fast_path.close()
         if keep:
-            _abandoned.append(self.wrecks)
+            never_free(self.wrecks)
         self.shared = self._fast_path = None
         if not keep:
             self.comm.Free()
@@ -189,15 +206,19 @@ class JobQueue:
         steps: Callable[[Progress], Steps],
         what: str,
         on_done: Callable[[BaseException | None], None] | None = None,
+        serves: bool = False,
     ) -> Job:
         """Queue a job; it begins when the progress thread or a waiting caller comes to it.
 
         ``on_done`` is called at its end with what went wrong, None for nothing, in the thread that drove it there.
+        ``serves``: it goes on for long, answering other ranks, in every wait of this process; its queue is its own.
         """
         self.check(what)
         timeout()  # a bad setting is the caller's error, not the progress thread's
         self.count += 1
-        job = Job(self, steps, what, self.count, on_done)
+        job = Job(self, steps, what, self.count, on_done, serves)
+        if serves:
+            engine.serve(1)
         engine.enqueue(job)
         self.rest()
         return job
@@ -251,7 +272,8 @@ class JobQueue:
             yield
         self._meeting = None
         progress.moves += 1
-        self.contact = Contact(self.rank, [Card.unpack(card.tobytes()) for card in cards], self._places, self._where)
+        unpacked = [Card.unpack(card.tobytes()) for card in cards]
+        self.contact = Contact(self.rank, unpacked, self._places, self._where, self._compare, self.hears_of_difference)
 
     def meets(self, comm: MPI.Intracomm) -> None:
         """The ranks of ``comm``, among the queue's, exchange messages: they watch each other where they are few.
@@ -280,7 +302,60 @@ class JobQueue:
                 gone |= self.contact.left
         else:
             gone |= set(ports().gone(self._places, left=seconds > LEFT_SECONDS))
-        return sorted(gone)
+        return sorted(gone - self._outlived)
+
+    def inquire(self) -> None:
+        """Let the others know which call this rank waits in, where some may have made another and gone on."""
+        if self.place is None or self.contact is None or self.broken:
+            return
+        meetings, calls, meets = self.place()
+        if calls:
+            self.contact.inquire(f"{meetings} {len(calls)} {calls[-1]} {meets:d}")
+
+    def _compare(self, rank: int, text: str) -> None:
+        """Another rank waits in the call that ``text`` tells of: this one may have made, or be in, another.
+
+        Where both wait for all, they find out in that.
+        """
+        if self.place is None or self.contact is None or self.broken:
+            return
+        meetings, number, signature, meets = map(int, text.split())
+        own_meetings, calls, meets_too = self.place()
+        if own_meetings != meetings or len(calls) < number or (meets and meets_too and len(calls) == number):
+            return
+        if calls[number - 1] != signature:
+            own = words_of(calls[number - 1])
+            text = difference_of({self.rank: own, rank: words_of(signature)})
+            self.contact.tell_failed(f"{meetings} {number} {text}")
+            self.hears_of_difference()
+
+    def _at_place(self, told: str) -> str:
+        """``told`` behind the place of the call that has just failed here: how often all had met, and its number."""
+        if self.place is None:
+            return f"0 1 {told}"
+        meetings, calls, _ = self.place()
+        return f"{meetings} {len(calls) + 1} {told}"
+
+    def hears_of_difference(self) -> bool:
+        """Whether this rank has come to a call that is said not to be the same on all; no other one is made then."""
+        text = self._difference()
+        if text and not self.broken:
+            self._untold = text
+            self.breaks(text)
+        return bool(text)
+
+    def difference(self) -> str:
+        """The difference between ranks' calls that some have said there is, for the caller; empty for none."""
+        self._untold = ""
+        return self._difference()
+
+    def _difference(self) -> str:
+        if self.contact is None or self.place is None or not self.contact.difference:
+            return ""
+        meetings, number, text = self.contact.difference.split(" ", 2)
+        own_meetings, calls, _ = self.place()
+        # What ranks that are ahead have found is not to be heard before this one has come there.
+        return text if (own_meetings, len(calls)) >= (int(meetings), int(number)) else ""
 
     @property
     def failed(self) -> set[int]:
@@ -294,14 +369,14 @@ class JobQueue:
         ports().read_lately()
         if self.contact is None:
             return bool(ports().gone(self._places, left=False))
-        return bool(self.contact.dead)
+        return bool(self.contact.dead - self._outlived)
 
     def hears_of_trouble(self) -> bool:
         """Whether a rank is said to be gone, or to have failed."""
         if len(self._places) == 1:
             return False
         ports().read()
-        return self.hears_of_death() or bool(self.failed)
+        return self.hears_of_death() or bool(self.failed) or bool(self._difference())
 
     def ask(self, job: Job) -> None:
         """Ask the others where they are; this rank waits in the job."""

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from mpi4py import MPI
 
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.objects import allgather
 from bitring.errors import PeerError, text_of
 
@@ -44,9 +45,11 @@ def common_error(
     """The exception for this rank to raise when any rank has an ``error``; None when none has. Collective.
 
     A rank raises its own; the others the same kind, with the same text, where it is one of ``alike``, else PeerError,
-    which names the rank and the exception.
+    which names the rank and the exception. All have heard of it then: even an interrupt leaves the communicator usable.
     """
     everyone = allgather(comm, _described(error, alike), function)
+    if any(said is not None for said in everyone):
+        context_of(comm).exchanged()  # all raise
     if error is not None:
         return error
     for rank, said in enumerate(everyone):

@@ -3,32 +3,38 @@
 One receive is posted per source, never one from any source: with MPICH that hangs between hosts. What a message brings
 beside its numbers, its payload, travels as a second one, for which the receiver makes room when the first has come. A
 rank's messages to another arrive in their order. A farewell (``close``) is the last; so no receive is left posted.
+
+A rank that has died may be buried (``bury``). The first that any rank hears of another then is who is dead: so both
+bury the same, and what was sent before does not reach whoever knows of more deaths than its sender did.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.runtime.keeping import never_free
 from bitring.collectives.runtime.ports import ports
+from bitring.errors import PeerError
 
 MOST_NUMBERS = 2048
 """A message has so many numbers at most."""
 
-_HEAD = struct.Struct("<BBHi")  # the kind, whether there is a payload, 0, the serial number; then float64s
+# The kind, whether there is a payload, the era, the serial number, and how many float64s follow.
+_HEAD = struct.Struct("<BBHiq")
 _LENGTH = struct.Struct("<q")  # the payload's, in bytes, at the end
 _HEAD_TAG, _PAYLOAD_TAG = 1, 2
-_FAREWELL = 255
+_FAREWELL, _OBITUARY = 255, 254
 _NOTHING = np.empty(0, np.uint8)
 
 
 class Message(NamedTuple):
-    """A message from rank ``source``: its kind, 0 to 254; a serial number; float64s; the payload's bytes."""
+    """A message from rank ``source``: its kind, 0 to 253; a serial number; float64s; the payload's bytes."""
 
     source: int
     kind: int
@@ -45,14 +51,17 @@ class Mailbox:
         self._rank = comm.Get_rank()
         self._due = [rank for rank in range(comm.Get_size()) if rank != self._rank]  # the source of each receive
         self._room = {rank: np.empty(_HEAD.size + 8 * MOST_NUMBERS + _LENGTH.size, np.uint8) for rank in self._due}
-        self._part: dict[int, Message] = {}  # messages whose payload is under way
+        self._part: dict[int, tuple[int, Message]] = {}  # eras, and messages whose payload is under way
         self._others = list(self._due)
         self._receives = [comm.Irecv([self._room[rank], MPI.BYTE], rank, _HEAD_TAG) for rank in self._due]
         self._held: deque[tuple[int, bytes, Any]] = deque()  # to be sent when what has come is read
         self._sends: list[MPI.Request] = []
-        self._memory: list[Any] = []  # of each send
+        self._memory: list[tuple[int, Any]] = []  # of each send: to whom, and what
         self._own: deque[Message] = deque()
         self._closed = False
+        self.dead: set[int] = set()
+        self.parting = False
+        """Whether any rank, this one too, has said farewell."""
         self.nbytes_sent = 0
 
     def send(self, rank: int, kind: int, serial: int = 0, numbers: Sequence[float] = (), payload: Any = None) -> None:
@@ -63,14 +72,43 @@ class Mailbox:
         if rank == self._rank:
             self._own.append(Message(rank, kind, serial, values.copy(), flat))
             return
-        head = _HEAD.pack(kind, flat.size > 0, 0, serial) + values.tobytes()
+        head = _HEAD.pack(kind, flat.size > 0, self.era, serial, values.size) + values.tobytes()
         self._held.append((rank, head + _LENGTH.pack(flat.size) if flat.size else head, flat))
+
+    @property
+    def era(self) -> int:
+        """The number of the dead: what was sent in an earlier one does not arrive."""
+        return len(self.dead)
+
+    def bury(self, ranks: Collection[int]) -> None:
+        """Go on without these ranks, which are dead. Raises PeerError where they have taken this one for dead."""
+        new = set(ranks) - self.dead
+        if not new:
+            return
+        if self._rank in new:
+            raise PeerError(f"the other ranks have gone on without rank {self._rank}, which they took for dead")
+        self.dead |= new
+        self._others = [rank for rank in self._others if rank not in new]
+        for rank in new:
+            self._part.pop(rank, None)
+        for at in reversed([at for at, rank in enumerate(self._due) if rank in new]):
+            never_free((self._receives.pop(at), self._room[self._due.pop(at)]))
+        for at in reversed([at for at, (rank, _) in enumerate(self._memory) if rank in new]):
+            never_free((self._sends.pop(at), self._memory.pop(at)))
+        self._own.clear()
+        self._held = deque(each for each in self._held if each[1][0] == _FAREWELL and each[0] not in new)
+        if not self._closed:
+            head = (
+                _HEAD.pack(_OBITUARY, 0, self.era, 0, len(self.dead))
+                + np.array(sorted(self.dead), np.float64).tobytes()
+            )
+            self._held.extend((rank, head, _NOTHING) for rank in self._others)
 
     def close(self) -> None:
         """Say farewell to all others: this rank sends nothing more."""
         if not self._closed:
-            self._closed = True
-            self._held.extend((rank, _HEAD.pack(_FAREWELL, 0, 0, 0), _NOTHING) for rank in self._others)
+            self._closed = self.parting = True
+            self._held.extend((rank, _HEAD.pack(_FAREWELL, 0, 0, 0, 0), _NOTHING) for rank in self._others)
 
     @property
     def over(self) -> bool:
@@ -88,8 +126,10 @@ class Mailbox:
         if self._sends:
             for at in sorted(MPI.Request.Testsome(self._sends) or (), reverse=True):
                 del self._sends[at], self._memory[at]
-        arrived = list(self._own)
-        self._own.clear()
+        arrived: list[tuple[int, Message]] = []
+        if not self._held:  # what this rank has told itself may end it, but not before the others are told
+            arrived += [(self.era, message) for message in self._own]
+            self._own.clear()
         if self._receives:
             statuses: list[MPI.Status] = []
             landed = MPI.Request.Testsome(self._receives, statuses) or ()
@@ -97,30 +137,36 @@ class Mailbox:
             for at in sorted(landed, reverse=True):
                 del self._receives[at], self._due[at]
             for source, nbytes in found:
-                self._arrive(source, nbytes, arrived)
-        return arrived
+                if source not in self.dead:  # by now
+                    self._arrive(source, nbytes, arrived)
+        return [message for era, message in arrived if era == self.era]
 
     def _send(self, data: Any, rank: int, tag: int) -> None:
         self.nbytes_sent += len(data)
         self._sends.append(self._comm.Isend([data, MPI.BYTE], rank, tag))
-        self._memory.append(data)  # mpi4py keeps what is received into alive, but not what is sent
+        self._memory.append((rank, data))  # mpi4py keeps what is received into alive, but not what is sent
 
-    def _arrive(self, source: int, nbytes: int, arrived: list[Message]) -> None:
+    def _arrive(self, source: int, nbytes: int, arrived: list[tuple[int, Message]]) -> None:
         """Take over what a source has sent, and post the next receive."""
-        message = self._part.pop(source, None)
+        era, message = self._part.pop(source, (0, None))
         if message is None:
             data = self._room[source][:nbytes].tobytes()
-            kind, has_payload, _, serial = _HEAD.unpack_from(data)
+            kind, has_payload, era, serial, _ = _HEAD.unpack_from(data)
             if kind == _FAREWELL:
+                self.parting = True
+                return
+            if kind == _OBITUARY:
+                self._post(self._room[source], source, _HEAD_TAG)
+                self.bury([int(rank) for rank in np.frombuffer(data[_HEAD.size :], np.float64)])
                 return
             end = nbytes - _LENGTH.size if has_payload else nbytes
             payload = np.empty(_LENGTH.unpack_from(data, end)[0], np.uint8) if has_payload else _NOTHING
             message = Message(source, kind, serial, np.frombuffer(data[_HEAD.size : end], np.float64), payload)
             if has_payload:
-                self._part[source] = message
+                self._part[source] = era, message
                 self._post(payload, source, _PAYLOAD_TAG)
                 return
-        arrived.append(message)
+        arrived.append((era, message))
         self._post(self._room[source], source, _HEAD_TAG)
 
     def _post(self, room: Any, source: int, tag: int) -> None:

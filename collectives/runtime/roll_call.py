@@ -7,7 +7,7 @@ the nodes' first ranks that are a power of two apart, whatever is to be done; sm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
@@ -17,15 +17,27 @@ from bitring.collectives.runtime.tags import ROLL_CALL_TAG
 from bitring.native import extension
 
 
-def node_roll_call(shared: NodeGroup) -> tuple[Any, Any]:
-    """The roll call of the ranks of a node, and an AllReduce that is one at the same time."""
-    return extension.NodeRollCall(shared.node), extension.SharedAllreduce(shared.node, 0, [(0, 0, 1, 0)], None)
+class Way(NamedTuple):
+    """How ranks find out: ``roll_call``. ``allreduce``, and ``others`` of the collectives, do so on their own way."""
+
+    roll_call: Any
+    allreduce: Any
+    others: Any
 
 
-def nodes_roll_call(comm: MPI.Intracomm, shared: NodeGroup | None, leaders: Sequence[int]) -> tuple[Any, Any]:
-    """The roll call of several nodes, and an AllReduce that is one at the same time.
+def node_roll_call(shared: NodeGroup) -> Way:
+    """The way of the ranks of a node."""
+    return Way(
+        extension.NodeRollCall(shared.node),
+        extension.SharedAllreduce(shared.node, 0, [(0, 0, 1, 0)], None),
+        extension.NodeCollective(shared.node),
+    )
 
-    ``shared``: the ranks of this node; None where every rank is one of the ``leaders``, which exchange messages.
+
+def nodes_roll_call(comm: MPI.Intracomm, shared: NodeGroup | None, nodes: Sequence[Sequence[int]]) -> Way:
+    """The way of several nodes, whose ranks are ``nodes``.
+
+    ``shared``: the ranks of this node; None where each is taken for a node of its own.
     """
     roll_call = extension.NodesRollCall(
         None if shared is None else shared.node,
@@ -34,7 +46,8 @@ def nodes_roll_call(comm: MPI.Intracomm, shared: NodeGroup | None, leaders: Sequ
         comm=MPI._handleof(comm),
         byte=MPI._handleof(MPI.BYTE),
         rank=comm.Get_rank(),
-        leaders=leaders,
+        nodes=nodes,
         tag=ROLL_CALL_TAG,
     )
-    return roll_call, extension.LeadersAllreduce(roll_call, 0, 0, 0, 1, 0, 0, 0)
+    collective = extension.LeadersCollective(roll_call, 0, extension.Collective.allreduce, 0, 0, 0, 1, 0, 0, 0)
+    return Way(roll_call, collective, collective)

@@ -21,6 +21,10 @@ ROLL_CALL_TAG = 3 * _TAGS - 1
 """Tag of the messages by which the ranks of several nodes find out whether they mean the same."""
 
 
+PACKED_TAG = 4 * _TAGS - 1
+"""Tag of what the library copies from and to memory that it alone can read, in a message of a rank to itself."""
+
+
 def channel_of(number: int) -> int:
     """The channel of plan ``number``, counted from 1; of a call without a plan for 0."""
     return 1 + (number - 1) % (CHANNELS - 1) if number else 0

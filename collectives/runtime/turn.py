@@ -53,7 +53,7 @@ class Turns:
             if not inside:
                 queue.occupy(me)  # from now on no other thread begins anything past the engine
                 if fast_path is not None and fast_path.refuse():
-                    inside, doing = fast_path.inside, "Allreduce" if fast_path.in_allreduce else "a run of a plan"
+                    inside, doing = fast_path.inside, fast_path.doing
                     queue.occupy(0)
             if not inside:
                 self._thread, self._call, self._depth, self._before = me, call, 1, queue.count

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from bitring.collectives.runtime.death import died
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.ports import ports
-from bitring.errors import DeadRankError, PeerError
+from bitring.errors import DeadRankError, MismatchError, PeerError
 
 if TYPE_CHECKING:
     from bitring.collectives.runtime.job import Job
@@ -49,7 +49,7 @@ def timeout() -> float:
 class Watch:
     """Progress of one job when last looked at, and the warnings given of its wait."""
 
-    __slots__ = ("_asked", "_look_at", "_moves", "_seen_at", "_warned")
+    __slots__ = ("_asked", "_inquire_at", "_look_at", "_moves", "_seen_at", "_warned")
 
     def __init__(self) -> None:
         self._moves = -1
@@ -57,6 +57,7 @@ class Watch:
         self._warned = 0.0  # when
         self._asked = 0.0  # when
         self._look_at = 0.0
+        self._inquire_at = 0.0
 
     def has_moved(self, moves: int, now: float) -> bool:
         """Whether the job, which has made so many moves by ``now``, has moved since the last look."""
@@ -75,6 +76,9 @@ class Watch:
             ports().read()
             if self.bereaved(job, seconds):
                 return
+            if now >= self._inquire_at:
+                self._inquire_at = now + max(seconds, _LOOK_SECONDS)
+                job.queue.inquire()
         most = max(timeout(), job.progress.patience)
         limit = most if self._warned else min(SILENCE_SECONDS, most)
         if seconds >= limit - min(_ANSWER_SECONDS, limit / 2) and self._asked <= max(self._seen_at, self._warned):
@@ -94,6 +98,8 @@ class Watch:
         if seconds >= most:
             engine.bereaved = True
             job.queue.breaks(f"{job.what} timed out", job)
+            if job.queue.contact is not None:
+                job.queue.contact.tell_impatient()
             job.end(TimeoutError(f"{complaint} (BITRING_TIMEOUT={timeout():g})"))
 
     def bereaved(self, job: Job, seconds: float) -> bool:
@@ -102,11 +108,16 @@ class Watch:
         Returns whether it is.
         """
         gone = job.queue.gone(job.progress.peers, seconds)
-        if gone and job is job.queue.last_word and not job.queue.gone((), 0.0):
+        if gone and job.progress.outlives is not None and job.progress.outlives(gone):
+            job.queue.loses(gone, goes_on=True)
+        elif gone and job is job.queue.last_word and not job.queue.gone((), 0.0):
             job.queue.breaks(job.what, job)
             job.end(None)  # they have left in good order, and need not hear it
         elif gone:
             job.end(_death(job, gone))
+        elif difference := job.queue.difference():
+            job.queue.breaks(difference, job)
+            job.end(job.progress.mistake or MismatchError(f"{difference}; found in {job.what}"))
         elif job.queue.failed:
             failed = f"rank {min(job.queue.failed)} has failed in it, or in what came before"
             job.queue.breaks(failed, job)

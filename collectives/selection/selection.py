@@ -116,7 +116,10 @@ def segment_values(nbytes: int, itemsize: int, chunks: int) -> int:
     """Values in a segment, for a buffer of ``nbytes`` of which a schedule makes ``chunks``.
 
     A quarter of a chunk keeps trees and rings pipelined. Between hosts at 1 Gbit/s all from 128 KiB to 2 MiB do as
-    well, and whole chunks do badly. At most 1024 segments per buffer keep a message's tag unique while it is under way.
+    well, and whole chunks do badly: MPICH over UCX sends messages of 4 MiB and more in another way, which takes 1.6
+    times as long there. Where the processors limit the network, as between emulated hosts whose link is not shaped,
+    segments of less than 512 KiB take longer, and from 8 MiB on the library's own call is the quickest, which ``bitring
+    tune`` finds. At most 1024 segments per buffer keep a message's tag unique while it is under way.
     """
-    quarter = min(2 << 20, max(nbytes // chunks // 4, 256 << 10))
+    quarter = min(2 << 20, max(nbytes // chunks // 4, 512 << 10))
     return max(1, quarter // itemsize, -(-nbytes // 1024) // itemsize)

@@ -97,7 +97,7 @@ class OwnerExchange(ABC):
         return self.runs * self._size + self._rank
 
 
-def _codec(encoder: Encoder, values: np.dtype[Any], sums: np.dtype[Any]) -> extension.Codec:
+def codec_of(encoder: Encoder, values: np.dtype[Any], sums: np.dtype[Any]) -> extension.Codec:
     """The encoder's C functions for values and for sums of these dtypes."""
     of_values, of_sums = encoder.functions(values), encoder.functions(sums)
     return extension.Codec(
@@ -136,7 +136,7 @@ class NativeOwnerExchange(OwnerExchange):
             rank=self._rank,
             size=self._size,
             type=kind,
-            codecs=[_codec(encoder, like.dtype, self.residual.dtype) for encoder in encoders],
+            codecs=[codec_of(encoder, like.dtype, self.residual.dtype) for encoder in encoders],
             fixed_size=self._fixed_size,
             owners=owners,
             segments=numbers,

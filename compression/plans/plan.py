@@ -10,9 +10,10 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import BFLOAT16, Array, all_finite, device_of, xp_of
+from bitring.collectives.base_plan import Plan
 from bitring.collectives.interop.operators import op_name, require_op
 from bitring.collectives.interop.steps import Progress
-from bitring.collectives.plan import Plan, checked_flat, plan_exact, run_agreement
+from bitring.collectives.plan import checked_flat, plan_exact, run_agreement
 from bitring.collectives.runtime.agreement import Request
 from bitring.collectives.runtime.context import Context, context_of, given_comm
 from bitring.collectives.runtime.tags import channel_of

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from bitring.collectives.execution.runner import schedule_runner
-from bitring.collectives.interop.steps import Progress, Steps
+from bitring.collectives.execution.runner import Task, make_runner
+from bitring.collectives.interop.steps import Progress, Steps, run
+from bitring.collectives.runtime.agreement import Request, conclude, met, verdict_of
 from bitring.collectives.runtime.context import Context
+from bitring.collectives.schedules.query import Query
+from bitring.collectives.schedules.schedule import algorithms
 from bitring.compression.exchange.run_stats import RunStats
 
 OUT_OF_PROPORTION = 10_000
@@ -165,16 +168,24 @@ class Totals:
 class HealthCheck:
     """A tiny AllReduce before each run: is a value NaN or Inf, has a residual diverged, who was slowest last time.
 
-    After ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None; ``worst``,
-    the largest state of a Watch; ``slowest_rank``. ``wait_seconds``: from when this rank came to the run.
+    Where an algorithm finds out by itself whether all ranks mean the run ``asked`` for, it does: ``agrees``. After
+    ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None; ``worst``, the
+    largest state of a Watch; ``slowest_rank``. ``wait_seconds``: from when this rank came to the run.
     """
 
-    def __init__(self, context: Context, channel: int) -> None:
-        self._rank, self._size = context.rank, context.size
+    def __init__(self, context: Context, asked: Request, number: int) -> None:
+        self._comm, self._rank, self._size = context.comm, context.rank, context.size
+        self._asked = asked
+        self._signed = False
+        self.alike = True
+        """After ``steps``: whether all ranks have said the same."""
         self._words = np.zeros(3, np.int64)
-        self._runner = schedule_runner(
-            context.comm, "allreduce", "recursive_doubling", self._words, MPI.MAX, 0, channel, persistent=True
-        )
+        nbytes, topology = self._words.nbytes, context.topology
+        query = Query(collective="allreduce", nbytes=nbytes, topology=topology, own=True, library=False, itemsize=8)
+        able = [name for name in algorithms.names() if algorithms.get(name).missing(query) is None]
+        name = next((name for name in able if algorithms.get(name).self_checking), "recursive_doubling")
+        self._runner = make_runner(context, name, Task("allreduce", self._words, MPI.MAX, 0, number, asked.kind))
+        self.agrees = algorithms.get(name).self_checking
         self.wait_seconds = 0.0
         self._came = 0.0
         self._runs = 0
@@ -186,11 +197,31 @@ class HealthCheck:
         """This rank has come to the run: its wait begins."""
         self._came = time.perf_counter()
 
+    def sign(self, signature: int | None) -> None:
+        """See Plan. Only where it ``agrees``."""
+        self._runner.operation.sign(self._asked.kind if signature is None else signature)
+        self._signed = signature is not None
+        self.alike = True
+
     def steps(self, bad: bool, state: int, progress: Progress) -> Steps:
-        """Find out; ``bad`` and the ``state`` of its Watch are this rank's."""
+        """Find out; ``bad`` and the ``state`` of its Watch are this rank's.
+
+        Where it ``agrees`` it raises on all ranks, MismatchError or PeerError, unless all are in this run.
+        """
+        self.alike = True
         waited = min(int(self.wait_seconds * 1e6), _LONGEST)
         self._words[:] = self._size - self._rank if bad else 0, state, -(waited << _RANK_BITS | self._rank)
-        yield from self._runner.steps(progress)
+        if self.agrees:
+            operation = self._runner.operation
+            yield from run(operation, progress)
+            if operation.disagrees:
+                verdict = verdict_of(operation.verdict)
+                if self._signed and met(verdict):
+                    self.alike = False
+                    return
+                yield from conclude(self._comm, self._asked, verdict, progress)
+        else:
+            yield from self._runner.steps(progress)
         self.wait_seconds = time.perf_counter() - self._came
         bad_place, self.worst, least = (int(word) for word in self._words)
         self.bad_rank = self._size - bad_place if bad_place else None

@@ -12,9 +12,9 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import Array, device_of, xp_of
+from bitring.collectives.base_plan import Plan
 from bitring.collectives.execution.runner import Runner, schedule_runner
 from bitring.collectives.interop.steps import Progress, Steps
-from bitring.collectives.plan import Plan
 from bitring.collectives.runtime.context import Context
 from bitring.collectives.runtime.tags import channel_of
 from bitring.compression.compressor import Compressor
@@ -121,7 +121,7 @@ class WatchedPlan(Plan):
         self._flat = flat
         self._compressor = compressor
         self._check_finite = check_finite
-        self._health = HealthCheck(context, channel_of(self.number))
+        self._health = HealthCheck(context, self._run, self.number)
         self._watch = Watch()
         self._advice = Advice(compressor.most_left)
         self._warned = False
@@ -164,8 +164,20 @@ class WatchedPlan(Plan):
 
     def checked_steps(self, progress: Progress) -> Steps:
         """See Plan."""
+        self.alike = not self.signed
         self._health.come()
-        yield from super().checked_steps(progress)
+        yield from self._steps(progress) if self._health.agrees else super().checked_steps(progress)
+        self.alike = self._health.alike
+
+    @property
+    def can_be_signed(self) -> bool:
+        """See Plan."""
+        return self._health.agrees
+
+    def sign(self, signature: int | None, name: str = "") -> None:
+        """See Plan."""
+        super().sign(signature, name)
+        self._health.sign(signature)
 
     def mark(self) -> None:
         """See Plan. Without it, a run that fails takes back its own changes."""
@@ -198,6 +210,8 @@ class WatchedPlan(Plan):
             return
         # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
         yield from self._health.steps(bad, DIVERGED if self._exact is not None else self._watch.state, progress)
+        if not self._health.alike:
+            return
         if self._health.bad_rank is not None:
             self._refuse()
             raise NonFiniteError(

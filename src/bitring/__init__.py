@@ -14,9 +14,9 @@ from bitring.collectives.runtime.abort import abort_on_exception as _abort_on_ex
 
 if TYPE_CHECKING:
     from bitring.collectives.allreduce import allreduce as allreduce
+    from bitring.collectives.base_plan import Plan as Plan
     from bitring.collectives.communicator import Communicator as Communicator
     from bitring.collectives.fusion import start as start
-    from bitring.collectives.plan import Plan as Plan
     from bitring.collectives.schedules.schedule import Algorithm as Algorithm
     from bitring.compression.compressor import Compressor as Compressor
     from bitring.compression.encoder import Encoder as Encoder
@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from bitring.models.descriptions import Concatenate as Concatenate
     from bitring.models.descriptions import Convolution as Convolution
     from bitring.models.descriptions import Dense as Dense
+    from bitring.models.descriptions import Dropout as Dropout
     from bitring.models.descriptions import Flatten as Flatten
     from bitring.models.descriptions import MaxPool as MaxPool
     from bitring.models.descriptions import ReLU as ReLU
     from bitring.models.descriptions import Select as Select
+    from bitring.models.layers import Draw as Draw
     from bitring.models.model import Model as Model
     from bitring.models.networks.cnn import CNN as CNN
     from bitring.models.networks.mlp import MLP as MLP
@@ -52,22 +54,30 @@ if TYPE_CHECKING:
     from bitring.training.checkpoints.header import CheckpointError as CheckpointError
     from bitring.training.checkpoints.loading import load_checkpoint as load_checkpoint
     from bitring.training.checkpoints.saving import save_checkpoint as save_checkpoint
+    from bitring.training.claimed import claimed as claimed
     from bitring.training.data_parallel import DataParallel as DataParallel
     from bitring.training.explain import explain as explain
     from bitring.training.lasso import Lasso as Lasso
     from bitring.training.lbfgs import LBFGS as LBFGS
+    from bitring.training.logistic_regression import LogisticRegression as LogisticRegression
     from bitring.training.mode import Mode as Mode
     from bitring.training.model_parallel import ModelParallel as ModelParallel
     from bitring.training.modes.block_momentum import BlockMomentum as BlockMomentum
+    from bitring.training.modes.hogwild import Hogwild as Hogwild
     from bitring.training.modes.local import Local as Local
+    from bitring.training.modes.peers import Peers as Peers
     from bitring.training.modes.sync import Sync as Sync
     from bitring.training.optimizer import Optimizer as Optimizer
     from bitring.training.optimizers.adagrad import AdaGrad as AdaGrad
+    from bitring.training.optimizers.adam import Adam as Adam
+    from bitring.training.optimizers.onebit_adam import OneBitAdam as OneBitAdam
     from bitring.training.optimizers.sgd import SGD as SGD
     from bitring.training.placement.placement import Placement as Placement
     from bitring.training.preemption import Preemption as Preemption
     from bitring.training.prefetch import prefetch as prefetch
     from bitring.training.sandblaster import Sandblaster as Sandblaster
+    from bitring.training.sparse import Sparse as Sparse
+    from bitring.training.store.parameter_store import ParameterStore as ParameterStore
     from bitring.training.strads import Strads as Strads
 
 _abort_on_exception()
@@ -92,8 +102,11 @@ _WHERE = {
     "Graph": "models.sequence",
     "LBFGS": "training.lbfgs",
     "LSTM": "models.descriptions",
+    "Dropout": "models.descriptions",
+    "Draw": "models.layers",
     "MaxPool": "models.descriptions",
     "Lasso": "training.lasso",
+    "LogisticRegression": "training.logistic_regression",
     "MismatchError": "errors",
     "ModelParallel": "training.model_parallel",
     "Placement": "training.placement.placement",
@@ -101,6 +114,7 @@ _WHERE = {
     "Model": "models.model",
     "NonFiniteError": "errors",
     "Optimizer": "training.optimizer",
+    "ParameterStore": "training.store.parameter_store",
     "PeerError": "errors",
     "Plan": "collectives.plan",
     "Preemption": "training.preemption",
@@ -109,8 +123,10 @@ _WHERE = {
     "Sandblaster": "training.sandblaster",
     "Select": "models.descriptions",
     "Sequence": "models.sequence",
+    "Sparse": "training.sparse",
     "Strads": "training.strads",
     "allreduce": "collectives.allreduce",
+    "claimed": "training.claimed",
     "explain": "training.explain",
     "load": "models.dataset",
     "load_checkpoint": "training.checkpoints.loading",
@@ -156,7 +172,9 @@ def modes() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
-        return getattr(importlib.import_module(f"bitring.{_WHERE[name]}"), name)
+        found = getattr(importlib.import_module(f"bitring.{_WHERE[name]}"), name)
+        globals()[name] = found  # to look for it again would take longer than a small call
+        return found
     if name[:1].isupper():  # a registered class: its file alone makes it public
         for kind in _REGISTRIES:
             registered = _registry(kind).named(name)

@@ -229,7 +229,7 @@ def as_array(x: Any, function: str, argument: str) -> Array:
     if any(cls.__name__ == "Tracer" and cls.__module__.startswith("jax") for cls in type(x).__mro__):
         raise TypeError(
             f"{function}: {argument} is a JAX tracer, which has no values yet: call this outside of jax.jit and other "
-            "transformations, or from jax.experimental.io_callback"
+            "transformations; bitring.jax has what works inside"
         )
     try:
         on_host = hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) in _HOST_DLPACK

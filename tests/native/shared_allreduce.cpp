@@ -138,7 +138,10 @@ private:
             Status status;
             Verdict verdict;
             if (operands.size() == 1 && number % 2) {
-                again.rebind(intent, operand, intent.where ? region.get() : nullptr);
+                Carried carried;
+                carried.from = operand.from, carried.to = operand.to, carried.n = operand.n;
+                carried.itemsize = operand.itemsize, carried.reduce = operand.reduce;
+                again.rebind(intent, carried, intent.where ? region.get() : nullptr);
                 status = finish(again, random);
                 verdict = again.verdict();
             } else {

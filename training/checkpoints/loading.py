@@ -22,10 +22,12 @@ from bitring.collectives.runtime.pieces import Span, nbytes_of, split, transfer
 from bitring.collectives.selection.selection import check_name
 from bitring.training.checkpoints.file import CheckpointFile, file_path
 from bitring.training.checkpoints.header import CheckpointError, Header
+from bitring.training.checkpoints.model_parallel_file import load_model_parallel
 from bitring.training.checkpoints.resharding import Owned, Share, shares
 from bitring.training.checkpoints.sandblaster_file import load_sandblaster
 from bitring.training.checkpoints.state import alike_in, bytes_of, kept_by, numbers_of, require_trainer, with_owners
 from bitring.training.data_parallel import DataParallel
+from bitring.training.model_parallel import ModelParallel
 from bitring.training.sandblaster import Sandblaster
 from bitring.training.step.checks import difference, resumable
 from bitring.training.tree import Path as At
@@ -34,7 +36,9 @@ from bitring.training.tree import is_array, leaves
 LOAD = "load_checkpoint"
 
 
-def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel | Sandblaster) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | os.PathLike[str], trainer: DataParallel | ModelParallel | Sandblaster
+) -> dict[str, Any]:
     """Make ``trainer`` go on from the checkpoint ``path``, which rank 0 reads. Collective; returns ``extra``.
 
     The trainer must have the same parameters (names, shapes, dtypes), compression, and kinds of optimizer and mode;
@@ -43,10 +47,13 @@ def load_checkpoint(path: str | os.PathLike[str], trainer: DataParallel | Sandbl
 
     Raises on all ranks, before anything is changed: FileNotFoundError or another OSError, and CheckpointError, which
     names ``path.previous`` where there is one, for a file that is truncated, damaged, foreign, or of other training.
-    What is loaded is in memory twice, until all ranks have all of it.
+    What is loaded is in memory twice, until all ranks have all of it. A ModelParallel may have another placement and
+    number of replicas; what its replicas' compressed exchange still owes goes to the first.
     """
     if isinstance(trainer, Sandblaster):
         return load_sandblaster(path, trainer)
+    if isinstance(trainer, ModelParallel):
+        return load_model_parallel(path, trainer)
     require_trainer(trainer, LOAD)
     trainer.meet(LOAD, None, afresh=True)
     with contextlib.ExitStack() as stack:
@@ -92,6 +99,7 @@ def _load(trainer: DataParallel, path: str | os.PathLike[str], stack: contextlib
     if algorithms := _algorithms(header, trainer):
         trainer.use_algorithms(algorithms)
     jointly(comm, LOAD, lambda: _restore(trainer, header, arrived))
+    trainer.reload()
     return dict(header.extra)
 
 

@@ -1,7 +1,7 @@
 """Re-sharding: the parts of a checkpoint of p ranks that each rank takes, also where there are q now; pure functions.
 
 New rank r takes what old rank r mod p kept: parameters, which are equal on all, its optimizer's state, its mode's. Old
-rank r's residual is added to new rank r mod q's, so that their sum, what all ranks still owe, stays; the owners'
+rank r's residual, a mode's too, is added to new rank r mod q's, so that their sum, what all owe, stays; the owners'
 residuals are put together and cut again where the new owners' parts are. All else that a compressed plan keeps is
 identical on all ranks, and stays so.
 """
@@ -54,7 +54,7 @@ def shares(
     """
     result: dict[Path, Share] = {}
     for path, shape in shapes.items():
-        if path[0] == "residual":
+        if path[0] == "residual" or path[:2] == ("mode", "residual"):
             members = tuple(table[path] for table in tables[rank::size])
         elif path[0] == "compression":
             members = (tables[0][path],)

@@ -28,9 +28,11 @@ from bitring.collectives.runtime.pieces import Span, nbytes_of, split, transfer
 from bitring.errors import MismatchError
 from bitring.training.checkpoints.file import CheckpointWriter, file_path, member_name
 from bitring.training.checkpoints.header import FORMAT, is_number
+from bitring.training.checkpoints.model_parallel_file import save_model_parallel
 from bitring.training.checkpoints.sandblaster_file import save_sandblaster
 from bitring.training.checkpoints.state import bytes_of, kept_by, numbers_of, on_host, require_trainer, with_owners
 from bitring.training.data_parallel import DataParallel
+from bitring.training.model_parallel import ModelParallel
 from bitring.training.sandblaster import Sandblaster
 from bitring.training.step.bucket import Bucket
 from bitring.training.tree import Path as At
@@ -41,7 +43,9 @@ _KEPT_FILES = 2
 _DIGEST_NBYTES = 20
 
 
-def save_checkpoint(path: str | os.PathLike[str], trainer: DataParallel | Sandblaster, **extra: Any) -> None:
+def save_checkpoint(
+    path: str | os.PathLike[str], trainer: DataParallel | ModelParallel | Sandblaster, **extra: Any
+) -> None:
     """Write all that ``trainer`` needs to resume to ``path``. Collective; synchronises the replicas first.
 
     ``extra`` is anything JSON holds (epoch, seed, position in the data); rank 0's is stored, as ``path`` is rank 0's.
@@ -49,8 +53,11 @@ def save_checkpoint(path: str | os.PathLike[str], trainer: DataParallel | Sandbl
     ranks, leaving the old file as it was: OSError when it cannot be written, TypeError when ``extra`` is not JSON.
     """
     if isinstance(trainer, Sandblaster):
+        save_sandblaster(path, trainer, extra, _versions(), _not_json(extra))
+        return
+    if isinstance(trainer, ModelParallel):
         raise_everywhere(trainer.comm, SAVE, _not_json(extra), alike=(TypeError,))
-        save_sandblaster(path, trainer, extra, _versions())
+        save_model_parallel(path, trainer, extra, _versions())
         return
     require_trainer(trainer, SAVE)
     trainer.meet(SAVE, _not_json(extra))

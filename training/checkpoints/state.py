@@ -15,7 +15,9 @@ from bitring.training.tree import Path, host_copy, is_array, leaves
 def require_trainer(trainer: object, function: str) -> None:
     """Raise TypeError, naming ``function``, for anything but a trainer."""
     if not isinstance(trainer, DataParallel):
-        raise TypeError(f"{function}: trainer must be a DataParallel or a Sandblaster; got {type(trainer).__name__}")
+        raise TypeError(
+            f"{function}: trainer must be a DataParallel, ModelParallel or Sandblaster; got {type(trainer).__name__}"
+        )
 
 
 def kept_by(trainer: DataParallel) -> dict[Path, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitring.training.mode import Mode, State, Trainer
+from bitring.training.optimizer import cannot_raise
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Sync(Mode):
         """No state."""
         return {}
 
+    @cannot_raise
     def step(self, trainer: Trainer, state: State, gradients: Mapping[str, Any], weight: float) -> None:
         """Average the gradients, then let the optimizer apply them."""
         total = trainer.agree(weight)

@@ -17,7 +17,7 @@ from typing import Any
 
 from bitring.arrays import xp_of
 from bitring.settings import setting
-from bitring.training.optimizer import Elementwise, cannot_raise
+from bitring.training.optimizer import Elementwise, NativeUpdate, cannot_raise
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class AdaGrad(Elementwise):
     def slots(self) -> tuple[str, ...]:
         """``squares``: the sum of squared gradients."""
         return ("squares",)
+
+    def native_update(self) -> NativeUpdate | None:
+        """See Optimizer."""
+        if not self.updates_as(AdaGrad):
+            return None
+        return NativeUpdate("adagrad", self.lr, weight_decay=self.weight_decay, eps=self.eps)
 
     @cannot_raise
     def apply(self, w: Any, g: Any, slots: Mapping[str, Any], t: Any, u: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bitring.arrays import xp_of
 from bitring.settings import setting
-from bitring.training.optimizer import Elementwise, State, cannot_raise
+from bitring.training.optimizer import Elementwise, NativeUpdate, State, cannot_raise
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class SGD(Elementwise):
     def slots(self) -> tuple[str, ...]:
         """``velocity``, when there is momentum."""
         return ("velocity",) if self.momentum else ()
+
+    def native_update(self) -> NativeUpdate | None:
+        """See Optimizer."""
+        if not self.updates_as(SGD):
+            return None
+        rule = "sgd_nesterov" if self.nesterov else "sgd_momentum" if self.momentum else "sgd"
+        return NativeUpdate(rule, self.lr, self.momentum, self.weight_decay)
 
     @cannot_raise
     def apply(self, w: Any, g: Any, slots: Mapping[str, Any], t: Any, u: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bitring.models.dropout import Dropout
 from bitring.models.graph import INPUT, Node
 from bitring.models.layers import Dense, ReLU
 from bitring.training.placement.layout import Layout, lay
@@ -15,10 +16,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _SPLITS = ("samples", "columns", "rows")
 
+IN_TURNS = "hybrid_in_turns"
+"""Hybrid, whose dense layers take each rank's samples in turn."""
+
 
 class Placed(NamedTuple):
     """A node, its stage, how its layer is split, and the layouts of what it takes and gives.
 
+    stage: of a pipeline; where there are turns, 0 for what runs all at once and 1 for what runs in turns.
     split: "samples": the layer is whole on each of the ranks; "columns", "rows": each has a part of a dense layer's
     outputs, or inputs; "rank": it is on one rank.
     """
@@ -36,17 +41,18 @@ def assign(placement: object, nodes: Sequence[Node], shapes: Shapes, ranks: int)
         return _in_stages(placement, nodes, shapes, ranks)
     if placement == "data":
         wanted: dict[str, Any] = {}
-    elif placement == "hybrid":
+    elif placement in ("hybrid", IN_TURNS):
         wanted = hybrid(nodes)
     elif isinstance(placement, Mapping):
         wanted = dict(placement)
         _check(wanted, nodes, ranks)
     else:
         raise ValueError(
-            "ModelParallel: placement must be 'data', 'hybrid', 'auto', a Placement, or a dict of layer -> 'samples', "
-            f"'columns', 'rows' or a rank; got {placement!r}"
+            "ModelParallel: placement must be 'data', 'hybrid', 'hybrid_in_turns', 'auto', a Placement, or a dict of "
+            f"layer -> 'samples', 'columns', 'rows' or a rank; got {placement!r}"
         )
-    return _by_layer(wanted, nodes, ranks)
+    placed = _by_layer(wanted, nodes, ranks)
+    return _with_turns(placed) if placement == IN_TURNS and ranks > 1 else placed
 
 
 def layer_name(node: Node) -> str:
@@ -58,6 +64,19 @@ def hybrid(nodes: Sequence[Node]) -> dict[str, str]:
     """Dense layers by columns and rows in turn, all else by samples (Krizhevsky, "One weird trick", 2014)."""
     names = dict.fromkeys(layer_name(node) for node in nodes if isinstance(node.layer, Dense))
     return {name: ("columns", "rows")[number % 2] for number, name in enumerate(names)}
+
+
+def _with_turns(placed: list[Placed]) -> list[Placed]:
+    """What follows a dense layer that is split, and that layer, is of stage 1."""
+    stages: dict[str, int] = {INPUT: 0}
+    found: list[Placed] = []
+    for each in placed:
+        stage = max(stages[name] for name in each.node.inputs)
+        if each.split in ("columns", "rows"):
+            stage = 1
+        stages[each.node.name] = stage
+        found.append(each._replace(stage=stage))
+    return found
 
 
 def _check(wanted: Mapping[Any, Any], nodes: Sequence[Node], ranks: int) -> None:
@@ -105,7 +124,7 @@ def _followed(node: Node, before: list[Layout], wanted: Mapping[str, Any], later
     A sum is made whole where the next layer wants it whole, and in parts of the samples elsewhere.
     """
     layout = before[0]
-    kinds = ("samples", "whole", "features") if isinstance(node.layer, ReLU) else ("samples", "whole")
+    kinds = ("samples", "whole", "features") if isinstance(node.layer, (Dropout, ReLU)) else ("samples", "whole")
     if layout.kind in kinds:
         return layout
     following = next((each for each in later if each.layer.shapes), None)

@@ -50,9 +50,9 @@ class Hop(NamedTuple):
         overlap = any(a.meet(b).size for i, a in enumerate(regions) for b in regions[:i])
         return overlap or sum(region.size for region in regions) != self.after_it(rank).size
 
-    def sent(self, rank: int) -> int:
-        """Values that ``rank`` sends to others, per value of a feature's width."""
-        return sum(move.region.size for move in self.moves if move.source == rank != move.to)
+    def sent(self, rank: int) -> list[Move]:
+        """What ``rank`` sends to others, each a message."""
+        return [move for move in self.moves if move.source == rank != move.to]
 
 
 def conversion(before: Layout, after: Layout, rows: int, width: int) -> tuple[Hop, ...]:
@@ -70,6 +70,24 @@ def conversion(before: Layout, after: Layout, rows: int, width: int) -> tuple[Ho
         return conversion(before, between, rows, width) + conversion(between, after, rows, width)
     moves = tuple(move for move in _moves(before, after, rows, width) if move.region.size)
     return (Hop(before, after, rows, width, moves),)
+
+
+def in_words(before: Layout, after: Layout) -> str:
+    """The conversion's name among collectives."""
+    one, to_one = len(before.ranks) == 1, len(after.ranks) == 1
+    if one and to_one:
+        return "send" if before != after else "nothing"
+    if before.kind == "partial":
+        if after.kind == "whole":
+            return "reduce" if to_one else "reduce-scatter and allgather"
+        return "reduce-scatter"
+    if one:
+        return "broadcast" if after.kind == "whole" else "scatter"
+    if before.kind == "whole":
+        return "slice"
+    if after.kind == "whole":
+        return "gather" if to_one else "allgather"
+    return "all-to-all"
 
 
 def _moves(before: Layout, after: Layout, rows: int, width: int) -> Iterator[Move]:

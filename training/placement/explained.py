@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from bitring.training.placement.assignment import Placed
 from bitring.training.placement.parts import Part
 from bitring.training.placement.predicted import Traffic
+from bitring.training.placement.wiring import Wiring
 
 
 def explained(
-    what: str, placed: Sequence[Placed], parts: Mapping[str, Part], traffic: Traffic, waits: Mapping[int, float]
+    what: str, wiring: Wiring, parts: Mapping[str, Part], traffic: Traffic, waits: Mapping[int, float], by: str
 ) -> str:
-    """Several lines. ``waits``: seconds a step, by the number of the edge."""
+    """Several lines. ``waits``: seconds a step, by the number of the edge; ``by``: how values travel."""
     lines = [f"placement {what}"]
-    for each in placed:
+    for each in wiring.placed:
         names = [name for name in each.node.layer.shapes if name in parts]
         cut = f", {' and '.join(names)}" if names else ""
         lines.append(f"  {each.node.name}: {each.split}, takes {each.takes}, gives {each.gives}{cut}")
-    lines.append("bytes a step out of the rank that sends most:")
+    lines.append(f"bytes a step out of the rank that sends most ({by}):")
     for edge, there, back in traffic.edges:
         seconds = waits.get(edge.number, 0.0)
         lines.append(
-            f"  {edge.value} to {', '.join(edge.takers)} ({edge.takes}): {max(there):,} forward, {max(back):,} back; "
-            f"waited {seconds:.2g} s"
+            f"  {edge.value} to {', '.join(edge.takers)} ({edge.takes}): {wiring.in_words(edge)}, {max(there):,} "
+            f"forward, {max(back):,} back; waited {seconds:.2g} s"
         )
     for words, nbytes in (("gradients inside a replica", traffic.sums), ("between replicas", traffic.replicas)):
         if max(nbytes):

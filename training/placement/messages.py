@@ -1,10 +1,10 @@
-"""The messages of a step: conversions are carried out by what this rank sends and receives, as steps of a job."""
+"""The messages of a step in Python, as steps of a job: the reference of ``native_messages``."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -12,66 +12,119 @@ from mpi4py import MPI
 from bitring.arrays import bytes_of
 from bitring.collectives.interop.steps import Progress, Steps, StepsTo
 from bitring.collectives.runtime.tags import message_tag
+from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.training.placement.conversion import Hop, Move
 from bitring.training.placement.layout import Region
+from bitring.training.placement.step_hops import StepHops
+from bitring.training.step.compression_for import chosen_compressor
+
+
+class Way(NamedTuple):
+    """By what values travel in a replica. ``comm`` is private to bitring; ``ranks``: the replica's numbers in it.
+
+    ``shapes``: of values, a sample's; ``encoder``: of what travels, or None.
+    """
+
+    comm: MPI.Intracomm
+    ranks: tuple[int, ...]
+    rank: int
+    channel: int
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: np.dtype[Any]
+    encoder: Encoder | None
+
+
+def value_encoder(given: Any) -> Encoder | None:
+    """``value_compression``, by name or instance. Raises TypeError and ValueError."""
+    made = chosen_compressor("value_compression", given)
+    if made is not None and not (isinstance(made, Encoder) and made.fixed_size and not made.draws):
+        raise ValueError(
+            "ModelParallel: value_compression must be an encoder whose payloads have a fixed size, and that does not "
+            f"draw, such as 'float16'; got {made!r}"
+        )
+    return made
 
 
 class Messages:
-    """This rank's, in one step. ``comm`` is private to bitring; ``ranks``: the numbers in it of the replica's ranks.
+    """This rank's, in steps of one batch size. Sends go on beside the computing; ``finish`` waits for them."""
 
-    Sends go on beside the computing; ``finish`` waits for them.
-    """
+    runs_in = "Python"
 
-    def __init__(self, comm: MPI.Intracomm, ranks: Sequence[int], rank: int, channel: int, progress: Progress) -> None:
-        self._comm, self._ranks, self._rank, self._channel = comm, ranks, rank, channel
-        self._progress = progress
+    def __init__(self, way: Way, hops: StepHops) -> None:
+        self._way, self._hops = way, hops
         self._sends: list[tuple[MPI.Request, Any]] = []
-        self.nbytes_sent = 0
-        self.seconds: dict[int, float] = {}  # waited, by the number of the edge
+        self._receives: list[MPI.Request] = []  # of the hop under way; each holds its memory
+        self.nbytes_sent = 0  # in the last step
+        self.seconds: dict[int, float] = {}  # waited in the last step, by the number of the edge
 
-    def send(self, hop: Hop, number: int, mine: Any) -> None:
-        """Send what others get of ``mine``, which may be overwritten afterwards. ``number``: the message's."""
-        for move in hop.moves:
-            if move.source == self._rank != move.to:
-                data = np.array(_within(mine, hop, self._rank, move), order="C", copy=True)
-                request = self._comm.Isend(bytes_of(data.reshape(-1)), self._ranks[move.to], self._tag(number))
-                self._sends.append((request, data))
-                self.nbytes_sent += data.nbytes
+    def begin(self, progress: Progress) -> None:
+        """Begin a step."""
+        self._progress = progress
+        progress.holds = self
+        self.nbytes_sent, self.seconds = 0, {}
+        self._sends, self._receives = [], []
 
-    def receive(self, hop: Hop, number: int, mine: Any, inner: tuple[int, ...], dtype: Any) -> StepsTo[Any]:
-        """This rank's part of the value after the hop, from ``mine`` before it and what others send.
+    def send(self, number: int, mine: Any) -> None:
+        """Send what others get of ``mine`` in hop ``number``; the array may be overwritten afterwards."""
+        way, (_, hop, sequences) = self._way, self._hops.hops[number]
+        for move, sequence in zip(hop.moves, sequences, strict=True):
+            if move.source == way.rank != move.to:
+                data = np.array(_within(mine, hop, way.rank, move), way.dtype, order="C", copy=True).reshape(-1)
+                message = bytes_of(data) if way.encoder is None else _encoded(way.encoder, data)
+                request = way.comm.Isend(message, way.ranks[move.to], message_tag(way.channel, sequence))
+                self._sends.append((request, message))
+                self.nbytes_sent += message.nbytes
 
-        ``inner``: a sample's shape. Nothing is there to be had where this rank has no part: None.
+    def receive(self, number: int, mine: Any, meanwhile: Callable[[], bool]) -> StepsTo[Any]:
+        """This rank's part of the value after hop ``number``, from ``mine`` before it and what others send.
+
+        Nothing is there to be had where this rank has no part: None. As long as it has to wait it calls ``meanwhile``,
+        which does something else, until that returns that there is nothing.
         """
-        if self._rank not in hop.after.ranks:
+        way, (edge, hop, sequences) = self._way, self._hops.hops[number]
+        if way.rank not in hop.after.ranks:
             return None
-        region = hop.after_it(self._rank)
-        moves = [move for move in hop.moves if move.to == self._rank]
-        due: list[tuple[MPI.Request, Any] | None] = []
-        for move in moves:
-            if move.source == self._rank:
-                due.append(None)
+        inner, region, encoder = way.shapes[edge.value], hop.after_it(way.rank), way.encoder
+        due: list[tuple[Move, MPI.Request | None, Any]] = []
+        for move, sequence in zip(hop.moves, sequences, strict=True):
+            if move.to == way.rank != move.source:
+                data = np.empty(shape_of(move.region, inner), way.dtype)
+                message = bytes_of(data.reshape(-1))
+                if encoder is not None:
+                    message = np.empty(encoder.nbytes(data.size), np.uint8)
+                tag = message_tag(way.channel, sequence)
+                due.append((move, way.comm.Irecv(message, way.ranks[move.source], tag), (data, message)))
+            elif move.to == way.rank:
+                due.append((move, None, None))
+        self._receives = [request for _, request, _ in due if request is not None]
+        while not MPI.Request.Testall(self._receives) and meanwhile():
+            pass
+        begin = time.perf_counter()
+        sums = hop.sums(way.rank)
+        result = np.zeros(shape_of(region, inner), way.dtype) if sums else np.empty(shape_of(region, inner), way.dtype)
+        for move, request, arrived in due:
+            if request is None:
+                data = _within(mine, hop, way.rank, move)
             else:
-                data = np.empty(shape_of(move.region, inner), dtype)
-                source = self._ranks[move.source]
-                due.append((self._comm.Irecv(bytes_of(data.reshape(-1)), source, self._tag(number)), data))
-        alone = len(moves) == 1 and moves[0].region == region
-        sums = hop.sums(self._rank)
-        result = np.zeros(shape_of(region, inner), dtype) if sums else np.empty(shape_of(region, inner), dtype)
-        for move, each in zip(moves, due, strict=True):
-            if each is None:
-                data = _within(mine, hop, self._rank, move)
-            else:
-                request, data = each
-                yield from self._wait(request, frozenset((self._ranks[move.source],)))
-                if alone:
-                    return data
+                yield from self._wait(request, frozenset((way.ranks[move.source],)))
+                data, message = arrived
+                if encoder is not None:
+                    encoder.decode(message, data.reshape(-1))
             target = _slice(result, region, move.region)
             if sums:
                 target += data
             else:
                 target[...] = data
+        self.seconds[edge.number] = self.seconds.get(edge.number, 0.0) + time.perf_counter() - begin
         return result
+
+    def advance(self) -> None:
+        """Take what is under way further, between two layers: the MPI library does it."""
+
+    def finish(self) -> Steps:
+        """Wait for the sends."""
+        for request, _ in self._sends:
+            yield from self._wait(request, frozenset())
 
     def _wait(self, request: MPI.Request, peers: frozenset[int]) -> Steps:
         while not request.Test():
@@ -79,25 +132,17 @@ class Messages:
             yield
         self._progress.moves += 1
 
-    def timed(self, number: int, steps: StepsTo[Any]) -> StepsTo[Any]:
-        """``steps``, whose time counts as edge ``number``'s."""
-        begin = time.perf_counter()
-        result = yield from steps
-        self.seconds[number] = self.seconds.get(number, 0.0) + time.perf_counter() - begin
-        return result
-
-    def finish(self) -> Steps:
-        """Wait for the sends."""
-        for request, _ in self._sends:
-            yield from self._wait(request, frozenset())
-
-    def _tag(self, number: int) -> int:
-        return message_tag(self._channel, number)
-
 
 def shape_of(region: Region, inner: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of an array that holds the region, of samples of shape ``inner``."""
     return (region.last_row - region.first_row, *inner[:-1], region.last - region.first)
+
+
+def _encoded(encoder: Encoder, values: Any) -> Any:
+    """The payload. What it leaves out is lost: the next message is about other samples."""
+    payload = np.empty(encoder.nbytes(values.size), np.uint8)
+    encoder.encode(values, np.zeros(values.size, residual_dtype(values.dtype)), payload)
+    return payload
 
 
 def _slice(array: Any, of: Region, region: Region) -> Any:

@@ -59,6 +59,21 @@ def parts_of(placed: Sequence[Placed]) -> dict[str, Part]:
     return found
 
 
+def joined(
+    everyone: Sequence[tuple[int, Mapping[str, Any]]], parts: Mapping[str, Part], parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """New arrays like the whole ``parameters``, of ranks' numbers and what they have; empty parts may be missing."""
+    by_rank: dict[int, dict[str, Any]] = {}
+    for rank, theirs in everyone:
+        by_rank.setdefault(rank, {}).update(theirs)
+    whole: dict[str, Any] = {}
+    for name, w in parameters.items():
+        each = parts[name]
+        kept = [by_rank[rank].get(name, np.empty_like(each.of(w, rank))) for rank in each.keepers]
+        whole[name] = np.array(each.join(kept))
+    return whole
+
+
 def local_parameters(
     placed: Sequence[Placed], parts: Mapping[str, Any], model: Mapping[str, Any], rank: int
 ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from bitring.compression.encoder import Encoder
 from bitring.training.placement.assignment import Placed
 from bitring.training.placement.layout import part
 from bitring.training.placement.parts import Part
@@ -31,12 +32,16 @@ class Traffic(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A placement to be drawn: its nodes, the width of each one's values, a replica's samples, and what travels."""
+    """A placement to be drawn: its nodes, the width of each one's values, a replica's samples, and what travels.
+
+    ``words``: by the number of an edge, the name of its conversion.
+    """
 
     placed: list[Placed]
     widths: list[int]
     samples: int
     traffic: Traffic
+    words: dict[int, str]
 
 
 def predicted(
@@ -46,15 +51,18 @@ def predicted(
     ranks: int,
     replicas: int,
     samples: int,
-    microbatches: int,
     itemsize: int,
+    encoder: Encoder | None,
 ) -> Traffic:
-    """Of a replica with so many ranks that gets so many ``samples`` a step, in micro-batches."""
-    cuts = [part(samples, microbatches, number) for number in range(microbatches)]
+    """Of a replica with so many ranks that gets so many ``samples`` a step, whose values travel by ``encoder``."""
+
+    def nbytes_of(values: int) -> int:
+        return values * itemsize if encoder is None else encoder.nbytes(values)
+
     edges: list[tuple[Edge, list[int], list[int]]] = []
     for edge in wiring.edges.values():
-        both = [[wiring.values_sent(edge, cut.stop - cut.start, rank) for cut in cuts] for rank in range(ranks)]
-        there, back = ([sum(each[way] for each in mine) * itemsize for mine in both] for way in (0, 1))
+        both = [wiring.nbytes_sent(edge, samples, rank, nbytes_of) for rank in range(ranks)]
+        there, back = ([each[way] for each in both] for way in (0, 1))
         if any(there) or any(back):
             edges.append((edge, there, back))
     sums, between = [0.0] * ranks, [0.0] * ranks

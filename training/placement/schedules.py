@@ -17,6 +17,13 @@ class Task(NamedTuple):
     microbatch: int
 
 
+class StageTask(NamedTuple):
+    """A stage's."""
+
+    stage: int
+    task: Task
+
+
 Schedule = Callable[[int, int, int], list[Task]]
 """Takes a stage, the number of stages, and that of micro-batches; gives the stage's tasks in order."""
 
@@ -41,6 +48,17 @@ def one_forward_one_backward(stage: int, stages: int, microbatches: int) -> list
 
 
 SCHEDULES: dict[str, Schedule] = {"gpipe": gpipe, "one_forward_one_backward": one_forward_one_backward}
+
+
+def in_turns(turns: int) -> list[StageTask]:
+    """Of all ranks: stage 0 all at once, stage 1 in turns, forward and backward; then stage 0 backward.
+
+    Krizhevsky's scheme (b) of hybrid parallelism ("One weird trick", 2014): each rank's samples in turn.
+    """
+    ahead = [StageTask(0, Task(False, 0))]
+    for turn in range(turns):
+        ahead += [StageTask(1, Task(False, turn)), StageTask(1, Task(True, turn))]
+    return [*ahead, StageTask(0, Task(True, 0))]
 
 
 class Course(NamedTuple):

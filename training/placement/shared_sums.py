@@ -32,6 +32,7 @@ class SharedSums:
         self, comm: MPI.Intracomm, replica: int, rank: int, parts: Mapping[str, Part], mine: Mapping[str, Any]
     ) -> None:
         self._shared: list[Shared] = []
+        self._told = 0
         for ranks in sorted({part.ranks for part in parts.values() if part.axis is None and len(part.ranks) > 1}):
             made = Communicator(comm).Split(replica if rank in ranks else MPI.UNDEFINED, rank)
             if rank in ranks:
@@ -45,10 +46,20 @@ class SharedSums:
             plan()
             gradients.update(views)
 
+    def tell(self, parameters: Mapping[str, Any]) -> None:
+        """Give all ranks that share some of the parameters the values of the first of them. Collective."""
+        for comm, flat, views, _ in self._shared:
+            if comm.Get_rank() == 0:
+                np.concatenate([parameters[name] for name in views], axis=None, out=flat)
+                self._told += flat.nbytes
+            comm.Bcast(flat, 0)
+            for name, values in views.items():
+                parameters[name][...] = values
+
     @property
     def nbytes_sent(self) -> int:
         """By this rank to others, so far."""
-        return sum(shared.plan.bytes_sent for shared in self._shared)
+        return self._told + sum(shared.plan.bytes_sent for shared in self._shared)
 
     def free(self) -> None:
         """Free the plans and communicators. Collective."""

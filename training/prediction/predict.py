@@ -100,6 +100,7 @@ def exchange_seconds(
 ) -> dict[str, float]:
     """Seconds to exchange the first of a layer's parameters alone, by each of ``exchanges`` that would be used for it.
 
+    A rank's own product of its factors is no part of them: it is back-propagation's, wherever it is made.
     Names are those of ``predict``: "exact", an encoder's, "sufficient_factors"; and "row_owners".
     ``batch``: samples per rank in a step.
     """
@@ -112,7 +113,7 @@ def exchange_seconds(
         if costing is None or (costing.block is not None and values < costing.block):
             continue
         kind = None if costing.block is None else exchange
-        found[exchange] = costing.exchange(BucketSizes((name,), kind)).times.total
+        found[exchange] = step.alone(costing.exchange(BucketSizes((name,), kind)))
     return found
 
 
@@ -175,8 +176,7 @@ class _Step:
         buckets = bucket_sizes(sizes, {each: name if yes else None for each, yes in compressed.items()}, nbytes)
         exchanges = [costing.exchange(bucket) for bucket in buckets]
         alone = self._timeline(buckets, [_Exchange(Times(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, "", 0.0)] * len(buckets), 0.0)
-        agree = 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha
-        seconds = self._timeline(buckets, exchanges, agree)
+        seconds = self._timeline(buckets, exchanges, self.meeting)
         largest = max(range(len(buckets)), key=lambda k: self._nbytes(buckets[k].names))
         return Prediction(
             name,
@@ -191,6 +191,18 @@ class _Step:
             lossless=costing.lossless,
             measured=costing.measured,
         )
+
+    @property
+    def meeting(self) -> float:
+        """Seconds of an AllReduce of some bytes."""
+        return 2 * math.ceil(math.log2(self.cluster.ranks)) * self.network.alpha
+
+    def alone(self, exchange: _Exchange) -> float:
+        """Seconds of an exchange with nothing beside it."""
+        times = exchange.times
+        if self.second_core:
+            return times.total
+        return max(times.total, times.encode + times.decode + exchange.moving)
 
     def _costing(self, name: str) -> _Costing | None:
         if name == "exact":
@@ -290,6 +302,7 @@ class _Step:
                 beta=network.beta,
                 pieces=-(-chunk // segment_length(chunk, among, encoder.block)),
             )
+            times = times._replace(total=times.total + self.meeting)  # before it, ranks tell each other how it goes
             sent = self._share(among) * payload / lanes
             if network.inside:
                 return _Exchange(times, sent, 0.0, "owners", times.wire)

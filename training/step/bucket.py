@@ -11,7 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import xp_of
-from bitring.collectives.plan import Plan
+from bitring.collectives.base_plan import Plan
 from bitring.compression.compressor import Compressor
 from bitring.compression.plans.plan import plan_allreduce
 from bitring.training.step.bucket_sizes import Size, bucket_sizes, kind_of, largest_bucket

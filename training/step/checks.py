@@ -15,7 +15,8 @@ from bitring.arrays import BFLOAT16, as_array, is_dense, is_device, require_nati
 from bitring.compression.factors import Factors
 from bitring.registry import Registry
 from bitring.settings import make
-from bitring.training.tree import host_copy, is_array, leaves
+from bitring.training.sparse import Sparse
+from bitring.training.tree import flattened, host_copy, is_array, leaves
 
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, BFLOAT16, np.float32, np.float64))
 
@@ -41,13 +42,18 @@ def checked_unused(unused: str) -> str:
     return unused
 
 
-def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str, zeros: bool) -> dict[str, Any]:
+def checked_gradients(
+    gradients: Any, parameters: Mapping[str, Any], where: str, zeros: bool, sparse: bool = False
+) -> dict[str, Any]:
     """Name -> array, or ``Factors``, like the parameters; ``zeros``: what is None or not there is zeros.
 
+    ``sparse``: what is ``Sparse`` stays so; else it is made dense.
     Raises TypeError and ValueError.
     """
     if isinstance(gradients, Mapping):
         taken = dict(gradients)
+        if taken.keys() != parameters.keys():  # nested ones have others
+            taken = flattened(gradients, f"{where}: gradients")
         if taken.keys() != parameters.keys():
             missing = [name for name in parameters if name not in taken]
             extra = [name for name in taken if name not in parameters]
@@ -56,11 +62,15 @@ def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str,
                     f"{where}: gradients must have the parameters' names; missing: {missing}, unknown: {extra}"
                 )
     elif isinstance(gradients, (list, tuple)):
-        if len(gradients) != len(parameters):
+        leaves_in_order: Any = gradients
+        if any(isinstance(each, (Mapping, list, tuple)) for each in gradients):
+            leaves_in_order = flattened(gradients, f"{where}: gradients").values()
+        if len(leaves_in_order) != len(parameters):
             raise ValueError(
-                f"{where}: gradients must be one for each of the {len(parameters)} parameters, got {len(gradients)}"
+                f"{where}: gradients must be one for each of the {len(parameters)} parameters, "
+                f"got {len(leaves_in_order)}"
             )
-        taken = dict(zip(parameters, gradients, strict=True))
+        taken = dict(zip(parameters, leaves_in_order, strict=True))
     else:
         raise TypeError(f"{where}: gradients must be a dict or a list of arrays, got {type(gradients).__name__}")
     sharing: set[type] = set()
@@ -77,7 +87,9 @@ def checked_gradients(gradients: Any, parameters: Mapping[str, Any], where: str,
         if type(g) is np.ndarray and type(g) is type(w) and g.dtype == w.dtype and g.shape == w.shape:
             continue
         g = taken[name] = _gradient(g, where, name, sharing)
-        array = g.u if isinstance(g, Factors) else g
+        if isinstance(g, Sparse) and not sparse:
+            g = taken[name] = g.dense()
+        array = g.u if isinstance(g, Factors) else g.values if isinstance(g, Sparse) else g
         if type(array) is not type(w) and not (isinstance(array, np.ndarray) and isinstance(w, np.ndarray)):
             raise TypeError(
                 f"{where}: the gradient of {name!r} must be an array of {xp_of(w).__name__}, as the parameter is, "
@@ -98,7 +110,7 @@ def _gradient(g: Any, where: str, name: str, sharing: set[type]) -> Any:
     if kind not in sharing:
         if isinstance(g, np.generic):  # what NumPy makes of arrays without dimensions
             return np.asarray(g)
-        if isinstance(g, Factors):
+        if isinstance(g, (Factors, Sparse)):
             return g
         if is_array(g) or not hasattr(g, "__dlpack__"):
             return as_array(g, where, f"the gradient of {name!r}")
@@ -119,7 +131,10 @@ def not_finite(arrays: Mapping[str, Any]) -> str | None:
     xp = xp_of(next(iter(arrays.values())))
     parts: list[tuple[str, Any]] = []
     for name, array in arrays.items():
-        parts += [(name, array.u), (name, array.v)] if isinstance(array, Factors) else [(name, array)]
+        if isinstance(array, Factors):
+            parts += [(name, array.u), (name, array.v)]
+        else:
+            parts.append((name, array.values if isinstance(array, Sparse) else array))
     sums = xp.empty(len(parts), np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         for i, (_, array) in enumerate(parts):
@@ -218,7 +233,7 @@ def is_frozen(settings: object) -> bool:
     return parameters is not None and bool(parameters.frozen)
 
 
-def chosen(argument: str, given: Any, registry: Registry[Any], base: type[Any]) -> Any:
+def chosen(argument: str, given: Any, registry: Registry[Any], base: type[Any], function: str = "DataParallel") -> Any:
     """The instance that a name, settings behind it or not, or an instance stands for.
 
     Raises TypeError for anything else, and what ``make`` raises.
@@ -228,33 +243,31 @@ def chosen(argument: str, given: Any, registry: Registry[Any], base: type[Any]) 
             return make(given, registry)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"DataParallel: {error}") from None
+            raise kind(f"{function}: {error}") from None
     if isinstance(given, base):
         return given
     shown = f"the class {given.__name__} itself" if isinstance(given, type) else repr(given)
     if hasattr(given, "is_for"):
         shown += f", which is for {given.is_for}"
     raise TypeError(
-        f"DataParallel: {argument} must be a name ({', '.join(registry.names())}) or an instance of {base.__name__}, "
-        f"got {shown}"
+        f"{function}: {argument} must be a name ({', '.join(registry.names())}) "
+        f"or an instance of {registry.kind.title()}, got {shown}"
     )
 
 
-def checked_parameters(parameters: Any) -> dict[str, Any]:
-    """Name -> array, over the memory of what was given. Raises TypeError and ValueError."""
-    where = "DataParallel: parameters"
-    if isinstance(parameters, Mapping):
-        named = dict(parameters)
-    elif isinstance(parameters, (list, tuple)):
-        named = {str(i): array for i, array in enumerate(parameters)}
-    else:
+def checked_parameters(parameters: Any, function: str = "DataParallel", written: bool = True) -> dict[str, Any]:
+    """Name -> array, over the memory of what was given, which must be writable where it is ``written``.
+
+    Raises TypeError and ValueError.
+    """
+    where = f"{function}: parameters"
+    if not isinstance(parameters, (Mapping, list, tuple)):
         raise TypeError(f"{where} must be a dict or a list of arrays, got {type(parameters).__name__}")
+    named = flattened(parameters, where)
     if not named:
         raise ValueError(f"{where} must hold at least one array, got none")
     extents: list[tuple[int, int, str]] = []
     for name, array in list(named.items()):
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"{where} must be named by non-empty strings, got the name {name!r}")
         array = named[name] = as_array(array, where, repr(name))
         if is_device(array) != is_device(next(iter(named.values()))):
             raise TypeError(f"{where}: {name!r} must be on the same device as the others")
@@ -268,12 +281,12 @@ def checked_parameters(parameters: Any) -> dict[str, Any]:
                 f"{where}: {name!r} must be {order}, got shape {tuple(array.shape)} with strides {tuple(array.strides)}"
             )
         if isinstance(array, np.ndarray):
-            if not array.flags.writeable:
+            if written and not array.flags.writeable:
                 raise ValueError(
                     f"{where}: {name!r} must be writable, since it is updated in place, got a read-only array; "
                     "give a writable copy, such as numpy.array of it"
                 )
-            if array.size:
+            if written and array.size:
                 start = array.__array_interface__["data"][0]
                 extents.append((start, start + array.nbytes, name))
     extents.sort()

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ class GradientExchange:
 
     ``compressors``: what each parameter travels by, None for exact sums.
     ``warms_up``: whether there are exact plans, too, for buckets that are compressed. ``make_plan``: makes a bucket's
-    plan, from it, a communicator, an algorithm's name and a compressor. ``overlaps``: whether large
+    plan, from it, a communicator, an algorithm's name and a compressor. ``travelling``: what is exchanged for the
+    gradients of these names. ``overlaps``: whether large
     buckets travel while others are packed.
     """
 
@@ -44,6 +45,7 @@ class GradientExchange:
         bucket_bytes: int,
         warms_up: bool,
         make_plan: Callable[[Bucket, MPI.Intracomm, str, Compressor | None], Any],
+        travelling: Callable[[Mapping[str, Any], Iterable[str]], Mapping[str, Any]],
     ) -> None:
         self._comm = comm
         self._parameters = parameters
@@ -56,6 +58,7 @@ class GradientExchange:
         self.buckets = make_buckets(parameters, compressors, bucket_bytes, nodes, empty)
         self.overlaps = overlaps(sum(bucket.flat.nbytes for bucket in self.buckets), nodes)
         self._make_plan = make_plan
+        self._travelling = travelling
         self.plans: list[Any] = []
         self._exact_plans: dict[int, Any] = {}
         for i, bucket in enumerate(self.buckets):
@@ -67,6 +70,7 @@ class GradientExchange:
         self._left: deque[tuple[Bucket, Any]] = deque()  # of the exchange under way: what other ranks wait for
         self._opened: list[tuple[Bucket, Any]] = []  # all buckets of the exchange, and their plans
         self._travels: set[int] = set()  # the numbers of those that began to travel beside this rank's other work
+        self._first_began = 0.0  # when the exchange of the first bucket began, where that was over before the others'
         self.timeline = Timeline()
         self.failed = False
         """Whether a plan's run has failed since ``begin``, which it has on all ranks, or the communicator is broken."""
@@ -89,9 +93,10 @@ class GradientExchange:
                 self.plans[i] = self._make_plan(bucket, self._comm, algorithm, None)
 
     def free(self) -> None:
-        """Free the plans."""
+        """Free the plans; one whose run was interrupted and goes on is freed at the end of its life."""
         for plan in self.all_plans:
-            plan.free()
+            if not plan.started:
+                plan.free()
 
     def sums_are_finite(self, arrays: Mapping[str, Any]) -> bool:
         """Whether all arrays have finite sums: then none holds NaN or Inf. Small arrays are packed on the way.
@@ -104,7 +109,7 @@ class GradientExchange:
             for i, (bucket, run) in enumerate(runs):
                 sums[i] = bucket.packed(arrays, run).sum(dtype=bucket.wide)
         self._packed = arrays
-        return bool(np.isfinite(host_copy(sums)).all())
+        return all(map(math.isfinite, (sums if self._xp is np else host_copy(sums)).tolist()))
 
     def not_finite(self, arrays: Mapping[str, Any]) -> str | None:
         """The first of the arrays that holds NaN or Inf, and which; None where none does."""
@@ -159,10 +164,17 @@ class GradientExchange:
 
     def open(self, exact: bool) -> None:
         """Begin an exchange: all ranks do. Buckets are to be loaded, first to last."""
+        for plan in self.all_plans:
+            if plan.signed:
+                plan.sign(None)
+        self._open(exact)
+
+    def _open(self, exact: bool) -> None:
         plans = [self._exact_plans.get(i, plan) if exact else plan for i, plan in enumerate(self.plans)]
         self._left.extend(zip(self.buckets, plans, strict=True))
         self._opened = [*self._left]
         self._travels.clear()
+        self._first_began = 0.0
         self.timeline.opened()
 
     def load(
@@ -171,6 +183,8 @@ class GradientExchange:
         """Fill a bucket of the open exchange with scale·(arrays − minus); ``start``: it begins to travel."""
         began = time.perf_counter()
         bucket, plan = self._opened[number]
+        if minus is None and scale:
+            arrays = self._travelling(arrays, bucket.shapes)
         packed = minus is None and self._packed is arrays
         if self.takes_factors:
             self._load_factors(bucket, plan, arrays, scale, minus)
@@ -182,6 +196,26 @@ class GradientExchange:
         if start:
             plan.start(self.timeline.started(number))
             self._travels.add(number)
+
+    def first_plan(self, exact: bool) -> Any:
+        """The plan of the first bucket; ``exact``: in the warm-up."""
+        return self._exact_plans.get(0, self.plans[0]) if exact else self.plans[0]
+
+    def load_all(self, arrays: Mapping[str, Any], scale: float, exact: bool) -> None:
+        """Open an exchange and load its buckets; the first one's plan is to be run, signed, then ``first_is_there``."""
+        self._open(exact)
+        for number in range(len(self.buckets)):
+            self.load(number, arrays, scale, None, start=False)
+        self._packed = None  # what is in the buckets are not the arrays any more
+        self._first_began = time.perf_counter()
+
+    def first_is_there(self) -> None:
+        """The first bucket has been exchanged."""
+        self._travels.add(0)
+
+    def close(self) -> None:
+        """End an open exchange of which nothing has been exchanged; it is to be opened again."""
+        self._left.clear()
 
     def wait(self) -> None:
         """Wait for the buckets that travel; ``results`` has their sums at once then. Can be called again."""
@@ -203,7 +237,8 @@ class GradientExchange:
         self._packed = None
         while self._left:
             bucket, plan = self._left[0]
-            began, number = time.perf_counter(), self._number
+            began, number = self._first_began or time.perf_counter(), self._number
+            self._first_began = 0.0
             if plan.started or number not in self._travels:
                 self._wait(plan)
             self._left.popleft()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from bitring.collectives.runtime.interrupts import HeldBack
 from bitring.training.step.gradient_exchange import GradientExchange
-from bitring.training.step.interrupts import HeldBack
 
 
 class Later(NamedTuple):

@@ -18,8 +18,10 @@ class Notices:
 
     def to_tell(self) -> int:
         """The bits for the record: a signal that came to this rank among them."""
-        noted = any(preemption.noted for preemption in watching(self._comm))
-        return self.own | NOTICE if noted else self.own
+        for preemption in watching(self._comm):
+            if preemption.noted:
+                return self.own | NOTICE
+        return self.own
 
     def hear(self, records: Records, told: int) -> None:
         """Ranks have met, and this one told these bits."""

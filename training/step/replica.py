@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bitring.arrays import is_device
-from bitring.training.mode import Mode, modes
+from bitring.compression.factors import dense
+from bitring.training.mode import BaseMode, FreeMode, Mode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 from bitring.training.step.bucket import Bucket
 from bitring.training.step.checks import checked_parameters, chosen, is_frozen, text_of
@@ -21,18 +22,27 @@ from bitring.training.tree import host_copy, set_leaf
 class Replica:
     """The parameters are the caller's arrays, updated in place.
 
-    ``optimizer_state`` and ``mode_state`` are empty until the trainer has them made.
+    ``optimizer_state`` and ``mode_state`` are empty until the trainer has them made; so many steps as ``warmup_steps``
+    says, the first ones, travel exactly.
     """
 
-    def __init__(self, parameters: Any, optimizer: Optimizer | str, mode: Mode | str) -> None:
+    def __init__(self, parameters: Any, optimizer: Optimizer | str, mode: BaseMode | str) -> None:
         """Raises TypeError and ValueError for what is none."""
         self.optimizer: Optimizer = chosen("optimizer", optimizer, optimizers, Optimizer)
-        self.mode: Mode = chosen("mode", mode, modes, Mode)
+        self.mode: BaseMode = chosen("mode", mode, modes, BaseMode)
+        _require_match(self.optimizer, self.mode)
         self.parameters: dict[str, Any] = checked_parameters(parameters)
         self.on_device = any(map(is_device, self.parameters.values()))
+        self.warmup_steps = 0
         self.optimizer_state: dict[str, dict[str, Any]] = {}
         self.mode_state: dict[str, Any] = {}
         self._hash_settings()
+
+    @property
+    def common_mode(self) -> Mode:
+        """The mode, where it is one whose steps all ranks make together."""
+        assert isinstance(self.mode, Mode)
+        return self.mode
 
     def live(self) -> dict[str, Any]:
         """The state but for residuals: a tree of the arrays and numbers in use, no copies."""
@@ -55,19 +65,29 @@ class Replica:
     # Settings, which may change while training goes on
 
     def take_optimizer(self, given: Optimizer | str) -> None:
-        """Go on with this optimizer. Raises ValueError for one that keeps other slots."""
+        """Go on with this optimizer.
+
+        Raises ValueError for one that keeps other slots, or that cannot be used in the present one's place.
+        """
         new: Optimizer = chosen("optimizer", given, optimizers, Optimizer)
-        if set(new.slots) != set(self.optimizer_state):
+        if set(new.kept) != set(self.optimizer_state):
             raise ValueError(
                 f"DataParallel: optimizer must keep the slots {list(self.optimizer_state)} of the trainer's state, "
-                f"got {text_of(new)}, which keeps {list(new.slots)}; make another trainer for it"
+                f"got {text_of(new)}, which keeps {list(new.kept)}; make another trainer for it"
+            )
+        _require_match(new, self.mode)
+        shared = isinstance(self.mode, FreeMode) and self.optimizer.native_update() is not None
+        if shared and new.native_update() is None:  # what is shared is updated in native code
+            raise ValueError(
+                f"DataParallel: optimizer must have a native kernel in the mode {text_of(self.mode)}, as "
+                f"{text_of(self.optimizer)} has, got {text_of(new)}; make another trainer for it"
             )
         self.optimizer = new
         self._hash_settings()
 
-    def take_mode(self, given: Mode | str) -> None:
+    def take_mode(self, given: BaseMode | str) -> None:
         """Go on with this mode. Raises ValueError for one of another kind."""
-        new: Mode = chosen("mode", given, modes, Mode)
+        new: BaseMode = chosen("mode", given, modes, BaseMode)
         if type(new) is not type(self.mode):
             raise ValueError(
                 f"DataParallel: mode must stay {type(self.mode).__name__}, whose state the trainer keeps, "
@@ -91,6 +111,25 @@ class Replica:
     def _hash_settings(self) -> None:
         self._settings_hash = hash_of(" ".join(self.words()))
         self._settings_may_change = not (is_frozen(self.optimizer) and is_frozen(self.mode))
+
+    # What travels
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the first steps travel exactly, whatever the compression."""
+        return self.warmup_steps > 0 or self.optimizer.exact_steps > 0
+
+    def exact(self, step: int) -> bool:
+        """Whether what is exchanged in this step travels exactly, whatever the compression."""
+        most = self.optimizer.exact_steps
+        learns = most > 0 and any(made < most for made in self.optimizer_state[self.optimizer.counters[0]].values())
+        return step < self.warmup_steps or learns
+
+    def travelling(self, gradients: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+        """What the ranks exchange for the gradients of ``names``."""
+        if not self.optimizer.sends_its_own:
+            return gradients
+        return self.optimizer.travelling(dense({name: gradients[name] for name in names}), self.optimizer_state)
 
     # Updates
 
@@ -119,3 +158,11 @@ class Replica:
             for i, bucket in enumerate(buckets)
         ]
         return changes + [(path, [array]) for path, array in arrays_in({"mode": self.mode_state})]
+
+
+def _require_match(optimizer: Optimizer, mode: BaseMode) -> None:
+    if optimizer.sends_its_own and not (isinstance(mode, Mode) and mode.wait_free):
+        raise ValueError(
+            f"DataParallel: mode must be 'sync' with the optimizer {text_of(optimizer)}, which has the ranks exchange "
+            f"its own values in every step, got {text_of(mode)}"
+        )

@@ -17,6 +17,8 @@ from bitring.errors import MismatchError
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.tree import Path, fill, host_copy, is_array, leaves, set_leaf
 
+_SMALL_NBYTES = 1 << 10
+
 
 def digest_of(array: Any) -> bytes:
     """A hash of an array's bits, 8 bytes; about a second per GB."""
@@ -44,25 +46,24 @@ def compare(comm: MPI.Intracomm, arrays: Mapping[str, Any], where: str) -> None:
 def broadcast_tree(comm: MPI.Intracomm, exchange: GradientExchange, tree: dict[str, Any], root: int) -> None:
     """Give the arrays and numbers in ``tree`` the values of rank ``root``'s, in place. Collective.
 
-    Arrays like the parameters, one for each, travel in the buckets of ``exchange``.
+    Arrays like the parameters, one for each, travel in the buckets of ``exchange``, small ones all together.
     """
-    names = {name for bucket in exchange.buckets for name in bucket.shapes}
+    kinds = {name: (view.shape, view.dtype) for bucket in exchange.buckets for name, view in bucket.views.items()}
     groups: dict[Path, dict[str, Any]] = {}
     for path, leaf in leaves(tree):
         groups.setdefault(path[:-1], {})[path[-1]] = leaf
     others: list[tuple[Path, Any]] = []
     for at, group in groups.items():
-        if names <= group.keys():
+        if kinds.items() <= {name: (x.shape, x.dtype) for name, x in group.items() if is_array(x)}.items():
             exchange.broadcast(group, root)
         else:
             others += [((*at, key), leaf) for key, leaf in group.items()]
-    numbers: list[Any] = broadcast(
-        comm, [None if is_array(leaf) else leaf for _, leaf in others], "DataParallel.broadcast", root
-    )
-    for (path, leaf), number in zip(others, numbers, strict=True):
-        if not is_array(leaf):
-            set_leaf(tree, path, number)
-        elif leaf.size:
+    small = [None if is_array(leaf) and leaf.nbytes > _SMALL_NBYTES else host_copy(leaf) for _, leaf in others]
+    theirs: list[Any] = broadcast(comm, small, "DataParallel.broadcast", root)
+    for (path, leaf), value in zip(others, theirs, strict=True):
+        if value is not None:
+            set_leaf(tree, path, value)
+        else:
             host = host_copy(leaf)
             Communicator(comm).Bcast(bytes_of(host.reshape(-1)), root)
             fill(leaf, host)

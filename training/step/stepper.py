@@ -5,32 +5,33 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.runtime.context import context_of
+from bitring.collectives.runtime.interrupts import HeldBack
 from bitring.collectives.runtime.jointly import jointly, raise_everywhere
 from bitring.compression.factors import dense
 from bitring.errors import NonFiniteError
+from bitring.training.step.base_stepper import BaseStepper
 from bitring.training.step.checks import checked_weight
 from bitring.training.step.gradient_exchange import GradientExchange
-from bitring.training.step.interrupts import HeldBack
 from bitring.training.step.later import Later
 from bitring.training.step.meeting import OPERATIONS, WEIGHT, WRONG, Meeting, Records, total_weight
-from bitring.training.step.notices import Notices
 from bitring.training.step.open_step import OpenStep
 from bitring.training.step.replica import Replica
 from bitring.training.step.transaction import Transaction
 from bitring.training.step.undo import Numbers
-from bitring.training.step.waits import Waits
+from bitring.training.step.usual_step import UsualStep
 
 
-class Stepper:
+class Stepper(BaseStepper):
     """The :class:`bitring.training.mode.Trainer` of ``replica`` on ``comm``. Collective to make.
 
-    ``number``: the trainer's, the same on all ranks. ``exact_steps``: so many, the first ones, are not compressed.
+    ``number``: the trainer's, the same on all ranks.
     ``unused_are_zeros``: a gradient that is missing counts as zeros.
     """
 
@@ -40,55 +41,44 @@ class Stepper:
         replica: Replica,
         exchange: GradientExchange,
         number: int,
-        exact_steps: int,
         unused_are_zeros: bool,
     ) -> None:
-        self.comm = comm
-        self.steps = 0
-        self.notices = Notices(comm)
-        self.waits = Waits()
-        self.operation = "step"
-        self.compare_at: float = np.inf
-        """The step after which the replicas are compared."""
-        self._replica = replica
-        self._exchange = exchange
+        super().__init__(comm, replica, exchange)
+        self._context = context_of(comm)
         self._number = number
-        self._exact_steps = exact_steps
         self._unused_are_zeros = unused_are_zeros
         self._meeting = Meeting(comm, replica.words)
-        self._transaction = Transaction(comm, self._meeting, exchange, self.waits)
         self._held = HeldBack()  # in a step, until ranks meet
+        self._usual = UsualStep(number, comm, replica, exchange, self._meeting, self._held, self._make_interrupted)
+        self._transaction = self._usual.transaction = Transaction(
+            comm, self._meeting, exchange, self.waits, self._usual
+        )
         self._open: OpenStep | None = None
         self._problem: Exception | None = None
         self._updates: dict[str, Any] = {}  # gradients that the optimizer is to see at the step's end
         self._later: Later | None = None  # what is to be exchanged when the step is made
         self._under_way: Later | None = None
         replica.optimizer_state = jointly(comm, "DataParallel", lambda: replica.optimizer.init(replica.parameters))
-        replica.mode_state = jointly(comm, "DataParallel", lambda: replica.mode.init(self))
+        replica.mode_state = jointly(comm, "DataParallel", lambda: replica.common_mode.init(self))
         self._numbers = Numbers(replica.mode_state)
         self.mode_has_changed()
 
     def mode_has_changed(self) -> None:
-        """The mode's state may have other arrays now."""
+        """See BaseStepper."""
         self._changes = self._replica.arrays_that_change(self._exchange.buckets)
-
-    @property
-    def where(self) -> str:
-        """The operation under way, for messages."""
-        return (
-            self.operation if "checkpoint" in self.operation else f"DataParallel.{self.operation} (step {self.steps})"
-        )
 
     # A step of gradients that are all there
 
     def step(self, gradients: Any, weight: Any) -> None:
         """See ``DataParallel.step``."""
         if self._open is not None:
-            self._abandon_for(TypeError(f"{self.where}: gradients went to ready since begin, so none are taken here"))
+            self._abandon_for(
+                TypeError(f"{self.where}: begin and ready have what this step takes; call it without arguments")
+            )
         timeline = self._exchange.timeline
         timeline.restart(computed=True)
         self.begin_operation("step")
-        with self._held:
+        with self._usual, self._held:
             where = self.where
             self.notices.everyone = 0
             problem = self._problem
@@ -100,9 +90,11 @@ class Stepper:
             except Exception as error:  # whatever it is, the other ranks must not wait
                 self._problem = self._problem or error
                 weight = 0.0
+            self._usual.gradients = taken
             try:
                 self.transact(lambda: self._run_mode(taken, weight), steps=1)
             except Exception as error:
+                self._usual.gradients = None
                 if self._transaction.came:
                     self._problem = self._problem and problem  # what was found in this step is over, but not what waits
                     raise
@@ -111,12 +103,13 @@ class Stepper:
         timeline.leave()
 
     def _run_mode(self, gradients: Mapping[str, Any], weight: float) -> None:
-        self._replica.mode.step(self, self._replica.mode_state, gradients, weight)
+        self._replica.common_mode.step(self, self._replica.mode_state, gradients, weight)
 
     def transact(self, body: Callable[[], None], steps: int = 0) -> None:
         """Run ``body``, then the updates left to the step's end, all or nothing; then count ``steps``."""
         try:
-            self._transaction.run(body, self._numbers, self._end_record, self.where)
+            whole = partial(self._held.except_for_errors, body)
+            self._transaction.run(whole, self._numbers, self._end_record, self.where)
             self._make(steps)
         finally:
             self._updates.clear()
@@ -127,9 +120,9 @@ class Stepper:
         if not self._updates and self._later is None:
             self.steps += steps
             return
-        if self._later is None and not self._compares_after(steps):
-            context_of(self.comm).exchanged()
-        with HeldBack():
+        with contextlib.nullcontext() if self._held.holds else HeldBack():
+            if self._later is None and not self._compares_after(steps):
+                self._context.exchanged()
             if self._updates:
                 began = time.perf_counter()
                 with np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
@@ -139,10 +132,19 @@ class Stepper:
             if self._later is not None:
                 self._begin_later(self._later)
 
+    def _make_interrupted(self) -> None:
+        """Make the step that all others have made when this rank's wait for them had been interrupted."""
+        for bucket in self._exchange.buckets:
+            self._updates.update(bucket.views)
+        try:
+            self._make(1)
+        finally:
+            self._updates.clear()
+
     def _begin_later(self, later: Later) -> None:
         self._under_way = later
         self._exchange.begin()
-        self._exchange.open(self.steps <= self._exact_steps)
+        self._exchange.open(self._replica.exact(self.steps - 1))
         for number in range(len(self._exchange.buckets)):
             self._exchange.load(number, later.arrays, later.scale, None, start=True)
 
@@ -152,7 +154,7 @@ class Stepper:
 
     @property
     def compares_now(self) -> bool:
-        """Whether the replicas are to be compared after the step just made."""
+        """See BaseStepper."""
         return self._compares_after(0)
 
     # A step whose gradients come one by one
@@ -171,7 +173,7 @@ class Stepper:
             mine = checked_weight(weight, f"DataParallel.begin (step {self.steps})")
         except Exception as error:  # whatever it is, the other ranks must not wait
             self._problem = self._problem or error
-        travels = self._replica.mode.wait_free
+        travels = self._replica.common_mode.wait_free
         opened = OpenStep(self._exchange, mine, travels, self._abandon)
         if travels:
             self._transaction.open(self._numbers)
@@ -228,7 +230,7 @@ class Stepper:
             opened.heard = True
             total = self._agreed(self._meeting.end(lambda records: self.notices.hear(records, self._told)))
             if total:
-                self._exchange.open(self.steps < self._exact_steps)
+                self._exchange.open(self._replica.exact(self.steps))
             opened.total = total
         return opened.total
 
@@ -276,6 +278,7 @@ class Stepper:
         if self._open is not None:
             self._abandon_for(RuntimeError(f"DataParallel.{operation}: a step is open since begin; make it by step()"))
         self.operation = operation
+        self._usual.end_interrupted(operation)
         self.settle()
 
     def settle(self) -> None:
@@ -287,7 +290,7 @@ class Stepper:
     def synchronize(self) -> None:
         """See ``DataParallel.synchronize``."""
         self.begin_operation("synchronize")
-        self.transact(lambda: self._replica.mode.synchronize(self, self._replica.mode_state))
+        self.transact(lambda: self._replica.common_mode.synchronize(self, self._replica.mode_state))
 
     def meet(self, operation: str, error: Exception | None, afresh: bool = False) -> None:
         """See ``DataParallel.meet``."""
@@ -302,38 +305,30 @@ class Stepper:
         with contextlib.suppress(Exception):  # what went wrong between the steps is over with this state
             self.settle()
         self._under_way = None
+        self._usual.forget()
         self._replica.fill(values)
         self.steps = steps
         self._problem = None
 
     # What modes call; see bitring.training.mode.Trainer
 
-    @property
-    def rank(self) -> int:
-        """This rank's number."""
-        return self.comm.Get_rank()
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return self.comm.Get_size()
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Name -> array, to be changed in place."""
-        return self._replica.parameters
-
     def agree(self, weight: float, check: Mapping[str, Any] | None = None) -> float:
         """See :class:`bitring.training.mode.Trainer`."""
         if self._open is not None:
             return self._total()
-        where = self.where
+        where, usual = self.where, self._usual
+        if self._problem is None and usual.possible:
+            if usual.begin(weight, self.steps, self.notices.to_tell(), self.compare_at):
+                self.notices.hear([], 0)
+                return usual.total
+            self._problem = usual.problem
         if check is not None and self._problem is None:
             bad = self._exchange.not_finite(check)
             if bad is not None:
                 self._problem = NonFiniteError(f"{where}: the parameter {bad} on rank {self.rank}; training diverged")
         told = self.notices.to_tell()
-        self._held.release()
+        if self._context.size > 1:
+            self._held.release()
         self._transaction.came = True
         return self._agreed(
             self._meeting.exchange(
@@ -350,13 +345,16 @@ class Stepper:
             raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
         total = total_weight((record[WEIGHT] for record in records), where)
         self._transaction.met = True
-        if self._replica.mode.writes and self._replica.mode_state:
+        if self.operation == "step":
+            self._usual.learn(records, total, self.steps)
+        if self._replica.common_mode.writes and self._replica.mode_state:
             self._save()
         return total
 
     def _record(self, wrong: bool, weight: float = 0.0, told: int = 0, ends: bool = False) -> tuple[float, ...]:
         operation, settings = OPERATIONS.index(self.operation), self._replica.settings_hash
-        return self._number, operation, ends, self.steps, settings, wrong, weight, told, self._meeting.waited
+        waited = self._transaction.waited + self._meeting.waited
+        return self._number, operation, ends, self.steps, settings, wrong, weight, told, waited
 
     def _end_record(self, failed: bool) -> tuple[float, ...]:
         return self._record(failed, ends=True)
@@ -365,12 +363,12 @@ class Stepper:
         self, arrays: Mapping[str, Any], scale: float, minus: Mapping[str, Any] | None = None
     ) -> Iterator[dict[str, Any]]:
         """See :class:`bitring.training.mode.Trainer`."""
-        writes = self._replica.mode.writes or self._replica.update_may_raise
-        if self._open is not None:
+        writes = self._replica.common_mode.writes or self._replica.update_may_raise
+        if self._open is not None or self._usual.begun:
             if writes:
                 self._save()
             return self._exchange.results()
-        exact = self.steps < self._exact_steps
+        exact = self._replica.exact(self.steps)
         return self._exchange.run(arrays, scale, minus, exact, self._save if writes else lambda: None)
 
     def exchange_later(self, arrays: Mapping[str, Any], scale: float, into: Mapping[str, Any]) -> None:

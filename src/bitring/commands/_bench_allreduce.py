@@ -16,8 +16,9 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import BFLOAT16
+from bitring.collectives.base_plan import Plan
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.plan import Plan, library_reduces
+from bitring.collectives.plan import library_reduces
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.commands._others import LIBRARY, Others

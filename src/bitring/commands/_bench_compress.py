@@ -65,7 +65,7 @@ def run(
     """Measure, print, and keep the results. Collective."""
     world = MPI.COMM_WORLD
     with ending_together(world):
-        chosen = together(world, lambda: _checked(world, json_path, plot, names, dtypes))
+        chosen = together(world, lambda: _checked(world, json_path, plot, names, dtypes, n))
         limit_threads(world)
         machine = describe(world)
         types = [dtype_of(each) for each in dtypes]
@@ -104,9 +104,13 @@ def run(
 
 
 def _checked(
-    comm: MPI.Intracomm, json_path: Path | None, plot: Path | None, names: list[str] | None, dtypes: list[str]
+    comm: MPI.Intracomm, json_path: Path | None, plot: Path | None, names: list[str] | None, dtypes: list[str], n: int
 ) -> dict[str, Encoder]:
+    """Name -> encoder, of a square weight of ``n`` values where that can be: some encode it otherwise than a buffer."""
+    side = math.isqrt(n)
     chosen = {name: make(name, encoders) for name in names or encoders.names()}
+    if side * side == n:
+        chosen = {name: encoder.for_shape((side, side)) for name, encoder in chosen.items()}
     for name in dtypes:
         residual_dtype(dtype_of(name))
     if comm.rank != 0:

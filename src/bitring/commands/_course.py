@@ -13,20 +13,19 @@ from mpi4py import MPI
 from bitring.collectives.runtime.objects import allgather
 from bitring.commands._due import Due
 from bitring.commands._going_on import PreemptedError
+from bitring.commands._kept import checkpoint_path, history_of
 from bitring.commands._ranks import fail
-from bitring.commands._settings import Settings, difference
-from bitring.commands._units import count
+from bitring.commands._settings import Settings
 from bitring.compression.compressor import Compressor
 from bitring.exit_codes import ExitCode
 from bitring.models.dataset import Data
 from bitring.models.model import Model
 from bitring.training.batches import Batches
-from bitring.training.checkpoints.file import previous
 from bitring.training.checkpoints.loading import load_checkpoint
 from bitring.training.checkpoints.saving import write_checkpoint
 from bitring.training.choice import Choice
 from bitring.training.data_parallel import DataParallel
-from bitring.training.mode import Mode
+from bitring.training.mode import BaseMode
 from bitring.training.optimizer import Optimizer
 from bitring.training.preemption import Preemption
 
@@ -47,7 +46,7 @@ class Parts:
     data: Data
     model: Model
     optimizer: Optimizer
-    mode: Mode
+    mode: BaseMode
     compression: Compressor | Choice | None
     batches: Batches
     steps: int  # of all epochs
@@ -133,21 +132,7 @@ def go_on(course: Course, path: Path) -> None:
     """Load the checkpoint. Collective. Raises ValueError when it is of another run."""
     trainer, size = course.trainer, course.comm.size
     extra = load_checkpoint(path, trainer)
-    history, settings = extra.get("history"), extra.get("settings")
-    if not isinstance(history, list) or not isinstance(settings, dict):
-        raise ValueError(f"--resume: {path} was not made by bitring train")
-    differs = difference(settings, course.settings.of_the_result())
-    if differs is not None:
-        option, *values = differs
-        made, given = ("its default" if x is None else x for x in values)
-        raise ValueError(f"--resume: the checkpoint was made with --{option.replace('_', '-')} {made}; got {given}")
-    each = len(course.parts.batches)
-    done = trainer.steps - each * len(history)
-    if not 0 <= done <= each:
-        raise ValueError(
-            f"--resume: the checkpoint is of {count(len(history), 'epoch')} and {trainer.steps} steps; "
-            f"the data given now make {each} steps per epoch"
-        )
+    history, done = history_of(path, course.settings, extra, trainer.steps, len(course.parts.batches))
     # What each rank had of its own is the sum, or the most, of all on another number of ranks.
     epoch = extra.get("epoch", {"seconds": 0.0, "loss": [0.0]})
     sent = extra.get("bytes_sent", [record["bytes_sent"] for record in history[-1:]] or [0])
@@ -159,14 +144,3 @@ def go_on(course: Course, path: Path) -> None:
     course.due.saved()
     if course.comm.rank == 0 and (done or path != checkpoint_path(course.settings)):
         click.echo(f"{path}: going on after {course.place}")
-
-
-def checkpoint_path(settings: Settings) -> Path:
-    """The name of the run's newest checkpoint."""
-    return settings.output / "checkpoint.npz"
-
-
-def last_checkpoint(settings: Settings) -> Path | None:
-    """The last checkpoint that is there; the one before it where a run has ended while it put the last in its place."""
-    path = checkpoint_path(settings)
-    return next((each for each in (path, previous(path)) if each.exists()), None)

@@ -18,7 +18,11 @@ from bitring.commands._ranks import ending_together, limit_threads, refuse_if_al
 from bitring.commands._units import count
 from bitring.machine import versions
 from bitring.training.lasso import Lasso
+from bitring.training.logistic_regression import LogisticRegression
+from bitring.training.penalised import Penalised
 from bitring.training.strads import Fit, Strads
+
+PROGRAMS: dict[str, type[Penalised]] = {"lasso": Lasso, "logistic_regression": LogisticRegression}
 
 _SHARE = 0.1
 
@@ -46,13 +50,14 @@ def run(options: FitOptions) -> None:
     with ending_together(comm):
         limit_threads(comm)
         x, y = together(comm, lambda: load_rows(options.data))
+        program = PROGRAMS[options.program]
         penalty = options.penalty
         if penalty is None:
-            penalty = _SHARE * float(np.abs(x.T @ y).max())
+            penalty = together(comm, lambda: _SHARE * program().zeroing(x, y))
         job = together(
             comm,
             lambda: Strads(
-                Lasso(penalty, options.ridge),
+                program(penalty, options.ridge),
                 comm=comm,
                 width=options.width,
                 independence=options.independence,
@@ -125,7 +130,9 @@ def _conclude(
     (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     picture = options.output / "objective.png"
     try:
-        draw_objective({"": fit}, picture, f"lasso, {shape[0]} rows, {shape[1]} features, {count(ranks, 'rank')}")
+        draw_objective(
+            {"": fit}, picture, f"{options.program}, {shape[0]} rows, {shape[1]} features, {count(ranks, 'rank')}"
+        )
     except ImportError as error:
         click.echo(f"picture        not drawn: {error}")
     else:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,7 +15,8 @@ import numpy as np
 from mpi4py import MPI
 
 import bitring
-from bitring.collectives.runtime.objects import allgather
+from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.commands._kept import checkpoint_path, history_of, last_checkpoint, require_said
 from bitring.commands._pictures import draw_curve
 from bitring.commands._placed_picture import draw
 from bitring.commands._progress import Progress
@@ -31,7 +33,11 @@ from bitring.models.model import Model, models
 from bitring.settings import Settings as Checked
 from bitring.settings import make, setting
 from bitring.training.batches import Batches
+from bitring.training.checkpoints.file import remove_checkpoints
+from bitring.training.checkpoints.loading import load_checkpoint
+from bitring.training.checkpoints.saving import save_checkpoint
 from bitring.training.choice import Choice
+from bitring.training.mode import FreeMode
 from bitring.training.model_parallel import ModelParallel
 from bitring.training.placement.placement import Placement
 from bitring.training.placement.schedules import SCHEDULES
@@ -54,15 +60,15 @@ class _Placements:
     def get(self, name: str) -> type[Any]:
         if name != "pipeline":
             raise ValueError(
-                f"unknown placement {name!r}; known: auto, data, hybrid, pipeline:stages=2,microbatches=8, or "
-                "LAYER=samples|columns|rows|RANK, separated by commas"
+                f"unknown placement {name!r}; known: auto, data, hybrid, hybrid_in_turns, "
+                "pipeline:stages=2,microbatches=8, or LAYER=samples|columns|rows|RANK, separated by commas"
             )
         return Pipeline
 
 
 def placement_of(text: str) -> Any:
     """The placement that ``--placement`` asks for. Raises ValueError for what is none."""
-    if text in ("auto", "data", "hybrid"):
+    if text in ("auto", "data", "hybrid", "hybrid_in_turns"):
         return text
     if ":" not in text and "=" in text:
         pairs = [part.partition("=") for part in text.split(",")]
@@ -84,13 +90,14 @@ def run(settings: Settings) -> None:
 
 def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[Data, Model, Any]:
     settings.check()
-    if settings.resume:
-        raise ValueError("--resume is not for --placement yet: such a run makes no checkpoints")
     if settings.warmup_steps is not None or settings.algorithm != "auto" or settings.timeline is not None:
         raise ValueError("--warmup-steps, --algorithm and --timeline are not for --placement")
+    if isinstance(settings.make_mode(), FreeMode):
+        raise ValueError(f"--mode {settings.mode} is not for --placement, whose replicas get parts of the same batches")
     placement = placement_of(settings.placement or "auto")
     if comm.rank == 0:
         settings.output.mkdir(parents=True, exist_ok=True)
+        require_said(settings)
     data = load(settings.data, settings.data_directory)
     return data, models.get(settings.model)(data.input_shape, data.classes, seed=settings.seed), placement
 
@@ -100,6 +107,14 @@ def _compressor(settings: Settings) -> Compressor | None:
     if isinstance(made, Choice):
         raise ValueError(f"--compression {settings.compression} is not for --placement, which takes one compressor")
     return made
+
+
+def _go_on(path: Path, settings: Settings, trainer: ModelParallel, each: int) -> list[dict[str, Any]]:
+    """Load the checkpoint; the records of its epochs. Collective. Raises ValueError when it is of another run."""
+    history, done = history_of(path, settings, load_checkpoint(path, trainer), trainer.steps, each)
+    if done:
+        raise ValueError(f"--resume: {path} is of a run without --placement, of the middle of an epoch")
+    return history
 
 
 def _run(settings: Settings, comm: MPI.Intracomm) -> None:
@@ -122,12 +137,18 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
     batches = Batches(data.x_train, data.y_train, settings.batch)
     steps = len(batches) * settings.epochs
     history: list[dict[str, Any]] = []
+    there = broadcast(comm, last_checkpoint(settings) if settings.resume else None, "bitring train")
+    if there is not None:
+        history = together(comm, lambda: _go_on(there, settings, trainer, len(batches)))
+    elif comm.rank == 0:
+        remove_checkpoints(checkpoint_path(settings))
     if comm.rank == 0:
         begin_metrics(settings.output, history)
-    progress = Progress(0, settings.epochs, len(batches), 0) if comm.rank == 0 else None
-    seconds = 0.0
+    first = len(history)
+    progress = Progress(first, settings.epochs, len(batches), 0) if comm.rank == 0 else None
+    seconds, sent = (history[-1]["seconds"], history[-1]["bytes_sent"]) if history else (0.0, 0)
     with progress or contextlib.nullcontext(), np.errstate(over="ignore", invalid="ignore"):
-        for epoch in range(1, settings.epochs + 1):
+        for epoch in range(first + 1, settings.epochs + 1):
             begin, total = time.perf_counter(), 0.0
             for x, y in bitring.shard(batches, MPI.COMM_SELF, seed=settings.seed, epoch=epoch):  # whole, on all ranks
                 trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / steps))
@@ -144,13 +165,14 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
                 "test_accuracy": _accuracy(comm, model, data),
                 "seconds": seconds,
                 "samples_per_second": len(data.y_train) / took,
-                "bytes_sent": max(allgather(comm, trainer.bytes_sent, "bitring train")),
-                "telemetry": {},
+                "bytes_sent": sent + max(allgather(comm, trainer.bytes_sent, "bitring train")),
+                "telemetry": trainer.telemetry(),
             }
-            history.append(record)
+            history = broadcast(comm, [*history, record], "bitring train")
             if comm.rank == 0 and progress is not None:
                 progress.epoch(record)
                 append_metrics(settings.output, record)
+            save_checkpoint(checkpoint_path(settings), trainer, history=history, settings=settings.of_the_result())
     if comm.rank == 0:
         _conclude(settings, history, trainer)
     trainer.free()

@@ -25,14 +25,14 @@ def _words(placed: Placed, rank: int, samples: int, width: int) -> str:
 
 def draw(picture: Picture, path: Path, title: str) -> None:
     """Draw it. Raises ImportError without matplotlib, OSError."""
-    placed, widths, samples, traffic = picture
+    placed, widths, samples, traffic, words = picture
     ranks = len(traffic.sums)
-    drawing = figure(2.5 + 1.6 * ranks + 3.0, 1.2 + 0.42 * len(placed))
+    drawing = figure(2.5 + 1.6 * ranks + 4.0, 1.2 + 0.42 * len(placed))
     axes = drawing.add_subplot()
     sent = {}
     for edge, there, back in traffic.edges:
         for name in edge.takers:
-            sent[name] = f"{(max(there) + max(back)) / 1e3:,.1f} kB a step"
+            sent[name] = f"{(max(there) + max(back)) / 1e3:,.1f} kB a step: {words[edge.number]}"
     colors = {"samples": COLORS[0], "columns": COLORS[1], "features": COLORS[1], "rows": COLORS[2]}
     for row, (each, width) in enumerate(zip(placed, widths, strict=True)):
         bold = "bold" if each.node.layer.shapes else "normal"
@@ -45,7 +45,7 @@ def draw(picture: Picture, path: Path, title: str) -> None:
             axes.text(ranks + 0.1, row - 0.5, f"← {sent[each.node.name]}", va="center", fontsize=8)
     if "loss" in sent:
         axes.text(ranks + 0.1, len(placed) - 0.5, f"← {sent['loss']}", va="center", fontsize=8)
-    axes.set_xlim(-0.8, ranks + 1.6)
+    axes.set_xlim(-0.8, ranks + 2.2)
     axes.set_ylim(len(placed), -1)
     axes.set_xticks([rank + 0.47 for rank in range(ranks)], [f"rank {rank}" for rank in range(ranks)])
     axes.xaxis.tick_top()

@@ -59,6 +59,8 @@ class Progress:
 
 def _of_exchanges(telemetry: Mapping[str, Any], most_left: float) -> str:
     """Summary of the epoch's exchanges: their time, the rank waited for, and the parts left out or hidden."""
+    if "staleness" in telemetry:
+        return _of_a_store(telemetry)
     if "slowest_rank" not in telemetry:
         return ""
     names = [name for name in ("encode", "wire", "decode", "wait") if f"{name}_seconds" in telemetry]
@@ -71,6 +73,19 @@ def _of_exchanges(telemetry: Mapping[str, Any], most_left: float) -> str:
     share = telemetry.get("hidden_share")
     hidden = "" if share is None else f"; {share:.0%} hidden"
     return f"  ({parts}{slowest}{left}{hidden})"
+
+
+def _of_a_store(telemetry: Mapping[str, Any]) -> str:
+    """Summary of the epoch in a mode of the parameter server: this rank's waits, and its shard's updates."""
+    ages = {int(age): count for age, count in telemetry["staleness"].items()}
+    mean = sum(age * count for age, count in ages.items()) / max(1, sum(ages.values()))
+    dropped = f", {telemetry['dropped']} dropped" if telemetry["dropped"] else ""
+    ranks: Mapping[Any, float] = telemetry["waited_for"]
+    most = f", most for rank {max(ranks, key=lambda each: ranks[each])}" if ranks else ""
+    return (
+        f"  (wait {telemetry['wait_seconds']:.2g} s{most}; {telemetry['applied']} updates{dropped}, "
+        f"staleness {mean:.2g}, at most {max(ages, default=0)})"
+    )
 
 
 def _bar(width: int) -> Any:

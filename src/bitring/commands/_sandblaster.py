@@ -15,7 +15,9 @@ import click
 from mpi4py import MPI
 
 from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.commands._kept import checkpoint_path, last_checkpoint, require_said
 from bitring.commands._pictures import COLORS, draw_curve, figure, plain
+from bitring.commands._placed import placement_of
 from bitring.commands._progress import Progress
 from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, together
 from bitring.commands._results import append_metrics, begin_metrics
@@ -69,7 +71,7 @@ def run(settings: Settings) -> None:
             fail(comm, str(error), status=ExitCode.FAILED)
 
 
-def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[LBFGS, Portioning, Any, Any]:
+def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[LBFGS, Portioning, Any, Any, Any]:
     settings.check()
     optimizer: LBFGS = make(settings.optimizer, _Only("optimizer", "lbfgs", LBFGS))  # type: ignore[arg-type]
     mode: Portioning = make(settings.mode, _Only("mode", "sandblaster", Portioning))  # type: ignore[arg-type]
@@ -78,29 +80,36 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[LBFGS, Portioning
             raise ValueError(f"--{name.replace('_', '-')} is not for the mode sandblaster")
     if settings.compression != "none":
         raise ValueError("--compression is not for the mode sandblaster")
+    placement = None if settings.placement is None else placement_of(settings.placement)
     if comm.rank == 0:
         settings.output.mkdir(parents=True, exist_ok=True)
-        if not (settings.resume or settings.fresh) and _checkpoint(settings).exists():
-            raise ValueError(f"{_checkpoint(settings)} is there, of another run: --resume goes on from it, --fresh not")
+        require_said(settings)
     data = load(settings.data, settings.data_directory)
     made = models.get(settings.model)(data.input_shape, data.classes, seed=settings.seed)
-    return optimizer, mode, data, made
-
-
-def _checkpoint(settings: Settings) -> Path:
-    return settings.output / "checkpoint.npz"
+    return optimizer, mode, data, made, placement
 
 
 def _run(settings: Settings, comm: MPI.Intracomm) -> None:
-    optimizer, mode, data, made = together(comm, lambda: _prepare(settings, comm))
+    optimizer, mode, data, made, placement = together(comm, lambda: _prepare(settings, comm))
     limit_threads(comm)
-    job = Sandblaster(made, optimizer, comm=comm, portions=mode.portions, backups=mode.backups)
+    job = together(
+        comm,
+        lambda: Sandblaster(
+            made,
+            optimizer,
+            comm=comm,
+            portions=mode.portions,
+            backups=mode.backups,
+            placement=placement,
+            replicas=settings.replicas,
+        ),
+    )
     history: list[dict[str, Any]] = []
-    there = broadcast(comm, settings.resume and _checkpoint(settings).exists(), "bitring train")
-    if there:
-        history = together(comm, lambda: load_checkpoint(_checkpoint(settings), job))["history"]
+    there = broadcast(comm, last_checkpoint(settings) if settings.resume else None, "bitring train")
+    if there is not None:
+        history = together(comm, lambda: load_checkpoint(there, job))["history"]
     elif comm.rank == 0:
-        remove_checkpoints(_checkpoint(settings))
+        remove_checkpoints(checkpoint_path(settings))
     if comm.rank == 0:
         begin_metrics(settings.output, history)
     begun, done = time.perf_counter(), history[-1]["seconds"] if history else 0.0
@@ -113,7 +122,7 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
             seconds = done + time.perf_counter() - begun
             job.synchronize()
             pause = time.perf_counter()
-            nbytes = max(allgather(comm, job.bytes_sent, "bitring train"))
+            nbytes = max(job.together("train", lambda comm: allgather(comm, job.bytes_sent, "bitring train")))
             samples = len(data.y_train) * (epoch - first)
             record = {
                 "epoch": epoch,
@@ -125,12 +134,18 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
                 "evaluations": job.evaluations,
                 "telemetry": {},
             }
-            history = broadcast(comm, [*history, record], "bitring train")
-            if comm.rank == 0 and progress is not None:
+            told = [*history, record]
+            history = job.together("train", lambda comm: broadcast(comm, told, "bitring train"))  # noqa: B023
+            if job.comm is not comm:  # should rank 0 have died, who knows what it has written
+                comm = job.comm
+                if comm.rank == 0:
+                    begin_metrics(settings.output, history[:-1])
+            if progress is not None:
                 progress.step(epoch, loss)
                 progress.epoch(record)
+            if comm.rank == 0:
                 append_metrics(settings.output, record)
-            save_checkpoint(_checkpoint(settings), job, history=history)
+            save_checkpoint(checkpoint_path(settings), job, history=history)
             begun += time.perf_counter() - pause  # what is measured and kept is not training
     if comm.rank == 0:
         _conclude(settings, optimizer, mode, history, job, comm.size)
@@ -150,6 +165,8 @@ def _conclude(
         "data": settings.data,
         "mode": spelled("sandblaster", mode),
         "optimizer": spelled("lbfgs", optimizer),
+        "placement": settings.placement,
+        "replicas": settings.replicas if settings.placement else ranks,
         "compression": "none",
         "algorithm": "portions",
         "seed": settings.seed,

@@ -17,7 +17,7 @@ from bitring.compression.compressor import Compressor, compressors
 from bitring.registry import Registry
 from bitring.settings import make, name_of, read, spelled
 from bitring.training.choice import Choice, choices
-from bitring.training.mode import Mode, modes
+from bitring.training.mode import BaseMode, modes
 from bitring.training.optimizer import Optimizer, optimizers
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class Settings:
             )
         return batch_mode
 
-    def make_mode(self) -> Mode:
+    def make_mode(self) -> BaseMode:
         """The mode. Raises ValueError for an unknown one, and options that are not for it or say something else."""
         return _made(modes, dataclasses.asdict(self))
 
@@ -111,7 +111,7 @@ class Settings:
         compressor = self.make_compression()
         compression = "none" if compressor is None else spelled(name_of(self.compression), compressor)
         options = {**dataclasses.asdict(self), "compression": compression}
-        split = ("placement", "replicas")  # a run with these has no checkpoints
+        split = ("placement", "replicas")  # a checkpoint goes on under any
         return {name: value for name, value in _in_force(options).items() if name not in (*left_out, *split)}
 
 

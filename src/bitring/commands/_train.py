@@ -15,10 +15,12 @@ import click
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.communicator import Communicator
 from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.commands import _device
-from bitring.commands._course import Course, Epoch, Parts, checkpoint_path, go_on, last_checkpoint
+from bitring.commands._course import Course, Epoch, Parts, go_on
 from bitring.commands._going_on import PreemptedError, end_with_the_status, stop_for_now
+from bitring.commands._kept import checkpoint_path, last_checkpoint, require_said
 from bitring.commands._progress import Progress
 from bitring.commands._ranks import (
     ending_together,
@@ -40,6 +42,7 @@ from bitring.models.model import Model, models
 from bitring.training.batches import Batches, shard
 from bitring.training.checkpoints.file import remove_checkpoints
 from bitring.training.data_parallel import DataParallel
+from bitring.training.mode import FreeMode
 from bitring.training.preemption import Preemption
 
 WARMUP_SHARE = 64
@@ -81,6 +84,8 @@ def _run(settings: Settings, comm: MPI.Intracomm, courses: list[Course], preempt
     parts = together(comm, lambda: _prepare(settings, comm))
     _stop_before_training(settings, preemption)
     limit_threads(comm)
+    if isinstance(parts.mode, FreeMode) and parts.mode.in_shared_memory:
+        together(comm, lambda: _share(parts.model, comm))
     trainer = together(
         comm,
         lambda: DataParallel(
@@ -121,16 +126,23 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> Parts:
     xp = _device.array_module(settings.device, comm.rank)
     if comm.rank == 0:
         _make_writable(settings.output)
-        if not (settings.resume or settings.fresh) and (path := last_checkpoint(settings)) is not None:
-            raise ValueError(f"{path} is there, of another run: --resume goes on from it, --fresh deletes it")
+        require_said(settings)
     data = load(settings.data, settings.data_directory)
     made = model(data.input_shape, data.classes, seed=settings.seed, xp=xp)
     batches = Batches(data.x_train, data.y_train, settings.batch)
     steps = len(batches) * settings.epochs
     warmup_steps = settings.warmup_steps
     if warmup_steps is None:
-        warmup_steps = 0 if compression is None else steps // WARMUP_SHARE
+        warmup_steps = 0 if compression is None or isinstance(mode, FreeMode) else steps // WARMUP_SHARE
     return Parts(data, made, optimizer, mode, compression, batches, steps, warmup_steps)
+
+
+def _share(model: Model, comm: MPI.Intracomm) -> None:
+    """Put the model's parameters into memory that the node's ranks share. Collective."""
+    if model.xp is np:  # the trainer says what is wrong with a device
+        for name, w in model.parameters.items():
+            model.parameters[name] = Communicator(comm).empty(w.shape, w.dtype)
+            model.parameters[name][...] = w
 
 
 def _make_writable(folder: Path) -> None:
@@ -229,13 +241,18 @@ def _end_epoch(course: Course, progress: Progress | None) -> None:
         "bytes_sent": max(sent for _, sent, _ in sums),
         "bytes_exact": exact * number,
         "digest": digest,
-        "telemetry": {name: x if x is None or math.isfinite(x) else None for name, x in trainer.telemetry().items()},
+        "telemetry": {name: _plain(x) for name, x in trainer.telemetry().items()},
     }
     course.history.append(record)
     course.epoch = Epoch()
     if progress is not None:
         progress.epoch(record)
         append_metrics(course.settings.output, record)
+
+
+def _plain(x: Any) -> Any:
+    """What JSON can hold."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _accuracy(comm: MPI.Intracomm, model: Model, data: Data) -> float:

@@ -11,9 +11,10 @@ import click
 import numpy as np
 from mpi4py import MPI
 
+from bitring.collectives.base_plan import Plan
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.interop.mpi_library import library_version
-from bitring.collectives.plan import Plan, library_reduces
+from bitring.collectives.plan import library_reduces
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.selection.table import BUILT_IN, Rules, crossovers, path_of_table, read_table, write_table

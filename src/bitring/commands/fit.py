@@ -8,7 +8,7 @@ import click
 
 
 @click.command("fit")
-@click.argument("program", type=click.Choice(["lasso"]))
+@click.argument("program", type=click.Choice(["lasso", "logistic_regression"]))
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -39,7 +39,7 @@ import click
     help="Folder for coefficients.npy, summary.json and objective.png, the objective by seconds and by updates.",
 )
 def command(**options: object) -> None:
-    """Fit a linear model by coordinate descent on all ranks, for example:
+    """Fit a linear model, PROGRAM, by coordinate descent on all ranks, for example:
 
     mpirun -n 2 bitring fit lasso --data rows.npz --penalty 0.5 --output runs/lasso
 

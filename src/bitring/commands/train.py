@@ -72,7 +72,7 @@ def _names(registry: Registry[Any]) -> str:
 @click.option(
     "--lr",
     type=float,
-    help="Learning rate at the start; it falls to 0 at the end.  [default: 0.02 for sgd, 0.01 for adagrad]",
+    help="Learning rate at the start; it falls to 0 at the end.  [default: 0.02 for sgd, else the optimizer's own]",
 )
 @click.option("--momentum", type=float, help="For sgd.  [default: 0.9]")
 @click.option(
@@ -128,10 +128,10 @@ def command(**options: object) -> None:
     One seed gives one result, to the bit, on the same number of ranks.
     """
     settings = Settings(**options)  # type: ignore[arg-type]
-    if settings.placement is not None:
-        from bitring.commands._placed import run
-    elif settings.is_sandblaster():
+    if settings.is_sandblaster():
         from bitring.commands._sandblaster import run
+    elif settings.placement is not None:
+        from bitring.commands._placed import run
     else:
         from bitring.commands._train import run  # all three initialise MPI
     run(settings)

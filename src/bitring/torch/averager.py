@@ -228,14 +228,19 @@ class GradientAverager:
 
     def residuals(self) -> Kept:
         """What compressed exchanges carry from step to step, by parameter; for ``give_residuals``. Collective."""
+        self._require_no_step("residuals")
         return take(self.comm, self.exchange)
 
     def give_residuals(self, kept: Kept) -> None:
         """Go on with what ``residuals`` returned, of the same parameters, perhaps on other ranks."""
+        self._require_no_step("give_residuals")
         give(self.exchange, kept)
 
     def free(self) -> None:
         """Free plans, memory and communicator. Collective; gradients that are views stay as they are."""
+        self._require_no_step("free")
+        if self.comm == MPI.COMM_NULL:
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -244,6 +249,12 @@ class GradientAverager:
             self.buffers.free()
         self.meeting.free()
         self.comm.Free()
+
+    def _require_no_step(self, call: str) -> None:
+        if self.step is not None:
+            raise RuntimeError(
+                f"GradientAverager.{call}: called inside a step, which is under way; call it after its end"
+            )
 
     def target(self, name: str) -> Any:
         """The tensor whose gradient becomes the mean."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class CommHook:
     """The state of ``comm_hook``, for one DistributedDataParallel module: ``comm``'s ranks are the process group's.
 
     ``compression`` and ``algorithm`` are as ``GradientAverager`` has them; residuals follow the parameters when
-    DistributedDataParallel makes its buckets anew. Collective. Raises as ``GradientAverager`` does.
+    DistributedDataParallel makes its buckets anew, and are in ``state_dict``. Collective. Raises as
+    ``GradientAverager`` does.
     """
 
     def __init__(
@@ -61,8 +63,37 @@ class CommHook:
             kept.add(take(self.comm, exchange))
         return kept
 
+    def state_dict(self) -> dict[str, Any]:
+        """What compressed exchanges carry, as tensors, for this rank alone: each rank keeps its own. Collective."""
+        kept = self.residuals() if self._exchanges else self._kept
+        return {
+            "ranks": self.comm.Get_size(),
+            "rank": self.comm.Get_rank(),
+            "residual": _tensors(kept.residual),
+            "owner_residual": _tensors(kept.owner_residual),
+            "alike": _tensors(kept.alike),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the hook would that had this state on this rank, also before the first step. Collective.
+
+        Parameters are told apart by the order in which DistributedDataParallel showed them first: it is to be made of
+        the same model, in the same way. Raises ValueError on all ranks for a state of another rank.
+        """
+        mine = self.comm.Get_size(), self.comm.Get_rank()
+        error = None
+        if (state["ranks"], state["rank"]) != mine:
+            text = f"rank {state['rank']} of {state['ranks']}, this is rank {mine[1]} of {mine[0]}"
+            error = ValueError(f"CommHook.load_state_dict: the state is of {text}")
+        raise_everywhere(self.comm, "CommHook.load_state_dict", error, alike=(ValueError,))
+        self._kept = Kept(*(_arrays(state[kind]) for kind in ("residual", "owner_residual", "alike")))
+        for exchange in self._exchanges.values():
+            give(exchange, self._kept)
+
     def free(self) -> None:
         """Free plans, memory and communicator. Collective."""
+        if self.comm == MPI.COMM_NULL:
+            return
         for exchange in self._exchanges.values():
             exchange.free()
         self._exchanges.clear()
@@ -88,7 +119,7 @@ class CommHook:
                     array_dtype(p.dtype, "comm_hook: a parameter"),
                     tuple(p.shape),
                     memory_order(p),
-                    device_of(p),
+                    device_of(p, "comm_hook"),
                     self._options.compressor_of(name, p.numel()),
                 )
                 for name, p in zip(names, parameters, strict=True)
@@ -98,6 +129,14 @@ class CommHook:
             give(exchange, self._kept)
             self._exchanges[names] = exchange
         return self._exchanges[names]
+
+
+def _tensors(arrays: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
+def _arrays(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
 
 
 def comm_hook(state: CommHook, bucket: Any) -> Any:

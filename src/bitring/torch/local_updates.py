@@ -23,11 +23,11 @@ from bitring.settings import Range, checked
 from bitring.torch.broadcast import broadcast_tensors
 from bitring.torch.bucket import Entry
 from bitring.torch.mean import Mean, new_meeting
-from bitring.torch.options import BUCKET_BYTES, Options
+from bitring.torch.options import BUCKET_BYTES, Options, device_of
 from bitring.torch.residuals import Kept
 from bitring.torch.tensors import array_dtype, array_over, memory_order
 from bitring.torch.watched import kept_buffers
-from bitring.training.optimizer import Optimizer
+from bitring.training.optimizer import Optimizer, require_gradients
 from bitring.training.optimizers.sgd import SGD
 from bitring.training.step.checks import checked_weight
 
@@ -53,6 +53,7 @@ class LocalUpdates:
     optimizer for the mean change. ``compression``, ``compression_for``: of the change, as for GradientAverager.
     ``fragments``: the parameters are dealt out to so many, whose exchanges are spread over the ``tau`` steps.
     ``delay``: an exchange goes on beside so many steps. ``blend``: w becomes blend·own + (1 − blend)·common at its end.
+    Outer steps are made on the host, in float32 for parameters of 16 bits; those on a CUDA device are copied there.
 
     Raises on all ranks: a rank's bad arguments raise TypeError or ValueError there, and PeerError on the others.
     """
@@ -94,12 +95,12 @@ class LocalUpdates:
                 raise TypeError(
                     f"LocalUpdates: outer must be a bitring optimizer, such as bitring.SGD(); got {outer!r}"
                 )
+            require_gradients(outer, "LocalUpdates: outer")
             options = Options(compression=compression, compression_for=compression_for)
             options.require_known(self._trained)
             for name, p in self._trained.items():
                 array_dtype(p.dtype, f"LocalUpdates: the parameter {name!r}")
-                if p.device.type != "cpu":
-                    raise TypeError(f"LocalUpdates: {name!r} must be on the CPU; got {p.device}")
+                device_of(p, "LocalUpdates")
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
         raise_everywhere(base, "LocalUpdates", error)
@@ -142,19 +143,28 @@ class LocalUpdates:
     def step(self, weight: float = 1.0) -> None:
         """A step of the optimizer, and the exchanges that are due. ``weight``: samples in this rank's batch.
 
-        Raises on all ranks what goes wrong in an exchange on any: NonFiniteError where parameters hold NaN or Inf.
+        Raises on all ranks what goes wrong in an exchange: NonFiniteError where any has NaN or Inf in parameters. A bad
+        ``weight`` raises on this rank alone where none is due, with the step not made.
         """
-        weight = checked_weight(weight, "LocalUpdates.step")
-        self.optimizer.step()
+        problem: Exception | None = None
+        try:
+            weight = checked_weight(weight, "LocalUpdates.step")
+        except Exception as error:  # the others may wait for this rank
+            problem, weight = error, 0.0
+        if problem is None:
+            self.optimizer.step()
         self.steps += 1
         for part in self._parts:
             part.weight += weight
             if part.arrives == self.steps:
                 self._take(part)
             if (self.steps + part.offset) % self.tau == 0:
-                self._send(part)
+                self._send(part, problem)
                 if self.delay == 0:
                     self._take(part)
+        if problem is not None:
+            self.steps -= 1
+            raise problem
 
     def synchronize(self) -> None:
         """End the block of all fragments now: parameters are equal on all ranks then. Collective."""
@@ -163,16 +173,22 @@ class LocalUpdates:
                 self._take(part)
         for part in self._parts:
             self._send(part)
+            if part.arrives is None:  # nobody has had samples since the last one, of which a rank may have kept its own
+                self._begin_anew(part, blend=0.0)
             self._take(part, blend=0.0)
 
     @torch.no_grad()
-    def _send(self, part: _Fragment) -> None:
-        """Begin the mean of the changes."""
-        changes = {name: self._start[name] - _wide(self._trained[name]) for name in part.names}
+    def _send(self, part: _Fragment, problem: Exception | None = None) -> None:
+        """Begin the mean of the changes; ``problem``: why this rank cannot."""
+        changes = {name: self._start[name] - self._now(name) for name in part.names}
         part.arrives = None
-        if part.mean.begin(changes, part.weight, self.steps):
+        if part.mean.begin(changes, part.weight, self.steps, problem):
             part.arrives = self.steps + self.delay
         part.weight = 0.0
+
+    def _now(self, name: str) -> Any:
+        """What the optimizer has made of a parameter, on the host, as outer steps are."""
+        return _wide(self._trained[name]).to(self._start[name].dtype)
 
     @torch.no_grad()
     def _take(self, part: _Fragment, blend: float | None = None) -> None:
@@ -183,10 +199,13 @@ class LocalUpdates:
         part.mean.finish()
         arrays = {name: self._outer_arrays[name] for name in part.names}
         self.outer.update(arrays, {n: array_over(part.mean.views[n]) for n in part.names}, part.outer_state)
-        share = self.blend if blend is None else blend
+        self._begin_anew(part, self.blend if blend is None else blend)
+
+    @torch.no_grad()
+    def _begin_anew(self, part: _Fragment, blend: float) -> None:
         for name in part.names:
             p, start = self._trained[name], self._start[name]
-            p.copy_(start if share == 0 else start.lerp(_wide(p), share))
+            p.copy_(start if blend == 0 else start.lerp(self._now(name), blend))
 
     def state_dict(self) -> dict[str, Any]:
         """Where blocks began, the outer optimizer's state, and the counts; not while an exchange is under way."""
@@ -230,6 +249,8 @@ class LocalUpdates:
 
     def free(self) -> None:
         """Free plans, memory and communicator. Collective."""
+        if self.comm == MPI.COMM_NULL:
+            return
         for part in self._parts:
             part.mean.free()
         self._meeting.free()
@@ -237,6 +258,6 @@ class LocalUpdates:
 
 
 def _wide(p: Any) -> Any:
-    """A parameter's values, those of 16 bits as float32: an outer step may be smaller than they can tell."""
-    values = p.detach()
+    """A parameter's values on the host; 16 bits as float32, since an outer step may be smaller than they can tell."""
+    values = p.detach().cpu()
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

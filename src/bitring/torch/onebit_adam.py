@@ -9,7 +9,9 @@ exchanged, compressed with error feedback::
     w ← w − lr·(m̂ / (√v̂ + eps) + weight_decay·w)
 
 with m̂ = m/(1 − β₁ᵗ) and v̂ = v/(1 − β₂ˢ), s = min(t, freeze_step). Where v is 0 no gradient came before the freeze, and
-no step is made there: a code has no zero, so what one bit makes of an m of 0 would be divided by eps alone.
+no step is made there: a code has no zero, so what one bit makes of an m of 0 would be divided by eps alone. Nor is a
+step longer than lr, weight decay aside: Adam's own are hardly ever (Kingma and Ba, 2015, section 2.1), since v grows
+with what comes, but a frozen v that is tiny holds nothing back.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class OneBitAdam(torch.optim.Optimizer):
             self._named = {str(i): p for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
             for name, p in self._named.items():
                 dtype = array_dtype(p.dtype, f"OneBitAdam: parameter number {name}")
-                entry = Entry(name, dtype, tuple(p.shape), memory_order(p), device_of(p), None)
+                entry = Entry(name, dtype, tuple(p.shape), memory_order(p), device_of(p, "OneBitAdam"), None)
                 exact.append(entry)
                 compressed.append(entry._replace(compression=options.compressor_of(name, p.numel())))
         except Exception as problem:  # whatever it is, the other ranks must not wait
@@ -100,7 +102,16 @@ class OneBitAdam(torch.optim.Optimizer):
     def __reduce__(self) -> Any:
         raise uncopyable(self, "state_dict() has what it knows")
 
+    longest_step = 1.0
+    """A weight's step after the freeze, in units of lr: at most so long."""
+
     _step_supports_amp_scaling = True  # so that step() is called, and says that it is not to be
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while this is made. Raises RuntimeError later: what is exchanged is fixed then."""
+        if hasattr(self, "_exact_entries"):
+            raise RuntimeError("OneBitAdam.add_param_group: parameters cannot be added; make another OneBitAdam")
+        super().add_param_group(param_group)
 
     @property
     def bytes_sent(self) -> int:
@@ -131,6 +142,12 @@ class OneBitAdam(torch.optim.Optimizer):
             if hasattr(self, "found_inf"):
                 raise RuntimeError("OneBitAdam.step: a GradScaler is not supported: use autocast with bfloat16")
             weight = checked_weight(weight, "OneBitAdam.step")
+            for entry, p in zip(self._exact_entries, self._named.values(), strict=True):
+                if array_dtype(p.dtype, "OneBitAdam.step: a parameter") != entry.dtype or tuple(p.shape) != entry.shape:
+                    raise TypeError(
+                        f"OneBitAdam.step: parameter number {entry.name} was {entry.dtype} of shape {entry.shape} and "
+                        f"is {p.dtype} of shape {tuple(p.shape)}: make another OneBitAdam"
+                    )
         except Exception as error:  # whatever it is, the other ranks must not wait
             problem, weight = error, 0.0
         for p in self._named.values():
@@ -189,10 +206,15 @@ class OneBitAdam(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 root = v.sqrt().div_(math.sqrt(1 - second ** min(t, self.freeze_step))).add_(group["eps"])
                 moved = (m / root).mul_(group["lr"] / (1 - first**t))
-                p.sub_(moved if not frozen else torch.where(v > 0, moved, 0.0))
+                if frozen:
+                    longest = self.longest_step * group["lr"]
+                    moved = torch.where(v > 0, moved.clamp_(-longest, longest), 0.0)
+                p.sub_(moved)
 
     def free(self) -> None:
         """Free plans, memory and communicator. Collective."""
+        if self.comm == MPI.COMM_NULL:
+            return
         for mean in (self._exact, self._compressed):
             if mean is not None:
                 mean.free()

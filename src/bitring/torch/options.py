@@ -73,7 +73,9 @@ class Options:
             if name not in left_out:
                 dtype = array_dtype(masters.get(name, p).dtype, f"GradientAverager: the parameter {name!r}")
                 chosen = self.compressor_of(name, p.numel())
-                found.append(Entry(name, dtype, tuple(p.shape), memory_order(p), device_of(p), chosen))
+                found.append(
+                    Entry(name, dtype, tuple(p.shape), memory_order(p), device_of(p, "GradientAverager"), chosen)
+                )
         return found
 
 
@@ -96,10 +98,10 @@ def compressor(given: Any, where: str, argument: str) -> Compressor | None:
     return made
 
 
-def device_of(p: Any) -> str:
+def device_of(p: Any, where: str) -> str:
     """The name of a parameter's device. Raises TypeError for one whose gradients cannot be exchanged."""
     if p.device.type not in ("cpu", "cuda"):
-        raise TypeError(f"GradientAverager: parameters must be on the CPU or on a CUDA device; got one on {p.device}")
+        raise TypeError(f"{where}: parameters must be on the CPU or on a CUDA device; got one on {p.device}")
     return str(p.device)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitring.collectives.runtime.jointly import common_error, raise_everywhere
 from bitring.errors import NonFiniteError
+from bitring.torch.early_updates import closed, opened
 from bitring.torch.gradients import Before
 from bitring.torch.meeting import ABSENT, WEIGHT, WRONG, Records
 from bitring.torch.sparse import gathered
@@ -59,6 +60,7 @@ class Step:
             a.buffers.begin()
         a.step = self
         a.listen()
+        opened(self)
         self._came = self._may_overlap and a.overlaps  # whether the others count on this rank, from now on
         if self._came:
             a.meeting.post(self._record(), self._where)
@@ -95,6 +97,15 @@ class Step:
         missing[bucket] -= 1
         while exchange.begun < len(missing) and missing[exchange.begun] == 0:
             self._load(start=True)
+
+    def before_update(self, optimizer: Any) -> None:
+        """See OpenStep."""
+        mine = set(map(id, self._averager.targets))
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"{self._where}: {type(optimizer).__name__}.step() was called inside the step, whose gradients are not "
+                "the mean over all ranks yet; call it after the block"
+            )
 
     # What all ranks do, in this order
 
@@ -224,6 +235,7 @@ class Step:
             elif outcome is not failure:
                 raise outcome
         finally:
+            closed(self)
             a.step = None
             a.listen()
             failure = outcome = None  # whose traceback holds this frame

@@ -22,11 +22,16 @@ class Watched:
 
     def _kinds_now(self) -> tuple[list[Any], ...]:
         there = self._all
-        return [p.requires_grad for p in there], [p.dtype for p in there], [p.is_cuda for p in there]
+        return (
+            [p.requires_grad for p in there],
+            [p.dtype for p in there],
+            [p.is_cuda for p in there],
+            [p.shape for p in there],
+        )
 
     @property
     def unchanged(self) -> bool:
-        """Whether the module has these parameters, of the same dtypes and devices, and trains the same of them."""
+        """Whether the module has these parameters, of the same shape, dtype and device, and trains the same of them."""
         for table, things in self._tables:
             if len(table) != len(things) or (things and not all(map(is_, table.values(), things))):
                 return False

@@ -1,0 +1,254 @@
+#include "store_owner.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace bitring {
+
+namespace {
+
+constexpr std::size_t kFields = 4;  // of each piece, int64: parameter, rows (-1: all), bytes, form
+constexpr std::int64_t kValues = 0;  // the only form: values, one after the other
+
+std::size_t padded(std::size_t nbytes) { return (nbytes + 7) / 8 * 8; }
+
+template <class T>
+void scale_values(char* values, std::size_t nbytes, double scale) {
+    T* x = reinterpret_cast<T*>(values);
+    for (std::size_t i = 0; i < nbytes / sizeof(T); ++i) x[i] *= T(scale);
+}
+
+std::vector<double> numbers_of(const std::vector<int>& members) { return {members.begin(), members.end()}; }
+
+}  // namespace
+
+StoreOwner::StoreOwner(StoreRule state, int members, std::vector<StorePart> parts, Rule rule,
+                       const UpdateSettings& settings)
+    : parts_(std::move(parts)),
+      wanted_(std::size_t(members)),
+      rests_(std::size_t(members)),
+      troubles_(std::size_t(members)),
+      taken_(std::size_t(members)),
+      told_(std::size_t(members)),
+      state_(std::move(state)) {
+    for (std::size_t k = 0; k < parts_.size(); ++k) places_[parts_[k].parameter] = k;
+    optimizers_.assign(std::size_t(members), checked(rule, settings));
+}
+
+StoreOwner::Optimizer StoreOwner::checked(Rule rule, const UpdateSettings& settings) const {
+    for (const StorePart& part : parts_) {
+        if (update_kernel(rule, part.type) == nullptr || (has_slot(rule) && part.slot == nullptr)) {
+            throw std::invalid_argument("StoreOwner: no kernel for this optimizer's update of a shard");
+        }
+    }
+    return {rule, settings};
+}
+
+void StoreOwner::use(int member, Rule rule, const UpdateSettings& settings) {
+    optimizers_.at(std::size_t(member)) = checked(rule, settings);
+}
+
+StoreOwner::Seen StoreOwner::seen() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {state_.clocks(), applied_, state_.waiting(), {staleness_.begin(), staleness_.end()}};
+}
+
+// The pieces of a payload of training/store/packing.py, where they are.
+std::vector<StoreOwner::Piece> StoreOwner::unpack(const Payload& payload) const {
+    const auto fail = [] { throw std::invalid_argument("StoreOwner: a message does not fit the shard"); };
+    const auto* words = reinterpret_cast<const std::int64_t*>(payload.memory.get());
+    const std::size_t most = payload.nbytes / 8;
+    if (most < 1 || words[0] < 0 || std::size_t(words[0]) > (most - 1) / kFields) fail();
+    const auto count = std::size_t(words[0]);
+    std::size_t at = 8 * (1 + kFields * count);
+    std::vector<Piece> pieces;
+    for (std::size_t k = 0; k < count; ++k) {
+        const std::int64_t* fields = words + 1 + kFields * k;
+        const auto place = places_.find(fields[0]);
+        if (place == places_.end() || fields[2] < 0 || fields[3] != kValues) fail();
+        const StorePart& part = parts_[place->second];
+        Piece piece{&part, nullptr, part.rows, nullptr, std::size_t(fields[2])};
+        if (fields[1] >= 0) {
+            piece.n = std::size_t(fields[1]);
+            if (piece.n > (payload.nbytes - at) / 8) fail();
+            piece.rows = reinterpret_cast<const std::int64_t*>(payload.memory.get() + at);
+            at += 8 * piece.n;
+            for (std::size_t i = 0; i < piece.n; ++i) {
+                if (piece.rows[i] < 0 || std::size_t(piece.rows[i]) >= part.rows) fail();
+            }
+        }
+        if (padded(piece.nbytes) > payload.nbytes - at) fail();
+        piece.data = payload.memory.get() + at;
+        at += padded(piece.nbytes);
+        pieces.push_back(piece);
+    }
+    return pieces;
+}
+
+// Lets the optimizer see an update times its scale, which is applied where the update lies.
+void StoreOwner::apply(const Payload& update, double scale, const Optimizer& optimizer) {
+    for (const Piece& piece : unpack(update)) {
+        const StorePart& part = *piece.part;
+        const std::size_t row = part.row_nbytes();
+        if (piece.nbytes != piece.n * row) throw std::invalid_argument("StoreOwner: an update does not fit the shard");
+        if (scale != 1) (part.type == Type::f64 ? scale_values<double> : scale_values<float>)(piece.data, piece.nbytes, scale);
+        const Update kernel = update_kernel(optimizer.rule, part.type);
+        if (piece.rows == nullptr) {
+            kernel(part.rows * part.width, part.values, part.slot, piece.data, optimizer.settings);
+            continue;
+        }
+        for (std::size_t i = 0; i < piece.n; ++i) {
+            const std::size_t first = std::size_t(piece.rows[i]) * row;
+            kernel(part.width, part.values + first, part.slot == nullptr ? nullptr : part.slot + first,
+                   piece.data + i * row, optimizer.settings);
+        }
+    }
+}
+
+// A payload of the rows that pieces name, of which only part, rows and n count.
+Payload StoreOwner::pack(const std::vector<Piece>& pieces, const std::function<Payload(std::size_t)>& memory) const {
+    std::size_t nbytes = 8 * (1 + kFields * pieces.size());
+    for (const Piece& piece : pieces) {
+        nbytes += (piece.rows == nullptr ? 0 : 8 * piece.n) + padded(piece.n * piece.part->row_nbytes());
+    }
+    Payload payload = memory(nbytes);
+    auto* words = reinterpret_cast<std::int64_t*>(payload.memory.get());
+    *words++ = std::int64_t(pieces.size());
+    for (const Piece& piece : pieces) {
+        *words++ = piece.part->parameter;
+        *words++ = piece.rows == nullptr ? -1 : std::int64_t(piece.n);
+        *words++ = std::int64_t(piece.n * piece.part->row_nbytes());
+        *words++ = kValues;
+    }
+    char* to = reinterpret_cast<char*>(words);
+    for (const Piece& piece : pieces) {
+        const std::size_t row = piece.part->row_nbytes(), data = piece.n * row;
+        if (piece.rows == nullptr) {
+            std::memcpy(to, piece.part->values, data);
+        } else {
+            std::memcpy(to, piece.rows, 8 * piece.n);
+            to += 8 * piece.n;
+            for (std::size_t i = 0; i < piece.n; ++i) {
+                std::memcpy(to + i * row, piece.part->values + std::size_t(piece.rows[i]) * row, row);
+            }
+        }
+        std::memset(to + data, 0, padded(data) - data);
+        to += padded(data);
+    }
+    return payload;
+}
+
+Payload StoreOwner::read(const Payload& wanted, const std::function<Payload(std::size_t)>& memory) const {
+    if (wanted.nbytes > 0) return pack(unpack(wanted), memory);
+    std::vector<Piece> all;
+    for (const StorePart& part : parts_) all.push_back(Piece{&part, nullptr, part.rows, nullptr, 0});
+    return pack(all, memory);
+}
+
+// The numbers of an answer: version, updates taken, edition, whether they are changes, troubles; clocks, -1 - c: it has ended.
+std::vector<double> StoreOwner::head(int member) {
+    told_[std::size_t(member)] = taken_[std::size_t(member)];
+    double troubles = 0;
+    for (const double each : troubles_) troubles += each;
+    std::vector<double> numbers{double(state_.version()), double(taken_[std::size_t(member)]), 0, 0, troubles};
+    const std::vector<double> clocks = state_.clocks();
+    numbers.insert(numbers.end(), clocks.begin(), clocks.end());
+    for (const int m : state_.ended()) numbers[5 + std::size_t(m)] = -1 - numbers[5 + std::size_t(m)];
+    return numbers;
+}
+
+StoreRule::Actions StoreOwner::event(const MailMessage& message) {
+    const int member = message.source, serial = message.serial;
+    const std::vector<double>& numbers = message.numbers;
+    const auto given = [&numbers](std::size_t k) -> std::optional<std::int64_t> {  // NaN: it is not
+        return k < numbers.size() && !std::isnan(numbers[k]) ? std::optional(std::int64_t(numbers[k])) : std::nullopt;
+    };
+    switch (StoreKind(message.kind)) {
+        case StoreKind::push: return state_.push(member, serial, numbers.at(0), given(1));
+        case StoreKind::read: return state_.read(member, serial, given(0));
+        case StoreKind::clock: return state_.clock(member);
+        case StoreKind::leave: return state_.leave(member);
+        case StoreKind::rest: return state_.rest(member);
+        case StoreKind::end: return state_.end(member);
+        case StoreKind::go_on: state_.go_on(member); return {};
+        case StoreKind::claim: {
+            const auto* row = reinterpret_cast<const std::int64_t*>(message.payload.memory.get());
+            return state_.claim(member, serial, {row, row + message.payload.nbytes / 8});
+        }
+        default: return {};
+    }
+}
+
+void StoreOwner::hear(MailMessage& message, const Send& send, const std::function<Payload(std::size_t)>& memory) {
+    const int member = message.source;
+    const auto m = std::size_t(member);
+    const auto kind = StoreKind(message.kind);
+    const auto settle = [&](const std::vector<int>& members) {
+        const Payload values = read({}, memory);
+        for (const int each : members) send(each, StoreKind::settled, rests_[std::size_t(each)], head(each), values);
+    };
+    switch (kind) {
+        case StoreKind::ahead:
+            updates_[{member, message.serial}].push_back(std::move(message.payload));
+            return;
+        case StoreKind::forget: updates_.erase({member, message.serial}); return;
+        case StoreKind::push:
+            if (message.numbers.at(0) != 0) updates_[{member, message.serial}].push_back(std::move(message.payload));
+            ++taken_[m];
+            break;
+        case StoreKind::read: wanted_[m] = std::move(message.payload); break;
+        case StoreKind::rest:
+            rests_[m] = message.serial;
+            troubles_[m] = message.numbers.at(0);
+            if (message.numbers.at(1) < double(state_.settled())) {  // all have met when its wait for that was given up
+                settle({member});
+                return;
+            }
+            break;
+        default: break;
+    }
+    StoreRule::Actions actions;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        actions = event(message);
+        for (const StoreAction& action : actions) {
+            if (action.kind != StoreAction::Kind::apply) continue;
+            ++applied_;
+            ++staleness_[action.staleness];
+        }
+    }
+    for (const StoreAction& action : actions) {
+        switch (action.kind) {
+            case StoreAction::Kind::apply: {
+                const auto update = updates_.find({action.member, action.number});
+                for (const Payload& part : update->second) apply(part, action.scale, optimizers_[m]);
+                updates_.erase(update);
+                break;
+            }
+            case StoreAction::Kind::serve: {
+                const Payload wanted = std::move(wanted_[std::size_t(action.member)]);
+                send(action.member, StoreKind::values, action.number, head(action.member), read(wanted, memory));
+                break;
+            }
+            case StoreAction::Kind::claim: send(member, StoreKind::claimed, action.number, {double(action.claimed)}, {}); break;
+            case StoreAction::Kind::defer:
+                send(action.member, StoreKind::deferred, action.number, numbers_of(action.members), {});
+                break;
+            case StoreAction::Kind::settle: settle(action.members); break;
+        }
+    }
+    if (kind == StoreKind::push && taken_[m] - told_[m] >= kWindow / 2) {
+        told_[m] = taken_[m];
+        send(member, StoreKind::taken, 0, {double(taken_[m])}, {});
+    }
+    if (kind == StoreKind::rest) {
+        const std::vector<int> missing = state_.missing(), resting = state_.resting();
+        if (resting.empty()) return;  // all have settled
+        for (const int each : missing.size() == 1 ? resting : std::vector<int>{member}) {  // the last one is named to all
+            send(each, StoreKind::deferred, rests_[std::size_t(each)], numbers_of(missing), {});
+        }
+    }
+}
+
+}  // namespace bitring
