@@ -47,6 +47,20 @@ def test_a_run_goes_on_under_another_placement(on_ranks, tmp_path: Path):
     assert "--resume: the checkpoint was made with --batch 64; got 256" in " ".join(done.stderr.split())
 
 
+def test_replicas_make_steps_of_their_own_and_go_on_in_other_replicas(on_ranks, tmp_path: Path):
+    common = ("-m", "bitring", "train", "--model", "mlp", "--data", "digits", "--output", tmp_path, "--epochs", "2")
+    common += ("--mode", "ssp:staleness=1", "--optimizer", "adagrad", "--lr", "0.02", "--compression", "onebit")
+    done = on_ranks(4, *common, "--placement", "hybrid", "--replicas", "2")
+    assert done.returncode == 0, done.stderr
+    first, last = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert last["test_accuracy"] > 0.85 and last["train_loss"] < first["train_loss"], last
+    (tmp_path / "checkpoint.npz.previous").replace(tmp_path / "checkpoint.npz")  # as if it had ended there
+    done = on_ranks(3, *common, "--placement", "data", "--replicas", "3", "--resume")
+    assert done.returncode == 0, done.stderr
+    again, now = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert again == first and now["test_accuracy"] > 0.85 and now["train_loss"] < first["train_loss"], now
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -54,7 +68,7 @@ def test_a_run_goes_on_under_another_placement(on_ranks, tmp_path: Path):
             ["--placement", "both"],
             "unknown placement 'both'; known: auto, data, hybrid, hybrid_in_turns, pipeline:stages=2",
         ),
-        (["--placement", "data", "--mode", "downpour"], "--mode downpour is not for --placement"),
+        (["--placement", "auto", "--mode", "downpour"], "need a mode in which all ranks make the same steps"),
         (["--replicas", "2"], "--replicas is for --placement"),
     ],
 )

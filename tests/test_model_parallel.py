@@ -15,6 +15,7 @@ from bitring.models.layers import Layer, ReLU
 from bitring.models.model import Model
 from bitring.native import extension
 from bitring.training.placement import native_messages
+from bitring.training.tree import leaves
 
 RNG = np.random.default_rng(0)
 
@@ -438,9 +439,65 @@ def test_downpour_of_parts(comm, agree):
     shared = {name: w for name, w in trainer._split.mine.items() if name.startswith("dense3")}
     copies = comm.allgather((trainer.replica, {name: w.tobytes() for name, w in shared.items()}))
     agree(comm, all(theirs == copies[0][1] for _, theirs in copies))
-    with pytest.raises(ValueError, match="state_dict: the store of mode Downpour"):
-        trainer.state_dict()
     trainer.free()
+
+
+@pytest.mark.parametrize("optimizer", [bitring.SGD(lr=0.05, momentum=0.9), bitring.Adam(lr=0.01)], ids=repr)
+def test_a_checkpoint_of_a_store_goes_on_to_the_bit_where_the_order_is_fixed(comm, agree, mpi_tmp_path, optimizer):
+    """Replicas that are gathered all, without staleness; its placement may be another."""
+    replicas = splits(comm.size)[-1]
+    mode = bitring.ParameterServer(gather=replicas, staleness=0)
+    made: dict[str, Any] = {"comm": comm, "mode": mode, "replicas": replicas}
+    hybrid = {"dense1": "columns", "dense2": "rows", "dense3": "samples", "dense4": comm.size // replicas - 1}
+    first, same = (bitring.ModelParallel(mlp(), optimizer, placement=hybrid, **made) for _ in range(2))
+    x, y = batch(mlp(), 12 + first.replica)
+    for _ in range(3):
+        first.step(x, y)
+    bitring.save_checkpoint(mpi_tmp_path / "c.npz", first, epoch=3)
+    state = first.state_dict()
+    losses, wanted = [first.step(x, y) for _ in range(3)], first.parameters()
+    for load in (lambda: bitring.load_checkpoint(mpi_tmp_path / "c.npz", same), lambda: same.load_state_dict(state)):
+        load()
+        agree(comm, same.steps == 3)
+        agree(comm, [same.step(x, y) for _ in range(3)] == losses, "not bit for bit")
+        agree(comm, all((wanted[name] == w).all() for name, w in same.parameters().items()))
+    other = bitring.ModelParallel(mlp(), optimizer, placement="data", **made)
+    bitring.load_checkpoint(mpi_tmp_path / "c.npz", other)
+    agree(comm, np.allclose([other.step(x, y) for _ in range(3)], losses, rtol=1e-12, atol=0))
+    for trainer in (first, same, other):
+        trainer.free()
+
+
+@pytest.mark.parametrize("mode", ["ssp", "downpour:fetch=2,push=2", "project_adam", "peers"])
+def test_nothing_of_a_store_is_lost_under_another_placement(comm, agree, mpi_tmp_path, mode):
+    """Replicas that have made different numbers of steps: parameters, slots, the sum of what pushes still owe."""
+    made: dict[str, Any] = {"comm": comm, "mode": mode, "replicas": splits(comm.size)[-1]}
+    if mode != "peers":
+        made["compression"] = "onebit"
+    first = bitring.ModelParallel(mlp(np.float32), bitring.SGD(lr=0.05, momentum=0.9), placement="hybrid", **made)
+    x, y = batch(mlp(np.float32), 12 + first.replica)
+    for _ in range(3 + first.replica):
+        first.step(x, y)
+    bitring.save_checkpoint(mpi_tmp_path / "c.npz", first)
+    state = first.state_dict()
+    made["replicas"] = 1
+    second = bitring.ModelParallel(mlp(np.float32), bitring.SGD(lr=0.05, momentum=0.9), placement="data", **made)
+    bitring.load_checkpoint(mpi_tmp_path / "c.npz", second)
+    again = second.state_dict()
+    for kind in ("parameters", "optimizer"):
+        there = dict(leaves(again[kind]))
+        agree(comm, all(np.array_equal(there[path], x) for path, x in leaves(state[kind])), kind)
+    owed, still = state["residuals"], again["residuals"]
+    agree(comm, all(np.allclose(still.get(name, 0.0), x, atol=1e-6) for name, x in owed.items()), "residuals")
+    agree(
+        comm,
+        second.steps == state["steps"]
+        and all((second.parameters()[n] == w).all() for n, w in state["parameters"].items()),
+    )
+    loss = second.step(*batch(mlp(np.float32), 12))
+    agree(comm, np.isfinite(loss), repr(loss))
+    for trainer in (first, second):
+        trainer.free()
 
 
 def test_downpour_sends_a_ranks_part(comm, agree):

@@ -25,7 +25,7 @@ from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import context_of, given_comm, one_call
 from bitring.collectives.runtime.jointly import jointly, raise_everywhere
-from bitring.collectives.runtime.objects import allgather
+from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.collectives.runtime.tags import channel_of
 from bitring.compression.compressor import Compressor
 from bitring.compression.encoder import Encoder
@@ -332,21 +332,19 @@ class ModelParallel:
             "ranks": 1,  # of which a checkpoint has arrays: they are whole
         }
 
-    def _require_common_steps(self, where: str) -> None:
-        if self._free_mode:
-            raise ValueError(f"{where}: the store of mode {self.mode!r} is not kept for split models; see parameters()")
-
     @one_call("ModelParallel.state_dict")
     def state_dict(self) -> dict[str, Any]:
         """All that a trainer of the same model and optimizer needs to go on, under any placement. Collective.
 
         ``parameters``, ``optimizer`` and ``mode`` are trees of whole arrays, by name at their leaves, and of numbers,
         ``residuals`` what compressed exchanges between replicas still owe, by name; ``steps``. The same on all ranks.
-        Replicas are made equal first, see ``synchronize``.
+        Replicas are made equal first, see ``synchronize``. Where each makes steps of its own, they are rank 0's.
         """
-        self._require_common_steps("ModelParallel.state_dict")
+        where = "ModelParallel.state_dict"
         self.synchronize()
-        return {**self._split.whole.collected("ModelParallel.state_dict"), "steps": self.steps}
+        self._split.whole.meet("state_dict")
+        steps = broadcast(self.comm, self.steps, where)
+        return {**self._split.whole.collected(where), "steps": steps}
 
     @one_call("ModelParallel.load_state_dict")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -356,12 +354,12 @@ class ModelParallel:
         where it is no ``state_dict``, and PeerError on the other ranks.
         """
         where = "ModelParallel.load_state_dict"
-        self._require_common_steps(where)
+        self._split.whole.meet("load_state_dict")
         jointly(self.comm, where, lambda: self._split.whole.require(state, where), (ValueError,))
         for name, w in self.model.parameters.items():
             w[...] = state["parameters"][name]
         self.steps = int(state["steps"])
-        self._split.whole.take(state, self.steps)
+        self._split.take(state, self.steps)
 
     def explain(self) -> str:
         """Who has what, and for each conversion its bytes and this rank's waits; see ``bitring.explain``.

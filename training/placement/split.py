@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,6 +107,12 @@ class Split:
         """Make the replicas equal. Collective, but for mode ``sync``."""
         if self.trainer is not None:
             self.trainer.synchronize()
+        if self._free_mode:
+            self.sums.tell(self.mine)
+
+    def take(self, state: Mapping[str, Any], steps: int) -> None:
+        """Go on from a whole state, see ``WholeState``. Collective."""
+        self.whole.take(state, steps)
         if self._free_mode:
             self.sums.tell(self.mine)
 

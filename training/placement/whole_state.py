@@ -2,8 +2,8 @@
 
 A tree of whole arrays and of numbers: ``parameters``, ``optimizer``, ``mode``, each by name at its leaves; what is no
 array of a parameter's shape is the same on all ranks. It is the first replica's: in modes in which replicas train alone
-for a while, the others go on with its optimizer's state. ``residuals``: of compressed exchanges between replicas, name
--> what all of them still owe; the first replica gets it back.
+for a while, or by a store, the others go on with its optimizer's state. ``residuals``: of compressed exchanges between
+replicas, name -> what all of them still owe; the first replica gets it back.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from mpi4py import MPI
 
 from bitring.collectives.runtime.objects import allgather
 from bitring.training.data_parallel import DataParallel
+from bitring.training.mode import FreeMode
 from bitring.training.placement.parts import Part, joined
 from bitring.training.tree import Path, host_copy, leaves
 
 RESIDUALS = "residuals"
+_PUSHED = ("mode", "residual")
+"""Where a trainer of a store has what its pushes still owe, by name."""
 KINDS = ("parameters", "optimizer", "mode", RESIDUALS)
 
 
@@ -49,12 +52,19 @@ class WholeState:
         part = self._parts.get(path[-1])
         return part is not None and np.shape(x) == part.of(self._parameters[path[-1]], self._rank).shape
 
+    def meet(self, operation: str) -> None:
+        """Have the whole state where the trainer is, in modes in which a store has it. Collective."""
+        if self._trainer is not None and isinstance(self._trainer.mode, FreeMode):
+            self._trainer.meet(operation, None, afresh=True)
+
     def collected(self, where: str, kinds: Collection[str] = KINDS) -> dict[str, Any]:
         """The tree, the same on all ranks; new arrays. ``kinds``: these of its branches alone. Collective."""
         pieces: dict[Path, dict[str, Any]] = {}
         alike: dict[Path, Any] = {}
         live = {} if self._trainer is None else self._trainer.live()
         for path, x in leaves({kind: live[kind] for kind in kinds if kind in live}):
+            if path[:2] == _PUSHED:
+                continue
             if not self._is_part(path, x):
                 alike[path] = host_copy(x)
             elif self._replica == 0 and self._rank in self._parts[path[-1]].keepers:
@@ -105,7 +115,7 @@ class WholeState:
         for name, x in tree[RESIDUALS].items():
             if name not in self._parameters or np.shape(x) != self._parameters[name].shape:
                 return f"residuals/{name} must be of a parameter and of its shape; got {np.shape(x)}"
-        live = {} if self._trainer is None else dict(leaves(self._trainer.live()))
+        live = {path: x for path, x in self._leaves() if path[:2] != _PUSHED}
         for path, x in live.items():
             wanted = self._parameters[path[-1]].shape if self._is_part(path, x) else np.shape(x)
             if path not in there or np.shape(there[path]) != wanted:
@@ -116,19 +126,28 @@ class WholeState:
             return f"{'/'.join(min(others))} is unknown here"
         return None
 
+    def _leaves(self) -> list[tuple[Path, Any]]:
+        return [] if self._trainer is None else list(leaves(self._trainer.live()))
+
     def take(self, tree: Mapping[str, Any], steps: int) -> None:
-        """Cut this rank's parts out of ``tree``, as it is required to be; ``steps`` were made."""
+        """Cut this rank's parts out of ``tree``, as it is required to be; ``steps`` were made.
+
+        Collective in modes in which a store has the parameters.
+        """
         if self._trainer is None:
             return
         there = dict(leaves(tree))
-        self._trainer.restore(
-            {
-                path: self._parts[path[-1]].of(there[path], self._rank) if self._is_part(path, x) else there[path]
-                for path, x in leaves(self._trainer.live())
-            },
-            steps,
-        )
         owed = tree[RESIDUALS] if self._replica == 0 else {}
+        values: dict[Path, Any] = {}
+        for path, x in self._leaves():
+            name = path[-1]
+            if path[:2] == _PUSHED:
+                values[path] = self._parts[name].of(owed[name], self._rank) if name in owed else np.zeros_like(x)
+            else:
+                values[path] = self._parts[name].of(there[path], self._rank) if self._is_part(path, x) else there[path]
+        self._trainer.restore(values, steps)
+        if isinstance(self._trainer.mode, FreeMode):
+            self._trainer.reload()
         for bucket, plan in zip(self._trainer.buckets, self._trainer.plans, strict=True):
             state = {key: host_copy(x) for key, x in plan.state_dict().items()}
             if "residual" not in state:
@@ -143,7 +162,7 @@ class WholeState:
 
 def _owed(trainer: DataParallel) -> dict[str, Any]:
     """This rank's residuals by parameter: of its values, and of the sums that it encodes as an owner."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {path[-1]: x for path, x in leaves(trainer.live()) if path[:2] == _PUSHED}
     for bucket, plan in zip(trainer.buckets, trainer.plans, strict=True):
         state = plan.state_dict()
         if "residual" not in state:

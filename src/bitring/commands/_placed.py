@@ -39,6 +39,7 @@ from bitring.training.checkpoints.saving import save_checkpoint
 from bitring.training.choice import Choice
 from bitring.training.mode import FreeMode
 from bitring.training.model_parallel import ModelParallel
+from bitring.training.placement.layout import part
 from bitring.training.placement.placement import Placement
 from bitring.training.placement.schedules import SCHEDULES
 
@@ -92,8 +93,6 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[Data, Model, Any]
     settings.check()
     if settings.warmup_steps is not None or settings.algorithm != "auto" or settings.timeline is not None:
         raise ValueError("--warmup-steps, --algorithm and --timeline are not for --placement")
-    if isinstance(settings.make_mode(), FreeMode):
-        raise ValueError(f"--mode {settings.mode} is not for --placement, whose replicas get parts of the same batches")
     placement = placement_of(settings.placement or "auto")
     if comm.rank == 0:
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -136,6 +135,7 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
     )
     batches = Batches(data.x_train, data.y_train, settings.batch)
     steps = len(batches) * settings.epochs
+    own_steps = isinstance(trainer.mode, FreeMode)  # each replica's, of its part of every batch
     history: list[dict[str, Any]] = []
     there = broadcast(comm, last_checkpoint(settings) if settings.resume else None, "bitring train")
     if there is not None:
@@ -152,6 +152,9 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
             begin, total = time.perf_counter(), 0.0
             for x, y in bitring.shard(batches, MPI.COMM_SELF, seed=settings.seed, epoch=epoch):  # whole, on all ranks
                 trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / steps))
+                if own_steps:
+                    mine = part(len(x), trainer.replicas, trainer.replica)
+                    x, y = x[mine], y[mine]
                 loss = trainer.step(x, y)
                 total += loss * len(x)
                 if progress is not None:
@@ -161,7 +164,7 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
             seconds += took
             record = {
                 "epoch": epoch,
-                "train_loss": total / len(data.y_train),
+                "train_loss": (_over_replicas(comm, trainer, total) if own_steps else total) / len(data.y_train),
                 "test_accuracy": _accuracy(comm, model, data),
                 "seconds": seconds,
                 "samples_per_second": len(data.y_train) / took,
@@ -176,6 +179,11 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
     if comm.rank == 0:
         _conclude(settings, history, trainer)
     trainer.free()
+
+
+def _over_replicas(comm: MPI.Intracomm, trainer: ModelParallel, total: float) -> float:
+    """The sum of what the replicas have. Collective."""
+    return float(sum(dict(allgather(comm, (trainer.replica, total), "bitring train")).values()))
 
 
 def _accuracy(comm: MPI.Intracomm, model: Model, data: Data) -> float:
