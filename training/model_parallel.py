@@ -232,7 +232,9 @@ class ModelParallel:
         if problem is None:
             bad = next((name for name, each in gradients.items() if not np.isfinite(each).all()), None)
             if bad is not None:
-                problem = NonFiniteError(f"{where}: the gradient of {bad} on rank {self.comm.Get_rank()}")
+                problem = NonFiniteError(
+                    f"{where}: the gradient of {bad} on rank {self.comm.Get_rank()} has NaN or Inf"
+                )
         weight = mine.stop - mine.start
         everyone = allgather(self._meets, (split.passes.loss * weight, problem is not None), where)
         if any(wrong for _, wrong in everyone):

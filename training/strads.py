@@ -228,7 +228,7 @@ class _Run:
         among = np.ix_(coordinates, coordinates)
         cosines = self._cosines[among] if self._cosines.size else None
         if cosines is None or np.isnan(cosines).any():
-            width = self._settings.width
+            width = min(self._settings.width, self._features)
 
             def padded(worker: Any) -> Any:
                 gram = np.zeros((width, width))

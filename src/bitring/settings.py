@@ -146,7 +146,7 @@ def read(text: str, registry: Registry[T]) -> tuple[type[T], dict[str, Any]]:
     """
     name = name_of(text)
     cls: Any = registry.get(name)
-    known = list(getattr(cls, "__dataclass_fields__", {}))
+    known = [field.name for field in dataclasses.fields(cls)] if hasattr(cls, "__dataclass_fields__") else []
     given: dict[str, Any] = {}
     for part in text.split(":", 1)[1].split(",") if ":" in text else ():
         key, equals, value = (word.strip() for word in part.partition("="))

@@ -15,7 +15,7 @@ from bitring.training.tree import is_array, leaves
 
 
 def save_model_parallel(
-    path: str | os.PathLike[str], trainer: ModelParallel, extra: Mapping[str, Any], versions: Any
+    path: str | os.PathLike[str], trainer: ModelParallel, extra: Mapping[str, Any], versions: Any, keep: int
 ) -> None:
     """Write all that ``trainer`` needs to go on. Collective; see ``save_checkpoint``."""
     state = trainer.state_dict()
@@ -23,7 +23,7 @@ def save_model_parallel(
     found = dict(leaves(state))
     arrays = {at: x for at, x in found.items() if is_array(x)}
     numbers = {at: x for at, x in found.items() if not is_array(x)}
-    save_whole(path, trainer.comm, Whole(arrays, numbers, trainer.describe(), steps, extra), versions)
+    save_whole(path, trainer.comm, Whole(arrays, numbers, trainer.describe(), steps, extra), versions, keep)
 
 
 def load_model_parallel(path: str | os.PathLike[str], trainer: ModelParallel) -> dict[str, Any]:

@@ -20,7 +20,12 @@ _VECTORS = ("parameters", "gradient", "s", "y", "gram")
 
 
 def save_sandblaster(
-    path: str | os.PathLike[str], job: Sandblaster, extra: Mapping[str, Any], versions: Any, problem: Exception | None
+    path: str | os.PathLike[str],
+    job: Sandblaster,
+    extra: Mapping[str, Any],
+    versions: Any,
+    problem: Exception | None,
+    keep: int,
 ) -> None:
     """Write all that ``job`` needs to go on, unless a rank has a ``problem``. Collective; see ``save_checkpoint``."""
 
@@ -30,7 +35,7 @@ def save_sandblaster(
         arrays: dict[Path, Any] = {(name,): np.ascontiguousarray(state[name], np.float64) for name in _VECTORS}
         arrays[("numbers",)] = np.array(list(state["numbers"].values()), np.float64)
         arrays[("batch",)] = np.array(state["batch"] or (), np.float64)
-        save_whole(path, comm, Whole(arrays, {}, _settings(job), state["steps"], extra), versions)
+        save_whole(path, comm, Whole(arrays, {}, _settings(job), state["steps"], extra), versions, keep)
 
     job.together(SAVE, save)
 

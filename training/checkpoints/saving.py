@@ -52,28 +52,32 @@ def save_checkpoint(
     The file is complete on the disk before it takes the old one's place, which becomes ``path.previous``. Raises on all
     ranks, leaving the old file as it was: OSError when it cannot be written, TypeError when ``extra`` is not JSON.
     """
-    if isinstance(trainer, Sandblaster):
-        save_sandblaster(path, trainer, extra, _versions(), _not_json(extra))
-        return
-    if isinstance(trainer, ModelParallel):
-        raise_everywhere(trainer.comm, SAVE, _not_json(extra), alike=(TypeError,))
-        save_model_parallel(path, trainer, extra, _versions())
-        return
-    require_trainer(trainer, SAVE)
-    trainer.meet(SAVE, _not_json(extra))
-    trainer.synchronize()
+    if not isinstance(trainer, (ModelParallel, Sandblaster)):
+        require_trainer(trainer, SAVE)
+        trainer.meet(SAVE, _not_json(extra))
+        trainer.synchronize()
     write_checkpoint(path, trainer, extra)
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str], trainer: DataParallel, extra: Mapping[str, Any], keep: int = _KEPT_FILES
+    path: str | os.PathLike[str],
+    trainer: DataParallel | ModelParallel | Sandblaster,
+    extra: Mapping[str, Any],
+    keep: int = _KEPT_FILES,
 ) -> None:
-    """As ``save_checkpoint``, with the trainer left as it is: whether a run is saved makes no difference to it.
+    """As ``save_checkpoint``, with a DataParallel left as it is: whether a run is saved makes no difference to it.
 
     To be called between two blocks of steps (``trainer.in_a_block`` is false); raises ValueError elsewhere. ``keep``:
     so many files are kept, this one and those before it, which are named ``path.previous``, ``path.previous2``, ...
     """
     problem = _not_json(extra)
+    if isinstance(trainer, Sandblaster):
+        save_sandblaster(path, trainer, extra, _versions(), problem, keep)
+        return
+    if isinstance(trainer, ModelParallel):
+        raise_everywhere(trainer.comm, SAVE, problem, alike=(TypeError,))
+        save_model_parallel(path, trainer, extra, _versions(), keep)
+        return
     if trainer.in_a_block:
         problem = ValueError(f"{SAVE}: this rank is inside a block of steps; call trainer.synchronize() before")
     trainer.meet(SAVE, problem)

@@ -19,8 +19,6 @@ from bitring.training.tree import Path
 
 SAVE, LOAD = "save_checkpoint", "load_checkpoint"
 
-_KEPT_FILES = 2
-
 
 class Whole(NamedTuple):
     """``arrays`` and ``numbers`` by path, the trainer's ``settings``, the ``steps`` it has made, and the user's."""
@@ -32,14 +30,14 @@ class Whole(NamedTuple):
     extra: Mapping[str, Any]
 
 
-def save_whole(path: str | os.PathLike[str], comm: MPI.Intracomm, whole: Whole, versions: Any) -> None:
-    """Write what all ranks have alike; rank 0 does. Collective. Raises OSError on all ranks."""
+def save_whole(path: str | os.PathLike[str], comm: MPI.Intracomm, whole: Whole, versions: Any, keep: int) -> None:
+    """Write what all ranks have alike, rank 0 does, and keep so many files. Collective. Raises OSError on all ranks."""
 
     def write() -> None:
         if comm.Get_rank():
             return
         members = {at: member_name(0, at) for at in whole.arrays}
-        with CheckpointWriter(file_path(path, SAVE), _KEPT_FILES) as writer:
+        with CheckpointWriter(file_path(path, SAVE), keep) as writer:
             for at, array in whole.arrays.items():
                 writer.begin(members[at], array.dtype, array.shape)
                 writer.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

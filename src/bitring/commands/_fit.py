@@ -13,6 +13,7 @@ import click
 import numpy as np
 from mpi4py import MPI
 
+from bitring.commands._folder import make_writable, named, write_text
 from bitring.commands._pictures import COLORS, figure, plain
 from bitring.commands._ranks import ending_together, limit_threads, refuse_if_alone, together
 from bitring.commands._units import count
@@ -49,11 +50,13 @@ def run(options: FitOptions) -> None:
     comm = MPI.COMM_WORLD
     with ending_together(comm):
         limit_threads(comm)
+        if options.output is not None:
+            together(comm, lambda: _require_writable(comm, options.output))
         x, y = together(comm, lambda: load_rows(options.data))
         program = PROGRAMS[options.program]
         penalty = options.penalty
         if penalty is None:
-            penalty = together(comm, lambda: _SHARE * program().zeroing(x, y))
+            penalty = together(comm, lambda: _default_penalty(program(), x, y))
         job = together(
             comm,
             lambda: Strads(
@@ -72,16 +75,37 @@ def run(options: FitOptions) -> None:
         together(comm, lambda: _conclude(options, penalty, fit, seconds, comm.size, x.shape))
 
 
+def _require_writable(comm: MPI.Intracomm, folder: Path | None) -> None:
+    if comm.rank == 0 and folder is not None:
+        make_writable(folder)
+
+
 def load_rows(path: Path) -> tuple[Any, Any]:
     """x and y of a file. Raises OSError, ValueError, and ImportError where svmlight's format cannot be read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--data {path}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
+    try:
+        return _read(path)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # a damaged file fails in whatever its bytes happen to say
+        raise ValueError(f"--data {path} cannot be used: {error}") from error
+
+
+def _read(path: Path) -> tuple[Any, Any]:
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             missing = [name for name in ("x", "y") if name not in arrays]
             if missing:
-                raise ValueError(
-                    f"--data {path}: it has no {', '.join(missing)}, only {', '.join(arrays) or 'nothing'}"
-                )
-            return arrays["x"], np.asarray(arrays["y"], np.float64)
+                raise ValueError(f"it has no {', '.join(missing)}, only {', '.join(arrays) or 'nothing'}")
+            x, y = arrays["x"], arrays["y"]
+        for name, array in (("x", x), ("y", y)):
+            if array.dtype.kind not in "fiub":
+                raise ValueError(f"{name} must be real numbers; got {array.dtype}")
+        y = y.astype(np.float64)
+        if x.ndim != 2 or y.shape != x.shape[:1]:
+            raise ValueError(f"x must be (rows, features) and y (rows,); got {x.shape} and {y.shape}")
+        return x, y
     try:
         from sklearn.datasets import load_svmlight_file
     except ImportError as error:
@@ -90,6 +114,14 @@ def load_rows(path: Path) -> tuple[Any, Any]:
         ) from error
     x, y = load_svmlight_file(str(path))[:2]
     return x, y
+
+
+def _default_penalty(program: Penalised, x: Any, y: Any) -> float:
+    with np.errstate(all="ignore"):
+        penalty = _SHARE * program.zeroing(x, y)
+    if not np.isfinite(penalty):
+        raise ValueError("x and y must be finite, and so must x's products with y: there is NaN or Inf")
+    return penalty
 
 
 def _fit(job: Strads, x: Any, y: Any) -> Fit:
@@ -125,9 +157,10 @@ def _conclude(
     click.echo(f"updates        {fit.updates} in {count(len(fit.chosen), 'round')}, {seconds:.2f} s")
     if options.output is None:
         return
-    options.output.mkdir(parents=True, exist_ok=True)
-    np.save(options.output / "coefficients.npy", fit.coefficients)
-    (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    coefficients = options.output / "coefficients.npy"
+    with named(coefficients):
+        np.save(coefficients, fit.coefficients)
+    write_text(options.output / "summary.json", json.dumps(summary, indent=2) + "\n")
     picture = options.output / "objective.png"
     try:
         draw_objective(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,15 @@ from mpi4py import MPI
 
 import bitring
 from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.commands._folder import make_writable, named, write_text
+from bitring.commands._going_on import PreemptedError, end_with_the_status, stop_for_now
 from bitring.commands._kept import checkpoint_path, history_of, last_checkpoint, require_said
 from bitring.commands._pictures import draw_curve
 from bitring.commands._placed_picture import draw
 from bitring.commands._progress import Progress
 from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, together
 from bitring.commands._results import append_metrics, begin_metrics
-from bitring.commands._settings import Settings
+from bitring.commands._settings import Settings, refuse_unused
 from bitring.commands._units import count, traffic
 from bitring.compression.compressor import Compressor
 from bitring.errors import NonFiniteError
@@ -35,13 +39,14 @@ from bitring.settings import make, setting
 from bitring.training.batches import Batches
 from bitring.training.checkpoints.file import remove_checkpoints
 from bitring.training.checkpoints.loading import load_checkpoint
-from bitring.training.checkpoints.saving import save_checkpoint
+from bitring.training.checkpoints.saving import write_checkpoint
 from bitring.training.choice import Choice
 from bitring.training.mode import FreeMode
 from bitring.training.model_parallel import ModelParallel
 from bitring.training.placement.layout import part
 from bitring.training.placement.placement import Placement
 from bitring.training.placement.schedules import SCHEDULES
+from bitring.training.preemption import Preemption
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,15 @@ def placement_of(text: str) -> Any:
     if text in ("auto", "data", "hybrid", "hybrid_in_turns"):
         return text
     if ":" not in text and "=" in text:
-        pairs = [part.partition("=") for part in text.split(",")]
-        return {layer.strip(): int(how) if how.strip().isdigit() else how.strip() for layer, _, how in pairs}
+        found: dict[str, str | int] = {}
+        for part in text.split(","):
+            layer, equals, how = (word.strip() for word in part.partition("="))
+            if not (layer and equals and how):
+                raise ValueError(f"--placement {text}: expected LAYER=samples|columns|rows|RANK; got {part!r}")
+            if layer in found:
+                raise ValueError(f"--placement {text}: {layer} is given twice")
+            found[layer] = int(how) if how.isdecimal() else how
+        return found
     asked: Pipeline = make(text, _Placements())  # type: ignore[arg-type]
     return Placement(stages=asked.stages, microbatches=asked.microbatches, schedule=asked.schedule)
 
@@ -82,20 +94,32 @@ def run(settings: Settings) -> None:
     """Train as ``settings`` say, on MPI.COMM_WORLD. Collective."""
     refuse_if_alone()
     comm = MPI.COMM_WORLD
-    with ending_together(comm):
+    atexit.register(end_with_the_status)
+    with ending_together(comm), Preemption(comm) as preemption:
         try:
-            _run(settings, comm)
+            _run(settings, comm, preemption)
+        except PreemptedError as preempted:
+            stop_for_now(comm, preempted)
         except NonFiniteError as error:  # raised on all ranks alike
             fail(comm, f"{error}; a smaller --lr may help", status=ExitCode.FAILED)
+        except KeyboardInterrupt:
+            if comm.rank == 0:
+                kept = (
+                    "; --resume goes on from the checkpoint" if last_checkpoint(settings) else " before the first one"
+                )
+                click.echo(f"\ninterrupted{kept}", err=True)
+            raise
 
 
 def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[Data, Model, Any]:
     settings.check()
     if settings.warmup_steps is not None or settings.algorithm != "auto" or settings.timeline is not None:
         raise ValueError("--warmup-steps, --algorithm and --timeline are not for --placement")
-    placement = placement_of(settings.placement or "auto")
+    refuse_unused(settings, "--placement")
+    assert settings.placement is not None
+    placement = placement_of(settings.placement)
     if comm.rank == 0:
-        settings.output.mkdir(parents=True, exist_ok=True)
+        make_writable(settings.output)
         require_said(settings)
     data = load(settings.data, settings.data_directory)
     return data, models.get(settings.model)(data.input_shape, data.classes, seed=settings.seed), placement
@@ -108,15 +132,48 @@ def _compressor(settings: Settings) -> Compressor | None:
     return made
 
 
-def _go_on(path: Path, settings: Settings, trainer: ModelParallel, each: int) -> list[dict[str, Any]]:
-    """Load the checkpoint; the records of its epochs. Collective. Raises ValueError when it is of another run."""
-    history, done = history_of(path, settings, load_checkpoint(path, trainer), trainer.steps, each)
-    if done:
-        raise ValueError(f"--resume: {path} is of a run without --placement, of the middle of an epoch")
-    return history
+@dataclass
+class _Epoch:
+    """Progress in an epoch that is not over: ``loss`` is summed over its samples."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
 
 
-def _run(settings: Settings, comm: MPI.Intracomm) -> None:
+def _go_on(path: Path, settings: Settings, trainer: ModelParallel, each: int) -> tuple[list[dict[str, Any]], _Epoch]:
+    """Load the checkpoint: the records of its epochs, and the next one. Collective.
+
+    Raises ValueError when it is of another run.
+    """
+    extra = load_checkpoint(path, trainer)
+    history, done = history_of(path, settings, extra, trainer.steps, each)
+    if done and isinstance(trainer.mode, FreeMode):
+        raise ValueError(f"--resume: {path} is of the middle of an epoch, where mode {settings.mode} cannot begin")
+    begun = extra.get("epoch", {"seconds": 0.0, "loss": [0.0]})
+    return history, _Epoch(done, begun["seconds"], math.fsum(begun["loss"])) if done else _Epoch()
+
+
+def _save(settings: Settings, trainer: ModelParallel, history: list[dict[str, Any]], epoch: _Epoch) -> None:
+    """Make a checkpoint. Collective. Ends the command when that fails."""
+    extra = {
+        "history": history,
+        "settings": settings.of_the_result(),
+        "epoch": {"seconds": epoch.seconds, "loss": [epoch.loss]},
+    }
+    try:
+        write_checkpoint(checkpoint_path(settings), trainer, extra, keep=settings.keep)
+    except OSError as error:  # raised on all ranks alike
+        fail(trainer.comm, str(error), status=ExitCode.FAILED)
+
+
+def _kept(settings: Settings, history: list[dict[str, Any]], epoch: _Epoch) -> str:
+    """What there is to go on from, in words."""
+    place = f"step {epoch.steps} of epoch {len(history) + 1}" if epoch.steps else f"epoch {len(history)}"
+    return f"{checkpoint_path(settings)} holds all that was trained, up to {place}"
+
+
+def _run(settings: Settings, comm: MPI.Intracomm, preemption: Preemption) -> None:
     data, model, placement = together(comm, lambda: _prepare(settings, comm))
     limit_threads(comm)
     optimizer: Any = together(comm, settings.make_optimizer)
@@ -137,34 +194,40 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
     steps = len(batches) * settings.epochs
     own_steps = isinstance(trainer.mode, FreeMode)  # each replica's, of its part of every batch
     history: list[dict[str, Any]] = []
+    begun = _Epoch()
     there = broadcast(comm, last_checkpoint(settings) if settings.resume else None, "bitring train")
     if there is not None:
-        history = together(comm, lambda: _go_on(there, settings, trainer, len(batches)))
+        history, begun = together(comm, lambda: _go_on(there, settings, trainer, len(batches)))
     elif comm.rank == 0:
         remove_checkpoints(checkpoint_path(settings))
     if comm.rank == 0:
         begin_metrics(settings.output, history)
     first = len(history)
-    progress = Progress(first, settings.epochs, len(batches), 0) if comm.rank == 0 else None
+    progress = Progress(first, settings.epochs, len(batches), begun.steps) if comm.rank == 0 else None
     seconds, sent = (history[-1]["seconds"], history[-1]["bytes_sent"]) if history else (0.0, 0)
     with progress or contextlib.nullcontext(), np.errstate(over="ignore", invalid="ignore"):
         for epoch in range(first + 1, settings.epochs + 1):
-            begin, total = time.perf_counter(), 0.0
-            for x, y in bitring.shard(batches, MPI.COMM_SELF, seed=settings.seed, epoch=epoch):  # whole, on all ranks
+            begin = time.perf_counter() - begun.seconds
+            whole = bitring.shard(batches, MPI.COMM_SELF, seed=settings.seed, epoch=epoch, start=begun.steps)
+            for x, y in whole:  # on all ranks
                 trainer.optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * (1 - trainer.steps / steps))
                 if own_steps:
                     mine = part(len(x), trainer.replicas, trainer.replica)
                     x, y = x[mine], y[mine]
                 loss = trainer.step(x, y)
-                total += loss * len(x)
+                begun = _Epoch(begun.steps + 1, time.perf_counter() - begin, begun.loss + loss * len(x))
                 if progress is not None:
                     progress.step(epoch, loss)
+                if not own_steps and begun.steps < len(batches) and preemption.requested:
+                    _save(settings, trainer, history, begun)
+                    raise PreemptedError(_kept(settings, history, begun), resume=True)
             trainer.parameters()
             took = time.perf_counter() - begin
             seconds += took
+            total = _over_replicas(comm, trainer, begun.loss) if own_steps else begun.loss
             record = {
                 "epoch": epoch,
-                "train_loss": (_over_replicas(comm, trainer, total) if own_steps else total) / len(data.y_train),
+                "train_loss": total / len(data.y_train),
                 "test_accuracy": _accuracy(comm, model, data),
                 "seconds": seconds,
                 "samples_per_second": len(data.y_train) / took,
@@ -175,7 +238,12 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
             if comm.rank == 0 and progress is not None:
                 progress.epoch(record)
                 append_metrics(settings.output, record)
-            save_checkpoint(checkpoint_path(settings), trainer, history=history, settings=settings.of_the_result())
+            begun = _Epoch()
+            stops = epoch < settings.epochs and preemption.requested
+            if stops or epoch % settings.checkpoint_every.number == 0 or epoch == settings.epochs:
+                _save(settings, trainer, history, begun)
+            if stops:
+                raise PreemptedError(_kept(settings, history, begun), resume=True)
     if comm.rank == 0:
         _conclude(settings, history, trainer)
     trainer.free()
@@ -212,7 +280,7 @@ def _conclude(settings: Settings, history: list[dict[str, Any]], trainer: ModelP
         "seed": settings.seed,
         "versions": versions(),
     }
-    (settings.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(settings.output / "summary.json", json.dumps(summary, indent=2) + "\n")
     click.echo(
         f"test accuracy  {last['test_accuracy']:.4f} after {count(len(history), 'epoch')}, {last['seconds']:.1f} s"
     )
@@ -220,8 +288,9 @@ def _conclude(settings: Settings, history: list[dict[str, Any]], trainer: ModelP
     click.echo(bitring.explain(trainer))
     title = f"{settings.model} on {settings.data}, {count(ranks, 'rank')}, placement {settings.placement}"
     try:
-        draw_curve(history, settings.output / "curve.png", title)
-        draw(trainer.picture(), settings.output / "placement.png", title)
+        with named(settings.output):
+            draw_curve(history, settings.output / "curve.png", title)
+            draw(trainer.picture(), settings.output / "placement.png", title)
     except ImportError as error:
         click.echo(f"pictures       not drawn: {error}")
     else:

@@ -87,6 +87,12 @@ def ending_together(comm: MPI.Intracomm) -> Generator[None]:
                 time.sleep(1)  # all ranks were interrupted; rank 0 has something to say first
             MPI.COMM_WORLD.Abort(ExitCode.INTERRUPTED)
         raise
+    except OSError as error:  # of a file that one rank writes: a disk that is full, or a folder that is gone
+        click.echo(f"Error: {error}", err=True)
+        sys.stdout.flush()
+        if comm.size > 1:
+            MPI.COMM_WORLD.Abort(ExitCode.FAILED)
+        raise click.exceptions.Exit(ExitCode.FAILED) from None
     except Exception as error:
         if comm.size > 1:
             # Here, while the other ranks may still be waiting for this one.

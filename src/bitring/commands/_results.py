@@ -15,6 +15,7 @@ import click
 from mpi4py import MPI
 
 from bitring.commands._course import Course, EpochMetrics
+from bitring.commands._folder import named, write_text
 from bitring.commands._pictures import draw_curve
 from bitring.commands._timeline import draw_timeline
 from bitring.commands._units import count, traffic
@@ -25,12 +26,12 @@ _METRICS = "metrics.jsonl"
 
 def begin_metrics(folder: Path, history: Sequence[EpochMetrics]) -> None:
     """Write ``metrics.jsonl`` anew: a line for each of the epochs that are over."""
-    _write(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in history))
+    write_text(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in history))
 
 
 def append_metrics(folder: Path, record: EpochMetrics) -> None:
     """Append an epoch's line to ``metrics.jsonl``."""
-    with (folder / _METRICS).open("a", encoding="utf-8") as file:
+    with named(folder / _METRICS), (folder / _METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -52,7 +53,7 @@ def conclude(course: Course) -> None:
         "algorithms": sorted(set(course.trainer.algorithms)),
         "versions": versions(),
     }
-    _write(settings.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(settings.output / "summary.json", json.dumps(summary, indent=2) + "\n")
     click.echo(
         f"test accuracy  {last['test_accuracy']:.4f} after {count(len(history), 'epoch')}, {last['seconds']:.1f} s"
     )
@@ -68,7 +69,8 @@ def conclude(course: Course) -> None:
 
 def _draw(what: str, path: Path, draw: Callable[[], None]) -> None:
     try:
-        draw()
+        with named(path):
+            draw()
     except ImportError as error:
         click.echo(f"{what:<15}not drawn: {error}")
     else:
@@ -86,10 +88,3 @@ def _traffic(comm: MPI.Intracomm, last: Mapping[str, Any]) -> str:
     sent, exact = last["bytes_sent"], last["bytes_exact"]
     ratio = f"1/{exact / sent:.1f} of it" if sent else "nothing"
     return f"{traffic(sent)} per rank; an exact exchange in each step sends {traffic(exact)}: {ratio}"
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -15,13 +15,14 @@ import click
 from mpi4py import MPI
 
 from bitring.collectives.runtime.objects import allgather, broadcast
+from bitring.commands._folder import make_writable, named, write_text
 from bitring.commands._kept import checkpoint_path, last_checkpoint, require_said
 from bitring.commands._pictures import COLORS, draw_curve, figure, plain
 from bitring.commands._placed import placement_of
 from bitring.commands._progress import Progress
 from bitring.commands._ranks import ending_together, fail, limit_threads, refuse_if_alone, together
 from bitring.commands._results import append_metrics, begin_metrics
-from bitring.commands._settings import Settings
+from bitring.commands._settings import Settings, refuse_unused
 from bitring.commands._units import count, traffic
 from bitring.errors import NonFiniteError
 from bitring.exit_codes import ExitCode
@@ -32,7 +33,7 @@ from bitring.settings import Settings as Checked
 from bitring.settings import make, setting, spelled
 from bitring.training.checkpoints.file import remove_checkpoints
 from bitring.training.checkpoints.loading import load_checkpoint
-from bitring.training.checkpoints.saving import save_checkpoint
+from bitring.training.checkpoints.saving import write_checkpoint
 from bitring.training.coordinator import PortionRecord
 from bitring.training.lbfgs import LBFGS
 from bitring.training.sandblaster import Sandblaster
@@ -80,13 +81,42 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> tuple[LBFGS, Portioning
             raise ValueError(f"--{name.replace('_', '-')} is not for the mode sandblaster")
     if settings.compression != "none":
         raise ValueError("--compression is not for the mode sandblaster")
+    if settings.algorithm != "auto" or settings.timeline is not None:
+        raise ValueError("--algorithm and --timeline are not for the mode sandblaster")
+    refuse_unused(settings, "the mode sandblaster")
     placement = None if settings.placement is None else placement_of(settings.placement)
     if comm.rank == 0:
-        settings.output.mkdir(parents=True, exist_ok=True)
+        make_writable(settings.output)
         require_said(settings)
     data = load(settings.data, settings.data_directory)
     made = models.get(settings.model)(data.input_shape, data.classes, seed=settings.seed)
     return optimizer, mode, data, made, placement
+
+
+def _of_the_result(settings: Settings) -> dict[str, Any]:
+    """The options that must be the same for a run to go on; the checkpoint itself compares the optimizer."""
+    return {"model": settings.model, "data": settings.data, "seed": settings.seed}
+
+
+def _go_on(path: Path, settings: Settings, job: Sandblaster) -> list[dict[str, Any]]:
+    """Load the checkpoint: the records of its iterations. Collective. Raises ValueError when it is of another run."""
+    extra = load_checkpoint(path, job)
+    history, made = extra.get("history"), extra.get("settings", {})
+    if not isinstance(history, list):
+        raise ValueError(f"--resume: {path} was not made by bitring train")
+    for option, value in _of_the_result(settings).items():
+        if made.get(option, value) != value:
+            raise ValueError(f"--resume: the checkpoint was made with --{option} {made[option]}; got {value}")
+    return history
+
+
+def _save(settings: Settings, job: Sandblaster, history: list[dict[str, Any]]) -> None:
+    """Make a checkpoint. Collective. Ends the command when that fails."""
+    extra = {"history": history, "settings": _of_the_result(settings)}
+    try:
+        write_checkpoint(checkpoint_path(settings), job, extra, keep=settings.keep)
+    except OSError as error:  # raised on all ranks alike
+        fail(job.comm, str(error), status=ExitCode.FAILED)
 
 
 def _run(settings: Settings, comm: MPI.Intracomm) -> None:
@@ -107,7 +137,7 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
     history: list[dict[str, Any]] = []
     there = broadcast(comm, last_checkpoint(settings) if settings.resume else None, "bitring train")
     if there is not None:
-        history = together(comm, lambda: load_checkpoint(there, job))["history"]
+        history = together(comm, lambda: _go_on(there, settings, job))
     elif comm.rank == 0:
         remove_checkpoints(checkpoint_path(settings))
     if comm.rank == 0:
@@ -145,7 +175,8 @@ def _run(settings: Settings, comm: MPI.Intracomm) -> None:
                 progress.epoch(record)
             if comm.rank == 0:
                 append_metrics(settings.output, record)
-            save_checkpoint(checkpoint_path(settings), job, history=history)
+            if epoch % settings.checkpoint_every.number == 0 or epoch == settings.epochs:
+                _save(settings, job, history)
             begun += time.perf_counter() - pause  # what is measured and kept is not training
     if comm.rank == 0:
         _conclude(settings, optimizer, mode, history, job, comm.size)
@@ -173,7 +204,7 @@ def _conclude(
         **dataclasses.asdict(optimizer),
         "versions": versions(),
     }
-    (settings.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(settings.output / "summary.json", json.dumps(summary, indent=2) + "\n")
     click.echo(
         f"test accuracy  {last['test_accuracy']:.4f} after {count(len(history), 'iteration')}, "
         f"{last['evaluations']} evaluations of the whole data, {last['seconds']:.1f} s"
@@ -181,7 +212,8 @@ def _conclude(
     click.echo(f"bytes sent     {traffic(last['bytes_sent'])} per rank at most")
     title = f"{settings.model} on {settings.data}, {count(ranks, 'rank')}, L-BFGS by Sandblaster"
     try:
-        draw_curve(history, settings.output / "curve.png", title)
+        with named(settings.output):
+            draw_curve(history, settings.output / "curve.png", title)
         if job.records:
             draw_portions(job.records, settings.output / "portions.png", title)
     except ImportError as error:

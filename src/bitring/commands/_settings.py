@@ -115,6 +115,14 @@ class Settings:
         return {name: value for name, value in _in_force(options).items() if name not in (*left_out, *split)}
 
 
+def refuse_unused(settings: Settings, kind: str) -> None:
+    """Raise ValueError for options that runs of this ``kind`` have no use for."""
+    if settings.device != "host":
+        raise ValueError(f"--device {settings.device} is not for {kind}, which computes on the host")
+    if settings.checkpoint_every.unit != "epochs":
+        raise ValueError(f"--checkpoint-every must be in epochs with {kind}")
+
+
 def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """The first option that differs between two runs' ``of_the_result``, with both values; None when nothing does.
 
@@ -157,6 +165,6 @@ def _made(registry: Registry[T], options: Mapping[str, Any]) -> T:
             continue
         if option not in known:
             raise ValueError(f"--{option} is not for the {registry.kind} {name}")
-        if given.setdefault(option, value) != value:
+        if repr(given.setdefault(option, value)) != repr(value):  # NaN is refused where ranges are
             raise ValueError(f"--{registry.kind} {text} and --{option} {value} differ in {option}; give it once")
     return cls(**{**_DEFAULTS.get(name, {}), **given})

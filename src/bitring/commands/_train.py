@@ -6,9 +6,7 @@ import atexit
 import contextlib
 import dataclasses
 import math
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +17,7 @@ from bitring.collectives.communicator import Communicator
 from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.commands import _device
 from bitring.commands._course import Course, Epoch, Parts, go_on
+from bitring.commands._folder import make_writable
 from bitring.commands._going_on import PreemptedError, end_with_the_status, stop_for_now
 from bitring.commands._kept import checkpoint_path, last_checkpoint, require_said
 from bitring.commands._progress import Progress
@@ -125,7 +124,9 @@ def _prepare(settings: Settings, comm: MPI.Intracomm) -> Parts:
     model = models.get(settings.model)
     xp = _device.array_module(settings.device, comm.rank)
     if comm.rank == 0:
-        _make_writable(settings.output)
+        make_writable(settings.output)
+        if settings.timeline is not None:
+            make_writable(settings.timeline.parent, f"--timeline {settings.timeline}")
         require_said(settings)
     data = load(settings.data, settings.data_directory)
     made = model(data.input_shape, data.classes, seed=settings.seed, xp=xp)
@@ -143,17 +144,6 @@ def _share(model: Model, comm: MPI.Intracomm) -> None:
         for name, w in model.parameters.items():
             model.parameters[name] = Communicator(comm).empty(w.shape, w.dtype)
             model.parameters[name][...] = w
-
-
-def _make_writable(folder: Path) -> None:
-    """Raise OSError unless files can be written to ``folder``, which is made if need be."""
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise type(error)(f"--output {folder} cannot be written: {error.strerror}") from error
 
 
 def _begin(

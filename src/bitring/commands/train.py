@@ -78,7 +78,7 @@ def _names(registry: Registry[Any]) -> str:
 @click.option(
     "--placement",
     help="Split the model between ranks: auto, data, hybrid, pipeline:stages=2,microbatches=8, or "
-    "LAYER=samples|columns|rows|RANK, separated by commas. Makes no checkpoints yet.",
+    "LAYER=samples|columns|rows|RANK, separated by commas.",
 )
 @click.option(
     "--replicas",
