@@ -135,7 +135,7 @@ def work(folder: Path) -> None:
 
 
 def run_trial(trial: Trial) -> dict[str, Any]:
-    return run_job(__file__, trial, {}, _judge)
+    return run_job(__file__, trial, _judge)
 
 
 def _may_be_lost(trial: Trial) -> bool:

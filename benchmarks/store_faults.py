@@ -257,7 +257,7 @@ def work(folder: Path) -> None:
 
 def run_trial(trial: Trial) -> dict[str, Any]:
     """Run it. ``wrong`` lists what did not hold; empty where all did."""
-    return run_job(__file__, trial, {}, _judge)
+    return run_job(__file__, trial, _judge)
 
 
 def _ends_all(trial: Trial) -> bool:

@@ -151,7 +151,7 @@ def on_ranks(clean_environment: Callable[..., dict[str, str]]) -> Callable[..., 
         *arguments: str | Path,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
-        timeout: float = 50,
+        timeout: float = 150,
     ) -> subprocess.CompletedProcess[str]:
         prefix, extra = runner.launcher(ranks)
         return subprocess.run(
@@ -184,7 +184,7 @@ def on_survivors(clean_environment: Callable[..., dict[str, str]]) -> Callable[[
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=150,
             check=False,
         )
 
@@ -255,7 +255,7 @@ class Lockstep:
     """Keeps the ranks at the same test, and leaves behind what tests/run.py shows when they got stuck."""
 
     # Before the first test, and between two and at the end, a rank may take this long before its stacks are recorded.
-    START_SECONDS, BETWEEN_SECONDS = 180.0, 60.0
+    START_SECONDS, BETWEEN_SECONDS = 400.0, 180.0
 
     def __init__(self, logs: Path | None) -> None:
         self._progress = (logs / f"progress-{RANK}.jsonl").open("a", encoding="utf-8") if logs else None

@@ -28,15 +28,15 @@ from typing import Any
 STARTS = 6
 """How often one configuration is started at most: after this many hangs the rest would hang too."""
 
-START_SECONDS = 180.0
+START_SECONDS = 400.0
 """A run that has not said anything after this time is ended, and one that has not collected its tests so long after
 that; conftest.py knows it too."""
 
-BETWEEN_SECONDS = 60.0
+BETWEEN_SECONDS = 180.0
 """A rank has this long between two tests, and from the last test to its end; conftest.py knows it too."""
 
-GRACE_SECONDS = 2.0
-"""From the time limit until all ranks have written their stacks."""
+GRACE_SECONDS = 20.0
+"""From the time limit until all ranks have written their stacks, at most."""
 
 # There may be more ranks than cores.
 ONE_THREAD = {
@@ -103,7 +103,7 @@ class Progress:
                 allowed = next(record["limit"] for record in reversed(records) if record["event"] == "start")
             else:
                 allowed = BETWEEN_SECONDS
-            if time.monotonic() - changed > allowed + GRACE_SECONDS:
+            if time.monotonic() - changed > allowed:
                 return True
         return False
 
@@ -137,15 +137,25 @@ def run_once(command: list[str], environment: dict[str, str], logs: Path, ranks:
         time.sleep(0.2)
         progress.read()
         if progress.overdue():
+            await_stacks(logs, ranks)
             os.killpg(process.pid, signal.SIGTERM)
             time.sleep(2)
             # Ranks may be in sessions of their own, where the launcher's end does not reach them.
             for pid in [process.pid, *(record["pid"] for record in progress.each("began"))]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-    shower.join(timeout=5)
+    shower.join(timeout=30)
     progress.read()
     return process.wait(), progress
+
+
+def await_stacks(logs: Path, ranks: int) -> None:
+    """Wait until all ranks have written where they are, which the processor may be taken away from."""
+    until = time.monotonic() + GRACE_SECONDS
+    files = [logs / f"stacks-{rank}.log" for rank in range(ranks)]
+    while time.monotonic() < until and not all(file.exists() and file.stat().st_size for file in files):
+        time.sleep(0.1)
+    time.sleep(1)  # a file may be half written
 
 
 def show(stream: Any, log: Path) -> None:

@@ -30,7 +30,7 @@ def run(clean_environment, text: str, ranks: int = 3, **environment: str):
         env=clean_environment(**extra, **environment),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     return done, time.monotonic() - begun
@@ -51,7 +51,7 @@ def test_one_rank_raises_while_the_others_wait(clean_environment, wait: str):
     assert "[rank 1] Traceback (most recent call last):" in done.stderr
     assert "[rank 1] KeyError: 'lost my data'" in done.stderr
     assert "[rank 0] " not in done.stderr
-    assert seconds < 20
+    assert seconds < 60
 
 
 def test_ranks_that_raise_together_stay_legible(clean_environment):
@@ -65,7 +65,7 @@ def test_ranks_that_raise_together_stay_legible(clean_environment):
         assert line.startswith(
             f"[rank {rank}] {name}: Allreduce: ranks disagree on count: rank 2 gave 6, rank 0 gave 5"
         )
-    assert seconds < 20
+    assert seconds < 60
 
 
 def test_it_can_be_turned_off(clean_environment):
@@ -116,7 +116,7 @@ def load(clean_environment, text: str):
         env=clean_environment(**extra),
         capture_output=True,
         text=True,
-        timeout=40,
+        timeout=150,
         check=False,
     )
 
@@ -151,13 +151,16 @@ thread.join()
     assert done.stdout.count("well") == 2
 
 
-def test_a_forked_child_that_raises_before_the_first_collective(clean_environment):
+def test_a_forked_child_that_raises_before_the_first_collective(clean_environment, tmp_path):
+    # What two ranks write to one pipe runs into each other.
     text = f"""{LOADING}
+os.dup2(os.open({str(tmp_path)!r} + f"/{{rank}}", os.O_WRONLY | os.O_CREAT), 2)
 if os.fork() == 0:
     raise KeyError('the child lost it')
 os.wait()
 {WAITING}print('well', flush=True)
 """
     done = load(clean_environment, text)
-    assert done.stderr.count("KeyError: 'the child lost it'") == 2
+    for rank in range(2):
+        assert "KeyError: 'the child lost it'" in (tmp_path / f"{rank}").read_text(), done.stderr
     assert done.stdout.count("well") == 2, done.stderr

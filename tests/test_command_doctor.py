@@ -65,7 +65,7 @@ def test_mpich_under_a_launcher_that_it_does_not_know(clean_environment):
         pytest.skip("the MPI library is not MPICH's wheel")
     environment = clean_environment(PMIX_NAMESPACE="prterun-1@1", PMIX_RANK="0", OMPI_COMM_WORLD_RANK="0")
     command = [sys.executable, "-m", "bitring", "doctor"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode != 0
     assert done.stderr.splitlines()[0] == (
         "bitring: these ranks were started by Open MPI's mpirun, or otherwise through PMIx, and "
@@ -76,7 +76,7 @@ def test_mpich_under_a_launcher_that_it_does_not_know(clean_environment):
         env=environment | {"OMPI_COMM_WORLD_RANK": "1"},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     assert "bitring:" not in others.stderr

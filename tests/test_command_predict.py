@@ -132,14 +132,14 @@ def test_a_reader_that_has_seen_enough():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()
-        _, errors = process.communicate(timeout=50)
+        _, errors = process.communicate(timeout=150)
     assert errors == b""
 
 
 def test_it_needs_no_mpi():
     arguments = "predict", "--model", "cnn", "--ranks", "64", "--bandwidth", "10Gbit"
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MPI, *arguments], capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-c", WITHOUT_MPI, *arguments], capture_output=True, text=True, timeout=150, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "onebit" in done.stdout

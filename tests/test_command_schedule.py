@@ -32,7 +32,7 @@ def run(*arguments: str) -> Result:
 
 
 def shell(*arguments: str) -> str:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -118,6 +118,6 @@ def test_help_starts_no_mpi():
         "import sys\nfrom bitring.__main__ import main\nsys.argv = ['bitring', 'tune', '--help']\n"
         "try:\n    main()\nfinally:\n    assert 'mpi4py.MPI' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: bitring tune" in done.stdout

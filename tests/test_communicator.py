@@ -605,7 +605,7 @@ print("well", flush=True)
         env=clean_environment(**extra),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     assert done.stdout.count("well") == 2, done.stdout + done.stderr

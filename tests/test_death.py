@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from silence import LIMIT_SECONDS, Told, hears_from
 
 import bitring
 from bitring.collectives.communicator import Communicator
@@ -38,11 +39,16 @@ def tell(do, since):
         do()
     except Exception as error:
         seconds = time.monotonic() - since
-        text = f"rank {rank}, {seconds < 2}, {type(error).__name__}, {getattr(error, 'ranks', None)}, {error}" + chr(10)
-        sys.stdout.write(text)
+        text = f"rank {rank}, {seconds < 30}, {type(error).__name__}, {getattr(error, 'ranks', None)}, {error}"
+        sys.stdout.write(text + chr(10))
         sys.stdout.flush()
 rank = comm.rank
 begun = time.monotonic()
+def leave(what):
+    open(f"{folder}/{what}-{rank}", "w").close()
+def wait_for(what, ranks):
+    while not all(os.path.exists(f"{folder}/{what}-{each}") for each in ranks):
+        time.sleep(0.01)
 """
 
 KILLED = """
@@ -57,12 +63,14 @@ if rank == 1:
     threading.Thread(target=die, daemon=True).start()
 if rank < 3:
     tell(lambda: few.Allreduce(MPI.IN_PLACE, values), time.monotonic())
+    leave("told")
 else:
-    time.sleep(0.7)
+    wait_for("told", (0, 2))
 tell(lambda: comm.Allreduce(MPI.IN_PLACE, x), time.monotonic())
 tell(lambda: bitring.allreduce(x, comm=MPI.COMM_WORLD), time.monotonic())
 comm.Free()
-time.sleep(1)
+leave("over")
+wait_for("over", (0, 2, 3))
 os._exit(0)
 """
 
@@ -72,7 +80,8 @@ watch.SILENCE_SECONDS = 1
 if rank == 1:
     subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
 tell(lambda: comm.Allreduce(MPI.IN_PLACE, x), begun)
-time.sleep(1)
+leave("told")
+wait_for("told", range(3))
 if rank == 1:  # for the launcher
     subprocess.run(["ip", "link", "set", "eth0", "up"], check=True)
 os._exit(0)
@@ -81,17 +90,22 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def hosts() -> None:
-    done = subprocess.run([sys.executable, HOSTS, "--probe"], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, HOSTS, "--probe"], capture_output=True, text=True, timeout=150, check=False)
     if done.returncode != 0:
         pytest.skip((done.stdout + done.stderr).strip())
     if "HYDRA" not in subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout:
         pytest.skip("needs the mpirun of MPICH, which can be told to let the others live")
 
 
-def on_hosts(environment: dict[str, str], hosts: int, ranks: int, text: str) -> list[str]:
+def on_hosts(environment: dict[str, str], hosts: int, ranks: int, text: str, folder: Path) -> list[str]:
     command = [sys.executable, HOSTS, "--hosts", hosts, "--ranks-per-host", ranks, "--rate", "none", "--", *SURVIVE]
     done = subprocess.run(
-        [*map(str, command), START + text], env=environment, capture_output=True, text=True, timeout=40, check=False
+        [*map(str, command), f"folder = {str(folder)!r}\n{START}{text}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
     )
     assert "status 139" not in done.stdout, done.stdout + done.stderr  # SIGSEGV, in the MPI library
     return [*done.stdout.splitlines(), *done.stderr.splitlines()]
@@ -99,13 +113,13 @@ def on_hosts(environment: dict[str, str], hosts: int, ranks: int, text: str) -> 
 
 @pytest.mark.single
 @pytest.mark.parametrize(("number", "ranks"), [(4, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_a_rank_killed_on_another_host(hosts, clean_environment, number: int, ranks: int):
+def test_a_rank_killed_on_another_host(hosts, clean_environment, tmp_path, number: int, ranks: int):
     """In the middle of a transfer: nobody goes on to send to it, which MPICH would not survive.
 
     Its end is seen at once, also by a rank that slept meanwhile when it comes; and nobody sends to it in any other
     communicator, be it one that was not used before.
     """
-    told = on_hosts(clean_environment(), number, ranks, KILLED)
+    told = on_hosts(clean_environment(), number, ranks, KILLED, tmp_path)
     for rank in (0, 2, 3):
         text = f"rank {rank}, True, DeadRankError, (1,), {{}}: rank 1 is gone: the process has ended or left the job"
         assert told.count(text.format("Allreduce")) == (1 if rank == 3 else 2), "\n".join(told)
@@ -114,12 +128,12 @@ def test_a_rank_killed_on_another_host(hosts, clean_environment, number: int, ra
 
 @pytest.mark.single
 @pytest.mark.slow
-def test_a_host_that_cannot_be_reached_is_silent(hosts, clean_environment):
-    told = on_hosts(clean_environment(BITRING_TIMEOUT="3"), 3, 1, LINK_DOWN)
+def test_a_host_that_cannot_be_reached_is_silent(hosts, clean_environment, tmp_path):
+    told = on_hosts(clean_environment(BITRING_TIMEOUT="3"), 3, 1, LINK_DOWN, tmp_path)
     for rank in (0, 2):
         said = f"rank {rank} has waited {{}} s in Allreduce; ranks that have not come to it: [1]"
         assert said.format(1) in told, "\n".join(told)
-        error = f"rank {rank}, False, TimeoutError, None, {said.format(3)} (BITRING_TIMEOUT=3)"
+        error = f"rank {rank}, True, TimeoutError, None, {said.format(3)} (BITRING_TIMEOUT=3)"
         assert error in told, "\n".join(told)
 
 
@@ -128,7 +142,9 @@ def job(steps, what: str, world: Communicator):
 
 
 @pytest.mark.parametrize("elsewhere", ["an earlier", pytest.param("another communicator", marks=pytest.mark.slow)])
-def test_a_warning_says_who_is_silent_and_who_waits_where(comm, agree, caplog, monkeypatch, elsewhere: str):
+def test_a_warning_says_who_is_silent_and_who_waits_where(
+    comm, agree, caplog, monkeypatch, mpi_tmp_path, elsewhere: str
+):
     """Rank 1 sleeps, rank 0 waits in something else, and the last rank wants to know."""
     if not 1 < comm.size < 4:
         pytest.skip("every rank has its part: 2 or 3 ranks")
@@ -137,26 +153,31 @@ def test_a_warning_says_who_is_silent_and_who_waits_where(comm, agree, caplog, m
         each.Allreduce(None, np.zeros(1))
     monkeypatch.setattr(watch, "SILENCE_SECONDS", 0.8)
     monkeypatch.setattr(logging.getLogger("bitring"), "propagate", True)
-    until = time.monotonic() + 1.3
+    last = comm.rank == comm.size - 1
+    if last:
+        hears_from(monkeypatch, [0])
+    told_of = Told(mpi_tmp_path, comm.rank)
 
     def nothing(progress):
         yield from ()
 
     def wait(progress):
-        while time.monotonic() < until:
+        until = time.monotonic() + LIMIT_SECONDS
+        while not told_of.has_told(comm.size - 1) and time.monotonic() < until:
             yield
 
     comm.Barrier()
     told: list[str] = []
-    last = comm.rank == comm.size - 1
     with caplog.at_level(logging.WARNING, logger="bitring"):
         if comm.rank == 0:
             job(wait, "Reduce", world if elsewhere == "an earlier" else other).wait()
         elif comm.rank == 1 and not last:
-            time.sleep(1.3)
+            told_of.await_all([comm.size - 1])
         elif last:
             job(nothing, "Reduce", world).wait()
+            logging.getLogger("bitring").addHandler(told_of)
             job(wait, "Bcast", world).wait()
+            logging.getLogger("bitring").removeHandler(told_of)
             told = [record.getMessage() for record in caplog.records if record.name == "bitring"]
     silent = "ranks that have not come to it: [1]; " if comm.size > 2 else ""
     where = "an earlier Reduce" if elsewhere == "an earlier" else "Reduce of another communicator"
@@ -192,7 +213,7 @@ def test_an_error_of_the_engine_ends_one_job_alone(comm, agree, monkeypatch, bro
                 raise WatchError
 
     def steps(progress):
-        until = time.monotonic() + 2
+        until = time.monotonic() + LIMIT_SECONDS
         while broken != "on_done" and time.monotonic() < until:
             yield Operation() if broken == "drive" else None
 

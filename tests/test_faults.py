@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def under_way(mpich: None) -> Iterator[dict[str, Future[dict[str, Any]]]]:
         yield {name: pool.submit(faults.run_trial, trial) for name, trial in TRIALS.items()}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", TRIALS)
 def test_the_others_are_told(under_way, name: str):
     result = under_way[name].result()
@@ -81,6 +82,15 @@ def test_a_list_of_trials_is_the_same_again_and_covers_all_pairs():
     met = {(t.fault, t.moment, t.algorithm) for t in trials}
     assert len(met) == len(faults.FAULTS) * len(faults.MOMENTS) * len(faults.algorithms())
     assert {(t.ranks, t.victim) for t in trials} == {(p, r) for p in faults.RANKS for r in range(p)}
+
+
+def test_the_kept_trials():
+    """Who is told of a death is told within 10 s, and of a rank that is stopped so long after the timeout."""
+    kept = json.loads((BENCHMARKS / "results" / "faults.json").read_text())["trials"]
+    assert len(kept) == 600
+    for trial in kept:
+        limit = 10 + (faults.TIMEOUT if trial["fault"] == "stop" else 0)
+        assert not trial["wrong"] and (trial["told_seconds"] or 0) < limit, trial
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def needs_hosts(possible: str | None) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def possible() -> str | None:
-    done = subprocess.run([sys.executable, HOSTS, "--probe"], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, HOSTS, "--probe"], capture_output=True, text=True, timeout=150, check=False)
     return None if done.returncode == 0 else (done.stdout + done.stderr).strip()
 
 
@@ -108,20 +108,20 @@ def start(clean_environment):
     for process in started:
         if process.poll() is None:
             process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=150)
 
 
 @pytest.fixture
 def run(start):
     def run(*arguments: str | Path, script: Sequence[str | Path] = (HOSTS,)) -> tuple[int, str, str]:
         process = start(*arguments, script=script)
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=150)
         return process.returncode, out, err
 
     return run
 
 
-def wait_for(condition, seconds: float = 15) -> None:
+def wait_for(condition, seconds: float = 150) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not happen in time"
@@ -157,7 +157,7 @@ def test_the_exit_status_is_passed_on(run):
 def test_a_signal_ends_the_command_and_cleans_up(start, tmp_path: Path, kind: signal.Signals):
     process, marks = begin(start, tmp_path)
     process.send_signal(kind)
-    assert process.wait(timeout=20) == 128 + kind
+    assert process.wait(timeout=150) == 128 + kind
     assert leftovers(os.getpid()) == []
     assert not any(alive(pid) for pid in marks)
 
@@ -165,7 +165,7 @@ def test_a_signal_ends_the_command_and_cleans_up(start, tmp_path: Path, kind: si
 def test_the_next_start_removes_what_a_killed_run_left(start, run, tmp_path: Path):
     process, marks = begin(start, tmp_path)
     process.kill()
-    process.wait(timeout=20)
+    process.wait(timeout=150)
     assert len(leftovers(os.getpid())) == 3  # two hosts and the switch
     assert all(alive(pid) for pid in marks)
     status, _, err = run("--", "true")

@@ -25,7 +25,7 @@ print(json.dumps([seconds, [name for name in heavy if name in sys.modules], dir(
 
 
 def imported() -> tuple[float, list[str], list[str]]:
-    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=50, check=True)
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=150, check=True)
     seconds, heavy, names = json.loads(done.stdout)
     return seconds, heavy, names
 
@@ -48,7 +48,7 @@ def test_help_starts_no_mpi(command: str):
         f"sys.argv = ['bitring', {command!r}, '--help']\n"
         "try:\n    main()\nfinally:\n    assert 'mpi4py.MPI' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: bitring" in done.stdout
 

@@ -19,7 +19,7 @@ PAGE = (Path(__file__).resolve().parent.parent / "docs/jax.md").read_text(encodi
 SCRIPTS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", range(len(SCRIPTS)))
 def test_the_scripts_run(on_ranks, tmp_path: Path, number: int):
     script = tmp_path / "train.py"

@@ -201,7 +201,7 @@ def test_a_compressor_outlives_its_damaged_cache(tmp_path: Path, clean_environme
             env=clean_environment(NUMBA_CACHE_DIR=str(tmp_path)),
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=150,
             check=False,
         )
         assert (done.returncode, done.stdout) == (0, "-2.0 2.0 5 -1.0 0.0 1.0\n"), done.stderr

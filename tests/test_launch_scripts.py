@@ -86,12 +86,12 @@ def start(environment: dict[str, str], tmp_path: Path):
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
-    output, _ = process.communicate(timeout=40)
+    output, _ = process.communicate(timeout=150)
     return process.returncode, output.splitlines()
 
 
 def both_up(folder: Path) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 150
     while not all((folder / f"up-{rank}").exists() for rank in range(2)):
         assert time.monotonic() < end
         time.sleep(0.05)

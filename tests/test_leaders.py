@@ -344,7 +344,7 @@ def test_buffers_that_overlap_are_read_once(world, agree, algorithm: str):
 )
 @pytest.mark.timeout(600)
 def test_ranks_that_differ_on_hosts(clean_environment, hosts: int, ranks: int, seeds: int):
-    probe = subprocess.run([sys.executable, HOSTS, "--probe"], capture_output=True, text=True, timeout=30, check=False)
+    probe = subprocess.run([sys.executable, HOSTS, "--probe"], capture_output=True, text=True, timeout=150, check=False)
     if probe.returncode != 0:
         pytest.skip((probe.stdout + probe.stderr).strip())
     on_hosts = [HOSTS, "--hosts", hosts, "--ranks-per-host", ranks, "--rate", "none", "--"]

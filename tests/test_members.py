@@ -59,7 +59,7 @@ def test_only_members_that_hold_somebody_back_are_waited_for(monkeypatch):
     a, b, c = made(3)
     a.tick()
     for release in (b.tick, b.leave, b.end):
-        a, b, c = made(3, limit=5)
+        a, b, c = made(3, limit=60)
         c.leave()
         meanwhile(a, getattr(b, release.__name__), monkeypatch)
         a.wait_for_clocks(1, "get")
@@ -69,6 +69,7 @@ def test_only_members_that_hold_somebody_back_are_waited_for(monkeypatch):
 
 def test_who_gives_up_its_wait_for_all_holds_back_again_and_meets_them_later():
     a, b = made(2, limit=0.1)
+    b._limit = math.inf  # until it was seen to rest
 
     def in_vain() -> None:
         with pytest.raises(TimeoutError):
@@ -78,6 +79,7 @@ def test_who_gives_up_its_wait_for_all_holds_back_again_and_meets_them_later():
     while not b._part("states")[1]:
         time.sleep(0.001)
     a.wait_for_clocks(9, "get")
+    b._limit = 0.1
     resting.join()
     with pytest.raises(
         TimeoutError, match=r"rank 0 has waited \d+ s in a test.get for ranks \[1\] \(BITRING_TIMEOUT=0.1\)"
@@ -154,7 +156,7 @@ def test_a_wait_for_all_that_is_interrupted_is_as_if_it_had_not_begun_or_as_if_i
         between.clear()
         a.meet("synchronize", lambda: between.append(1))
         for thread in others:
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
         assert between == [1] and not a._part("states").any()
 

@@ -112,7 +112,7 @@ def splits(size: int) -> list[int]:
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_loss_and_gradients_are_those_of_one_process(comm, agree, name, every):
     """Every placement, uneven sizes, fewer samples than ranks."""
     samples = [11, 1, 6] if every else [5] if name == "cnn" else [11, 1]
@@ -266,7 +266,7 @@ def kept(trainer: Any) -> bytes:
     return b"".join(w.tobytes() for w in trainer._split.mine.values())
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_training_goes_the_same_way_and_replicas_are_equal_to_the_bit(comm, agree):
     """With momentum, in float32 and float64, batches smaller than the ranks and empty ones among them."""
     for dtype, bound in ((np.float32, 1e-5), (np.float64, 1e-12)):

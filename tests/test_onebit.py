@@ -189,7 +189,7 @@ print(*payload[:8].view(np.float32), payload[8], *residual)
 
 def run(program: str, environment: dict[str, str]) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=150, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

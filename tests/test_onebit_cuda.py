@@ -76,7 +76,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Generator[Any, None, No
     library = tmp_path_factory.mktemp("onebit") / "onebit_on_host.so"
     source = Path(__file__).with_name("onebit_on_host.cpp")
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True, timeout=50)
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True, timeout=150)
     loaded = ctypes.CDLL(str(library))
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     (ctypes.c_float * (1 << 16)).in_dll(loaded, "float16_values")[:] = every.tolist()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import time
 import weakref
 from typing import Any
 
 import numpy as np
 import pytest
+from silence import Told
 
 import bitring
 from bitring.collectives.communicator import Communicator
@@ -133,7 +135,7 @@ def test_nobody_waits_for_a_rank_that_computes(world, agree):
     trainer.free()
 
 
-def test_what_is_under_way_is_bounded(world, agree, monkeypatch):
+def test_what_is_under_way_is_bounded(world, agree, mpi_tmp_path):
     """By credits: without the service of the receiver, who does not enter bitring, a sender stops after a few."""
     from bitring.collectives.runtime.engine import engine
 
@@ -141,12 +143,20 @@ def test_what_is_under_way_is_bounded(world, agree, monkeypatch):
         pytest.skip("needs another rank")
     trainer = trainer_of(world)
     running = trainer._stepper.running
+    told_of = Told(mpi_tmp_path, world.rank)
+
+    def tell_when_stopped() -> None:
+        while 0 not in running._service.without_room:
+            time.sleep(1e-3)
+        told_of.tell()
+
     world.Barrier()
     if world.rank == 0:
         with engine._lock:  # nothing is served here
             world.Barrier()
-            time.sleep(0.3)
+            told_of.await_all(range(1, world.size))
     else:
+        threading.Thread(target=tell_when_stopped, daemon=True).start()
         world.Barrier()
     most = 0
     if world.rank:
@@ -155,7 +165,7 @@ def test_what_is_under_way_is_bounded(world, agree, monkeypatch):
             most = max(most, running._sent[0] - running._service.taken[0])
     agree(world, most <= 4, str(most))
     job = running._job
-    agree(world, job.waited < 0.1 or 0 in job.waited_for, f"{job.waited} s, for {dict(job.waited_for)}")
+    agree(world, world.rank == 0 or 0 in job.waited_for, f"{job.waited} s, for {dict(job.waited_for)}")
     trainer.synchronize()
     agree(world, conserved(world, trainer, {rank: 9 * (rank > 0) for rank in range(world.size)}))
     trainer.free()
@@ -168,7 +178,7 @@ def test_not_finite_is_raised_once_by_each_rank(world, agree):
     world.Barrier()
     if world.rank == world.size - 1:
         trainer.step(bad)
-    raised, text, until = 0, "", time.monotonic() + 10
+    raised, text, until = 0, "", time.monotonic() + 60
     while raised == 0 and time.monotonic() < until:
         kind, text = outcome(lambda: trainer.step({name: np.zeros_like(g) for name, g in bad.items()}))
         raised += kind == "NonFiniteError" and f"'b' holds NaN on rank {world.size - 1}" in text

@@ -315,7 +315,7 @@ plan.start(); plan.wait()
 print("over", flush=True)
 """
     done = subprocess.run(
-        [sys.executable, "-c", text], env=clean_environment(), capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", text], env=clean_environment(), capture_output=True, text=True, timeout=150, check=False
     )
     assert done.returncode == 0
     assert done.stdout == "over\n"

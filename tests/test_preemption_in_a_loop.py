@@ -38,14 +38,14 @@ for folder, runs in (("whole", [[]]), ("parts", [[6], [22], []])):
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_script_goes_on_where_it_was_ended(on_ranks, tmp_path: Path):
     (block,) = re.findall(r"^```python\n(import sys.*?)^```", DOCS.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     script = tmp_path / "preempted.py"
     script.write_text(block, encoding="utf-8")
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
-    done = on_ranks(2, "-c", RUNS, tmp_path, script, timeout=100)
+    done = on_ranks(2, "-c", RUNS, tmp_path, script, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     whole, parts = done.stdout.splitlines()
     assert whole == parts

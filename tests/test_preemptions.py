@@ -28,7 +28,7 @@ def preempted(clean_environment, tmp_path: Path, count: int, epochs: int) -> Non
     assert sorted(kinds) == ["kill"] * count + ["signal"] * count
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_signal_and_a_kill(clean_environment, tmp_path):
     preempted(clean_environment, tmp_path, 1, 8)
 

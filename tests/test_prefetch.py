@@ -45,7 +45,7 @@ def test_so_many_are_prepared_ahead(depth):
 
 
 def test_it_works_beside_the_caller():
-    inside = threading.Barrier(2, timeout=30)
+    inside = threading.Barrier(2, timeout=150)
 
     def transform(batch: int) -> int:
         inside.wait()

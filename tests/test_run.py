@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.single, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.single, pytest.mark.timeout(300)]
 HERE = Path(__file__).resolve().parent
 
 
@@ -34,7 +34,7 @@ def run_tests(tmp_path: Path, clean_environment: Callable[..., dict[str, str]]):
             "tests/test_inner.py",
         ]
         done = subprocess.run(
-            command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
+            command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=280, check=False
         )
         return done.returncode, done.stdout + done.stderr, (tmp_path / "logs" / "result").read_text(encoding="utf-8")
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = [pytest.mark.single, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.single
 
 START = """
 import os, signal, sys, time

@@ -53,7 +53,7 @@ def checkout(tmp_path: Path, clean_environment: Callable[..., dict[str, str]]):
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=30,
+                timeout=150,
                 check=False,
             )
 
@@ -69,12 +69,12 @@ def checkout(tmp_path: Path, clean_environment: Callable[..., dict[str, str]]):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_shellcheck_has_nothing_to_say(script: Path):
-    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=150, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
     assert shellcheck is not None, "the test extra brings shellcheck"
     command = [shellcheck, "--external-sources", str(script)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -134,7 +134,7 @@ def test_scripts_test_names_its_stages(clean_environment):
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 2
@@ -145,7 +145,7 @@ def test_test_gpu_says_what_it_skips_and_why(tmp_path: Path) -> None:
     """Without time no step is run; a dry run has all steps but those of device memory."""
     for arguments in ([], ["--dry-run"]):
         command = [sys.executable, str(ROOT / "scripts" / "test-gpu"), "--minutes", "0", "--output", str(tmp_path)]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=100, check=False)
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=150, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         kept = json.loads((tmp_path / "steps.json").read_text())
         assert kept["dry_run"] == bool(arguments)

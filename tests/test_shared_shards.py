@@ -161,7 +161,7 @@ def test_words_are_changed_under_their_lock_and_the_bell_wakes(world, agree):
     with words.held() as values:
         values[0] += 1
     words.ring()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while True:
         seen = words.bell
         if words.values[0] == world.size or time.monotonic() > until:
@@ -189,6 +189,7 @@ def test_a_held_lock_is_waited_for_until_the_limit(world, agree):
         world.Barrier()
     said = r"a test has waited \d+ s for rank 0, which holds a lock \(BITRING_TIMEOUT=0\.2\)"
     agree(world, world.rank == 0 or re.search(said, text) is not None, text)
+    shards.words._holders._limit = math.inf
     with shards.words.held():
         pass
 

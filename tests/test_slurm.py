@@ -24,7 +24,7 @@ os.environ["PATH"] += os.pathsep + "/usr/sbin"  # where Debian puts daemons, and
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "mpirun") if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.single,
-    pytest.mark.timeout(300),  # jobs of all tests run beside each other
+    pytest.mark.timeout(600),  # jobs of all tests run beside each other
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd wants root"),
 ]
@@ -32,6 +32,7 @@ pytestmark = [
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "run-slurm.sbatch"
 VENV = Path(sys.executable).parent.parent
 
+# A machine may take the processor away for long: no daemon gives another up for that, and no node its jobs' processes.
 CONFIGURATION = """
 ClusterName=bitring-test
 SlurmctldHost={host}(127.0.0.1)
@@ -40,7 +41,12 @@ SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
-KillWait=20
+KillWait=60
+UnkillableStepTimeout=600
+BatchStartTimeout=600
+MessageTimeout=60
+TCPTimeout=30
+SlurmdTimeout=0
 CredType=cred/munge
 SlurmctldPort={controller_port}
 SlurmdPort={daemon_port}
@@ -80,7 +86,7 @@ class Slurm:
 
     def command(self, *words: str) -> str:
         done = subprocess.run(
-            words, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=30, check=False
+            words, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=150, check=False
         )
         return done.stdout if done.returncode == 0 else f"{words}: {done.stdout}{done.stderr}"
 
@@ -98,7 +104,7 @@ class Slurm:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=150,
             check=False,
         )
         assert done.stdout.strip().isdigit(), f"{done.stdout}{done.stderr}\n{self.logs()}"
@@ -112,7 +118,7 @@ class Slurm:
         log = self.folder / f"{job}.log"
         return log.read_text(encoding="utf-8") if log.exists() else ""
 
-    def until(self, job: str, *states: str, seconds: float = 60) -> dict[str, str]:
+    def until(self, job: str, *states: str, seconds: float = 200) -> dict[str, str]:
         """Wait for one of these states."""
         wait_until(
             f"job {job} being {' or '.join(states)}",
@@ -154,7 +160,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Slurm, None, No
         first_job=secrets.randbelow(60_000_000) + 1,
     )
     (folder / "slurm.conf").write_text(configuration, encoding="utf-8")
-    version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, timeout=10, check=True).stdout
+    version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, timeout=150, check=True).stdout
     if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (23, 11):  # earlier ones know no such plugin, and need none
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n", encoding="utf-8")
     ours = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "SLURM_")
@@ -175,24 +181,24 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Slurm, None, No
             stack.callback(stop, daemon)
 
         start(*munged)
-        wait_until("munged's start", (folder / "munge.socket").exists, 10, cluster.logs)
+        wait_until("munged's start", (folder / "munge.socket").exists, 60, cluster.logs)
         start("slurmctld", "-D")
         start("slurmd", "-D")
         wait_until(
             "an idle node",
             lambda: cluster.command("sinfo", "--noheader", "-o", "%t").strip() == "idle",
-            30,
+            150,
             cluster.logs,
         )
         yield cluster
         cluster.command("scancel", "--user=root")
-        wait_until("the jobs' end", lambda: cluster.command("squeue", "--noheader") == "", 60, cluster.logs)
+        wait_until("the jobs' end", lambda: cluster.command("squeue", "--noheader") == "", 200, cluster.logs)
 
 
 def stop(daemon: subprocess.Popen[bytes]) -> None:
     daemon.terminate()
     try:
-        daemon.wait(timeout=10)
+        daemon.wait(timeout=30)
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()
@@ -229,12 +235,12 @@ MODES = {
     "sync onebit": ["--mode", "sync", "--compression", "onebit"],
 }
 
-# What is sent to the job, and how its ranks train. With this limit the signal of 120 s before is due at once: Slurm
-# looks for such jobs every half minute.
+# What is sent to the job, and how its ranks train. With a limit that is less than 120 s ahead the signal of 120 s
+# before is due at once: Slurm looks for such jobs every half minute.
 PREEMPTED = {
     "TERM": (["scancel", "--signal=TERM", "{}"], "sync"),
     "USR1": (["scancel", "--signal=USR1", "{}"], "local onebit"),
-    "time limit": (["scontrol", "update", "JobId={}", "TimeLimit=2"], "sync onebit"),
+    "time limit": (["scontrol", "update", "JobId={}", "TimeLimit={limit}"], "sync onebit"),
 }
 FAILED = {"INT": (["scancel", "--signal=INT", "{}"], "local"), "KILL": (["scancel", "--signal=KILL", "{}.0"], "sync")}
 
@@ -268,7 +274,8 @@ def jobs(slurm: Slurm, environment_of_slow_training: str) -> dict[str, str]:
     submit("array", "--seed", "%a", options=options)
     for name, (words, _) in {**PREEMPTED, **FAILED}.items():
         slurm.until_exists(*(slurm.folder / name / f"up-{rank}" for rank in range(2)))
-        slurm.command(*(word.format(jobs[name]) for word in words))
+        hours, minutes, _ = map(int, slurm.shown(jobs[name])["RunTime"].split(":"))
+        slurm.command(*(word.format(jobs[name], limit=60 * hours + minutes + 2) for word in words))
     slurm.until_ended(jobs["KILL"])
     slurm.command("scontrol", "requeue", jobs["KILL"])
     for name in (*PREEMPTED, "KILL"):
@@ -397,4 +404,4 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(slurm: Slurm, stand_in: s
     slurm.until_exists(tmp_path / "saved-0", tmp_path / "saved-1")
     state, output = slurm.until_ended(job)
     assert state.startswith("CANCELLED"), output
-    wait_until("the script's end", lambda: "--resume goes on from there" in slurm.output(job), 20, slurm.logs)
+    wait_until("the script's end", lambda: "--resume goes on from there" in slurm.output(job), 150, slurm.logs)

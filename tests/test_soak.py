@@ -27,7 +27,7 @@ def soak(clean_environment, tmp_path: Path, small: int, mixed: int) -> None:
     assert min(result["checks"]) > 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_short_soak(clean_environment, tmp_path):
     soak(clean_environment, tmp_path, 4_000, 400)
 

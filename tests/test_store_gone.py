@@ -8,7 +8,6 @@ from bitring.native import native
 
 pytestmark = [
     pytest.mark.single,
-    pytest.mark.timeout(60),
     pytest.mark.skipif(native() is None, reason="there is no native engine"),
 ]
 
@@ -38,7 +37,7 @@ def tell(what, call):
         result = "went on"
     except Exception as error:
         result = f"{type(error).__name__} {getattr(error, 'ranks', None)}"
-    print(f"rank {comm.rank}, {what}: {result}, {time.monotonic() - began < 10}", flush=True)
+    print(f"rank {comm.rank}, {what}: {result}, {time.monotonic() - began < 60}", flush=True)
 time.sleep(0.5)
 tell("hogwild", lambda: [hogwild.step(g) for _ in range(20)])
 MPI.COMM_WORLD.sendrecv(None, 1 - comm.rank, source=1 - comm.rank)  # neither hears of the other's NaN before
@@ -50,7 +49,7 @@ tell("the lock", nan)
 store.clock()
 tell("store", store.get)
 def steps():
-    for _ in range(200):
+    for _ in range(2000):
         peers.step(g)
         time.sleep(0.05)
 tell("peers", steps)

@@ -40,7 +40,7 @@ def run(clean_environment, tmp_path: Path, calls: int, ranks: int, **environment
     assert {"right", "MismatchError", "PeerError", "RuntimeError", "KeyboardInterrupt"} <= set(result["outcomes"])
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_short_stress_run(clean_environment, tmp_path):
     run(clean_environment, tmp_path, 60, 2)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
+from waiting import SharedClock
 
 import bitring
 import bitring.compression.plans.plan as plan_module
@@ -20,6 +20,7 @@ from bitring.compression.encoders.threshold import Threshold
 from bitring.compression.encoders.topk import TopK
 from bitring.compression.exchange.owner_exchange import PortableOwnerExchange
 from bitring.compression.exchange.run_stats import Norms, RunStats, sample, samples
+from bitring.compression.plans import telemetry
 from bitring.compression.plans.telemetry import (
     BEHIND,
     DIVERGED,
@@ -82,17 +83,16 @@ def test_a_run(comm, agree, name):
 
 
 @each_compressor
-def test_the_slowest_is_named(comm, agree, name):
+def test_the_slowest_is_named(comm, agree, monkeypatch, mpi_tmp_path, name):
     plan: Any = bitring.plan_allreduce(np.ones(5000, np.float32), comm=comm, compression=name, hierarchical=False)
     late = comm.size - 1
+    clock = SharedClock(comm, mpi_tmp_path, monkeypatch, telemetry)
     for _ in range(3):
-        comm.barrier()
-        if comm.rank == late:
-            time.sleep(0.1)
+        clock.comes_last(late)
         plan()
     if comm.size > 1:
         agree(comm, plan.telemetry.slowest_rank == late, f"{plan.telemetry}")
-        agree(comm, comm.rank == late or plan.telemetry.wait_seconds > 0.05, f"{plan.telemetry}")
+        agree(comm, plan.telemetry.wait_seconds == (comm.rank != late), f"{plan.telemetry}")
     plan.free()
 
 

@@ -42,7 +42,7 @@ def test_a_launcher_s_own_terminals_do_not_count(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=150,
         check=False,
     )
     assert done.stdout.strip() == ("77" if name == "another" else "None"), done.stderr

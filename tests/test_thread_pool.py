@@ -52,9 +52,9 @@ if comm.rank == 0:
 
 
 @pytest.mark.parametrize("threads", [pytest.param("1", marks=pytest.mark.slow), "3", ""])
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_the_same_bits_with_helpers(on_ranks, threads: str):
-    done = on_ranks(2, "-c", SCRIPT, env={"OMP_NUM_THREADS": threads}, timeout=120)
+    done = on_ranks(2, "-c", SCRIPT, env={"OMP_NUM_THREADS": threads}, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     helpers = found.pop("helpers")

@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 SCRIPTS = [block for block in BLOCKS if "import bitring.torch\n" in block]
 
 
-@pytest.mark.timeout(180)  # importing Lightning takes most of a minute where others compute, too
+@pytest.mark.timeout(300)  # importing Lightning takes most of a minute where others compute, too
 @pytest.mark.parametrize("number", range(len(SCRIPTS)))
 def test_the_scripts_run(on_ranks, tmp_path: Path, number: int):
     for other in ("accelerate", "pytorch_lightning"):

@@ -37,7 +37,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = torch.distributed.FileStore(path, comm.size)
     torch.distributed.init_process_group(
-        "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=datetime.timedelta(seconds=30)
+        "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=datetime.timedelta(seconds=150)
     )
     yield
     torch.distributed.destroy_process_group()

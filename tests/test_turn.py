@@ -250,11 +250,11 @@ def test_on_one_rank_the_communicator_can_be_used_on(world):
     def hold() -> None:
         with context_of(alone).turn("Bcast"):
             entered.set()
-            leave.wait(10)
+            leave.wait(150)
 
     worker = threading.Thread(target=hold, name="holder")
     worker.start()
-    entered.wait(10)
+    entered.wait(150)
     text = r"^Reduce: thread 'MainThread' called it while thread 'holder' was in Bcast on the same communicator"
     with pytest.raises(RuntimeError, match=text):
         alone.Reduce(np.ones(3), np.ones(3))

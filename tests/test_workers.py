@@ -19,7 +19,7 @@ def test_the_advice_works(on_ranks, tmp_path: Path, method: str):
     assert code is not None and '"spawn"' in code[1]
     script = tmp_path / "train.py"
     script.write_text(code[1].replace('"spawn"', f'"{method}"'), encoding="utf-8")
-    done = on_ranks(2, script, timeout=50)
+    done = on_ranks(2, script, timeout=150)
     assert done.returncode == 0, done.stderr
     # Ranks' lines may run into each other.
     assert sorted(re.findall(r"\d\.0", done.stdout)) == ["0.0", "0.0", "2.0", "2.0", "4.0", "4.0"]

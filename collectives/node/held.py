@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 from bitring.collectives.node.node_group import NodeGroup
+from bitring.waited import Waited
 
 logger = logging.getLogger("bitring")
 
@@ -33,21 +33,23 @@ class Holders:
 
         Of a rank that has died ``bury`` is told, which takes the lock over. Raises TimeoutError after ``limit``.
         """
-        since, warned = 0.0, False
-        while (holder := attempt(_LOOK_SECONDS)) >= 0:
-            now = time.monotonic()
+        waited, warned = Waited(), False
+        while True:
+            seconds = waited.look()
+            holder = attempt(_LOOK_SECONDS)  # of which what comes now is the outcome, however late
+            if holder < 0:
+                return
             if holder == self._rank or self._group is None:
-                since = 0.0
+                waited = Waited()
                 continue
             if self._group.dead(holder):
                 bury(holder)
                 logger.warning("%s: rank %d has died with a lock, which is taken over", what, self._named(holder))
                 continue
-            since = since or now
-            if now - since < min(_SILENCE_SECONDS, self._limit) or (warned and now - since < self._limit):
+            if seconds < min(_SILENCE_SECONDS, self._limit) or (warned and seconds < self._limit):
                 continue
-            complaint = f"{what} has waited {now - since:.0f} s for rank {self._named(holder)}, which holds a lock"
-            if now - since >= self._limit:
+            complaint = f"{what} has waited {seconds:.0f} s for rank {self._named(holder)}, which holds a lock"
+            if seconds >= self._limit:
                 raise TimeoutError(f"{complaint} (BITRING_TIMEOUT={self._limit:g})")
             warned = True
             logger.warning("%s", complaint)

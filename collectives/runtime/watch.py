@@ -15,6 +15,7 @@ from bitring.collectives.runtime.death import died
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.ports import ports
 from bitring.errors import DeadRankError, MismatchError, PeerError
+from bitring.waited import AWAY_SECONDS
 
 if TYPE_CHECKING:
     from bitring.collectives.runtime.job import Job
@@ -30,7 +31,7 @@ _LOOK_SECONDS = 0.25
 """A wait of this length is worth a look whether the ranks of this node are still there."""
 
 _ANSWER_SECONDS = 2.0
-"""So long before it warns, a rank asks the others where they are."""
+"""So long before it warns, a rank asks the others where they are; it does not warn before they could answer."""
 
 
 @functools.cache
@@ -47,9 +48,12 @@ def timeout() -> float:
 
 
 class Watch:
-    """Progress of one job when last looked at, and the warnings given of its wait."""
+    """Progress of one job when last looked at, and the warnings given of its wait.
 
-    __slots__ = ("_asked", "_inquire_at", "_look_at", "_moves", "_seen_at", "_warned")
+    What this process misses while it is away (``AWAY_SECONDS``) moves all times that the wait is measured from.
+    """
+
+    __slots__ = ("_asked", "_inquire_at", "_look_at", "_looked_at", "_moves", "_seen_at", "_warned")
 
     def __init__(self) -> None:
         self._moves = -1
@@ -57,14 +61,20 @@ class Watch:
         self._warned = 0.0  # when
         self._asked = 0.0  # when
         self._look_at = 0.0
+        self._looked_at = 0.0
         self._inquire_at = 0.0
 
     def has_moved(self, moves: int, now: float) -> bool:
         """Whether the job, which has made so many moves by ``now``, has moved since the last look."""
-        if moves == self._moves:
-            return False
-        self._moves, self._seen_at = moves, now
-        return True
+        away, self._looked_at = now - self._looked_at - AWAY_SECONDS, now
+        if moves != self._moves:
+            self._moves, self._seen_at = moves, now
+            return True
+        if away > 0:
+            self._seen_at += away
+            self._asked += away
+            self._warned += away if self._warned else 0.0
+        return False
 
     def mind_silence(self, job: Job, now: float) -> None:
         """End a job that waits in vain, or warn of it when it has waited for long."""
@@ -81,10 +91,11 @@ class Watch:
                 job.queue.inquire()
         most = max(timeout(), job.progress.patience)
         limit = most if self._warned else min(SILENCE_SECONDS, most)
-        if seconds >= limit - min(_ANSWER_SECONDS, limit / 2) and self._asked <= max(self._seen_at, self._warned):
+        answer = min(_ANSWER_SECONDS, limit / 2)
+        if seconds >= limit - answer and self._asked <= max(self._seen_at, self._warned):
             self._asked = now
             job.queue.ask(job)
-        if seconds < limit:
+        if seconds < limit or now - self._asked < answer:
             return
         ports().read()
         who = job.queue.missing(job.number)

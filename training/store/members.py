@@ -20,6 +20,7 @@ from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.interrupts import HeldBack
 from bitring.collectives.runtime.watch import SILENCE_SECONDS, gone_in_words
 from bitring.errors import DeadRankError
+from bitring.waited import Waited
 
 logger = logging.getLogger("bitring")
 
@@ -269,10 +270,11 @@ class Members:
         if not missing:
             return
         last = missing
-        began, looked, warned = time.monotonic(), 0.0, False
+        began, waited, looked, warned = time.monotonic(), Waited(), 0.0, False
         serves = engine.serves_in_waits
         try:
             while True:
+                seconds = waited.look()
                 seen = self._words.bell
                 missing = awaited()
                 if not missing:
@@ -282,7 +284,6 @@ class Members:
                 if serves:
                     for queue in list(engine.queues):
                         engine.nudge(queue)
-                seconds = time.monotonic() - began
                 if seconds - looked < _GONE_SECONDS:
                     continue
                 looked = seconds
