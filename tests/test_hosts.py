@@ -50,14 +50,13 @@ if comm.rank == 0:
     print(json.dumps([right, nodes, seconds, payload, lab.rate, hosts.host()]))
 """
 
-# Host 1 takes its own shaping off, and sends for half a second as fast as it can.
+# Host 1 takes its own shaping off, and sends as fast as it can.
 CHEAT = """
-import socket, subprocess, time
+import socket, subprocess
 if socket.gethostname() == "host1":
     subprocess.run(["tc", "qdisc", "del", "dev", "eth0", "root"], check=True)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:
+        for _ in range(5000):
             s.sendto(bytes(60000), ("10.77.0.2", 9))
 """
 

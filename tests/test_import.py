@@ -15,25 +15,25 @@ import bitring
 pytestmark = pytest.mark.single
 
 IMPORT = """
-import json, sys, time
-begin = time.perf_counter()
+import json, sys
+before = len(sys.modules)
 import bitring
-seconds = time.perf_counter() - begin
+count = len(sys.modules) - before
 heavy = ("mpi4py.MPI", "cupy", "matplotlib", "sklearn", "rich", "numba", "torch")
-print(json.dumps([seconds, [name for name in heavy if name in sys.modules], dir(bitring)]))
+print(json.dumps([count, [name for name in heavy if name in sys.modules], dir(bitring)]))
 """
 
 
-def imported() -> tuple[float, list[str], list[str]]:
+def imported() -> tuple[int, list[str], list[str]]:
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=150, check=True)
-    seconds, heavy, names = json.loads(done.stdout)
-    return seconds, heavy, names
+    count, heavy, names = json.loads(done.stdout)
+    return count, heavy, names
 
 
 def test_import_is_quick_and_loads_nothing_heavy():
-    runs = [imported() for _ in range(3)]
-    assert runs[0][1] == []
-    assert min(seconds for seconds, _, _ in runs) < 0.5
+    count, heavy, _ = imported()
+    assert heavy == []
+    assert count < 100  # modules, Python's own among them
 
 
 def test_dir_lists_what_can_be_had():
