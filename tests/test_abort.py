@@ -84,14 +84,14 @@ def test_one_rank_alone_and_a_forked_child_raise_as_usual(clean_environment):
 child = os.fork()
 if child == 0:
     raise KeyError('the child lost it')
-os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 comm.Allreduce(MPI.IN_PLACE, x)
 print('well', flush=True)
 """
     done, _ = run(clean_environment, text, 2)
     assert "KeyError: 'the child lost it'" in done.stderr
     assert "[rank" not in done.stderr
-    assert done.stdout.count("well") == 2, done.stderr
+    assert (done.returncode, done.stdout.count("well")) == (0, 2), done.stderr  # the child has left MPI to its parent
 
 
 def test_a_program_that_ends_well_is_left_alone(clean_environment):
@@ -163,4 +163,4 @@ os.wait()
     done = load(clean_environment, text)
     for rank in range(2):
         assert "KeyError: 'the child lost it'" in (tmp_path / f"{rank}").read_text(), done.stderr
-    assert done.stdout.count("well") == 2, done.stderr
+    assert (done.returncode, done.stdout.count("well")) == (0, 2), done.stderr

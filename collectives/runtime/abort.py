@@ -9,8 +9,10 @@ another thread, but not the process, which may go on without it. ``sys.exit`` is
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -32,7 +34,10 @@ def abort_on_exception() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        mpi = None if _forked or os.environ.get("BITRING_ABORT") == "0" else _running_mpi()
+        if _forked:
+            before(kind, error, trace)
+            _end_child(1 if issubclass(kind, Exception) else 130)
+        mpi = None if os.environ.get("BITRING_ABORT") == "0" else _running_mpi()
         if mpi is None:
             before(kind, error, trace)
             return
@@ -61,6 +66,19 @@ def _running_mpi() -> Any:
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.Get_size() == 1:
         return None
     return mpi
+
+
+def _end_child(status: int) -> None:
+    """End a forked child as an exception does, but not the MPI library, in which its parent goes on.
+
+    mpi4py would: what the child says to the launcher then passes for the word of its parent, which is ended for it, or
+    waits for ever.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _in_child() -> None:
