@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -10,9 +11,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,9 @@ ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=64 State=UNKNOWN
 PartitionName=test Nodes={host} Default=YES State=UP
 """
+
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def free_port() -> int:
@@ -174,6 +179,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Slurm, None, No
         *(f"--socket={folder}/munge.socket", f"--log-file={folder}/munged.log"),
     ]
     with ExitStack() as stack:
+        stack.enter_context(orphans_are_reaped())
 
         def start(*command: str) -> None:
             log = stack.enter_context((folder / f"{command[0]}.out.log").open("w", encoding="utf-8"))
@@ -193,6 +199,33 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Slurm, None, No
         yield cluster
         cluster.command("scancel", "--user=root")
         wait_until("the jobs' end", lambda: cluster.command("squeue", "--noheader") == "", 200, cluster.logs)
+
+
+@contextmanager
+def orphans_are_reaped() -> Generator[None, None, None]:
+    """What jobs leave behind becomes this process's, and is waited for.
+
+    Where nobody does, as in a container without an init, the child of an srun that has ended is a zombie for ever, and
+    its job, for which Slurm waits until its last process is gone, does not end.
+    """
+    prctl, over = ctypes.CDLL(None).prctl, threading.Event()
+
+    def reap() -> None:
+        while not over.wait(0.2):
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                with suppress(OSError):
+                    state, parent, _, session = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[:4]
+                    ours = int(parent) == os.getpid() and int(session) != os.getsid(0)  # else a subprocess of a test's
+                    if state == "Z" and ours:
+                        os.waitpid(int(stat.parent.name), os.WNOHANG)
+
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    reaper = threading.Thread(target=reap)
+    reaper.start()
+    yield
+    over.set()
+    reaper.join()
+    prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def stop(daemon: subprocess.Popen[bytes]) -> None:
