@@ -12,6 +12,9 @@ nothing: they make all their steps. In a trainer's ``synchronize``, where all mu
 who has ended, and a PeerError of who has raised (which in hogwild, where there is no store, ends the job); a NaN was
 raised on each once, as a NonFiniteError; and where updates are added up, without compression, they come to their
 number. Then the job ends by itself, and leaves no process and nothing in /dev/shm.
+
+With copies of shards the others go on without who was killed, has ended or has raised: they make all their steps, and
+where updates are added up each of theirs is there once, beside a number of the dead rank's that it may have made.
 """
 
 from __future__ import annotations
@@ -57,6 +60,12 @@ TIMEOUT = 8
 """BITRING_TIMEOUT of the trials in which a rank is stopped, when the ranks have met."""
 
 STEPS = 24
+WINDOW = 4
+"""So many pushes may be under way from a rank to a shard; with those of two steps each, of twice as many steps."""
+
+_MARK = 1000.0
+"""So large are the updates of a rank that the others outlive: told from theirs in the sum."""
+
 _RAISED = "injected"
 
 
@@ -73,6 +82,7 @@ class Trial:
     victim: int
     step: int
     within: float
+    copies: int = 0
 
 
 def draw(seed: int) -> Iterator[Trial]:
@@ -81,16 +91,19 @@ def draw(seed: int) -> Iterator[Trial]:
     seen: Counter[tuple[object, ...]] = Counter()
 
     def features(t: Trial) -> Iterable[tuple[object, ...]]:
-        conditions = (t.fault, t.mode, t.servers, t.ranks, t.compression, t.values > 1000, t.within > 0)
+        conditions = (t.fault, t.mode, t.servers, t.ranks, t.compression, t.values > 1000, t.within > 0, t.copies)
         yield from itertools.combinations(enumerate(conditions), 2)
         yield (t.fault, t.victim == 0, t.servers)
         yield (t.fault, t.mode, t.servers)
+        yield (t.fault, t.mode, t.copies)
+        yield (t.fault, t.victim == 0, t.copies, t.servers)
 
     def candidate() -> Trial:
         mode, fault, ranks = rng.choice(MODES), rng.choice(FAULTS), rng.choice(RANKS)
         served = mode not in ("peers", "hogwild:locks=true")
         compressed = served and mode != "store" and rng.random() < 0.3
         return Trial(
+            copies=int(served and rng.random() < 0.4),
             fault=fault,
             mode=mode,
             servers=rng.choice(SERVERS) if served else None,
@@ -122,6 +135,8 @@ class _Trainer:
         mode = trial.mode
         if trial.servers is not None:
             mode += f"{',' if ':' in mode else ':'}servers={trial.servers}"
+        if trial.copies:
+            mode += f"{',' if ':' in mode else ':'}copies={trial.copies}"
         options: dict[str, Any] = {"mode": mode, "compression": trial.compression}
         self._trainer = bitring.DataParallel({"w": self.w}, bitring.SGD(lr=1.0), comm=comm, **options)
         self.told = 0
@@ -161,7 +176,7 @@ class _Store:
 
         self.w: Any = np.zeros(trial.values, "f")
         self._ones = np.ones_like(self.w)
-        options: dict[str, Any] = {"staleness": 1, "servers": trial.servers}
+        options: dict[str, Any] = {"staleness": 1, "servers": trial.servers, "copies": trial.copies}
         self._store = bitring.ParameterStore({"w": self.w}, bitring.SGD(lr=1.0), comm=comm, **options)
         self.told = 0
 
@@ -199,9 +214,10 @@ def work(folder: Path) -> None:
     if trial.fault == "stop":
         os.environ["BITRING_TIMEOUT"] = f"{TIMEOUT:g}"
     training = (_Store if trial.mode == "store" else _Trainer)(comm, trial)
-    training.step()
-    training.synchronize()
     victim = rank == trial.victim
+    weight = _MARK if victim and _outlived(trial) else 1.0
+    training.step(-weight)
+    training.synchronize()
 
     def strike() -> None:
         write(folder / "fault", {"at": time.monotonic()})
@@ -219,7 +235,7 @@ def work(folder: Path) -> None:
     made = 1
     try:
         for number in range(1, STEPS):
-            factor = -1.0
+            factor = -weight
             if victim and number == trial.step:
                 if trial.fault == "leave":
                     write(folder / "fault", {"at": time.monotonic()})
@@ -245,7 +261,7 @@ def work(folder: Path) -> None:
     report |= {"at": time.monotonic(), "made": made, "told": training.told}
     report |= {"least": float(training.w.min()), "most": float(training.w.max())}
     write(folder / f"report-{rank}", report)
-    if report["error"] is None and trial.fault in ("leave", "nan"):
+    if report["error"] is None and (trial.fault in ("leave", "nan") or trial.copies):
         training.free()
         return
     # Each rank must find out by itself, and not from the end of another.
@@ -265,8 +281,15 @@ def _ends_all(trial: Trial) -> bool:
     return trial.fault == "exception" and trial.mode.startswith("hogwild")
 
 
+def _outlived(trial: Trial) -> bool:
+    """Whether the others go on when the rank is killed."""
+    return trial.fault == "kill" and trial.copies > 0
+
+
 def _expected(trial: Trial) -> str | None:
     """The error that the others have."""
+    if trial.copies and trial.fault != "stop":
+        return None
     if trial.fault in ("kill", "stop"):
         return {"kill": "DeadRankError", "stop": "TimeoutError"}[trial.fault]
     if trial.mode == "store" or trial.fault in ("leave", "nan"):
@@ -304,9 +327,9 @@ def _judge(
             wrong.append(f"rank {rank}: {text}")
         elif report["at"] - at > limit:
             wrong.append(f"rank {rank} said so after {report['at'] - at:.1f} s")
-        elif report["made"] != STEPS and trial.fault not in ("kill", "stop") and rank != trial.victim:
+        elif report["made"] != STEPS and expected is None and rank != trial.victim:
             wrong.append(f"rank {rank} has made {report['made']} steps")
-    if lives and not wrong:
+    if (lives or _outlived(trial)) and not wrong:
         wrong += _wrong_sums(trial, reports)
     if lives and code != 0:
         wrong.append(f"mpirun returned {code}")
@@ -337,6 +360,13 @@ def _wrong_sums(trial: Trial, reports: dict[int, dict[str, Any]]) -> Iterator[st
     if len(ends) > 1:
         yield f"ranks differ: {sorted(ends)}"
     made = sum(report["made"] for report in reports.values()) - nan
+    if _outlived(trial):
+        if trial.compression is None and trial.mode.startswith(_ADDING):
+            for end in itertools.chain.from_iterable(ends):
+                theirs, ours = divmod(end, _MARK)
+                if ours != made or not trial.step - 2 * WINDOW <= theirs <= STEPS:
+                    yield f"{made} updates of those that are left came to {ours:g}, beside {theirs:g} of the dead rank"
+        return
     if trial.compression is None and trial.mode.startswith(_ADDING) and ends != {(made, made)}:
         yield f"{made} updates came to {sorted(ends)}"
 

@@ -69,7 +69,8 @@ def test_gathering_all_without_staleness_is_sync_added_in_rank_order(comm, agree
                 scaled = np.multiply(g, (1 + rank) / total)
                 sums[name] = sums[name] + scaled if name in sums else scaled
         optimizer.update(w, sums, state)
-    for mode in (ParameterServer(gather=comm.size, staleness=0), bitring.BackupWorkers(gather=comm.size)):
+    gathering, with_copies = (ParameterServer(gather=comm.size, staleness=0, copies=n) for n in (0, 1))
+    for mode in (gathering, with_copies, bitring.BackupWorkers(gather=comm.size)):
         agree(comm, trained(comm, mode, optimizer) == packed(w), repr(mode))
     if comm.size <= 2:
         agree(comm, trained(comm, "sync", optimizer) == packed(w))
@@ -77,7 +78,8 @@ def test_gathering_all_without_staleness_is_sync_added_in_rank_order(comm, agree
 
 def test_adding_up_leaves_nothing_out(comm, agree):
     """SGD(lr=1) from 0: minus the sum of all gradients that were applied, whatever the mode."""
-    for mode in ("asynchronous:scale=none", "ssp:staleness=1", "downpour:fetch=2,push=3", "project_adam", "soft_sync"):
+    modes = ("asynchronous:scale=none", "ssp:staleness=1", "downpour:fetch=2,push=3", "project_adam", "soft_sync")
+    for mode in (*modes, "ssp:staleness=1,copies=1"):
         w = {"w": np.zeros((9, 2))}
         trainer = DataParallel(w, bitring.SGD(lr=1.0), comm=comm, mode=mode)
         for _ in range(7):
@@ -122,7 +124,9 @@ def test_the_first_steps_may_be_made_by_one_rank(comm, agree):
     trainer.free()
 
 
-@pytest.mark.parametrize("mode", ["ssp:staleness=1", "soft_sync:gather=3", "backup_workers:gather=3", "downpour"])
+@pytest.mark.parametrize(
+    "mode", ["ssp:staleness=1", "soft_sync:gather=3", "backup_workers:gather=3", "downpour", "downpour:copies=1"]
+)
 def test_ranks_may_make_any_numbers_of_steps(comm, agree, mode):
     w = parameters()
     with DataParallel(w, "sgd", comm=comm, mode=mode) as trainer:
@@ -154,9 +158,9 @@ def test_a_gradient_that_is_no_number_raises_once_on_all_and_holds_nobody_back(c
 
 
 def test_what_is_told_is_raised_by_synchronize_at_the_latest(comm, agree):
-    for servers in (None, 1):
+    for mode in (ParameterServer(), ParameterServer(servers=1), ParameterServer(copies=1)):
         w = {"w": np.zeros(3)}
-        trainer = DataParallel(w, "sgd", comm=comm, mode=ParameterServer(servers=servers))
+        trainer = DataParallel(w, "sgd", comm=comm, mode=mode)
         trainer.step({"w": np.full(3, np.inf if comm.rank == comm.size - 1 else 1.0)})
         error = raising(trainer.synchronize)
         agree(comm, type(error) is NonFiniteError, repr(error))
@@ -248,6 +252,7 @@ def test_what_cannot_be_is_said_on_all_ranks(comm, agree):
         ({"mode": "ssp", "check_every": 3}, "check_every must be 0 in mode ssp, in which ranks do not make"),
         ({"mode": "ssp:staleness=-1"}, "staleness must be at least 0; got -1"),
         ({"mode": "backup_workers:staleness=1"}, "BackupWorkers: late='drop' goes in rounds, and needs staleness=None"),
+        ({"mode": "ssp:copies=1,record=x"}, "SSP: copies: whoever takes a shard over writes and follows no record"),
         ({"mode": "backup_workers:fetch=2"}, "BackupWorkers: late='drop' goes in rounds, and needs a fetch after each"),
     ]
     for options, text in cases:
@@ -263,7 +268,13 @@ def test_what_cannot_be_is_said_on_all_ranks(comm, agree):
 
 
 @pytest.mark.parametrize(
-    ("mode", "compression"), [("asynchronous", "onebit"), ("ssp", "float16"), ("backup_workers:gather=2", "onebit")]
+    ("mode", "compression"),
+    [
+        ("asynchronous", "onebit"),
+        ("ssp", "float16"),
+        ("backup_workers:gather=2", "onebit"),
+        ("backup_workers:gather=2,copies=1", "onebit"),
+    ],
 )
 def test_encoded_both_ways_it_comes_to_the_same_place(comm, agree, mode, compression):
     """A quadratic with its minimum at 1, and noise of no mean; few bytes travel."""

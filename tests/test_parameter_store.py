@@ -1,5 +1,6 @@
 """The parameter store: what a read sees, who waits, rows, leaving, and the end."""
 
+import dataclasses
 import math
 import time
 from typing import Any, cast
@@ -12,7 +13,7 @@ import bitring
 from bitring import MismatchError, NonFiniteError, ParameterStore, PeerError
 from bitring.collectives.runtime.objects import allgather
 from bitring.native import native
-from bitring.training.store import making, native_service
+from bitring.training.store import making, native_service, parameter_store
 from bitring.training.store.messages import MessageTable
 
 
@@ -41,10 +42,17 @@ def one_clock(store: ParameterStore) -> None:
 UP = bitring.SGD(lr=1.0)
 
 
-@pytest.fixture(autouse=True, params=["as it is", "by messages", "some in Python"])
+WAYS = ("as it is", "by messages", "some in Python", "with copies")
+
+
+@pytest.fixture(autouse=True, params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside a node values are in shared memory where that serves; services are native where they can."""
-    if request.param != "as it is":
+    if request.param == "with copies":
+        monkeypatch.setattr(
+            parameter_store, "make_table", lambda s: making.make_table(dataclasses.replace(s, copies=1))
+        )
+    elif request.param != "as it is":
         if native() is None:
             pytest.skip("without the native engine it is so as it is")
         monkeypatch.setattr(making, "serves", lambda setup: False)
@@ -132,6 +140,7 @@ def test_rows_travel_alone_in_any_order_and_add_up(comm, agree):
     store.free()
 
 
+@pytest.mark.parametrize("way", WAYS[:3], indirect=True)
 @pytest.mark.parametrize("optimizer", [UP, bitring.AdaGrad(lr=1.0)], ids=["made in the cache", "read anew"])
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_cached_rows_are_as_new_as_the_staleness_asks(comm, agree, optimizer, staleness):
@@ -333,6 +342,7 @@ def test_bad_arguments_raise_on_all_ranks(comm, agree):
         ({"staleness": -1}, ValueError, "ParameterStore: staleness must be at least 0; got -1"),
         ({"staleness": 1.5}, TypeError, "ParameterStore: staleness must be an int; got float"),
         ({"servers": 0}, ValueError, "ParameterStore: servers must be at least 1; got 0"),
+        ({"copies": 2}, ValueError, "ParameterStore: copies must be 0 to 1; got 2"),
     ]
     for wrong, kind, text in cases:
         given: dict[str, Any] = {"parameters": zeros(w=3), "optimizer": UP, "staleness": None, "servers": None}

@@ -51,6 +51,10 @@ TRIALS = {
     "a worker is killed": faults.Trial("kill", "soft_sync:gather=2", 1, 3, "float16", 200_000, 2, 6, 0.0),
     "one stops in shared memory": faults.Trial("stop", "ssp:staleness=1", None, 3, None, 40, 1, 5, 0.0),
     "one stops before all meet": faults.Trial("stop", "project_adam", 1, 3, None, 40, 1, 9, 1e-3),
+    "an owner is killed whose shard has a copy": faults.Trial(
+        "kill", "ssp:staleness=1", 1, 3, None, 200_000, 0, 6, 2e-3, 1
+    ),
+    "the keeper of a copy is killed": faults.Trial("kill", "store", 1, 3, None, 40, 1, 6, 1e-3, 1),
     "one leaves": faults.Trial("leave", "backup_workers:gather=2", 4, 3, None, 40, 1, 4, 0.0),
     "one ends": faults.Trial("end", "ssp:staleness=1", 4, 3, None, 40, 1, 4, 0.0),
     "one raises": faults.Trial("exception", "peers", None, 2, None, 40, 1, 4, 0.0),

@@ -188,6 +188,9 @@ class Running(ABC):
     def synchronize(self) -> None:
         """Make the parameters equal on all ranks, with all updates applied. Collective."""
 
+    outlives = False
+    """Whether it goes on without ranks that die."""
+
     claims: ClassVar[bool] = False
     """Whether ``claim`` has something to count in."""
 

@@ -5,12 +5,14 @@ beside its numbers, its payload, travels as a second one, for which the receiver
 rank's messages to another arrive in their order. A farewell (``close``) is the last; so no receive is left posted.
 
 A rank that has died may be buried (``bury``). The first that any rank hears of another then is who is dead: so both
-bury the same, and what was sent before does not reach whoever knows of more deaths than its sender did.
+bury the same, and what was sent before does not reach whoever knows of more deaths than its sender did. Where letters
+are kept (``keeps``) it does: what is lost is what the dead have sent, and were to get.
 """
 
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +34,9 @@ _HEAD_TAG, _PAYLOAD_TAG = 1, 2
 _FAREWELL, _OBITUARY = 255, 254
 _NOTHING = np.empty(0, np.uint8)
 
+_NEWS_SECONDS = 2.0
+"""So long after the library's error in a message with a rank it is known whether that has died."""
+
 
 class Message(NamedTuple):
     """A message from rank ``source``: its kind, 0 to 253; a serial number; float64s; the payload's bytes."""
@@ -44,10 +49,14 @@ class Message(NamedTuple):
 
 
 class Mailbox:
-    """The messages of one rank of ``comm``, which carries nobody else's. One thread at a time uses it."""
+    """The messages of one rank of ``comm``, which carries nobody else's. One thread at a time uses it.
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    ``keeps``: a death loses nothing of what those that are left have sent each other.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, keeps: bool = False) -> None:
         self._comm = comm
+        self._keeps = keeps
         self._rank = comm.Get_rank()
         self._due = [rank for rank in range(comm.Get_size()) if rank != self._rank]  # the source of each receive
         self._room = {rank: np.empty(_HEAD.size + 8 * MOST_NUMBERS + _LENGTH.size, np.uint8) for rank in self._due}
@@ -59,13 +68,21 @@ class Mailbox:
         self._memory: list[tuple[int, Any]] = []  # of each send: to whom, and what
         self._own: deque[Message] = deque()
         self._closed = False
+        self._errors: dict[int, tuple[float, MPI.Exception]] = {}  # of messages with a rank, which may be dead
         self.dead: set[int] = set()
+        self.parted: set[int] = set()
+        """The ranks that have said farewell."""
         self.parting = False
         """Whether any rank, this one too, has said farewell."""
         self.nbytes_sent = 0
 
     def send(self, rank: int, kind: int, serial: int = 0, numbers: Sequence[float] = (), payload: Any = None) -> None:
-        """Send a message, to this rank itself, too. ``payload``: a contiguous array, which must stay as it is."""
+        """Send a message, to this rank itself, too. ``payload``: a contiguous array, which must stay as it is.
+
+        What is for the dead goes nowhere.
+        """
+        if rank in self.dead:
+            return
         values = np.asarray(numbers, np.float64)
         assert values.size <= MOST_NUMBERS
         flat = _NOTHING if payload is None else payload.reshape(-1).view(np.uint8)
@@ -95,8 +112,11 @@ class Mailbox:
             never_free((self._receives.pop(at), self._room[self._due.pop(at)]))
         for at in reversed([at for at, (rank, _) in enumerate(self._memory) if rank in new]):
             never_free((self._sends.pop(at), self._memory.pop(at)))
-        self._own.clear()
-        self._held = deque(each for each in self._held if each[1][0] == _FAREWELL and each[0] not in new)
+        self._held = deque(
+            each for each in self._held if each[0] not in new and (self._keeps or each[1][0] == _FAREWELL)
+        )
+        if not self._keeps:
+            self._own.clear()
         if not self._closed:
             head = (
                 _HEAD.pack(_OBITUARY, 0, self.era, 0, len(self.dead))
@@ -108,6 +128,7 @@ class Mailbox:
         """Say farewell to all others: this rank sends nothing more."""
         if not self._closed:
             self._closed = self.parting = True
+            self.parted.add(self._rank)
             self._held.extend((rank, _HEAD.pack(_FAREWELL, 0, 0, 0, 0), _NOTHING) for rank in self._others)
 
     @property
@@ -117,6 +138,7 @@ class Mailbox:
 
     def advance(self) -> list[Message]:
         """Take messages further as far as they go now; returns those that have come."""
+        self._mind_errors()
         # Nothing is sent while there is unread news: its receiver may be dead.
         while self._held and not ports().unread():
             rank, head, payload = self._held.popleft()
@@ -124,26 +146,63 @@ class Mailbox:
             if payload.size:
                 self._send(payload, rank, _PAYLOAD_TAG)
         if self._sends:
-            for at in sorted(MPI.Request.Testsome(self._sends) or (), reverse=True):
+            for at in sorted(self._complete(self._sends, [rank for rank, _ in self._memory]), reverse=True):
                 del self._sends[at], self._memory[at]
         arrived: list[tuple[int, Message]] = []
         if not self._held:  # what this rank has told itself may end it, but not before the others are told
             arrived += [(self.era, message) for message in self._own]
             self._own.clear()
         if self._receives:
-            statuses: list[MPI.Status] = []
-            landed = MPI.Request.Testsome(self._receives, statuses) or ()
-            found = [(self._due[at], status.Get_count(MPI.BYTE)) for at, status in zip(landed, statuses, strict=False)]
+            landed = self._complete(self._receives, self._due)
+            found = [(self._due[at], nbytes) for at, nbytes in landed.items()]
             for at in sorted(landed, reverse=True):
                 del self._receives[at], self._due[at]
             for source, nbytes in found:
                 if source not in self.dead:  # by now
                     self._arrive(source, nbytes, arrived)
-        return [message for era, message in arrived if era == self.era]
+        return [message for era, message in arrived if self._keeps or era == self.era]
+
+    def _complete(self, requests: list[MPI.Request], ranks: Sequence[int]) -> dict[int, int]:
+        """The positions of those that are complete -> bytes that have come. ``ranks``: whom each is with."""
+        statuses: list[MPI.Status] = []
+        if not self._keeps:
+            landed = MPI.Request.Testsome(requests, statuses) or ()
+            return {at: status.Get_count(MPI.BYTE) for at, status in zip(landed, statuses, strict=False)}
+        found: dict[int, int] = {}
+        for at, (request, rank) in enumerate(zip(requests, ranks, strict=True)):
+            if rank in self._errors:
+                continue
+            status = MPI.Status()
+            try:
+                if request.Test(status):
+                    found[at] = status.Get_count(MPI.BYTE)
+            except MPI.Exception as error:
+                self._note(rank, error)
+        return found
+
+    def _note(self, rank: int, error: MPI.Exception) -> None:
+        """A message with this rank has failed, as when it dies in the midst of it, which is heard of in a moment."""
+        if not self._keeps:
+            raise error
+        self._errors[rank] = time.monotonic(), error
+
+    def _mind_errors(self) -> None:
+        """Raise the error of a message with a rank that is not said to have died since."""
+        for rank, (at, error) in list(self._errors.items()):
+            if rank in self.dead:
+                del self._errors[rank]
+            elif time.monotonic() - at > _NEWS_SECONDS:
+                raise error
 
     def _send(self, data: Any, rank: int, tag: int) -> None:
+        if rank in self._errors:
+            return
         self.nbytes_sent += len(data)
-        self._sends.append(self._comm.Isend([data, MPI.BYTE], rank, tag))
+        try:
+            self._sends.append(self._comm.Isend([data, MPI.BYTE], rank, tag))
+        except MPI.Exception as error:
+            self._note(rank, error)
+            return
         self._memory.append((rank, data))  # mpi4py keeps what is received into alive, but not what is sent
 
     def _arrive(self, source: int, nbytes: int, arrived: list[tuple[int, Message]]) -> None:
@@ -154,6 +213,7 @@ class Mailbox:
             kind, has_payload, era, serial, _ = _HEAD.unpack_from(data)
             if kind == _FAREWELL:
                 self.parting = True
+                self.parted.add(source)
                 return
             if kind == _OBITUARY:
                 self._post(self._room[source], source, _HEAD_TAG)
@@ -170,5 +230,9 @@ class Mailbox:
         self._post(self._room[source], source, _HEAD_TAG)
 
     def _post(self, room: Any, source: int, tag: int) -> None:
+        try:
+            self._receives.append(self._comm.Irecv([room, MPI.BYTE], source, tag))
+        except MPI.Exception as error:
+            self._note(source, error)
+            return
         self._due.append(source)
-        self._receives.append(self._comm.Irecv([room, MPI.BYTE], source, tag))

@@ -44,7 +44,8 @@ class ParameterServer(FreeMode):
     changed, which is added. ``servers``: so many ranks, the first ones, have shards; None: all. ``lone_steps``: so many
     steps rank 0 makes alone; the other ranks' first step waits for them, and counts for nothing else. ``record``: a
     path; each owner of a shard writes what it does, in order, to ``path.RANK``. ``replay``: such a path; what was done
-    is done again in that order, which gives the same bits where ranks compute the same.
+    is done again in that order, which gives the same bits where ranks compute the same. ``copies``: 1 has another rank
+    keep a copy of each shard, and when a rank dies the others go on (``training/store/copied_service.py``).
     """
 
     gather: int = setting(1, least=1)
@@ -58,12 +59,15 @@ class ParameterServer(FreeMode):
     lone_steps: int = setting(0, least=0)
     record: str | None = None
     replay: str | None = None
+    copies: int = setting(0, least=0, most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
         if self.late == "drop" and self.staleness is not None:
             raise ValueError(f"{name}: late='drop' goes in rounds, and needs staleness=None; got {self.staleness}")
+        if self.copies and (self.record or self.replay):
+            raise ValueError(f"{name}: copies: whoever takes a shard over writes and follows no record; got both")
         if self.late == "drop" and self.push % self.fetch:
             raise ValueError(
                 f"{name}: late='drop' goes in rounds, and needs a fetch after each push; got push={self.push}, "

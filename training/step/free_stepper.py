@@ -202,7 +202,8 @@ class FreeStepper(BaseStepper):
         """See ``DataParallel.synchronize``."""
         self.begin_operation("synchronize")
         self.running.rest()
-        self._agree(None)
+        if not self.running.outlives:  # else those that are left have met in it, and cannot on their communicator
+            self._agree(None)
         self.running.synchronize()
         self._raise_told()
 

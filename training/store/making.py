@@ -9,6 +9,6 @@ from bitring.training.store.table import Setup, Table
 
 
 def make_table(setup: Setup) -> Table:
-    """A table of one of both kinds. Collective. With ``servers``, encoders or a journal it is by messages."""
+    """A table of one of both kinds; by messages with ``servers``, ``copies``, encoders or a journal. Collective."""
     context_of(setup.comm).prepare(setup.what)
     return SharedTable(setup) if serves(setup) else MessageTable(setup)

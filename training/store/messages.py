@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from bitring.training.store.row_cache import RowCache
 from bitring.training.store.rule import Rule
 from bitring.training.store.service_job import ServiceJob, private_context
 from bitring.training.store.serving import service_of
-from bitring.training.store.shard import Shard, joined_slots
+from bitring.training.store.shard import joined_slots
 from bitring.training.store.table import Setup, Table, Update
 
 
@@ -58,11 +59,7 @@ class MessageTable(Table):
         self._follows = any(setup.journal)
         kinds = OSError, ValueError
         rule, record = jointly(setup.comm, setup.what, lambda: self._rule_of(setup.journal), kinds)
-        shard: Shard | None = None
-        if self._rank in self._owners:
-            contiguous = {name: np.ascontiguousarray(w) for name, w in values.items()}
-            shard = Shard(self._layout, self._rank, contiguous, optimizer)
-        self._service = service_of(setup, context, self._owners, self._layout, self._codec, shard, rule, record)
+        self._service = service_of(setup, context, self._owners, self._layout, self._codec, rule, record)
         self._job = ServiceJob(self._service, context, setup.what)
 
     def _rule_of(self, journal: Journal) -> tuple[Rule, Record | None]:
@@ -279,7 +276,8 @@ class MessageTable(Table):
         values = self._taken()
         if not self._left:
             self._clock = max(int(clock) for clock in self._service.clocks if clock < math.inf)
-        self._job.until(lambda: self._service.troubles_heard >= told, "synchronize")
+        # Of what a rank has told that has died since not all may have come.
+        self._job.until(lambda: self._service.troubles_heard >= told or bool(self._service.dead), "synchronize")
         return values
 
     def slots(self) -> dict[str, dict[str, Any]]:
@@ -292,9 +290,7 @@ class MessageTable(Table):
     def load(self, values: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> None:
         """See Table."""
         self.settle()
-        owner = self._service.owner
-        if owner is not None:
-            engine.undisturbed(lambda: owner.load(values, slots))
+        engine.undisturbed(lambda: self._service.load(values, slots))
         self.settle()
 
     def claim(self, row: tuple[int, ...]) -> int:
@@ -317,8 +313,8 @@ class MessageTable(Table):
         if self.end():
             self._job.stay(waits)
         self._closed = True
-        if self._service.owner is not None:
-            self._service.owner.close()
+        for owner in self._service.owners:
+            owner.close()
         self._job.close()
 
     @property
@@ -332,8 +328,7 @@ class MessageTable(Table):
     def clocks(self) -> list[float]:
         """See Table."""
         known = list(self._service.clocks)
-        owner = self._service.owner
-        if owner is not None:
+        for owner in self._service.owners:
             known = [max(pair) for pair in zip(known, owner.clocks, strict=True)]
         known[self._rank] = math.inf if self._left else float(self._clock)
         return known
@@ -356,15 +351,16 @@ class MessageTable(Table):
 
     def counts(self) -> dict[str, Any]:
         """See Table."""
-        owner = self._service.owner
+        owners = self._service.owners
         result: dict[str, Any] = {"wait_seconds": self._job.waited, "waited_for": dict(self._job.waited_for)}
         if self._cache is not None:
             result["cached_rows"] = self._cache.hits
-        if owner is not None:
+        if owners:
+            staleness = sum((Counter(owner.staleness) for owner in owners), Counter[int]())
             result |= {
-                "staleness": dict(sorted(owner.staleness.items())),
-                "applied": owner.applied,
-                "dropped": owner.dropped,
+                "staleness": dict(sorted(staleness.items())),
+                "applied": sum(owner.applied for owner in owners),
+                "dropped": sum(owner.dropped for owner in owners),
             }
         return result
 

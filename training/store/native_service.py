@@ -43,6 +43,7 @@ def serves(setup: Setup, layout: Layout) -> bool:
         and not any(setup.encoders.values())
         and not setup.factors
         and not any(setup.journal)
+        and not setup.copies
         and setup.optimizer.native_update() is not None
         and all(w.dtype in DTYPES for w in setup.values.values())
         and _most_nbytes(layout) < extension.StoreService.most_payload

@@ -39,6 +39,7 @@ class Kind(enum.IntEnum):
     GO_ON = 9  # it rests no more: its wait for the others was given up
     AHEAD = 10  # [number] a part of the update that is going to have this number
     FORGET = 11  # [number] there will be no such update
+    DIED = 12  # not by the member, but of it: nothing more comes from it
     # an owner to a member
     VALUES = 20  # [ticket] version, updates taken, edition, whether they are changes, 0; clocks, -1 - c: it has ended
     DEFERRED = 21  # [ticket] the members that a read, or a rest, waits for
@@ -47,8 +48,15 @@ class Kind(enum.IntEnum):
     SETTLED = 24  # [ticket] version, updates taken, edition, 0, troubles told by all; clocks as above
     ARE = 25  # [ticket] the slots
     CLAIMED = 26  # [ticket] the number
+    HEARD = 27  # nothing but what any message along a line says (``lines``)
     # a rank to all
     TROUBLE = 30  # [step] what was wrong with its update, in words
+    # about the copies of shards (``copied_service``)
+    COPY = 40  # [serial] to who keeps the copy: what a member has said: kind, member, its numbers
+    COPIED = 41  # [count] back: so many of these have been heard
+    TAKES_OVER = (
+        42  # [shard] to all: its copy is the shard from now on; how many of the receiver's messages it has heard
+    )
 
 
 class ShardOwner(Protocol):
@@ -160,6 +168,10 @@ class Owner:
         elif kind == Kind.GO_ON:
             rule.go_on(member)
         elif kind == Kind.END:
+            self._do(rule.end(member))
+        elif kind == Kind.DIED:
+            self._updates.pop((member, self._taken[member]), None)  # what came ahead of an update that does not come
+            self._do(rule.leave(member))
             self._do(rule.end(member))
         elif kind == Kind.USE:
             self._optimizers[member] = pickle.loads(payload.tobytes())

@@ -3,8 +3,8 @@
 What belongs together in ``training/store``: ``rule``, when updates are applied and reads are served; ``table``, where
 values live: ``messages`` by messages, ``shared`` in the memory of a node, with ``members``; ``making`` takes one of
 them; ``layout`` and ``shard``, who has what; ``owner`` and ``service``, what a rank does for others, and
-``native_service``, without the interpreter, of which ``serving`` takes one; ``service_job``, which is waited for;
-``codec``, what travels encoded.
+``native_service``, without the interpreter, and ``copied_service``, with ``lines``, where shards outlive ranks, of
+which ``serving`` takes one; ``service_job``, which is waited for; ``codec``, what travels encoded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class ParameterStore:
     synchronous parallel; Ho et al., 2013), None: no read waits. ``servers``: so many ranks, the first ones, have
     shards; None: all. ``cache``: rows that this rank has got before are given again without a message, as long as the
     staleness allows it and this rank has not updated them since: fewer bytes, and values that are as old as they may
-    be. Without a staleness, and in the memory of one node, where a read sends nothing, it does nothing.
+    be. Without a staleness, and in the memory of one node, where a read sends nothing, it does nothing. ``copies``: 1
+    has another rank keep a copy of each shard, so that the others go on when a rank dies: it has left then, and what it
+    had pushed counts, of its last update perhaps on some shards only. Until both ranks that have a shard have died.
 
     A member's clock begins at 0. With staleness s a ``get`` at own clock c sees all updates of its own, and everybody's
     of clocks 0 to c − s − 1; it may see more. No rank is more than s + 1 clocks ahead of the slowest.
@@ -62,6 +64,7 @@ class ParameterStore:
         staleness: int | None = None,
         servers: int | None = None,
         cache: bool = False,
+        copies: int = 0,
     ) -> None:
         self.comm = given_comm(comm, "ParameterStore")
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
@@ -75,12 +78,14 @@ class ParameterStore:
             self.terms = Terms(staleness=_checked_or_none("staleness", staleness, 0))
             servers = _checked_or_none("servers", servers, 1)
             cache = checked("ParameterStore", "cache", cache, bool)
+            copies = checked("ParameterStore", "copies", copies, int, Range(least=0, most=1))
             mine = {
                 "parameters": str({name: (w.dtype.name, w.shape) for name, w in values.items()}),
                 "optimizer": text_of(self.optimizer),
                 "staleness": str(staleness),
                 "servers": str(servers),
                 "cache": str(cache),
+                "copies": str(copies),
             }
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
@@ -92,7 +97,9 @@ class ParameterStore:
         values = broadcast(self.comm, values, "ParameterStore")
         self._like = {name: np.empty(0, w.dtype).reshape(0, *w.shape[1:]) for name, w in values.items()}
         self._shapes = {name: w.shape for name, w in values.items()}
-        setup = Setup(self.comm, "ParameterStore", values, self.optimizer, self.terms, servers, cache=cache)
+        setup = Setup(
+            self.comm, "ParameterStore", values, self.optimizer, self.terms, servers, cache=cache, copies=copies
+        )
         self._table = make_table(setup)
         self._calling = threading.Lock()
         self._clock = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from bitring.collectives.interop.steps import Progress, Steps
@@ -42,8 +42,19 @@ class Service(ABC):
         self.troubles_heard = 0
         self.clocks = [0.0] * context.size  # as heard last
         self.ended: set[int] = set()
+        self.dead: set[int] = set()  # whom it goes on without
         self._context = context
         self._held_by: dict[int, set[int]] = {}  # members that this rank's request waits for, by owner
+
+    @property
+    def owners(self) -> Sequence[ShardOwner]:
+        """Of the shards that this rank answers for."""
+        return [] if self.owner is None else [self.owner]
+
+    def load(self, values: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> None:
+        """Have all shards here go on from these, given whole, while no job advances."""
+        for owner in self.owners:
+            owner.load(values, slots)
 
     @property
     @abstractmethod
@@ -165,11 +176,11 @@ class Service(ABC):
 
 
 class PortableService(Service):
-    """In Python, with ``mailbox``."""
+    """In Python, with ``mailbox``, whose ``keeps`` this is."""
 
-    def __init__(self, context: Context, owners: Sequence[int]) -> None:
+    def __init__(self, context: Context, owners: Sequence[int], keeps: bool = False) -> None:
         super().__init__(context, owners)
-        self._mailbox = Mailbox(context.comm)
+        self._mailbox = Mailbox(context.comm, keeps)
         self._posted: deque[tuple[int, Kind, int, Sequence[float], Any]] = deque()
         self._ends = 0
         self._ended = False
@@ -198,12 +209,20 @@ class PortableService(Service):
         sent = False
         while self._posted:
             rank, kind, serial, numbers, payload = self._posted.popleft()
-            self._mailbox.send(rank, kind, serial, numbers, payload)
+            self._dispatch(rank, kind, serial, numbers, payload)
             sent = True
             self._ended |= kind == Kind.END
-        if self._ended and (self.owner is None or self._ends == self._context.size):
+        if self._ended and self._served:
             self._mailbox.close()  # nobody asks this rank for anything any more
         return sent
+
+    def _dispatch(self, rank: int, kind: Kind, serial: int, numbers: Sequence[float], payload: Any) -> None:
+        self._mailbox.send(rank, kind, serial, numbers, payload)
+
+    @property
+    def _served(self) -> bool:
+        """Whether all that others may want of this rank is done."""
+        return self.owner is None or self._ends == self._context.size
 
     def _hear(self, message: Message) -> None:
         if message.kind == Kind.END:

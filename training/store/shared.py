@@ -31,6 +31,7 @@ def serves(setup: Setup) -> bool:
         and setup.terms.gather == 1
         and setup.terms.late == "keep"
         and setup.servers is None
+        and not setup.copies
         and not any(setup.encoders.values())
         and not any(setup.journal)
         and setup.optimizer.native_update() is not None

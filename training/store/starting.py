@@ -47,6 +47,7 @@ def start(
         factors=factors,
         call="step",
         journal=Journal(mode.record, mode.replay),
+        copies=mode.copies,
     )
     pace = Pace(mode.push, mode.fetch, changes, mode.lone_steps, mode.late == "drop")
     return Worker(make_table(setup), replica, pace, comm.Get_rank())

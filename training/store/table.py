@@ -27,7 +27,8 @@ class Setup:
     those that ranks begin with; None: 0. ``encoders``: what parameters travel encoded by, both ways. ``factors``: the
     parameters whose gradients may travel as ``Factors``, which owners multiply. ``call``: what pushes and reads are
     called in messages, where they are one call. ``journal``: of what shards do. ``cache``: rows that were read
-    are kept, and serve reads as long as a staleness allows it, where values are reached by messages.
+    are kept, and serve reads as long as a staleness allows it, where values are reached by messages. ``copies``: how
+    many ranks beside its owner have each shard, 0 or 1.
     """
 
     comm: MPI.Intracomm
@@ -42,6 +43,7 @@ class Setup:
     call: str | None = None
     journal: Journal = NO_JOURNAL
     cache: bool = False
+    copies: int = 0
 
 
 class Update(NamedTuple):
@@ -68,6 +70,8 @@ class Table(ABC):
         self._what = setup.what
         self._terms = setup.terms
         self._rank, self._size = setup.comm.Get_rank(), setup.comm.Get_size()
+        self.outlives = bool(setup.copies)
+        """Whether it goes on without ranks that die."""
 
     @abstractmethod
     def wait_for_room(self) -> None:

@@ -58,6 +58,7 @@ class Worker(Running):
         self._alone = pace.changes or max(pace.fetch, pace.push) > 1  # it goes on from its own updates
         self._coming: dict[str, Any] = {}  # of the next step's gradients, what is to be pushed ahead
         self._went: set[str] = set()  # what was
+        self.outlives = table.outlives
         self.factors = frozenset[str]() if self._alone else table.factors
         self._slots = optimizer.init(parameters) if self._alone else {}
         self._fetched = {name: np.array(w) for name, w in parameters.items()} if pace.changes else {}
