@@ -17,13 +17,15 @@ from bitring.collectives.runtime.objects import allgather
 from bitring.compression.compressor import Compressor
 from bitring.errors import MismatchError, uncopyable
 from bitring.torch.broadcast import broadcast_tensors
+from bitring.torch.bucket import Entry
 from bitring.torch.buffers import Buffers
 from bitring.torch.exchange import Exchange, overlap_pays
 from bitring.torch.meeting import Meeting
 from bitring.torch.options import BUCKET_BYTES, Options, describe
 from bitring.torch.residuals import Kept, give, take
 from bitring.torch.step import Step
-from bitring.torch.watched import Watched, kept_buffers, sparse_names
+from bitring.torch.sync_batchnorm import statistics_of
+from bitring.torch.watched import Watched, sparse_names, state_tensors
 from bitring.training.step.checks import difference
 from bitring.training.step.meeting import hash_of
 
@@ -100,13 +102,18 @@ class GradientAverager:
         self.scaler = scaler
         self.steps = 0
         """Steps made, those without samples included."""
+        self.means = 0
+        """Steps that this object has made: a checkpoint does not change their number."""
+        self.share = 0.0
+        """This rank's part of the weight of the last step."""
         self._quiet = False  # in ``no_sync``
+        self._watched: Watched | None = None
+        self._kept = Kept()  # residuals, while there are no buckets
         self._absences: dict[tuple[float, ...], frozenset[str]] = {}
         self.meeting = Meeting(self.comm, "GradientAverager")
-        self._lay_out(watched)
+        self._lay_out(watched, *self._agreed(watched))
         if broadcast:
-            tensors = {n: p.detach() for n, p in self.module.named_parameters()} | kept_buffers(self.module)
-            broadcast_tensors(self.comm, list(tensors.values()), "GradientAverager", 0)
+            broadcast_tensors(self.comm, list(state_tensors(self.module).values()), "GradientAverager", 0)
 
     def __reduce__(self) -> Any:
         raise uncopyable(self, "save_checkpoint keeps what it knows")
@@ -118,8 +125,11 @@ class GradientAverager:
         """The module, while it lives."""
         return self._module()
 
-    def _lay_out(self, watched: Watched) -> None:
-        """Make the buckets for what the module trains now. Collective."""
+    def _agreed(self, watched: Watched) -> tuple[list[Entry], dict[str, Any]]:
+        """What is exchanged for what the module trains now, and the settings as plain data. Collective.
+
+        Raises on all ranks, with nothing changed, where that is not the same, or cannot be exchanged.
+        """
         left_out = sparse_names(self.module) if self.options.sparse == "gather" else set[str]()
         entries = jointly(self.comm, "GradientAverager", lambda: self.options.entries(watched, self.masters, left_out))
         mine = describe(entries, self.options, self.masters)
@@ -131,15 +141,20 @@ class GradientAverager:
         for i, orders in enumerate(zip(*(orders for _, orders in everyone), strict=True)):
             if len(set(orders)) > 1:  # views in memory's order would be of other values on other ranks
                 entries[i] = entries[i]._replace(order=tuple(range(len(entries[i].shape))))
-        self._watched = watched
+        return entries, mine
+
+    def _lay_out(self, watched: Watched, entries: list[Entry], mine: dict[str, Any]) -> None:
+        """Make the buckets for ``entries``, which all ranks have. Collective."""
         self.parameters = watched.trained
-        self.gathered = [name for name in watched.trained if name in left_out]
+        exchanged = {entry.name for entry in entries}
+        self.gathered = [name for name in watched.trained if name not in exchanged]
         self.exchange = Exchange(self.comm, entries, self.options.algorithm, self.options.bucket_bytes)
         self.buffers = (
             None
             if self.options.buffers == "own"
             else Buffers(self.comm, self.module, self.options.buffers, self.options.bucket_bytes)
         )
+        self.statistics = statistics_of(self.module)
         nodes = context_of(self.comm).topology.nodes
         asked = self.options.overlap
         self.overlaps = self.comm.Get_size() > 1 and (
@@ -149,7 +164,6 @@ class GradientAverager:
         self.settings = hash_of(repr(mine))
         self.in_buckets = [[watched.trained[name] for name in bucket.names] for bucket in self.exchange.buckets]
         self.targets_in = [[self.target(name) for name in bucket.names] for bucket in self.exchange.buckets]
-        self.views = [view for bucket in self.exchange.buckets for view in bucket.views]
         self.targets = [*self.parameters.values(), *self.masters.values()]
         """The tensors whose gradients a step changes."""
         for hook in self._hooks:
@@ -160,6 +174,7 @@ class GradientAverager:
             p.register_post_accumulate_grad_hook(_arrival(self._ears, number, places.get(name, -1)))
             for number, (name, p) in enumerate(self.parameters.items())
         ]
+        self._watched = watched
 
     def listen(self) -> None:
         """Have back-propagation tell whom it concerns when a gradient is complete."""
@@ -176,15 +191,26 @@ class GradientAverager:
         self.listen()
 
     def refresh(self) -> None:
-        """Follow what has become of the module: parameters frozen or not, of another dtype. Collective where it has."""
-        if self._watched.unchanged:
+        """Follow what has become of the module: parameters frozen or not, of another dtype. Collective where it has.
+
+        Raises on all ranks where they do not agree on it; once they do, training goes on.
+        """
+        if self._watched is not None and self._watched.unchanged:
             return
-        kept = take(self.comm, self.exchange)
+        watched = Watched(self.module)
+        agreed = self._agreed(watched)
+        if self._watched is not None:
+            self._kept = take(self.comm, self.exchange)
+            self._watched = None  # until all below has been made
+            self._free_buckets()
+        self._lay_out(watched, *agreed)
+        give(self.exchange, self._kept)
+        self._kept = Kept()
+
+    def _free_buckets(self) -> None:
         self.exchange.free()
         if self.buffers:
             self.buffers.free()
-        self._lay_out(Watched(self.module))
-        give(self.exchange, kept)
 
     # Steps
 
@@ -221,6 +247,12 @@ class GradientAverager:
             self._quiet = before
             self.listen()
 
+    def count(self, share: float) -> None:
+        """A step is made, in which this rank had ``share`` of the weight."""
+        self.steps += 1
+        self.means += 1
+        self.share = share
+
     @property
     def bytes_sent(self) -> int:
         """Payload bytes of gradients that this rank has sent to others."""
@@ -244,9 +276,7 @@ class GradientAverager:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self.exchange.free()
-        if self.buffers:
-            self.buffers.free()
+        self._free_buckets()
         self.meeting.free()
         self.comm.Free()
 

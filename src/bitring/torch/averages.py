@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from mpi4py import MPI
 
 from bitring.collectives.runtime.context import context_of, given_comm
@@ -22,7 +24,7 @@ def average_gradients(module: Any, *, comm: MPI.Intracomm | None = None, weight:
     touched. Raises as ``GradientAverager`` and its ``average`` do.
     """
     comm = given_comm(comm, "average_gradients")
-    key = context_of(comm), tuple(sorted((name, str(value)) for name, value in options.items()))
+    key = context_of(comm), tuple(sorted((name, _identity(value)) for name, value in options.items()))
     averager: GradientAverager | None = None
     with contextlib.suppress(TypeError):  # of what is no module; GradientAverager says so, on all ranks
         averager = _averagers.setdefault(module, {}).get(key)
@@ -30,3 +32,12 @@ def average_gradients(module: Any, *, comm: MPI.Intracomm | None = None, weight:
         averager = GradientAverager(module, comm=comm, broadcast=False, **options)
         _averagers[module][key] = averager
     averager.average(weight)
+
+
+def _identity(option: Any) -> str:
+    """What tells options apart: settings by what they say, tensors and scalers by which they are."""
+    if isinstance(option, Mapping):
+        return str({name: _identity(value) for name, value in option.items()})
+    if isinstance(option, torch.Tensor):
+        return str(id(option))
+    return str(option)

@@ -16,7 +16,7 @@ from bitring.collectives.runtime.objects import allgather, broadcast
 from bitring.collectives.runtime.pieces import nbytes_of, split, transfer
 from bitring.errors import MismatchError
 from bitring.torch.tensors import bytes_over
-from bitring.torch.watched import kept_buffers
+from bitring.torch.watched import state_tensors
 
 
 def broadcast_parameters(module: Any, root: int = 0, *, comm: MPI.Intracomm | None = None) -> None:
@@ -32,7 +32,7 @@ def broadcast_parameters(module: Any, root: int = 0, *, comm: MPI.Intracomm | No
         require_root(root, comm.Get_size(), where)
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"{where}: module must be a torch.nn.Module; got {type(module).__name__}")
-        named = {n: p.detach() for n, p in module.named_parameters()} | kept_buffers(module)
+        named = state_tensors(module)
     except Exception as problem:  # whatever it is, the other ranks must not wait
         error = problem
     raise_everywhere(comm, where, error)
@@ -78,10 +78,15 @@ class _Place(NamedTuple):
 
 
 def taken_apart(tree: Any, tensors: list[Any]) -> Any:
-    """``tree`` with places for its tensors, which are appended to ``tensors``: dicts, lists and tuples are walked."""
+    """``tree`` with places for its tensors, which are appended to ``tensors``: dicts, lists and tuples are walked.
+
+    NumPy's numbers become Python's.
+    """
     if isinstance(tree, torch.Tensor):
         tensors.append(tree.detach())
         return _Place(len(tensors) - 1, tree.dtype, tuple(tree.shape), str(tree.device))
+    if isinstance(tree, np.generic):  # a learning rate made by NumPy: torch.load would refuse it
+        return tree.item()
     if isinstance(tree, Mapping):
         return {key: taken_apart(value, tensors) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)) and type(tree) in (list, tuple):

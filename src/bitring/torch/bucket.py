@@ -63,12 +63,10 @@ class Bucket:
         self.names = [entry.name for entry in entries]
         self.compressed = first.compression is not None
         self.flat = comm.empty(ends[-1], first.dtype)
-        self._host = tensor_over(self.flat)
-        on_host = first.device == "cpu"
-        self.tensor = self._host if on_host else torch.empty(ends[-1], dtype=self._host.dtype, device=first.device)
+        self._address = self.flat.ctypes.data
+        self._device = first.device
         self.places = list(zip(starts, ends, strict=True))
-        self.views = self.parts(self.tensor)
-        self._runs = self._packed_together()
+        self._wrap()
         self.algorithm = algorithm
         self.plan: Any = plan_allreduce(
             self.flat,
@@ -77,6 +75,28 @@ class Bucket:
             compression=first.compression,
             shapes=[entry.memory_shape for entry in entries],
         )
+
+    def _wrap(self) -> None:
+        """Make the tensors over ``flat``."""
+        self._host = tensor_over(self.flat)
+        on_host = self._device == "cpu"
+        size = self.places[-1][1]
+        self.tensor = self._host if on_host else torch.empty(size, dtype=self._host.dtype, device=self._device)
+        self.views = self.parts(self.tensor)
+        self._given = self.parts(self.tensor)
+        self._runs = self._packed_together()
+
+    def gradients(self) -> list[Any]:
+        """``views`` once more, the same tensors in each step, to be parameters' gradients.
+
+        Whoever has such a tensor may put other memory under it, by ``p.grad.data = ...`` or ``module.to(...)``; it is
+        made anew then.
+        """
+        for i, (given, view) in enumerate(zip(self._given, self.views, strict=True)):
+            if not given.is_set_to(view):
+                self._given = [*self._given[:i], *self.parts(self.tensor)[i:]]
+                break
+        return self._given
 
     def parts(self, flat: Any) -> list[Any]:
         """The parts of an array or tensor as large as the bucket, each in its parameter's shape."""
@@ -95,26 +115,28 @@ class Bucket:
     def load(self, gradients: Sequence[Any], scale: float) -> None:
         """Fill the buffer with scale·gradients, one for each parameter; None counts as zeros, and for 0 none is read.
 
-        A gradient that is this bucket's view is scaled where it is. 16-bit values are scaled in float32 and rounded
+        A gradient that is one of ``gradients()`` is scaled where it is. 16-bit values are scaled in float32 and rounded
         once; values of another dtype are converted first.
         """
+        if self._host.data_ptr() != self._address:  # module.share_memory() moves all that gradients lie in
+            self._wrap()
         if scale == 0:
             self.tensor.zero_()
             return
-        dtype, views = self.tensor.dtype, self.views
+        dtype, views, given = self.tensor.dtype, self.views, self._given
         for values, first, last in self._runs:
             if last - first == 1:
                 gradient, view = gradients[first], views[first]
                 plain = gradient is not None and gradient.dtype == dtype and gradient.layout == torch.strided
-                if plain and gradient is not view and scale != 1:
+                if plain and gradient is not given[first] and scale != 1:
                     torch.mul(gradient, scale, out=view)
                     continue
             inside: list[Any] = []
             outside: list[Any] = []
-            for gradient, view in zip(gradients[first:last], views[first:last], strict=True):
+            for gradient, view, own in zip(gradients[first:last], views[first:last], given[first:last], strict=True):
                 if gradient is None:
                     view.zero_()
-                elif gradient is not view:
+                elif gradient is not own or not own.is_set_to(view):
                     inside.append(view)
                     outside.append(gradient if gradient.layout == torch.strided else gradient.to_dense())
             if inside:

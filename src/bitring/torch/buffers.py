@@ -43,6 +43,15 @@ class Buffers:
     def exchange(self, module: Any, scale: float) -> None:
         """Exchange the values, ``scale`` being this rank's part of the weight. Nothing is changed yet."""
         tensors = dict(module.named_buffers())
+        for exchange, _ in self._exchanges:
+            for entry in exchange.entries:
+                there = tensors.get(entry.name)
+                if there is None or tuple(there.shape) != entry.shape:
+                    now = "gone" if there is None else f"of shape {tuple(there.shape)}"
+                    raise RuntimeError(
+                        f"the buffer {entry.name!r} was of shape {entry.shape} when the step began and is {now}; "
+                        "buffers='own' leaves buffers alone"
+                    )
         for exchange, is_mean in self._exchanges:
             for bucket in exchange.buckets:
                 exchange.load([tensors[name] for name in bucket.names], scale if is_mean else float(self._root), False)

@@ -56,7 +56,11 @@ class Meeting:
 
     def collect(self) -> Records:
         """The records of all ranks, once they are there. Raises as ``exchange`` does."""
-        self._plan.wait()
+        try:
+            self._plan.wait()
+        except Exception:
+            self.posted = False
+            raise
         self.posted = False
         return self._read()
 

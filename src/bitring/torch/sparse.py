@@ -19,7 +19,7 @@ def gathered(comm: MPI.Intracomm, parameter: Any, gradient: Any, scale: float) -
     if gradient is not None:
         rows = gradient if gradient.layout == torch.sparse_coo else gradient.to_sparse(1)
         rows = rows.coalesce()
-        mine = rows.indices().cpu().numpy(), (rows.values() * scale).cpu()
+        mine = rows.indices().cpu().numpy(), (rows.values().to(parameter.dtype) * scale).cpu()
         mine = mine[0], mine[1].view(torch.uint8).numpy(), tuple(mine[1].shape)
     everyone = [each for each in allgather(comm, mine, "GradientAverager") if each is not None]
     if not everyone:
@@ -28,3 +28,10 @@ def gathered(comm: MPI.Intracomm, parameter: Any, gradient: Any, scale: float) -
     values = torch.cat([torch.from_numpy(raw).view(parameter.dtype).reshape(shape) for _, raw, shape in everyone])
     whole = torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False)
     return whole.coalesce().to(parameter.device)
+
+
+def full_row(parameter: Any, value: float) -> Any:
+    """A sparse tensor like ``parameter``, with ``value`` in all of its first row."""
+    values = torch.full((1, *parameter.shape[1:]), value, dtype=parameter.dtype, device=parameter.device)
+    where = torch.zeros((1, 1), dtype=torch.int64, device=parameter.device)
+    return torch.sparse_coo_tensor(where, values, parameter.shape, check_invariants=False).coalesce()

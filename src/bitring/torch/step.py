@@ -11,7 +11,7 @@ from bitring.errors import NonFiniteError
 from bitring.torch.early_updates import closed, opened
 from bitring.torch.gradients import Before
 from bitring.torch.meeting import ABSENT, WEIGHT, WRONG, Records
-from bitring.torch.sparse import gathered
+from bitring.torch.sparse import full_row, gathered
 from bitring.torch.tensors import all_finite
 from bitring.training.step.checks import checked_weight
 from bitring.training.step.meeting import hash_of, total_weight
@@ -52,7 +52,9 @@ class Step:
         except Exception as error:  # the other ranks must not wait
             problem = error
         self._factor = float(a.scaler.get_scale()) if a.scaler is not None and a.exchange.compressed else 1.0
-        self._before = Before(a.targets, None if self._may_overlap else a.views)
+        self._before = Before(
+            a.targets, None if self._may_overlap else [g for b in a.exchange.buckets for g in b.gradients()]
+        )
         self._left = [a.passes] * len(a.names)
         self._missing = [len(bucket.names) for bucket in a.exchange.buckets]
         a.exchange.begin()
@@ -148,6 +150,11 @@ class Step:
                 f"{self._where}: the gradient of {self._absent[0]!r} is None: the parameter had no part in the loss; "
                 "unused='zeros' counts such gradients as zeros"
             )
+        if a.exchange.compressed and self.weight:  # rows that are gathered are checked here, buckets in their exchange
+            for name in a.gathered:
+                gradient = a.parameters[name].grad
+                if gradient is not None and not all_finite([gradient]):
+                    raise NonFiniteError(f"{self._where}: the gradient of {name!r} holds NaN or Inf")
         if not total:  # but for buckets that were sent already
             a.exchange.finish()
             return
@@ -219,6 +226,11 @@ class Step:
         a = self._averager
         outcome = failure
         try:
+            for statistics in a.statistics:
+                try:
+                    statistics.end_step(outcome)
+                except BaseException as error:
+                    outcome = outcome or error
             if outcome is None:
                 try:
                     self._finish()
@@ -247,18 +259,18 @@ class Step:
         if not total:
             for target in a.targets:
                 target.grad = None
-            a.steps += 1
+            a.count(0.0)
             return
         nowhere = a.absent_everywhere(self._absent, self._hashes)
         rows = [
-            gathered(a.comm, p, p.grad if self.weight else None, self.weight / total)
-            for p in map(a.parameters.__getitem__, a.gathered)
+            gathered(a.comm, a.target(name), a.parameters[name].grad if self.weight else None, self.weight / total)
+            for name in a.gathered
         ]
-        a.steps += 1
+        a.count(self.weight / total)
         for number, (bucket, parameters) in enumerate(zip(a.exchange.buckets, a.in_buckets, strict=True)):
             if self._factor != 1.0:
                 bucket.tensor.mul_(self._factor)
-            for p, target, view in zip(parameters, a.targets_in[number], bucket.views, strict=True):
+            for p, target, view in zip(parameters, a.targets_in[number], bucket.gradients(), strict=True):
                 if target.grad is not view:
                     target.grad = view
                 if target is not p:
@@ -266,15 +278,18 @@ class Step:
         for name in nowhere:
             a.target(name).grad = None
         for name, gradient in zip(a.gathered, rows, strict=True):
-            a.parameters[name].grad = gradient
+            a.parameters[name].grad = None
+            a.target(name).grad = gradient
         if a.buffers:
             a.buffers.store(a.module)
 
     def _overflow(self) -> None:
         """Let all scalers see that gradients have overflowed."""
         a = self._averager
-        a.steps += 1
+        a.count(0.0)
         for bucket in a.exchange.buckets:
             bucket.tensor.fill_(math.inf)
-            for name, view in zip(bucket.names, bucket.views, strict=True):
+            for name, view in zip(bucket.names, bucket.gradients(), strict=True):
                 a.target(name).grad = view
+        for name in a.gathered:
+            a.target(name).grad = full_row(a.target(name), math.inf)

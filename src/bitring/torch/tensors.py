@@ -64,5 +64,6 @@ def memory_order(tensor: Any) -> tuple[int, ...]:
 
 
 def all_finite(tensors: Iterable[Any]) -> bool:
-    """Whether no tensor holds NaN or Inf."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    """Whether no tensor holds NaN or Inf; of a sparse one, in the values it is given by."""
+    stored = (t if t.layout == torch.strided else t._values() for t in tensors)
+    return all(bool(torch.isfinite(values).all()) for values in stored)
