@@ -226,3 +226,114 @@ def test_broadcasts(comm, agree):
 
 def values_of(state: Any) -> bytes:
     return b"".join(t.double().numpy().tobytes() for each in state.values() for t in each.values())
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_a_closure_gives_the_mean_loss(comm, agree, search):
+    """L-BFGS goes by the loss, too: all ranks call their closures as often as one process would."""
+    every = [next(batches(seed=rank)) for rank in range(comm.size)]
+
+    def train(model: Any, optimizer: Any, data: Any) -> tuple[Any, int, float]:
+        calls = 0
+
+        def closure() -> Any:
+            nonlocal calls
+            calls += 1
+            optimizer.zero_grad()
+            loss = torch.stack([cross_entropy(model, x.double(), y) for x, y in data]).mean()
+            loss.backward()
+            return loss
+
+        losses = [float(optimizer.step(closure).detach()) for _ in range(2)]
+        return values(model), calls, losses[-1]
+
+    def lbfgs(model: Any) -> Any:
+        return torch.optim.LBFGS(model.parameters(), max_iter=12, tolerance_change=1e-4, line_search_fn=search)
+
+    alone, model = dense().double(), dense().double()
+    expected = train(alone, lbfgs(alone), every)
+    optimizer = DistributedOptimizer(lbfgs(model), model, comm=comm)
+    found = train(model, optimizer, [every[comm.rank]])
+    agree(comm, found[1] == expected[1] and abs(found[2] - expected[2]) < 1e-6, f"{found[1:]} {expected[1:]}")
+    agree(comm, distance(found[0], expected[0]) < 1e-5)
+    optimizer.averager.free()
+
+
+@pytest.mark.parametrize("after_backward", [True, False])
+def test_a_closure_that_raises(comm, agree, after_backward):
+    model = dense()
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+    bad = comm.size - 1
+    x, y = next(batches(seed=comm.rank))
+
+    def closure(fails: bool) -> Any:
+        optimizer.zero_grad()
+        if fails and not after_backward:
+            raise KeyError("no data")
+        loss = cross_entropy(model, x, y)
+        loss.backward()
+        if fails:
+            raise KeyError("no data")
+        return loss
+
+    before = values(model)
+    error = raised(optimizer.step, lambda: closure(comm.rank == bad))
+    agree(comm, type(error) is (KeyError if comm.rank == bad else PeerError) and "no data" in str(error), repr(error))
+    agree(comm, torch.equal(before, values(model)))
+    optimizer.step(lambda: closure(False))
+    agree(comm, len(set(comm.allgather(values(model).numpy().tobytes()))) == 1)
+    optimizer.averager.free()
+
+
+def test_a_closure_may_average_by_itself(comm, agree):
+    """A batch block in a closure, with a weight, is the one exchange of the call."""
+    model = dense()
+    optimizer = DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm, compression="onebit:block=64"
+    )
+    x, y = next(batches(seed=comm.rank))
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        with optimizer.averager.batch(weight=1 + comm.rank):
+            loss = cross_entropy(model, x, y)
+            loss.backward()
+        return loss.item()
+
+    losses = comm.allgather(cross_entropy(model, x, y).item())
+    expected = sum(loss * (1 + rank) for rank, loss in enumerate(losses)) / sum(range(1, comm.size + 1))
+    found = optimizer.step(closure)
+    agree(comm, optimizer.averager.steps == 1 and abs(found - expected) < 1e-6, f"{found} {expected}")
+    optimizer.averager.free()
+
+
+def test_going_back_to_a_checkpoint(comm, agree, mpi_tmp_path):
+    """The number of steps that a checkpoint brings says nothing of what has been averaged here."""
+    path = mpi_tmp_path / "run.pt"
+
+    def made() -> tuple[Any, Any]:
+        model = dense()
+        return model, DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+
+    def step(model: Any, optimizer: Any) -> None:
+        x, y = next(batches(seed=comm.rank))
+        optimizer.zero_grad()
+        with optimizer.no_sync():
+            cross_entropy(model, x, y).backward()
+        optimizer.synchronize()
+        optimizer.step()
+
+    model, optimizer = made()
+    step(model, optimizer)
+    bitring.torch.save_checkpoint(path, optimizer.averager, model=model)
+    for _ in range(2):
+        step(model, optimizer)
+    later, other = made()
+    bitring.torch.load_checkpoint(path, other.averager, model=later)  # more steps than it has made
+    bitring.torch.load_checkpoint(path, optimizer.averager, model=model)  # fewer
+    for trained, by in ((later, other), (model, optimizer)):
+        step(trained, by)
+        agree(comm, by.averager.steps == 2, f"{by.averager.steps} steps")
+        agree(comm, len(set(comm.allgather(values(trained).numpy().tobytes()))) == 1)
+        by.averager.free()
+    agree(comm, torch.equal(values(model), values(later)))

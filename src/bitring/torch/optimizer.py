@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import Any
 
+import numpy as np
 import torch
+from mpi4py import MPI
 
 from bitring.errors import uncopyable
 from bitring.torch.averager import GradientAverager
+from bitring.torch.step import Step
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -28,7 +31,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.averager = GradientAverager(module, **options)
         self.averager.passes = backward_passes_per_step
         self.averager.open_by_itself()
-        self._averaged_at = self.averager.steps
+        self._averaged_at = self.averager.means
         self._skips = False
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +88,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     @property
     def _averaged(self) -> bool:
-        return self.averager.steps > self._averaged_at
+        return self.averager.means > self._averaged_at
 
     def synchronize(self) -> None:
         """Average the gradients now, so that they can be looked at or clipped before ``step``. Collective."""
@@ -111,7 +114,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average the gradients, unless that was done since the last step, and let the optimizer make its step.
 
-        Collective. ``closure`` computes the loss and the gradients, which are averaged each time it is called. Returns
+        Collective. ``closure`` computes the loss and the gradients; both are averaged each time it is called, since an
+        optimizer such as LBFGS goes by the loss, too. When it raises on a rank, the others raise PeerError. Returns
         what the optimizer's ``step`` returns; None where a GradScaler has found an overflow.
         """
         if closure is not None:
@@ -125,7 +129,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
         if not self._skips:
             self.synchronize()
-        self._averaged_at = self.averager.steps
+        self._averaged_at = self.averager.means
         if overflown is not None and overflown.item():
             return None
         if factor is not None:
@@ -136,9 +140,38 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self.optimizer.step()
 
     def _averaging(self, closure: Callable[[], Any]) -> Any:
-        with torch.enable_grad():
-            loss = closure()
-        self._averaged_at = self.averager.steps
+        """The loss of ``closure``, the mean over all ranks, with the mean gradients: optimizers decide by both."""
+        a = self.averager
+        self._averaged_at = a.means
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        except BaseException as error:  # the other ranks must not wait
+            step = a.step or Step(a, 0.0, "backward", may_overlap=False).__enter__().step
+            assert step is not None
+            step.end(error)
+            raise
+        if self._skips:
+            return loss
         self.synchronize()
-        self._averaged_at = self.averager.steps
+        self._averaged_at = a.means
+        return _mean_loss(a, loss)
+
+
+def _mean_loss(averager: GradientAverager, loss: Any) -> Any:
+    """The mean over ranks of ``loss``, a number or a tensor of one, weighted as the last step was. Collective.
+
+    What is no number is left out.
+    """
+    share = averager.share
+    value = loss.detach() if isinstance(loss, torch.Tensor) else loss
+    try:
+        mine = share * float(value) if share else 0.0
+    except Exception:  # a tensor's may be its library's own
+        mine = share = 0.0
+    sums = np.array([mine, share])
+    averager.comm.Allreduce(MPI.IN_PLACE, sums)
+    if loss is None or not sums[1]:
         return loss
+    mean = float(sums[0] / sums[1])
+    return torch.full_like(value, mean) if isinstance(loss, torch.Tensor) else mean
