@@ -180,3 +180,26 @@ def test_errors(comm, agree, mpi_tmp_path: Path):
     error = raised(load_checkpoint, mpi_tmp_path / "run.pt", one.owner, **one.parts)
     agree(comm, type(error) is bitring.CheckpointError and "run.pt.previous" in str(error), repr(error))
     agree(comm, torch.equal(before, values(one.model)))
+
+
+def test_what_could_not_be_loaded_is_not_saved(comm, agree, mpi_tmp_path: Path):
+    class Remembers(torch.nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"seen": np.arange(3)}
+
+    model = Remembers(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.logspace(-2, -1, 3)[1])
+    averager = GradientAverager(model, comm=comm)
+    path = mpi_tmp_path / "run.pt"
+    save_checkpoint(path, averager, optimizer=optimizer)  # NumPy's numbers become Python's
+    before = path.read_bytes()
+    error = raised(save_checkpoint, path, averager, model=model)
+    agree(comm, type(error) is TypeError and "a state_dict() holds numpy" in str(error), repr(error))
+    agree(comm, path.read_bytes() == before and sorted(p.name for p in mpi_tmp_path.iterdir()) == ["run.pt"])
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = 1.0
+    load_checkpoint(path, averager, optimizer=optimizer)
+    agree(comm, optimizer.param_groups[0]["lr"] == rate)
+    error = raised(save_checkpoint, mpi_tmp_path, averager, optimizer=optimizer)
+    agree(comm, type(error) is IsADirectoryError and mpi_tmp_path.is_dir(), repr(error))
+    averager.free()

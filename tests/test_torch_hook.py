@@ -178,3 +178,12 @@ def test_arguments(comm, agree):
     agree(
         comm, "three_bit" in str(error) and type(error).__name__ == ("ValueError" if bad else "PeerError"), repr(error)
     )
+
+
+def test_sparse_gradients_are_refused_in_words(comm, agree, group):
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.EmbeddingBag(9, 4, sparse=True, mode="sum"))
+    hook = CommHook(comm)
+    ddp.register_comm_hook(hook, comm_hook)
+    error = raised(ddp(torch.tensor([[1, 2]])).sum().backward)
+    agree(comm, "gradients of Embedding(..., sparse=True) are not exchanged" in str(error), repr(error))
+    hook.free()

@@ -164,3 +164,55 @@ def test_errors(comm, agree):
     local.synchronize()
     agree(comm, len(set(comm.allgather(values(model).numpy().tobytes()))) == 1)
     local.free()
+
+
+def test_a_module_that_is_not_the_same_any_more(comm, agree):
+    for change in (
+        lambda model: model[0].requires_grad_(False),
+        lambda model: model.__setitem__(2, torch.nn.Linear(17, 9)),
+    ):
+        model = dense()
+        local = LocalUpdates(model, adamw(model), comm=comm, tau=2)
+        change(model)
+        local.step()  # nothing is due
+        error = raised(local.step)
+        agree(comm, type(error) is RuntimeError and "trains other parameters than when" in str(error), repr(error))
+        local.free()
+
+
+def test_synchronize_makes_buffers_equal(comm, agree):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 4))
+    local = LocalUpdates(model, adamw(model), comm=comm, tau=5)
+    for x, y in batches(3, seed=comm.rank):
+        model.zero_grad()
+        cross_entropy(model, x, y).backward()
+        local.step()
+    means = comm.allgather(model[1].running_mean.numpy().copy())
+    local.synchronize()
+    agree(comm, bool((abs(sum(means) / comm.size - model[1].running_mean.numpy()) < 1e-6).all()))
+    agree(comm, len(set(comm.allgather(model[1].running_var.numpy().tobytes()))) == 1)
+    agree(comm, int(model[1].num_batches_tracked) == 3)
+    local.free()
+
+
+def test_closures_and_optimizers_that_raise(comm, agree):
+    model = dense()
+    x, y = next(batches(seed=comm.rank))
+    bad = comm.size - 1
+
+    def closure(fails: bool = False) -> Any:
+        if fails:
+            raise KeyError("gone")
+        model.zero_grad()
+        loss = cross_entropy(model, x, y)
+        loss.backward()
+        return loss
+
+    local = LocalUpdates(model, torch.optim.LBFGS(model.parameters(), max_iter=3), comm=comm, tau=1)
+    first = local.step(closure=closure)
+    agree(comm, first.item() > cross_entropy(model, x, y).item() and local.steps == 1)
+    error = raised(local.step, closure=lambda: closure(comm.rank == bad))
+    agree(comm, type(error) is (KeyError if comm.rank == bad else PeerError), repr(error))
+    local.step(closure=closure)
+    agree(comm, len(set(comm.allgather(values(model).numpy().tobytes()))) == 1)
+    local.free()

@@ -166,3 +166,42 @@ def test_errors(comm, agree):
     agree(comm, type(error) is (TypeError if comm.rank == bad else PeerError), repr(error))
     agree(comm, "parameter number 0 was float32 of shape (17, 6) and is torch.float64" in str(error), repr(error))
     optimizer.free()
+
+
+def test_sparse_gradients_and_closures_that_raise(comm, agree):
+    """Before and after the freeze; a sparse gradient on one rank only, and an exception on one rank only."""
+    ends = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        table = torch.nn.EmbeddingBag(9, 4, sparse=sparse and comm.rank == 0, mode="sum")
+        optimizer = OneBitAdam(table.parameters(), comm=comm, freeze_step=2)
+
+        def closure(fails: bool = False, table: Any = table) -> Any:
+            table.zero_grad()
+            loss = table(torch.tensor([[1, 2 + comm.rank % 3]])).sum()
+            loss.backward()
+            if fails:
+                raise KeyError("gone")
+            return loss
+
+        for _ in range(4):
+            error = raised(optimizer.step, lambda closure=closure: closure(comm.rank == comm.size - 1))
+            kind = KeyError if comm.rank == comm.size - 1 else PeerError
+            agree(comm, type(error) is kind and "gone" in str(error), repr(error))
+            optimizer.step(closure)
+        ends.append(table.weight.detach().clone())
+        optimizer.free()
+    agree(comm, torch.equal(*ends))
+
+
+def test_frozen_parameters_do_not_decay(comm, agree):
+    model = dense()
+    model[0].requires_grad_(False)
+    before, other = model[0].weight.clone(), model[2].weight.detach().clone()
+    optimizer = OneBitAdam(model.parameters(), comm=comm, freeze_step=2, weight_decay=0.1)
+    for x, y in batches(4, seed=comm.rank):
+        optimizer.zero_grad()
+        cross_entropy(model, x, y).backward()
+        optimizer.step()
+    agree(comm, torch.equal(before, model[0].weight) and not torch.equal(other, model[2].weight))
+    optimizer.free()

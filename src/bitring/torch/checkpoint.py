@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def save_checkpoint(
     rank where they differ. ``extra`` is anything JSON holds (epoch, position in the data); rank 0's is stored.
 
     The file is complete on the disk before it takes the old one's place, which becomes ``path.previous``. Raises on all
-    ranks, leaving the old file as it was: OSError when it cannot be written, TypeError for a bad ``extra``.
+    ranks, leaving the old file as it was: OSError when it cannot be written, TypeError for a bad ``extra``,
+    and for a ``state_dict()`` that could not be loaded again.
     """
     comm = averager.comm
     parts = _parts(averager, model, optimizer, scheduler, scaler)
@@ -60,9 +62,9 @@ def save_checkpoint(
         all_of_it = [each[name] for each in digests]
         kinds = list(dict.fromkeys(all_of_it))
         whose[name] = [kinds.index(digest) for digest in all_of_it]
-        values[name] = [broadcast_tree(comm, mine[name], SAVE, all_of_it.index(digest)) for digest in kinds]
+        values[name] = [_at_writer(comm, mine[name], all_of_it.index(digest)) for digest in kinds]
     kept = averager.residuals()
-    residuals = [broadcast_tree(comm, _tensors(kept.residual), SAVE, rank) for rank in range(comm.Get_size())]
+    residuals = [_at_writer(comm, _tensors(kept.residual), rank) for rank in range(comm.Get_size())]
 
     def write() -> None:
         if comm.Get_rank() == 0:
@@ -79,7 +81,13 @@ def save_checkpoint(
             }
             _write(file_path(path, SAVE), whole)
 
-    jointly(comm, SAVE, write, alike=(OSError,))
+    jointly(comm, SAVE, write, alike=(OSError, TypeError))
+
+
+def _at_writer(comm: Any, tree: Any, root: int) -> Any:
+    """Rank ``root``'s ``tree`` on rank 0, which writes; None elsewhere, where all of them might not have room."""
+    there = broadcast_tree(comm, tree, SAVE, root)
+    return there if comm.Get_rank() == 0 else None
 
 
 def load_checkpoint(
@@ -177,19 +185,38 @@ def _sum(residuals: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]]) ->
 
 
 def _write(path: Path, whole: dict[str, Any]) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{SAVE}: {path} is a directory")
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
             torch.save(whole, file)
             file.flush()
             os.fsync(file.fileno())
+        _require_readable(partial)
         if path.exists():
             os.replace(path, previous(path))
         os.replace(partial, path)
+    except TypeError:
+        partial.unlink()
+        raise
     except (OSError, RuntimeError) as problem:
         partial.unlink(missing_ok=True)
         kind = type(problem) if isinstance(problem, OSError) else OSError
         raise kind(f"{SAVE}: {path} cannot be written: {problem}") from problem
+
+
+def _require_readable(file: Path) -> None:
+    """Raise TypeError for what ``load_checkpoint`` would refuse: it executes nothing that a file holds."""
+    try:
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as problem:
+        found = re.search(r"GLOBAL (\S+)", str(problem))
+        what = found[1] if found else str(problem)
+        raise TypeError(
+            f"{SAVE}: a state_dict() holds {what}, which could not be loaded again; it may hold tensors, numbers, "
+            "text, and dicts, lists and tuples of these"
+        ) from None
 
 
 def _read(path: str | os.PathLike[str], parts: set[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

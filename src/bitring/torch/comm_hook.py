@@ -145,6 +145,11 @@ def comm_hook(state: CommHook, bucket: Any) -> Any:
     An error of an exchange is raised by backward(), as RuntimeError with its text.
     """
     buffer = bucket.buffer()
+    if buffer.layout != torch.strided:
+        raise TypeError(
+            "comm_hook: gradients of Embedding(..., sparse=True) are not exchanged by it; make the module with "
+            "sparse=False, or use GradientAverager"
+        )
     exchange = state.exchange_for(bucket.parameters())
     future: Any = torch.futures.Future()
     by_name: dict[str, Any] = {}

@@ -10,6 +10,7 @@ learned meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from bitring.errors import uncopyable
 from bitring.settings import Range, checked
 from bitring.torch.broadcast import broadcast_tensors
 from bitring.torch.bucket import Entry
+from bitring.torch.buffers import Buffers
 from bitring.torch.mean import Mean, new_meeting
 from bitring.torch.options import BUCKET_BYTES, Options, device_of
 from bitring.torch.residuals import Kept
 from bitring.torch.tensors import array_dtype, array_over, memory_order
-from bitring.torch.watched import kept_buffers
+from bitring.torch.watched import state_tensors
 from bitring.training.optimizer import Optimizer, require_gradients
 from bitring.training.optimizers.sgd import SGD
 from bitring.training.step.checks import checked_weight
@@ -104,11 +106,11 @@ class LocalUpdates:
         except Exception as problem:  # whatever it is, the other ranks must not wait
             error = problem
         raise_everywhere(base, "LocalUpdates", error)
+        self._module = module
         self.optimizer = optimizer
         self.outer = outer
         self.comm, self._meeting = new_meeting(base, "LocalUpdates.step")
-        tensors = {n: p.detach() for n, p in module.named_parameters()} | kept_buffers(module)
-        broadcast_tensors(self.comm, list(tensors.values()), "LocalUpdates", 0)
+        broadcast_tensors(self.comm, list(state_tensors(module).values()), "LocalUpdates", 0)
         self.steps = 0
         """Calls of ``step``."""
         self._start = {name: _wide(p).clone() for name, p in self._trained.items()}
@@ -140,22 +142,25 @@ class LocalUpdates:
         """Payload bytes that this rank has sent to others."""
         return sum(part.mean.exchange.bytes_sent for part in self._parts)
 
-    def step(self, weight: float = 1.0) -> None:
+    def step(self, weight: float = 1.0, closure: Callable[[], Any] | None = None) -> Any:
         """A step of the optimizer, and the exchanges that are due. ``weight``: samples in this rank's batch.
 
-        Raises on all ranks what goes wrong in an exchange: NonFiniteError where any has NaN or Inf in parameters. A bad
-        ``weight`` raises on this rank alone where none is due, with the step not made.
+        ``closure`` is for the optimizer, whose ``step`` returns what this does. Raises on all ranks what goes wrong in
+        an exchange: NonFiniteError where any has NaN or Inf in parameters, RuntimeError where the module trains other
+        parameters than it did. A bad ``weight``, and what the optimizer raises, is raised on this rank alone where no
+        exchange is due, and the step does not count.
         """
         problem: Exception | None = None
+        made: Any = None
         try:
             weight = checked_weight(weight, "LocalUpdates.step")
+            made = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         except Exception as error:  # the others may wait for this rank
             problem, weight = error, 0.0
-        if problem is None:
-            self.optimizer.step()
         self.steps += 1
         for part in self._parts:
             part.weight += weight
+        for part in self._parts:
             if part.arrives == self.steps:
                 self._take(part)
             if (self.steps + part.offset) % self.tau == 0:
@@ -165,9 +170,13 @@ class LocalUpdates:
         if problem is not None:
             self.steps -= 1
             raise problem
+        return made
 
     def synchronize(self) -> None:
-        """End the block of all fragments now: parameters are equal on all ranks then. Collective."""
+        """End the block of all fragments now: parameters and buffers are equal on all ranks then. Collective.
+
+        Buffers that are no whole numbers become their mean, the others rank 0's.
+        """
         for part in self._parts:
             if part.arrives is not None:
                 self._take(part)
@@ -176,15 +185,35 @@ class LocalUpdates:
             if part.arrives is None:  # nobody has had samples since the last one, of which a rank may have kept its own
                 self._begin_anew(part, blend=0.0)
             self._take(part, blend=0.0)
+        buffers = Buffers(self.comm, self._module, "mean", BUCKET_BYTES)
+        buffers.begin()
+        buffers.exchange(self._module, 1 / self.comm.Get_size())
+        buffers.store(self._module)
+        buffers.free()
 
     @torch.no_grad()
     def _send(self, part: _Fragment, problem: Exception | None = None) -> None:
         """Begin the mean of the changes; ``problem``: why this rank cannot."""
-        changes = {name: self._start[name] - self._now(name) for name in part.names}
+        changes: dict[str, Any] = {}
+        try:
+            self._require_same_module()
+            changes = {name: self._start[name] - self._now(name) for name in part.names}
+        except Exception as error:  # whatever it is, the other ranks must not wait
+            problem = problem or error
         part.arrives = None
         if part.mean.begin(changes, part.weight, self.steps, problem):
             part.arrives = self.steps + self.delay
         part.weight = 0.0
+
+    def _require_same_module(self) -> None:
+        there = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        if there.keys() != self._trained.keys() or any(
+            p is not self._trained[name] or p.shape != self._start[name].shape for name, p in there.items()
+        ):
+            raise RuntimeError(
+                "LocalUpdates.step: the module trains other parameters than when this was made; call synchronize() "
+                "before such a change, and make another LocalUpdates after it"
+            )
 
     def _now(self, name: str) -> Any:
         """What the optimizer has made of a parameter, on the host, as outer steps are."""

@@ -77,7 +77,9 @@ class OneBitAdam(torch.optim.Optimizer):
             self.freeze_step = checked("OneBitAdam", "freeze_step", freeze_step, int, Range(least=1))
             options = Options(compression=compression, bucket_bytes=bucket_bytes)
             super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-            self._named = {str(i): p for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+            self._named: dict[str, Any] = {
+                str(i): p for i, p in enumerate(p for g in self.param_groups for p in g["params"])
+            }
             for name, p in self._named.items():
                 dtype = array_dtype(p.dtype, f"OneBitAdam: parameter number {name}")
                 entry = Entry(name, dtype, tuple(p.shape), memory_order(p), device_of(p, "OneBitAdam"), None)
@@ -91,6 +93,7 @@ class OneBitAdam(torch.optim.Optimizer):
             if theirs != everyone[0]:
                 odd = [a for a, b in zip(theirs, everyone[0], strict=False) if a != b][:1]
                 raise MismatchError(f"OneBitAdam: rank {rank} has other parameters or settings than rank 0: {odd}")
+        self._names = {p: name for name, p in self._named.items()}
         self.comm, self._meeting = new_meeting(base, "OneBitAdam.step")
         self._exact: Mean | None = Mean(self.comm, exact, bucket_bytes, "OneBitAdam.step", self._meeting)
         self._exact_entries = exact
@@ -130,15 +133,17 @@ class OneBitAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, weight: float = 1.0) -> Any:
         """One step from this rank's gradients, the mean over ``weight`` samples. Collective; returns closure's loss.
 
-        A gradient that is None counts as zeros. Raises on all ranks, with all as it was: a bad weight, and
-        NonFiniteError where a gradient holds NaN or Inf.
+        A gradient that is None counts as zeros, a sparse one as dense; parameters that require none stay as they are.
+        Raises on all ranks, with all as it was: a bad weight, what ``closure`` raises, and NonFiniteError where a
+        gradient holds NaN or Inf.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         problem: Exception | None = None
+        gradients: dict[str, Any] = {}
         try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
             if hasattr(self, "found_inf"):
                 raise RuntimeError("OneBitAdam.step: a GradScaler is not supported: use autocast with bfloat16")
             weight = checked_weight(weight, "OneBitAdam.step")
@@ -148,6 +153,7 @@ class OneBitAdam(torch.optim.Optimizer):
                         f"OneBitAdam.step: parameter number {entry.name} was {entry.dtype} of shape {entry.shape} and "
                         f"is {p.dtype} of shape {tuple(p.shape)}: make another OneBitAdam"
                     )
+            gradients = {name: _gradient(p) for name, p in self._named.items()}
         except Exception as error:  # whatever it is, the other ranks must not wait
             problem, weight = error, 0.0
         for p in self._named.values():
@@ -162,7 +168,6 @@ class OneBitAdam(torch.optim.Optimizer):
             self._exact = None
         elif not frozen and self._exact is None:  # a state from before the freeze was loaded
             self._exact = Mean(self.comm, self._exact_entries, self._bucket_bytes, "OneBitAdam.step", self._meeting)
-        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._named.items()}
         mean = self._compressed
         if not frozen:
             assert self._exact is not None
@@ -180,21 +185,16 @@ class OneBitAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             beta = group["betas"][0]
             for p in group["params"]:
-                name = self._name_of[p]
+                name = self._names[p]
                 momentum = self.state[p]["exp_avg"]
                 made[name] = momentum if gradients is None else torch.lerp(gradients[name], momentum, beta)
         return made
 
-    @property
-    def _name_of(self) -> dict[Any, str]:
-        return {p: name for name, p in self._named.items()}
-
     def _update(self, means: dict[str, Any], frozen: bool) -> None:
-        names = self._name_of
         for group in self.param_groups:
             first, second = group["betas"]
             for p in group["params"]:
-                state, mean = self.state[p], means[names[p]]
+                state, mean = self.state[p], means[self._names[p]]
                 state["step"] += 1
                 t = state["step"].item()
                 m, v = state["exp_avg"], state["exp_avg_sq"]
@@ -203,6 +203,8 @@ class OneBitAdam(torch.optim.Optimizer):
                 else:
                     m.lerp_(mean, 1 - first)
                     v.mul_(second).addcmul_(mean, mean, value=1 - second)
+                if not p.requires_grad:  # its gradients are zeros, but weights would decay
+                    continue
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 root = v.sqrt().div_(math.sqrt(1 - second ** min(t, self.freeze_step))).add_(group["eps"])
                 moved = (m / root).mul_(group["lr"] / (1 - first**t))
@@ -220,3 +222,9 @@ class OneBitAdam(torch.optim.Optimizer):
                 mean.free()
         self._meeting.free()
         self.comm.Free()
+
+
+def _gradient(p: Any) -> Any:
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad if p.grad.layout == torch.strided else p.grad.to_dense()
