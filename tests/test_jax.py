@@ -141,6 +141,12 @@ def test_works_are_kept_as_long_as_their_computations(comm, agree):
     agree(comm, np.array_equal(other(jnp.ones(3)), np.full(3, 2 * comm.size)))
 
 
+def test_compiled_ahead_of_time(comm, agree):
+    compiled = jax.jit(lambda x: bitring.jax.allreduce(x, comm=comm)).lower(jnp.ones(3)).compile()
+    found = [float(compiled(jnp.full(3, float(i))).sum()) for i in range(3)]
+    agree(comm, found == [3.0 * i * comm.size for i in range(3)], repr(found))
+
+
 def test_a_freed_communicator_takes_its_own_of_jax_along(comm, agree):
     compiled = None
     for _ in range(20):
