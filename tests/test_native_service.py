@@ -102,7 +102,9 @@ def test_what_is_served_natively(comm, agree):
 
 def test_its_numbers_are_those_of_the_reference():
     assert extension.StoreOwner.window == WINDOW
-    assert {name.upper(): kind.value for name, kind in extension.StoreKind.__members__.items()} == Kind.__members__
+    known = {name.upper(): kind.value for name, kind in extension.StoreKind.__members__.items()}
+    of_copies = {"DIED", "HEARD", "COPY", "COPIED", "TAKES_OVER"}  # which are served in Python
+    assert known == {name: kind for name, kind in Kind.__members__.items() if name not in of_copies}
 
 
 def test_other_settings_hold_for_updates_from_then_on(comm, agree):
