@@ -10,6 +10,7 @@ from mpi4py import MPI
 from typing_extensions import Self
 
 from bitring.arrays import Array
+from bitring.collectives.execution.native import DECLINED, DONE, REFUSED
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.agreement import Check, Request, agree, conclude
 from bitring.collectives.runtime.context import Context
@@ -40,8 +41,8 @@ class Plan(ABC):
     by_library = False
     """Whether a run is a collective of the MPI library's, which another rank's must not meet while they find out."""
 
-    telemetry: Any = None
-    """What a compressed plan knows of its last run; None before one, and where sums are exact."""
+    _nbytes = 0
+    """Bytes that a run past the engine sends, where it does not count them itself."""
 
     takes_factors = False
     """Whether parameters may be given as ``bitring.Factors``, by ``take``."""
@@ -61,7 +62,13 @@ class Plan(ABC):
         self.alike = True
         """After a run: whether all ranks have said the same. Where the plan is signed, False until its end."""
         self._remake: Callable[[MPI.Intracomm], Plan] | None = None
+        self._past_engine: Any = None  # runs it past the engine, and says what became of that
         self.bytes_sent = 0
+
+    @property
+    def telemetry(self) -> Any:
+        """What a compressed plan knows of its last run; None before one, and where sums are exact."""
+        return None
 
     @abstractmethod
     def _steps(self, progress: Progress) -> Steps:
@@ -169,11 +176,42 @@ class Plan(ABC):
 
         ``before_wait`` is called where a wait begins that may be long, and that an interrupt is to end.
         """
-        with self.context.turn(self.name):
-            self._submit()
+        run, outcome = self._past_engine, DECLINED
+        self.alike = not self.signed
+        if run is not None and (self._job is None or (self._told and self._job.done)):
+            try:
+                outcome = run()
+            except BaseException as error:  # an interrupt: others may be in the run
+                self.context.queue.cut_short(self.name, error, self)
+                raise
+            if outcome == DONE:
+                self.alike = True
+                self.bytes_sent += self._nbytes
+                return
+        with self.context.turn(self.name, continues=outcome != DECLINED):
+            if outcome == DECLINED:
+                self._submit()
+            elif outcome == REFUSED:
+                self.alike = True
+                self.bytes_sent += self._nbytes
+                return
+            else:
+                self._submit_rest()
             if before_wait is not None:
                 before_wait()
             self.wait()
+
+    def _submit_rest(self) -> None:
+        try:
+            self._job = self.context.queue.submit(self._finish, self.name)
+            self._job.whole = self.signed
+        except BaseException as error:
+            self.context.queue.cut_short(self.name, error, self)
+            raise
+
+    def _finish(self, progress: Progress) -> Steps:
+        """The rest of a run past the engine."""
+        raise NotImplementedError
 
     @property
     def can_be_signed(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +9,7 @@ from mpi4py import MPI
 
 from bitring.arrays import Array, as_array, device_of, flat_view, memory_order, require_numeric
 from bitring.collectives.base_plan import Plan
-from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE, REFUSED, may_run_past_engine
+from bitring.collectives.execution.native import ALONE_SECONDS, DONE, may_run_past_engine
 from bitring.collectives.execution.runner import OperandRunner, Runner, Task, make_runner
 from bitring.collectives.interop.operators import op_name, require_defined, require_op, ufunc_name
 from bitring.collectives.interop.steps import Progress, Steps, finish
@@ -37,7 +36,6 @@ class ExactPlan(Plan):
         self.fused: Any = None  # with which plans it was last started, and how
         self._runner: Runner | None = None
         self._whole_run: Any = None  # a native operation that is a whole run and finds out itself whether all mean it
-        self._past_engine: Any = None  # runs it past the engine, and says what became of that
         task = Task("allreduce", flat, op, number=self.number, signature=self._run.kind)
         self._runner = make_runner(context, choice.name, task)
         self._nbytes = self._runner.nbytes_sent
@@ -62,38 +60,6 @@ class ExactPlan(Plan):
         self.name = name or self.what
         self._whole_run.sign(self._run.kind if signature is None else signature)
 
-    def __call__(self, before_wait: Callable[[], None] | None = None) -> None:
-        """See Plan."""
-        run, outcome = self._past_engine, DECLINED
-        self.alike = not self.signed
-        if run is not None and (self._job is None or (self._told and self._job.done)):
-            try:
-                outcome = run()
-            except BaseException as error:  # an interrupt: others may be in the run
-                self.context.queue.cut_short(self.name, error, self)
-                raise
-            if outcome == DONE:
-                self.alike = True
-                self.bytes_sent += self._nbytes
-                return
-        if outcome == DECLINED:
-            super().__call__(before_wait)
-            return
-        with self.context.turn(self.name, continues=True):
-            if outcome == REFUSED:
-                self.alike = True
-                self.bytes_sent += self._nbytes
-                return
-            try:
-                self._job = self.context.queue.submit(self._finish, self.name)
-                self._job.whole = self.signed
-            except BaseException as error:
-                self.context.queue.cut_short(self.name, error, self)
-                raise
-            if before_wait is not None:
-                before_wait()
-            self.wait()
-
     @property
     def fusible(self) -> bool:
         """Whether a run may travel with other plans' runs."""
@@ -108,7 +74,7 @@ class ExactPlan(Plan):
         self.bytes_sent += self._nbytes
 
     def _finish(self, progress: Progress) -> Steps:
-        """The rest of a native run."""
+        """See Plan."""
         yield from finish(self._whole_run, progress)
         if self._whole_run.disagrees:
             verdict = verdict_of(self._whole_run.verdict)

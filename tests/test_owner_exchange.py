@@ -467,6 +467,42 @@ def test_bytes_sent_counts_payloads(comm: MPI.Intracomm, agree: Any) -> None:
     plan.free()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, arrays.BFLOAT16], ids=str)
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_past_the_engine_as_through_it(comm: MPI.Intracomm, agree: Any, dtype: Any, hierarchical: bool) -> None:
+    """The same bits, counts and residuals, also around a run that one rank refuses, and one that is taken back."""
+    x, y = np.zeros((2, 5000), dtype)
+    plans: list[Any] = [
+        bitring.plan_allreduce(each, comm=comm, compression="onebit:block=512", hierarchical=hierarchical)
+        for each in (x, y)
+    ]
+    plans[1]._past_engine = None  # that one goes through the engine
+    rng = np.random.default_rng(comm.rank)
+    for run in range(6):
+        x[:] = y[:] = rng.standard_normal(x.size)
+        if run == 2 and comm.rank == comm.size - 1:
+            x[-1] = y[-1] = np.inf
+        raised = [False, False]
+        for k, plan in enumerate(plans):
+            if run == 4:
+                plan.mark()
+            try:
+                plan()
+            except bitring.NonFiniteError:
+                raised[k] = True
+            if run == 4:
+                plan.undo()
+        agree(comm, raised == [run == 2] * 2, f"run {run}: {raised}")
+        agree(comm, x.tobytes() == y.tobytes(), f"run {run}: sums differ")
+        states = [plan.state_dict() for plan in plans]
+        same = all(states[0][name].tobytes() == states[1][name].tobytes() for name in states[0])
+        agree(comm, same, f"run {run}: residuals differ")
+        told = [(p.bytes_sent, None if p.telemetry is None else p.telemetry.residual_ratio) for p in plans]
+        agree(comm, repr(told[0]) == repr(told[1]), f"run {run}: {told}")
+    for plan in plans:
+        plan.free()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_raises_everywhere_and_changes_nothing(comm: MPI.Intracomm, agree: Any, bad: float) -> None:
     culprit = comm.size - 1

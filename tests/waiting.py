@@ -41,6 +41,8 @@ class SharedClock:
         for module in modules:
             clock = SimpleNamespace(perf_counter=lambda: float(self._words[0]), monotonic=time.monotonic)
             monkeypatch.setattr(module, "time", clock)
+            if hasattr(module, "waited"):  # by the native engine's own clock
+                monkeypatch.setattr(module, "waited", lambda operation, came: float(self._words[0]) - came)
 
     def comes_last(self, late: int) -> None:
         """The rank ``late`` returns when all others wait for it in what they do next, a second later by the clock."""

@@ -86,8 +86,8 @@ def _outcome(name: str) -> Any:
     return name if native() is None else extension.Outcome[name].value
 
 
-DONE, DECLINED, REFUSED = map(_outcome, ("done", "declined", "refused"))
-"""Outcomes of a run past the engine. After any other one the run has begun, and the engine takes it further."""
+DONE, DECLINED, REFUSED, UNFINISHED = map(_outcome, ("done", "declined", "refused", "unfinished"))
+"""Outcomes of a run past the engine. After any but the first three it has begun, and the engine takes it further."""
 
 ALONE_SECONDS = 0.2
 """A run past the engine that waits for longer is handed to it, which looks for ranks that are gone."""

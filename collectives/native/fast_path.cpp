@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "news.h"
+#include "thread_pool.h"
 #include "wait.h"
 
 namespace nb = nanobind;
@@ -89,6 +90,7 @@ Status run_for(Operation& operation, double seconds) {
         pause_processor();
     }
     nb::gil_scoped_release released;
+    const ThreadPool::Waiting waiting(true);
     Patience patience(false, network);
     const auto limit = std::uint64_t(seconds * 1e9);
     while (true) {

@@ -23,6 +23,7 @@
 
 #include "checked.h"
 #include "thread_pool.h"
+#include "watched_run.h"
 #include "fast_path.h"
 #include "hop_bindings.h"
 #include "execution.h"
@@ -459,6 +460,21 @@ NB_MODULE(_native, m) {
         .def("forget", &OwnerExchange::forget)
         .def("bring_back", &OwnerExchange::bring_back)
         .def_prop_ro("stats", &OwnerExchange::stats, nb::rv_policy::copy);
+
+    nb::class_<WatchedRun, Operation>(m, "WatchedRun")
+        .def("__init__", [](WatchedRun* self, std::shared_ptr<DirectCollective> check, std::uintptr_t words) {
+            new (self) WatchedRun(std::move(check), reinterpret_cast<WatchedRun::Words*>(words));
+        }, "check"_a, "words"_a)
+        .def("follow", &WatchedRun::follow, "operation"_a.none())
+        .def("look_at", [](WatchedRun& run, std::uintptr_t values, std::size_t n, Type type, std::int64_t bad) {
+            run.look_at(reinterpret_cast<const void*>(values), n, type, bad);
+        }, "values"_a, "n"_a, "type"_a, "bad"_a)
+        .def("prepare", [](WatchedRun& run, std::int64_t bad, std::int64_t state, std::int64_t wait, bool goes_on) {
+            run.prepare({bad, state, wait}, goes_on);
+        }, "bad"_a, "state"_a, "wait"_a, "goes_on"_a)
+        .def_prop_ro("followed", &WatchedRun::followed)
+        .def_prop_ro("waited", &WatchedRun::waited)
+        .def_prop_ro("verdict", &WatchedRun::verdict);
 
     nb::class_<FastPath>(m, "FastPath")
         .def(nb::init<std::shared_ptr<DirectCollective>, std::shared_ptr<DirectCollective>, int, int, nb::object,

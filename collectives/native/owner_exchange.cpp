@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "copy.h"
+#include "norms.h"
 #include "thread_pool.h"
 #include "wait.h"
 
@@ -21,62 +22,6 @@ constexpr int kExceptions = FE_OVERFLOW | FE_INVALID;
 
 // Segments of so many values on the average take longer to encode than a helper takes to wake up.
 constexpr std::int64_t kLarge = 16384;
-
-float widened_half(std::uint16_t half) {
-    // Shifted into float32's place; multiplying corrects the exponent, also of subnormal numbers.
-    const std::uint32_t bits = std::uint32_t(half & 0x7fff) << 13 | std::uint32_t(half & 0x8000) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x * 0x1p112f;
-}
-
-double value_at(const char* values, Type type, std::size_t i) {
-    const auto get = [&](auto x) {
-        std::memcpy(&x, values + i * sizeof x, sizeof x);
-        return x;
-    };
-    switch (type) {
-    case Type::f32: return get(0.0f);
-    case Type::f64: return get(0.0);
-    case Type::f16: return widened_half(get(std::uint16_t(0)));
-    default: {
-        const std::uint32_t bits = std::uint32_t(get(std::uint16_t(0))) << 16;
-        float x;
-        std::memcpy(&x, &bits, sizeof x);
-        return x;
-    }
-    }
-}
-
-// The squares of values, of values + residual.
-template <Type type>
-void add_squares(const char* values, const char* residual, std::size_t n, double* of_values, double* of_sums) {
-    constexpr Type wide = type == Type::f64 ? Type::f64 : Type::f32;
-    double g[4] = {}, v[4] = {};
-    for (std::size_t i = 0; i < n; ++i) {
-        const double x = value_at(values, type, i), sum = x + value_at(residual, wide, i);
-        g[i % 4] += x * x;
-        v[i % 4] += sum * sum;
-    }
-    for (int k = 0; k < 4; ++k) *of_values += g[k], *of_sums += v[k];
-}
-
-// Whether none of these words, of a number each, has all bits of the exponent set.
-template <class Word, Word exponent>
-bool finite(const char* numbers, std::size_t n) {
-    Word found = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        Word word;
-        std::memcpy(&word, numbers + i * sizeof word, sizeof word);
-        found |= (word & exponent) == exponent;
-    }
-    return found == 0;
-}
-
-auto adder(Type type) {
-    return type == Type::f32 ? add_squares<Type::f32> : type == Type::f64 ? add_squares<Type::f64>
-         : type == Type::f16 ? add_squares<Type::f16> : add_squares<Type::bf16>;
-}
 
 // Pieces encoded in one run have different random numbers.
 std::int64_t piece_seed(std::int64_t seed, std::int64_t start) {
@@ -224,7 +169,7 @@ void OwnerExchange::encode(Task& task, bool sum, std::vector<std::uint8_t>& payl
     char *residual, *kept;
     const std::size_t nbytes = residual_at(task.s, sum, &residual, &kept);
     const Type wide = type_ == Type::f64 ? Type::f64 : Type::f32, type = sum ? wide : type_;
-    if (sampled) adder(type)(whole, residual, n, &task.norms.values, &task.norms.sums);
+    if (sampled) squares_adder(type)(whole, residual, n, &task.norms.values, &task.norms.sums);
     const auto begin = std::int64_t(now_nanoseconds());
     if (kept != nullptr && kept_[sum][task.s] == 0) {
         copy_past_cache(kept, residual, nbytes);  // and the residual is in the cache, where it is needed next
@@ -252,12 +197,11 @@ void OwnerExchange::encode(Task& task, bool sum, std::vector<std::uint8_t>& payl
     task.nbytes = at;
     task.encode_nanoseconds += std::int64_t(now_nanoseconds()) - begin;
     double unused = 0;
-    if (sampled) adder(wide)(residual, residual, n, &task.norms.residual, &unused);
+    if (sampled) squares_adder(wide)(residual, residual, n, &task.norms.residual, &unused);
     // A look at all that was left costs a fifth of the exchange's time, so there must be a reason for it. Finite numbers
     // make no other without a word from the processor; what was none before, the sample finds.
     if (std::fetestexcept(kExceptions) != 0 || !std::isfinite(task.norms.residual)) {
-        const auto look = wide_ == 8 ? finite<std::uint64_t, 0x7ffull << 52> : finite<std::uint32_t, 0xffu << 23>;
-        task.finite = look(residual, n);
+        task.finite = all_finite(residual, wide, n);
     }
 }
 

@@ -79,6 +79,12 @@ class OwnerExchange(ABC):
     def unbind(self) -> None:
         """The next run is on another buffer."""
 
+    def prepare(self) -> None:
+        """The operation's next run is another one, number ``runs``."""
+
+    def note(self) -> None:
+        """The operation has been run, and ``stats`` is about that from now on."""
+
     @abstractmethod
     def steps(self, progress: Progress) -> Steps:
         """One exchange; ``stats`` is about it afterwards."""
@@ -159,7 +165,7 @@ class NativeOwnerExchange(OwnerExchange):
         self.operation.bind(address_of(buffer))
 
     def prepare(self) -> None:
-        """The operation's next run is another one."""
+        """See OwnerExchange."""
         if self._kept is None:
             self._kept = np.empty_like(self.residual), np.empty_like(self.owner_residual)
             self.operation.keep(*map(address_of, self._kept))
@@ -174,7 +180,7 @@ class NativeOwnerExchange(OwnerExchange):
         self.operation.bring_back()
 
     def note(self) -> None:
-        """The operation has been run."""
+        """See OwnerExchange."""
         of = self.operation.stats
         norms, owner_norms = (Norms(each.values, each.sums, each.residual) for each in (of.norms, of.owner_norms))
         seconds, encode, decode = of.nanoseconds / 1e9, of.encode / 1e9, of.decode / 1e9

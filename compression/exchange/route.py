@@ -32,6 +32,16 @@ class Route(Protocol):
     extent: Extent
     owned: Extent
     nbytes_sent: int
+    operation: Any
+    """The native operation that is a run, ``prepare``d before and ``note``d after; None where Python takes part."""
+
+    def prepare(self) -> None:
+        """The operation's next run is another one."""
+        ...
+
+    def note(self) -> None:
+        """The operation has been run."""
+        ...
 
     def steps(self, progress: Progress) -> Steps:
         """One run."""
@@ -51,6 +61,8 @@ class FlatRoute:
         self.exchange: OwnerExchange | None = make(context.comm, flat, 0)
         self.exchange.bind(flat)
         self.extent, self.owned = (0, flat.size), self.exchange.owned
+        self.operation = self.exchange.operation
+        self.prepare, self.note = self.exchange.prepare, self.exchange.note
         self.steps = self.exchange.steps
 
     def close(self) -> None:
@@ -77,7 +89,14 @@ class NodeRoute:
         task = Task("allreduce", flat, MPI.SUM, number=number, signature=signature)
         self._runner = make_runner(context, self.algorithm, task)
         self.nbytes_sent = self._runner.nbytes_sent
+        self.operation = self._runner.operation
         self.steps = self._runner.steps
+
+    def prepare(self) -> None:
+        """See Route."""
+
+    def note(self) -> None:
+        """See Route."""
 
     def close(self) -> None:
         """See Route."""
@@ -95,14 +114,23 @@ class LaneRoute:
         first = self.extent[0]
         self.owned = (first, first) if exchange is None else (first + exchange.owned[0], first + exchange.owned[1])
         self.nbytes_sent = runner.nbytes_sent
+        self.operation = runner.operation
 
-    def steps(self, progress: Progress) -> Steps:
+    def prepare(self) -> None:
         """See Route."""
         if self._native is not None:
             self._native.prepare()
-        yield from run(self._runner.operation, progress)
+
+    def note(self) -> None:
+        """See Route."""
         if self._native is not None:
             self._native.note()
+
+    def steps(self, progress: Progress) -> Steps:
+        """See Route."""
+        self.prepare()
+        yield from run(self.operation, progress)
+        self.note()
 
     def close(self) -> None:
         """See Route."""
@@ -125,6 +153,8 @@ def make_lane_route(context: Context, flat: Array, signature: int, make: MakeExc
 class LeaderRoute:
     """Nodes sum by messages; their leaders, the first ranks, exchange. For what cannot share memory."""
 
+    operation = None
+
     def __init__(self, context: Context, flat: Array, number: int, make: MakeExchange) -> None:
         self._reduce = make_runner(context.node, "binomial_tree", Task("reduce", flat, number=number))
         self._broadcast = make_runner(context.node, "binomial_tree", Task("broadcast", flat, number=number))
@@ -135,6 +165,12 @@ class LeaderRoute:
             self.exchange.bind(flat)
             self.extent, self.owned = (0, flat.size), self.exchange.owned
         self.nbytes_sent = self._reduce.nbytes_sent + self._broadcast.nbytes_sent
+
+    def prepare(self) -> None:
+        """See Route."""
+
+    def note(self) -> None:
+        """See Route."""
 
     def steps(self, progress: Progress) -> Steps:
         """See Route."""

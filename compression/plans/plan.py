@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
@@ -182,6 +181,7 @@ class CompressedPlan(WatchedPlan):
         elif hierarchical:
             how = f"{context.topology.nodes} nodes exchange their exact sums"
         self.why = f"{encoder} was asked for; {how}"
+        self._run_natively(self._route.operation)
 
     def _make_route(self, hierarchical: bool, shapes: Sequence[Shape]) -> Route:
         context, flat, channel = self.context, self._flat, channel_of(self.number)
@@ -191,7 +191,7 @@ class CompressedPlan(WatchedPlan):
             layout = lay_out(self._encoder, shapes, comm.Get_size(), first, first + like.size)
             return exchange_for(like, self._all_native)(comm, like, layout, channel)
 
-        if not hierarchical or context.size == 1:
+        if not hierarchical or context.size == 1 or context.topology.nodes == context.size:
             return FlatRoute(context, flat, make)
         if context.topology.nodes == 1:
             return NodeRoute(context, flat, self.number, self._run.kind)
@@ -209,18 +209,35 @@ class CompressedPlan(WatchedPlan):
     def _finite(self) -> bool:
         return all_finite(self._flat)
 
+    def _prepare_exchange(self) -> bool:
+        route = self._route
+        if self._to_add is not None or route.operation is None:
+            return False
+        if route.exchange is not None:
+            route.exchange.runs = int(self._runs[0]) + 1
+        route.prepare()
+        return True
+
+    def _exchanged(self) -> RunStats | None:
+        self._route.note()
+        return self._count_run()
+
     def _compressed_steps(self, progress: Progress) -> Generator[None, None, RunStats | None]:
         if self._to_add is not None and not add_owed(self._flat, self._to_add):
             self._to_add = None
         exchange = self._route.exchange
-        self._runs += 1
         if exchange is not None:
-            exchange.runs = int(self._runs[0])
+            exchange.runs = int(self._runs[0]) + 1
         yield from self._route.steps(progress)
+        return self._count_run()
+
+    def _count_run(self) -> RunStats | None:
+        exchange, nbytes = self._route.exchange, self._route.nbytes_sent
+        self._runs[0] += 1
         stats = RunStats() if exchange is None else exchange.stats
-        nbytes = stats.bytes_sent + self._route.nbytes_sent
-        self.bytes_sent += nbytes
-        return None if isinstance(self._route, NodeRoute) else dataclasses.replace(stats, bytes_sent=nbytes)
+        stats.bytes_sent += nbytes
+        self.bytes_sent += stats.bytes_sent
+        return None if isinstance(self._route, NodeRoute) else stats
 
     def _carried(self, outside: bool) -> dict[str, Array]:
         exchange, arrays = self._route.exchange, {"runs": self._runs}

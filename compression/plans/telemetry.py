@@ -6,17 +6,20 @@ import math
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from bitring.arrays import Array
 from bitring.collectives.execution.runner import Task, make_runner
-from bitring.collectives.interop.steps import Progress, Steps, run
+from bitring.collectives.interop.steps import Progress, Steps, finish
 from bitring.collectives.runtime.agreement import Request, conclude, met, verdict_of
 from bitring.collectives.runtime.context import Context
 from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.compression.exchange.run_stats import RunStats
+from bitring.native import address_of, extension, type_of
 
 OUT_OF_PROPORTION = 10_000
 """A residual of so many times the values' norm is far behind: error feedback keeps it some 1 / (1 - contraction)."""
@@ -67,10 +70,15 @@ def telemetry_of(stats: RunStats, wait_seconds: float, slowest_rank: int | None)
         wait_seconds,
         slowest_rank,
         stats.bytes_sent,
-        math.sqrt(_over(stats.norms.residual, stats.norms.values)),
+        residual_ratio(stats),
         _over(stats.norms.residual, stats.norms.sums),
         math.sqrt(_over(stats.owner_norms.residual, stats.owner_norms.values)),
     )
+
+
+def residual_ratio(stats: RunStats) -> float:
+    """See Telemetry."""
+    return math.sqrt(_over(stats.norms.residual, stats.norms.values))
 
 
 def _over(part: float, whole: float) -> float:
@@ -165,12 +173,19 @@ class Totals:
         return result
 
 
+def waited(operation: extension.WatchedRun, came: float) -> float:
+    """Seconds from when this rank came, at ``came`` by ``time.perf_counter``, to the end of the operation's check."""
+    return operation.waited * 1e-9
+
+
 class HealthCheck:
     """A tiny AllReduce before each run: is a value NaN or Inf, has a residual diverged, who was slowest last time.
 
-    Where an algorithm finds out by itself whether all ranks mean the run ``asked`` for, it does: ``agrees``. After
-    ``steps``, the same on all ranks: ``bad_rank``, the lowest whose values are NaN or Inf, else None; ``worst``, the
-    largest state of a Watch; ``slowest_rank``. ``wait_seconds``: from when this rank came to the run.
+    Where an algorithm finds out by itself whether all ranks mean the run ``asked`` for, it does: ``agrees``; then
+    ``operation`` is the check, natively, and what is to ``follow`` it. After a check, the same on all ranks:
+    ``bad_rank``, the lowest whose values are NaN or Inf, else None; ``worst``, the largest state of a Watch;
+    ``slowest_rank``. ``wait_seconds``: from when this rank came to the run. ``followed``: whether the check was all
+    right and what follows has been run, too.
     """
 
     def __init__(self, context: Context, asked: Request, number: int) -> None:
@@ -186,12 +201,28 @@ class HealthCheck:
         name = next((name for name in able if algorithms.get(name).self_checking), "recursive_doubling")
         self._runner = make_runner(context, name, Task("allreduce", self._words, MPI.MAX, 0, number, asked.kind))
         self.agrees = algorithms.get(name).self_checking
+        self.operation: extension.WatchedRun | None = None
+        if self.agrees:
+            self.operation = extension.WatchedRun(self._runner.operation, address_of(self._words))
         self.wait_seconds = 0.0
         self._came = 0.0
         self._runs = 0
         self.bad_rank: int | None = None
         self.slowest_rank: int | None = None
         self.worst = 0
+        self.followed = False
+
+    def follow(self, operation: Any) -> None:
+        """The native operation is what follows from now on, where it is to; only where it ``agrees``."""
+        assert self.operation is not None
+        self.operation.follow(operation)
+
+    def look_at(self, x: Array) -> None:
+        """Look for NaN and Inf in ``x``, 1-D and in host memory, from now on; only where it ``agrees``."""
+        kind = type_of(x.dtype)
+        assert self.operation is not None
+        assert kind is not None
+        self.operation.look_at(address_of(x), x.size, kind, self._size - self._rank)
 
     def come(self) -> None:
         """This rank has come to the run: its wait begins."""
@@ -203,27 +234,56 @@ class HealthCheck:
         self._signed = signature is not None
         self.alike = True
 
-    def steps(self, bad: bool, state: int, progress: Progress) -> Steps:
-        """Find out; ``bad`` and the ``state`` of its Watch are this rank's.
+    def prepare(self, bad: bool, state: int, goes_on: bool) -> None:
+        """What this rank says next: whether its values are ``bad``, and the ``state`` of its Watch.
+
+        ``goes_on``: where all is right what follows may be run.
+        """
+        self.alike = True
+        self.followed = False
+        microseconds = min(int(self.wait_seconds * 1e6), _LONGEST)
+        words = self._size - self._rank if bad else 0, state, -(microseconds << _RANK_BITS | self._rank)
+        if self.operation is not None:
+            self.operation.prepare(*words, goes_on)
+        else:
+            self._words[:] = words
+
+    def steps(self, progress: Progress) -> Steps:
+        """Find out, and run what follows.
 
         Where it ``agrees`` it raises on all ranks, MismatchError or PeerError, unless all are in this run.
         """
-        self.alike = True
-        waited = min(int(self.wait_seconds * 1e6), _LONGEST)
-        self._words[:] = self._size - self._rank if bad else 0, state, -(waited << _RANK_BITS | self._rank)
-        if self.agrees:
-            operation = self._runner.operation
-            yield from run(operation, progress)
-            if operation.disagrees:
-                verdict = verdict_of(operation.verdict)
-                if self._signed and met(verdict):
-                    self.alike = False
-                    return
-                yield from conclude(self._comm, self._asked, verdict, progress)
+        if self.operation is not None:
+            self.operation.begin()
+            yield from self.finish(progress)
         else:
             yield from self._runner.steps(progress)
-        self.wait_seconds = time.perf_counter() - self._came
-        bad_place, self.worst, least = (int(word) for word in self._words)
+            self.wait_seconds = time.perf_counter() - self._came
+            self.hear()
+
+    def finish(self, progress: Progress) -> Steps:
+        """The rest of ``operation``, which has begun; as ``steps``."""
+        operation = self.operation
+        assert operation is not None
+        yield from finish(operation, progress)
+        if operation.disagrees:
+            verdict = verdict_of(operation.verdict)
+            if self._signed and met(verdict):
+                self.alike = False
+                return
+            yield from conclude(self._comm, self._asked, verdict, progress)
+        self.hear()
+
+    @property
+    def followed_well(self) -> bool:
+        """Whether what follows was run natively, with nothing the matter on any rank; before ``hear``."""
+        return self.operation is not None and self.operation.followed and not self._words[1]
+
+    def hear(self) -> None:
+        """Take over what the ranks have said."""
+        if self.operation is not None:
+            self.wait_seconds, self.followed = waited(self.operation, self._came), self.operation.followed
+        bad_place, self.worst, least = self._words.tolist()
         self.bad_rank = self._size - bad_place if bad_place else None
         self.slowest_rank = -least & ((1 << _RANK_BITS) - 1) if self._runs else None
         self._runs += 1

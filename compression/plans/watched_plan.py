@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from bitring.arrays import Array, device_of, xp_of
 from bitring.collectives.base_plan import Plan
+from bitring.collectives.execution.native import ALONE_SECONDS, DECLINED, DONE, UNFINISHED, may_run_past_engine
 from bitring.collectives.execution.runner import Runner, schedule_runner
 from bitring.collectives.interop.steps import Progress, Steps
 from bitring.collectives.runtime.context import Context
@@ -27,6 +28,7 @@ from bitring.compression.plans.telemetry import (
     HealthCheck,
     Telemetry,
     Watch,
+    residual_ratio,
     telemetry_of,
 )
 from bitring.errors import NonFiniteError
@@ -61,7 +63,7 @@ def check_flags(hierarchical: object, check_finite: object) -> None:
 class Before:
     """Copy of what a plan carries from run to run, from before a run. Its arrays are kept for the next time."""
 
-    _OTHER = ("_watch", "_warned", "_exact", "_owes", "_to_add", "_runs", "telemetry", "algorithm", "why")
+    _OTHER = ("_watch", "_warned", "_exact", "_owes", "_to_add", "_runs", "_last", "algorithm", "why")
 
     def __init__(self) -> None:
         self._copies: dict[str, Array] = {}
@@ -111,7 +113,6 @@ class WatchedPlan(Plan):
     the first of these sums has what residuals there were, so that nothing finite is lost. The log says so.
     """
 
-    telemetry: Telemetry | None = None
     _ring: Runner | None = None  # made when the compressor has failed
     _exact: Runner | None = None  # what sums, then
     _parts: tuple[_Part, ...] = ()  # that are closed at the end
@@ -129,6 +130,37 @@ class WatchedPlan(Plan):
         self._before = Before()
         self._marked = False  # whether ``undo`` goes back further than the last run
         self._parts = (self._health,)
+        self._last: tuple[RunStats, float, int | None] | None = None  # what telemetry is of
+        self._looks = False  # whether the native check looks for NaN
+
+    def _run_natively(self, operation: Any) -> None:
+        """Make ``operation``, of the native engine, what ``_exchanged`` is to be told of; None for none.
+
+        So a run is one with the check of all ranks before it.
+        """
+        if not self._health.agrees:
+            return
+        self._health.follow(operation)
+        if self._check_finite and device_of(self._flat) is None:
+            self._health.look_at(self._flat)
+            self._looks = True
+        fast_path = self.context.queue.fast_path
+        if operation is not None and fast_path is not None and may_run_past_engine(self._health.operation):
+            self._native_run = fast_path.runs(self._health.operation, ALONE_SECONDS).run
+            self._past_engine = self._run_past_engine
+
+    @property
+    def telemetry(self) -> Telemetry | None:
+        """See Plan."""
+        return None if self._last is None else telemetry_of(*self._last)
+
+    def _prepare_exchange(self) -> bool:
+        """Prepare the next run of the native operation, unless it is not to be run as it is; returns whether it is."""
+        return False
+
+    def _exchanged(self) -> RunStats | None:
+        """The native operation has been run; as ``_compressed_steps``."""
+        raise NotImplementedError
 
     @abstractmethod
     def _finite(self) -> bool:
@@ -198,30 +230,59 @@ class WatchedPlan(Plan):
             raise
 
     def _steps(self, progress: Progress) -> Steps:
-        if not self._marked:
-            self._forget()
-        bad = self._check_finite and not self._finite()
         if self.context.size == 1:
-            if bad:
+            if not self._marked:
+                self._forget()
+            if self._check_finite and not self._finite():
                 self._refuse()
                 raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank 0; nothing was changed")
             self._before.keep(self, self._carried(self._owes))
             self._settle()
             return
+        self._prepare()
+        yield from self._health.steps(progress)
+        yield from self._go_on(progress)
+
+    def _prepare(self) -> None:
+        """What comes before the check of all ranks."""
+        if not self._marked:
+            self._forget()
+        bad = self._check_finite and not self._looks and not self._finite()
         # A rank that sums exactly, and has not loaded another state since, keeps the others at it.
-        yield from self._health.steps(bad, DIVERGED if self._exact is not None else self._watch.state, progress)
-        if not self._health.alike:
+        state = DIVERGED if self._exact is not None else self._watch.state
+        goes_on = self._exact is None and self._prepare_exchange()
+        if goes_on:
+            self._before.keep(self, self._carried(False))
+        self._health.prepare(bad, state, goes_on)
+
+    def _run_past_engine(self) -> Any:
+        self._health.come()
+        self._prepare()
+        outcome = self._native_run()
+        if outcome == DECLINED:
+            return DECLINED
+        if outcome == DONE and self._health.followed_well:
+            self._health.hear()
+            self._conclude(self._exchanged())
+            return DONE
+        return UNFINISHED
+
+    def _finish(self, progress: Progress) -> Steps:
+        """See Plan."""
+        self.alike = not self.signed
+        yield from self._health.finish(progress)
+        yield from self._go_on(progress)
+        self.alike = self._health.alike
+
+    def _go_on(self, progress: Progress) -> Steps:
+        """What comes after the check of all ranks."""
+        health = self._health
+        if not health.alike:
             return
-        if self._health.bad_rank is not None:
+        if health.bad_rank is not None:
             self._refuse()
-            raise NonFiniteError(
-                f"{self.what}: x holds NaN or Inf on rank {self._health.bad_rank}; nothing was changed"
-            )
-        gives_up = self._health.worst == DIVERGED and self._exact is None
-        self._before.keep(self, self._carried(gives_up))
-        if gives_up:
-            self._give_up()
-        elif self._health.worst == BEHIND and not self._warned:
+            raise NonFiniteError(f"{self.what}: x holds NaN or Inf on rank {health.bad_rank}; nothing was changed")
+        if health.worst == BEHIND and not self._warned:
             self._warned = True
             if self.context.rank == 0:
                 logger.warning(
@@ -229,15 +290,24 @@ class WatchedPlan(Plan):
                     self.what,
                     OUT_OF_PROPORTION,
                 )
+        if health.followed:
+            self._conclude(self._exchanged())
+            return
+        gives_up = health.worst == DIVERGED and self._exact is None
+        self._before.keep(self, self._carried(gives_up))
+        if gives_up:
+            self._give_up()
         if self._exact is not None:
             yield from self._exact.steps(progress)
             self.bytes_sent += self._exact.nbytes_sent
             return
-        stats = yield from self._compressed_steps(progress)
+        self._conclude((yield from self._compressed_steps(progress)))
+
+    def _conclude(self, stats: RunStats | None) -> None:
         if stats is not None:
             self._watch.look(stats)
-            self.telemetry = telemetry_of(stats, self._health.wait_seconds, self._health.slowest_rank)
-            if self._advice.due(self.telemetry.residual_ratio):
+            self._last = stats, self._health.wait_seconds, self._health.slowest_rank
+            if self._advice.due(residual_ratio(stats)):
                 self._advise()
 
     def _advise(self) -> None:
@@ -252,7 +322,7 @@ class WatchedPlan(Plan):
                 self.what,
                 Advice.RUNS,
                 self._compressor.most_left,
-                0.0 if self.telemetry is None else self.telemetry.residual_ratio,
+                0.0 if self._last is None else residual_ratio(self._last[0]),
             )
 
     def _give_up(self) -> None:
@@ -266,7 +336,7 @@ class WatchedPlan(Plan):
         for x, owed in self._owed():
             add_owed(x, owed)
             owed[...] = 0
-        self.telemetry = None
+        self._last = None
         self._chosen = self.algorithm, self.why
         self.algorithm, self.why = "ring", f"the residual of {self._compressor} diverged, so sums are exact now"
         if self.context.rank == 0:
@@ -307,5 +377,6 @@ class WatchedPlan(Plan):
     def free(self) -> None:
         """See Plan."""
         super().free()
+        self._past_engine = None
         for part in self._parts:
             part.close()
