@@ -106,7 +106,7 @@ def freeze_on_one(model: Any, rank: int) -> Any:
 def test_a_change_that_is_refused(comm, agree, change, overlap):
     """It raises on all ranks, as often as it is tried; when it is taken back training goes on, with its residuals."""
     model, steady = dense(), dense()
-    options = {"comm": comm, "compression": "onebit:block=64", "overlap": overlap}
+    options: dict[str, Any] = {"comm": comm, "compression": "onebit:block=64", "overlap": overlap}
     averager, reference = GradientAverager(model, **options), GradientAverager(steady, **options)
     x, y = next(batches(seed=comm.rank))
     step(averager, model, x, y)
