@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import resource
@@ -198,3 +199,14 @@ def test_the_plain_table(capsys):
         f"{'what':<28} note  found",
         f"{'':<34} → do this",
     ]
+
+
+def test_a_locale_without_our_signs(monkeypatch: pytest.MonkeyPatch):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", plain)
+        patch.setattr(sys, "argv", ["bitring", "doctor", "--help"])
+        with pytest.raises(SystemExit):
+            __main__.main()
+        print("237 µs", flush=True)
+    assert plain.buffer.getvalue().endswith(b"237 ?s\n")  # type: ignore[attr-defined]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bitring.errors import MismatchError, NonFiniteError, PeerError
 from bitring.models.layers import Layer, ReLU
 from bitring.models.model import Model
 from bitring.native import extension
+from bitring.training.optimizer import Elementwise
 from bitring.training.placement import native_messages
 from bitring.training.tree import leaves
 
@@ -403,6 +405,8 @@ def test_modes_and_compression_between_replicas(comm, agree):
             )
             losses = [trainer.step(x, y) for _ in range(20)]
             agree(comm, losses[-1] < losses[0], f"{mode}, {compression}: {losses}")
+            told = "between replicas, were it exact and in every step, not by " in bitring.explain(trainer)
+            agree(comm, told == (replicas > 1), bitring.explain(trainer))
             trainer.synchronize()
             everyone = comm.allgather((trainer.rank, kept(trainer)))
             agree(comm, all(theirs == kept(trainer) for rank, theirs in everyone if rank == trainer.rank))
@@ -599,6 +603,50 @@ def test_what_fails_leaves_all_as_it_was(comm, agree, monkeypatch, stages):
         trainer.free()
     with pytest.raises(RuntimeError, match=r"ModelParallel\.step: it has been freed"):
         trainer.step(x, y)
+
+
+@dataclass(frozen=True)
+class Unlucky(Elementwise):
+    """Plain gradient descent that raises on the world's last rank when it is told to."""
+
+    fails: ClassVar[bool] = False
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ()
+
+    def apply(self, w: Any, g: Any, slots: Any, t: Any, u: Any) -> None:
+        w -= 0.1 * g
+        if self.fails:
+            raise OverflowError("no luck")
+
+
+def test_an_update_that_fails_on_one_rank_is_made_on_none(comm, agree, monkeypatch):
+    """Ranks that exchange one part do not hear of what fails in another."""
+    x, y = batch(mlp(), 7)
+    replicas = 2 if comm.size % 2 == 0 else 1
+    for compression in (None, "onebit") if replicas == 2 else (None,):
+        trainers = [
+            bitring.ModelParallel(
+                mlp(), Unlucky(), comm=comm, placement="hybrid", replicas=replicas, compression=compression
+            )
+            for _ in range(2)
+        ]
+        for trainer in trainers:
+            trainer.step(x, y)
+        with monkeypatch.context() as patch:
+            patch.setattr(Unlucky, "fails", comm.rank == comm.size - 1)
+            expected = OverflowError if comm.rank == comm.size - 1 else PeerError
+            with pytest.raises(expected, match="no luck"):
+                trainers[0].step(x, y)
+        agree(comm, [trainer.steps for trainer in trainers] == [1, 1])
+        for _ in range(2):
+            losses = [trainer.step(x, y) for trainer in trainers]
+            found = [trainer.parameters() for trainer in trainers]
+            agree(comm, losses[0] == losses[1])
+            agree(comm, all(np.array_equal(w, found[1][name]) for name, w in found[0].items()))
+        for trainer in trainers:
+            trainer.free()
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -107,6 +107,40 @@ def test_copies_are_made_where_they_help(monkeypatch):
     assert given[3:] == [(1, 1)]
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_who_has_raised_may_begin_with_other_samples_when_the_others_have_raised_too(ends):
+    """It does not depend on who raises first: until then it waits, or hears that they have ended the step."""
+    told: list[tuple[int, Kind]] = []
+    history = History(0)
+    started = Ended(0, 0, math.nan, 0, history.numbers, ())
+    made = Coordinator(
+        history, Cut((0, 1), 4, 8, False), started, True, lambda rank, kind, *rest: told.append((rank, kind))
+    )
+
+    def say(rank: int, kind: Kind, numbers: tuple[float, ...] = (), serial: int = 1) -> None:
+        made.hear(Message(rank, kind, serial, numbers, None))
+
+    first, other = (1.0, 1.0, 2.0), (1.0, 3.0, 4.0)
+    for rank in (0, 1):
+        say(rank, Kind.READY, first)
+    say(0, Kind.GIVES_UP)
+    told.clear()
+    say(0, Kind.READY, other)
+    assert told == []
+    if ends:
+        assert made._data == first
+        say(1, Kind.DONE, (0, 0.5, 1.0), made.evaluation)
+        assert (1, Kind.SEND) in told and (0, Kind.OVER) not in told and made._data == first
+    else:
+        say(1, Kind.GIVES_UP)
+        assert made._data == other and (0, Kind.WORK) in told and (1, Kind.WORK) not in told
+        say(1, Kind.READY, other)
+        assert (1, Kind.WORK) in told and (0, Kind.OVER) not in told
+        told.clear()
+        say(1, Kind.READY, first)  # it has not raised
+        assert (0, Kind.OVER) in told and (1, Kind.OVER) in told
+
+
 def test_late_results_of_what_is_finished_do_not_count():
     portions = Portions(1, 2, True)
     assert portions.next(0) == portions.next(1) == 0

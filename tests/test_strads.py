@@ -103,6 +103,13 @@ def test_a_program_of_ones_own(comm, agree):
     agree(comm, float(np.abs(fit.coefficients - wanted).max()) < 1e-3)
 
 
+def test_a_width_beyond_the_features_is_theirs(comm, agree):
+    x, y = np.random.default_rng(0).standard_normal((20, 6)), np.arange(20.0)
+    wide = bitring.Strads(bitring.Lasso(1.0), comm=comm, width=10**6).fit(x, y)  # whose products would be terabytes
+    fit = bitring.Strads(bitring.Lasso(1.0), comm=comm, width=6).fit(x, y)
+    agree(comm, wide.coefficients.tobytes() == fit.coefficients.tobytes() and wide.updates == fit.updates)
+
+
 def test_odd_shapes(comm, agree):
     rng = np.random.default_rng(0)
     for rows, features in ((1, 1), (2, 5), (5, 1), (17, 3)):

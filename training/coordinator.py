@@ -146,6 +146,7 @@ class Coordinator:
         self._run: Generator[Command, Any, float] | None = None
         self._data: tuple[float, ...] = ()  # the portions' number, and the digest, of the step under way
         self._ready: dict[int, None] = {}  # replicas that compute in it
+        self._given_up: dict[int, tuple[float, ...]] = {}  # those that have raised in it, and what they begin anew
         self._portions = Portions(0, 1, False)
         self._losses = SumTree(1)
         self._answers = SumTree(1)
@@ -173,8 +174,11 @@ class Coordinator:
         elif kind == Kind.GIVES_UP:
             self._ready.pop(source, None)
             self._portions.leave(source)
+            self._given_up[source] = ()
             for replica in self._ready:
                 self._hand(replica)
+            if self._evaluating and not self._ready:
+                self._begin_anew()
         elif kind == Kind.DONE:
             self._done(source, serial, *numbers)
         elif kind == Kind.FINISHED:
@@ -212,16 +216,27 @@ class Coordinator:
         if self._run is None:
             self._data = data
             self._ready = {replica: None}
+            self._given_up.pop(replica, None)
             self._run = iteration(self.history, new_batch=data != self.batch)
             self.batch = None  # until the step is over
             self._advance(None)
             return
         if data != self._data:
-            if self._evaluating:  # else the shards are at work; the replica sees it when the step is over
+            if replica in self._given_up:  # the others may do so, too, or end the step, which it then hears of
+                self._given_up[replica] = data
+            elif self._evaluating:  # else the shards are at work; the replica sees it when the step is over
                 self._end(math.nan, MismatchError(f"Sandblaster.step: rank {replica} gave other samples than another"))
             return
+        self._given_up.pop(replica, None)
         self._ready[replica] = None
         self._hand(replica)
+
+    def _begin_anew(self) -> None:
+        """All have given the step up: those that wait to begin it with other samples do."""
+        waiting = {replica: data for replica, data in self._given_up.items() if data}
+        self._given_up = dict.fromkeys(self._given_up, ())
+        for replica, data in waiting.items():
+            self._begin(replica, self.steps + 1, data)
 
     def _hand(self, replica: int) -> None:
         while not self._portions.finished and self._portions.held(replica) < HELD and self._hand_one(replica):
@@ -336,7 +351,7 @@ class Coordinator:
         if self._point != self.evaluation:  # replicas have a point that was not accepted
             self.show_point()
         self._run = None
-        self._ready = {}
+        self._ready, self._given_up = {}, {}
         self._asked = self._evaluating = False
         self.steps += 1
         self.batch = None if error is not None else self._data

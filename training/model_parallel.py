@@ -35,6 +35,7 @@ from bitring.models.model import Model
 from bitring.settings import Range, checked
 from bitring.training.choice import Choice
 from bitring.training.mode import BaseMode, FreeMode, modes
+from bitring.training.modes.sync import Sync
 from bitring.training.optimizer import Elementwise, Optimizer, optimizers
 from bitring.training.placement.assignment import assign
 from bitring.training.placement.choosing import considered, links, seconds_of
@@ -239,7 +240,7 @@ class ModelParallel:
         everyone = allgather(self._meets, (split.passes.loss * weight, problem is not None), where)
         if any(wrong for _, wrong in everyone):
             raise_everywhere(self._meets, where, problem, alike=(NonFiniteError,))
-        split.update(gradients, weight)
+        split.update(gradients, weight, where, self.compression is not None or self._given.may_raise)
         self.steps += 1
         return float(sum(loss for loss, _ in everyone) / max(count, 1))
 
@@ -373,11 +374,13 @@ class ModelParallel:
         words = f"{self._split.placement!r}, {self.ranks} ranks, {self.replicas} replicas, {samples} samples each"
         for place, seconds in self._considered:
             words += f"\n  considered {place!r}: predicted {1e3 * seconds:.3g} ms a step"
-        return explained(words, self._split.wiring, self._split.parts, traffic, waits, self._split.by(samples))
+        usual, split = (Sync(), None), self._split
+        other = " and ".join(text_of(x) for x in (self.mode, self.compression) if x not in usual)
+        return explained(words, split.wiring, split.parts, traffic, waits, split.by(samples), other)
 
     def _traffic(self) -> tuple[int, Traffic]:
         """The samples of a replica in the last batch, or in one of 64, and what a step of these sends."""
-        samples = -(-(self._samples or 64) // self.replicas)
+        samples = -(-(self._samples or 64) // (1 if self._free_mode else self.replicas))
         return samples, self._predicted(self._split.placement, samples)
 
     def picture(self) -> Picture:

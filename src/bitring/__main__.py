@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import sys
 from pathlib import Path
 
@@ -62,6 +63,9 @@ def _bitring() -> None:
 
 def main() -> None:
     """Run the command line and exit. Of ranks that all refuse their arguments, the first says why."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # µ and ─ are no reason to fail where the locale has none
+            stream.reconfigure(errors="replace")
     advice = unknown_to_mpich()
     if advice is not None and launched_rank() == 0:
         click.echo(advice, err=True)  # what MPICH says of it helps nobody

@@ -10,9 +10,18 @@ from bitring.training.placement.wiring import Wiring
 
 
 def explained(
-    what: str, wiring: Wiring, parts: Mapping[str, Part], traffic: Traffic, waits: Mapping[int, float], by: str
+    what: str,
+    wiring: Wiring,
+    parts: Mapping[str, Part],
+    traffic: Traffic,
+    waits: Mapping[int, float],
+    by: str,
+    exchange: str,
 ) -> str:
-    """Several lines. ``waits``: seconds a step, by the number of the edge; ``by``: how values travel."""
+    """Several lines. ``waits``: seconds a step, by the number of the edge; ``by``: how values travel.
+
+    ``exchange``: how gradients do between replicas, in words; none where that is exactly, in every step.
+    """
     lines = [f"placement {what}"]
     for each in wiring.placed:
         names = [name for name in each.node.layer.shapes if name in parts]
@@ -25,7 +34,8 @@ def explained(
             f"  {edge.value} to {', '.join(edge.takers)} ({edge.takes}): {wiring.in_words(edge)}, {max(there):,} "
             f"forward, {max(back):,} back; waited {seconds:.2g} s"
         )
-    for words, nbytes in (("gradients inside a replica", traffic.sums), ("between replicas", traffic.replicas)):
+    between = "between replicas" + (f", were it exact and in every step, not by {exchange}" if exchange else "")
+    for words, nbytes in (("gradients inside a replica", traffic.sums), (between, traffic.replicas)):
         if max(nbytes):
             lines.append(f"  {words}: {max(nbytes):,}")
     lines.append(f"  in all: {max(traffic.total):,}")

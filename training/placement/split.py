@@ -9,6 +9,9 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.communicator import Communicator
+from bitring.collectives.runtime.jointly import raise_everywhere
+from bitring.collectives.runtime.objects import allgather
+from bitring.errors import NonFiniteError, PeerError
 from bitring.models.model import Model
 from bitring.training.data_parallel import DataParallel
 from bitring.training.mode import FreeMode
@@ -24,6 +27,7 @@ from bitring.training.placement.split_pass import SplitPass
 from bitring.training.placement.step_hops import StepHops
 from bitring.training.placement.whole_state import WholeState
 from bitring.training.placement.wiring import Wiring
+from bitring.training.tree import host_copy, leaves
 
 _SIZES = 4
 """Of so many batch sizes what carries out the conversions is kept."""
@@ -60,7 +64,7 @@ class Split:
         self.mine = {name: w for name, w in mine.items() if w.size}
         self.passes = SplitPass(self.wiring, model, local, rank, _tasks(placement, self.wiring, rank))
         self.sums = SharedSums(replica.comm, replica.number, rank, self.parts, mine)
-        self._way = way
+        self._way, self._comm = way, replica.comm
         self._exchanges: dict[int, tuple[StepHops, Messages | NativeMessages]] = {}
         self._across = Communicator(replica.comm).Split(rank, replica.number)
         self.trainer: DataParallel | None = None
@@ -96,12 +100,40 @@ class Split:
         self.sums.add(gradients)
         return gradients
 
-    def update(self, gradients: dict[str, Any], weight: float) -> None:
-        """The exchange between replicas, and the update. Collective, in free modes on the replica's ranks alone."""
-        if self.trainer is not None:
-            self.trainer.step({name: gradients[name] for name in self._trained}, weight=weight)
+    def update(self, gradients: dict[str, Any], weight: float, where: str, may_raise: bool) -> None:
+        """The exchange between replicas, and the update. Collective, in free modes on the replica's ranks alone.
+
+        ``may_raise``: an update may end in the middle of it, on some of the ranks: then all are as they were before.
+        """
+        if may_raise and not self._free_mode:
+            self._update_jointly(gradients, weight, where)
+        else:
+            self._step(gradients, weight)
         if self._free_mode:
             self.sums.tell(self.mine)
+
+    def _step(self, gradients: dict[str, Any], weight: float) -> None:
+        if self.trainer is not None:
+            self.trainer.step({name: gradients[name] for name in self._trained}, weight=weight)
+
+    def _update_jointly(self, gradients: dict[str, Any], weight: float, where: str) -> None:
+        """Those that exchange one part do not hear of what fails in another; so all meet once more."""
+        trainer, problem = self.trainer, None
+        before = {} if trainer is None else {path: host_copy(x) for path, x in leaves(trainer.live())}
+        steps = 0 if trainer is None else trainer.steps
+        try:
+            self._step(gradients, weight)
+        except Exception as error:
+            problem = error
+        if not any(allgather(self._comm, problem is not None, where)):
+            return
+        if trainer is not None and problem is None:
+            trainer.restore(before, steps)
+            for plan in trainer.plans:
+                plan.undo()
+        first = None if isinstance(problem, PeerError) else problem  # an error is best told by the rank that had it
+        for told in (first, problem):
+            raise_everywhere(self._comm, where, told, alike=(NonFiniteError,))
 
     def synchronize(self) -> None:
         """Make the replicas equal. Collective, but for mode ``sync``."""
