@@ -56,7 +56,7 @@ import socket, subprocess
 if socket.gethostname() == "host1":
     subprocess.run(["tc", "qdisc", "del", "dev", "eth0", "root"], check=True)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        for _ in range(5000):
+        for _ in range(1500):
             s.sendto(bytes(60000), ("10.77.0.2", 9))
 """
 

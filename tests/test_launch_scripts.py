@@ -171,11 +171,19 @@ def test_variables_reach_other_hosts(start, tmp_path: Path):
 
 @pytest.fixture
 def pbs(environment: dict[str, str], start, tmp_path: Path):
-    """``pbs(arguments, NAME=value)``: the script's process in a job of two ranks, which may last 10 hours."""
+    """``pbs(arguments, NAME=value)``: the script's process in a job of two ranks, which may last 10 hours.
+
+    With a WALLTIME the script hears of it when both ranks are up: they must mind signals when it has passed.
+    """
     nodes = tmp_path / "nodes"
     nodes.write_text("localhost\nlocalhost\n", encoding="utf-8")
+    up = " && ".join(f"[ -e {tmp_path}/run/up-{rank} ]" for rank in range(2))
     for name, text in (
-        ("qstat", 'echo "    Resource_List.walltime = ${WALLTIME:-10:00:00}"'),
+        (
+            "qstat",
+            f'[ -z "$WALLTIME" ] || until {up}; do sleep 0.1; done\n'
+            'echo "    Resource_List.walltime = ${WALLTIME:-10:00:00}"',
+        ),
         ("qrerun", f'echo "$*" >>{tmp_path}/qrerun.log; kill $PPID'),
     ):
         command = Path(environment["VENV"]) / "bin" / name
@@ -203,7 +211,7 @@ def test_pbs_takes_ranks_from_the_node_file_and_arguments_from_a_variable(pbs):
 
 
 def test_pbs_saves_before_the_time_is_over_and_is_run_again(pbs, tmp_path: Path):
-    status, output = ended(pbs("--output run --wait --fresh", WALLTIME="00:02:04"))
+    status, output = ended(pbs("--output run --wait --fresh", WALLTIME="00:02:01"))
     assert status == 75, output
     assert "job 7.server: run again to go on" in output
     assert (tmp_path / "qrerun.log").read_text() == "7.server\n"
