@@ -18,6 +18,7 @@ from silence import LIMIT_SECONDS, Told, hears_from
 import bitring
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.runtime import watch
+from bitring.collectives.runtime.contact import Contact
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
 
@@ -234,6 +235,20 @@ def test_an_error_of_the_engine_ends_one_job_alone(comm, agree, monkeypatch, bro
     agree(comm, left == 0 and bool((y == comm.size**2).all()), f"{left} jobs left, {y}")
     world.Free()
     other.Free()
+
+
+def test_who_has_left_after_its_part_is_not_missed_by_who_waits_for_another(comm, agree, monkeypatch):
+    """However long: the one that is waited for may be slow, and who has left in good order had nothing more to do."""
+    if comm.size == 1:
+        pytest.skip("nobody to leave")
+    world = Communicator(comm.Dup())
+    world.Allreduce(None, np.zeros(1))
+    queue, left, other = context_of(world).queue, (comm.rank + 1) % comm.size, (comm.rank + 2) % comm.size
+    monkeypatch.setattr(Contact, "left", {left})
+    told = [queue.gone(awaited, seconds) for awaited in ((left,), (other,), ()) for seconds in (1.0, 100.0)]
+    monkeypatch.undo()
+    agree(comm, told == [[], [left], [], [], [], [left]], str(told))
+    world.Free()
 
 
 @pytest.mark.single

@@ -292,14 +292,14 @@ class JobQueue:
     def gone(self, awaited: Collection[int], seconds: float) -> list[int]:
         """The ranks that are gone, of a wait of ``seconds`` for the ranks ``awaited`` (none: not known).
 
-        One that died is missed at once. One that left the job in good order may have done its part before.
+        One that died is missed at once. One that left in good order may have done its part: unless it is awaited long.
         """
         gone = set() if self.shared is None else set(self.shared.gone(awaited, seconds))
         if self.contact is not None:
             self.contact.watch(awaited)
             gone |= self.contact.dead | self.contact.quitters
             if seconds > LEFT_SECONDS:
-                gone |= self.contact.left
+                gone |= self.contact.left.intersection(awaited) if awaited else self.contact.left
         else:
             gone |= set(ports().gone(self._places, left=seconds > LEFT_SECONDS))
         return sorted(gone - self._outlived)
