@@ -515,6 +515,7 @@ def check_no_leak(world, agree, times: int) -> None:
     agree(world, len(os.listdir("/proc/self/fd")) <= files, "open files were left behind")
 
 
+@pytest.mark.timeout(600)
 def test_splits_leave_nothing_behind(world, agree):
     # MPICH has 2046 communicators in all; with more ranks than that takes too long.
     check_no_leak(world, agree, 2200 if world.size <= 2 else 300)
