@@ -34,7 +34,8 @@ pytestmark = [
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "run-slurm.sbatch"
 VENV = Path(sys.executable).parent.parent
 
-# A machine may take the processor away for long: no daemon gives another up for that, and no node its jobs' processes.
+# A machine may take the processor away for long: no daemon gives another up for that, no node its jobs' processes, and
+# no job that has ended is forgotten before its test asks for it.
 CONFIGURATION = """
 ClusterName=bitring-test
 SlurmctldHost={host}(127.0.0.1)
@@ -44,6 +45,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 KillWait=60
+MinJobAge=86400
 UnkillableStepTimeout=600
 BatchStartTimeout=600
 MessageTimeout=60
