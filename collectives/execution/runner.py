@@ -119,7 +119,7 @@ def schedule_runner(
     ufunc = ufunc_name(op, flat.dtype)
     reduces = collective in ("allreduce", "reduce", "reduce_scatter")
     is_native = device_of(flat) is None and served(flat.dtype, ufunc, reduces)
-    segment = segment_values(flat.nbytes, flat.dtype.itemsize, made.chunks(size))
+    segment = segment_values(flat.nbytes, flat.dtype.itemsize)
     schedule = rounds(made, collective, comm.Get_rank(), size, root)
     program = compile_program(schedule, made.chunks(size), flat.size, segment)
     if not is_native:

@@ -112,14 +112,14 @@ def check_name(asked: object, function: str) -> None:
             raise ValueError(f"{function}: {error}") from None
 
 
-def segment_values(nbytes: int, itemsize: int, chunks: int) -> int:
-    """Values in a segment, for a buffer of ``nbytes`` of which a schedule makes ``chunks``.
+def segment_values(nbytes: int, itemsize: int) -> int:
+    """Values in a segment, for a buffer of ``nbytes``.
 
-    A quarter of a chunk keeps trees and rings pipelined. Between hosts at 1 Gbit/s all from 128 KiB to 2 MiB do as
-    well, and whole chunks do badly: MPICH over UCX sends messages of 4 MiB and more in another way, which takes 1.6
-    times as long there. Where the processors limit the network, as between emulated hosts whose link is not shaped,
-    segments of less than 512 KiB take longer, and from 8 MiB on the library's own call is the quickest, which ``bitring
-    tune`` finds. At most 1024 segments per buffer keep a message's tag unique while it is under way.
+    512 KiB keep trees and rings pipelined. Between hosts at 1 Gbit/s all from 128 KiB to 2 MiB do as well, and whole
+    chunks do badly: MPICH over UCX sends messages of 4 MiB and more in another way, which takes 1.6 times as long
+    there. Where the processors limit the network, as between emulated hosts whose link is not shaped, segments of less
+    take longer, and those of 1 MiB and more take in some runs 1.6 times as long for a buffer of 16 MiB (7.3 and 11.8
+    ms between two hosts, where the library takes 10.3). At most 1024 segments per buffer keep a message's tag unique
+    while it is under way.
     """
-    quarter = min(2 << 20, max(nbytes // chunks // 4, 512 << 10))
-    return max(1, quarter // itemsize, -(-nbytes // 1024) // itemsize)
+    return max(1, (512 << 10) // itemsize, -(-nbytes // 1024) // itemsize)

@@ -75,7 +75,7 @@ class Network:
             if messages * self.alpha + share * nbytes * self.beta >= self._limit:
                 return math.inf
         if algorithm.pipelined:
-            segment = ITEMSIZE * segment_values(nbytes, ITEMSIZE, algorithm.chunks(size))
+            segment = ITEMSIZE * segment_values(nbytes, ITEMSIZE)
             if not algorithm.alike:
                 segment = max(segment, 2 * size * nbytes // MOST_MESSAGES)
         return cost(
