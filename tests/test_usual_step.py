@@ -13,6 +13,7 @@ import pytest
 from bitring.collectives.plan import ExactPlan
 from bitring.collectives.runtime.engine import engine
 from bitring.errors import MismatchError, PeerError
+from bitring.native import native
 from bitring.training.data_parallel import DataParallel
 from bitring.training.optimizer import cannot_raise
 from bitring.training.optimizers.sgd import SGD
@@ -121,7 +122,7 @@ def test_the_bits_are_those_of_steps_with_records(world, agree, monkeypatch, opt
     agree(world, everything(trainer) == everything(twin))
     agree(world, told == [int(step == 8) << 4 for step in range(20) for _ in range(2)], f"{told}")
     usual = [count for step, count in enumerate(records[::2]) if step not in (0, 5, 8)]
-    agree(world, world.size == 1 or usual == [0] * len(usual), f"{records}")
+    agree(world, world.size == 1 or native() is None or usual == [0] * len(usual), f"{records}")
     for each in (trainer, twin):
         each.free()
 
@@ -216,6 +217,7 @@ def test_an_interrupt_when_the_exchange_is_over_waits_for_the_update(apart, agre
     agree(apart, len(set(apart.allgather(trainer.digest()))) == 1)
 
 
+@pytest.mark.skipif(native() is None, reason="without the native engine no step is usual")
 def test_an_interrupt_in_a_step_with_an_end_is_told_there(world, agree, monkeypatch):
     """It was held back, and the others hear of it before any has made the step."""
     trainer = new_trainer(world, Mine)
@@ -276,6 +278,7 @@ def test_a_rank_that_cannot_pack_says_so_before_anything_is_exchanged(world, agr
 
     with monkeypatch.context() as patch:
         if world.rank == last:
+            patch.setattr(Bucket, "pack", failing)
             patch.setattr(Bucket, "load", failing)
         error = raised(trainer.step, gradients_of(trainer, 3))
     agree(world, type(error) is (BoomError if world.rank == last else PeerError), repr(error))
@@ -374,6 +377,7 @@ def test_an_update_is_whole_when_its_step_is_interrupted(apart, agree, monkeypat
     with monkeypatch.context() as patch:
         if apart.rank == 0:
             patch.setattr(SGD, "apply", interrupted)
+            patch.setattr(SGD, "update_natively", lambda *given: False)
         error = raised(trainer.step, gradients_of(trainer, 3))
     agree(apart, (type(error) is KeyboardInterrupt) == (apart.rank == 0), repr(error))
     twin.step(gradients_of(twin, 3))

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from bitring.arrays import xp_of
+from bitring.native import extension, native, type_of
 from bitring.registry import Registry
 from bitring.settings import Settings
 
@@ -38,6 +40,15 @@ class NativeUpdate(NamedTuple):
     momentum: float = 0.0
     weight_decay: float = 0.0
     eps: float = 0.0
+
+
+@lru_cache(maxsize=64)
+def _updater(update: NativeUpdate, dtype: np.dtype[Any]) -> Any:
+    """The kernel with its settings, for values of ``dtype``; None where there is none."""
+    kind = type_of(dtype)
+    if native() is None or kind is None or dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        return None
+    return extension.Updater(extension.Rule[update.rule], kind, *update[1:])
 
 
 _Apply = TypeVar("_Apply", bound=Callable[..., None])
@@ -104,6 +115,10 @@ class Optimizer(Settings, ABC):
             slots = {slot: state[slot][name] for slot in self.slots}
             self.update_parameter(w, gradients[name], slots | self._counted(name, state))
 
+    def update_natively(self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: State) -> bool:
+        """As ``update``, with the same bits, where the native engine can; whether it could, else nothing was done."""
+        return False
+
     def _counted(self, name: str, state: State) -> dict[str, int]:
         """Count an update of a parameter."""
         counts: dict[str, int] = {}
@@ -153,8 +168,11 @@ class Elementwise(Optimizer):
     def update(self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: State) -> None:
         """See Optimizer. Small arrays that were updated equally often are updated together, in copies.
 
-        Allocates scratch of a few pieces, and copies of parameters that are not C-contiguous.
+        Allocates scratch of a few pieces, and copies of parameters that are not C-contiguous. Contiguous float32 or
+        float64 arrays of the host are updated by the ``native_update``, in one call, and nothing is allocated.
         """
+        if self.update_natively(parameters, gradients, state):
+            return
         together: dict[Any, list[str]] = {}
         held: dict[Any, int] = {}
         scratch: dict[Any, tuple[Any, Any]] = {}
@@ -174,6 +192,18 @@ class Elementwise(Optimizer):
         for (_, *counted), names in together.items():
             counts = dict(zip(self.counters, counted, strict=True))
             self._update_together(names, counts, parameters, gradients, state)
+
+    def update_natively(self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: State) -> bool:
+        """See Optimizer. Of contiguous arrays of float32 or float64."""
+        kernel, arrays = self.native_update(), list(parameters.values())
+        if kernel is None or self.may_raise or not arrays or type(arrays[0]) is not np.ndarray:
+            return False
+        updater = _updater(kernel, arrays[0].dtype)
+        if updater is None:
+            return False
+        slots = [state[slot][name] for slot in self.slots for name in parameters]
+        updated: bool = updater.run(arrays, slots, [gradients[name] for name in parameters])
+        return updated
 
     def _update_alone(
         self, parameter: Any, gradient: Any, given: Mapping[str, Any], scratch: dict[Any, tuple[Any, Any]]

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "array_view.h"
 #include "news.h"
 #include "thread_pool.h"
 #include "wait.h"
@@ -13,71 +14,12 @@ namespace bitring {
 
 namespace {
 
-bool type_of(const char* format, Py_ssize_t itemsize, Type* type) {
-    if (format == nullptr) return false;
-    const auto integer = [&](bool is_signed) {
-        static constexpr Type types[2][4] = {{Type::u8, Type::u16, Type::u32, Type::u64},
-                                             {Type::i8, Type::i16, Type::i32, Type::i64}};
-        const int k = itemsize == 1 ? 0 : itemsize == 2 ? 1 : itemsize == 4 ? 2 : 3;
-        *type = types[is_signed][k];
-        return true;
-    };
-    const char second = format[0] == '\0' ? '\0' : format[1];
-    if (format[0] == 'Z' && second != '\0' && format[2] == '\0') {
-        if (second == 'f') return *type = Type::c64, true;
-        if (second == 'd') return *type = Type::c128, true;
-        if (second == 'g') return *type = Type::clongdouble, true;
-    }
-    if (second != '\0') return false;
-    switch (format[0]) {
-    case 'f': return *type = Type::f32, true;
-    case 'd': return *type = Type::f64, true;
-    case 'e': return *type = Type::f16, true;
-    case 'g': return *type = Type::longdouble, true;
-    case '?': return *type = Type::b8, true;
-    case 'b': case 'h': case 'i': case 'l': case 'q': return integer(true);
-    case 'B': case 'H': case 'I': case 'L': case 'Q': return integer(false);
-    default: return false;
-    }
-}
-
 bool overlap(const void* a, std::size_t a_nbytes, const void* b, std::size_t b_nbytes) {
     return static_cast<const char*>(a) < static_cast<const char*>(b) + b_nbytes &&
            static_cast<const char*>(b) < static_cast<const char*>(a) + a_nbytes;
 }
 
 }  // namespace
-
-// A contiguous array's memory, for as long as this lives.
-class FastPath::View {
-public:
-    ~View() {
-        if (held_) PyBuffer_Release(&view_);
-    }
-    bool take(nb::handle array, bool writable) {
-        const int flags = PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
-        if (PyObject_GetBuffer(array.ptr(), &view_, flags) != 0) {
-            PyErr_Clear();
-            return false;
-        }
-        held_ = true;
-        return type_of(view_.format, view_.itemsize, &type);
-    }
-    void* data() const { return view_.buf; }
-    std::size_t nbytes() const { return std::size_t(view_.len); }
-    std::size_t itemsize() const { return std::size_t(view_.itemsize); }
-    bool has_shape_of(const View& other) const {
-        return view_.ndim == other.view_.ndim && std::equal(view_.shape, view_.shape + view_.ndim, other.view_.shape);
-    }
-    bool has_shape(const std::vector<std::int64_t>& shape) const {
-        return std::equal(shape.begin(), shape.end(), view_.shape, view_.shape + view_.ndim);
-    }
-    Type type{};
-
-private:
-    Py_buffer view_{};
-    bool held_ = false;
-};
 
 Status run_for(Operation& operation, double seconds) {
     Status status = operation.status();
@@ -134,7 +76,7 @@ void FastPath::remove(std::uint64_t number) {
                    regions_.end());
 }
 
-bool FastPath::fits(const View& array) const { return array.nbytes() >= from_ && array.nbytes() <= to_; }
+bool FastPath::fits(const ArrayView& array) const { return array.nbytes() >= from_ && array.nbytes() <= to_; }
 
 // The kernel of an operation that is served, and the signature without a count; null for any other.
 Reduce FastPath::kernel(nb::handle op, Type type, std::uint64_t* signature) const {
@@ -148,7 +90,7 @@ Reduce FastPath::kernel(nb::handle op, Type type, std::uint64_t* signature) cons
 
 Outcome FastPath::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
     if (closed() || !is_array(recvbuf)) return Outcome::declined;
-    View receive, send;
+    ArrayView receive, send;
     if (!receive.take(recvbuf, true) || !fits(receive)) return Outcome::declined;
     const void* from = receive.data();
     if (!is_in_place(sendbuf)) {
@@ -178,7 +120,7 @@ void FastPath::remember(nb::object op, Type type, std::vector<std::int64_t> shap
 
 Outcome FastPath::reduce(nb::handle x, nb::handle out, nb::handle op) {
     if (closed() || !is_array(out) || !is_array(x)) return Outcome::declined;
-    View receive, send;
+    ArrayView receive, send;
     if (!receive.take(out, true) || !fits(receive) || !send.take(x, false) || send.type != receive.type ||
         !send.has_shape_of(receive)) {
         return Outcome::declined;
@@ -192,7 +134,7 @@ Outcome FastPath::reduce(nb::handle x, nb::handle out, nb::handle op) {
     return Outcome::declined;
 }
 
-Outcome FastPath::reduce_into(const View& to, const void* from, Reduce kernel, std::uint64_t signature) {
+Outcome FastPath::reduce_into(const ArrayView& to, const void* from, Reduce kernel, std::uint64_t signature) {
     if (from != to.data() && overlap(from, to.nbytes(), to.data(), to.nbytes())) return Outcome::declined;
     Intent intent;
     intent.signature = signature;
@@ -258,15 +200,15 @@ Outcome FastPath::call(Collective collective, nb::handle sendbuf, nb::handle rec
     const bool in_place = collective != Collective::broadcast && is_in_place(sendbuf);
     const bool sends = collective != Collective::broadcast && !in_place;
     const bool receives = collective != Collective::reduce || at_root;
-    View send, receive;
+    ArrayView send, receive;
     if (in_place && !receives) return Outcome::declined;
     if (receives && (!is_array(recvbuf) ||
                      !receive.take(recvbuf, collective != Collective::broadcast || !at_root))) {
         return Outcome::declined;
     }
     if (sends && (!is_array(sendbuf) || !send.take(sendbuf, false))) return Outcome::declined;
-    const View& whole = collective == Collective::allgather || !sends ? receive : send;
-    const View& part = collective == Collective::allgather ? send : receive;
+    const ArrayView& whole = collective == Collective::allgather || !sends ? receive : send;
+    const ArrayView& part = collective == Collective::allgather ? send : receive;
     const std::size_t block = whole.nbytes() / std::size_t(size_);
     if (blocks && block * std::size_t(size_) != whole.nbytes()) return Outcome::declined;
     if (sends && receives) {

@@ -14,6 +14,8 @@
 
 namespace bitring {
 
+class ArrayView;
+
 // What became of a call.
 enum class Outcome : int {
     done = 0,
@@ -140,16 +142,14 @@ private:
         std::shared_ptr<Operation> checked;
     };
 
-    class View;
-
     bool is_array(nanobind::handle array) const {
         return Py_TYPE(array.ptr()) == reinterpret_cast<PyTypeObject*>(ndarray_.ptr());
     }
-    bool fits(const View& array) const;
+    bool fits(const ArrayView& array) const;
     Reduce kernel(nanobind::handle op, Type type, std::uint64_t* signature) const;
     bool is_in_place(nanobind::handle buffer) const { return buffer.is_none() || buffer.is(in_place_); }
     const Known* known(Collective collective, nanobind::handle op, Type type, std::size_t n, int root);
-    Outcome reduce_into(const View& to, const void* from, Reduce kernel, std::uint64_t signature);
+    Outcome reduce_into(const ArrayView& to, const void* from, Reduce kernel, std::uint64_t signature);
     bool closed() const {
         return busy_ || inside_ != 0 || (thread_ != 0 && thread_ != PyThread_get_thread_ident());
     }

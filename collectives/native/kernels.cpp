@@ -1,5 +1,6 @@
 // Which of the compiled instruction sets this processor runs.
 #include "kernels.h"
+#include "pack_kernels.h"
 #include "update_kernels.h"
 
 #ifdef __x86_64__
@@ -10,11 +11,14 @@ namespace bitring {
 
 Reduce baseline_kernel(Op op, Type type) noexcept;
 Update baseline_kernel(Rule rule, Type type) noexcept;
+Pack baseline_kernel(Type type) noexcept;
 #ifdef __x86_64__
 Reduce avx2_kernel(Op op, Type type) noexcept;
 Update avx2_kernel(Rule rule, Type type) noexcept;
+Pack avx2_kernel(Type type) noexcept;
 Reduce avx512_kernel(Op op, Type type) noexcept;
 Update avx512_kernel(Rule rule, Type type) noexcept;
+Pack avx512_kernel(Type type) noexcept;
 #endif
 
 namespace {
@@ -23,6 +27,7 @@ struct Variant {
     std::string_view name;
     Reduce (*kernel)(Op op, Type type) noexcept;
     Update (*update)(Rule rule, Type type) noexcept;
+    Pack (*pack)(Type type) noexcept;
     bool (*runs)();
 };
 
@@ -43,10 +48,10 @@ bool has_avx512() {
 // The best first.
 constexpr Variant variants[] = {
 #ifdef __x86_64__
-    {"avx512", avx512_kernel, avx512_kernel, has_avx512},
-    {"avx2", avx2_kernel, avx2_kernel, has_avx2},
+    {"avx512", avx512_kernel, avx512_kernel, avx512_kernel, has_avx512},
+    {"avx2", avx2_kernel, avx2_kernel, avx2_kernel, has_avx2},
 #endif
-    {"baseline", baseline_kernel, baseline_kernel, [] { return true; }},
+    {"baseline", baseline_kernel, baseline_kernel, baseline_kernel, [] { return true; }},
 };
 
 const Variant& best() noexcept {
@@ -102,6 +107,17 @@ Update update_kernel(Rule rule, Type type, std::string_view instruction_set) noe
     for (const Variant& variant : variants) {
         if (variant.name == instruction_set && variant.runs()) {
             return variant.update(rule, type);
+        }
+    }
+    return nullptr;
+}
+
+Pack pack_kernel(Type type) noexcept { return best().pack(type); }
+
+Pack pack_kernel(Type type, std::string_view instruction_set) noexcept {
+    for (const Variant& variant : variants) {
+        if (variant.name == instruction_set && variant.runs()) {
+            return variant.pack(type);
         }
     }
     return nullptr;

@@ -38,6 +38,7 @@
 #include "node_collective.h"
 #include "nodes_roll_call.h"
 #include "owner_exchange.h"
+#include "packing_bindings.h"
 #include "presence.h"
 #include "region.h"
 #include "roll_call.h"
@@ -290,6 +291,11 @@ NB_MODULE(_native, m) {
         return drive(operations, wake, seconds, gentle);
     }, "operations"_a, "wake"_a, "seconds"_a, "gentle"_a);
 
+    // Take an operation that has begun further, in this thread alone, for up to `seconds` of waiting; whether it is over.
+    m.def("finish", [](Operation& operation, double seconds) {
+        return is_over(operation.status()) || is_over(run_for(operation, seconds));
+    }, "operation"_a, "seconds"_a);
+
     nb::class_<Region>(m, "Region", nb::is_weak_referenceable())
         .def("__init__", [](Region* self, int rank, std::uint64_t number, const std::vector<Memory*>& parts) {
             std::vector<Memory> memories;
@@ -512,6 +518,7 @@ NB_MODULE(_native, m) {
         return int(runs.fast_path->run(*runs.operation, runs.seconds));
     });
 
+    bind_packing(m);
     bind_shards(m);
     bind_stores(m);
     bind_hops(m);

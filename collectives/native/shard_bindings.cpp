@@ -3,7 +3,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 
-#include <stdexcept>
 #include <vector>
 
 #include "shard.h"
@@ -20,28 +19,10 @@ using Starts = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::de
 
 std::vector<std::int64_t> vector_of(const Starts& starts) { return {starts.data(), starts.data() + starts.size()}; }
 
-// A kernel and its settings.
-struct Updater {
-    Update update;
-    UpdateSettings settings;
-};
-
 }  // namespace
 
 void bind_shards(nb::module_& m) {
     using Released = nb::call_guard<nb::gil_scoped_release>;
-
-    // Names that training/optimizers/NAME.py gives.
-    nb::enum_<Rule>(m, "Rule")
-        .value("sgd", Rule::sgd).value("sgd_momentum", Rule::sgd_momentum).value("sgd_nesterov", Rule::sgd_nesterov)
-        .value("adagrad", Rule::adagrad);
-
-    nb::class_<Updater>(m, "Updater")
-        .def("__init__", [](Updater* self, Rule rule, Type type, double lr, double momentum, double weight_decay, double eps) {
-            const Update update = update_kernel(rule, type);
-            if (update == nullptr) throw std::invalid_argument("Updater: no kernel for values of this type");
-            new (self) Updater{update, UpdateSettings{lr, momentum, weight_decay, eps}};
-        }, "rule"_a, "type"_a, "lr"_a, "momentum"_a, "weight_decay"_a, "eps"_a);
 
     // Addresses; `keep` owns their memory.
     nb::class_<Shard>(m, "Shard")

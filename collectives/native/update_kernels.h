@@ -33,4 +33,12 @@ Update update_kernel(Rule rule, Type type) noexcept;
 // The same for one of the instruction sets of kernels.h; null also where the processor lacks it.
 Update update_kernel(Rule rule, Type type, std::string_view instruction_set) noexcept;
 
+// A kernel and its settings.
+struct Updater {
+    Rule rule;
+    Type type;
+    Update update;
+    UpdateSettings settings;
+};
+
 }  // namespace bitring

@@ -444,6 +444,11 @@ class FastPath:
 class Runs:
     def run(self) -> int: ...
 
+class Packer:
+    def __init__(self, type: Type, to: int, n: int, keep: object) -> None: ...
+
+    def pack(self, arrays: list[object], scale: float) -> int: ...
+
 class Rule(enum.Enum):
     sgd = 0
 
@@ -455,6 +460,8 @@ class Rule(enum.Enum):
 
 class Updater:
     def __init__(self, rule: Rule, type: Type, lr: float, momentum: float, weight_decay: float, eps: float) -> None: ...
+
+    def run(self, parameters: list[object], slots: list[object], gradients: list[object]) -> bool: ...
 
 class Shard:
     def __init__(self, rank: int, size: int, values: int, slot: int, n: int, itemsize: int, locks: int, keep: object) -> None: ...

@@ -31,6 +31,7 @@ class BaseStepper(ABC):
         self.notices = Notices(comm)
         self.waits = Waits()
         self.operation = "step"
+        self._where = "", 0, ""
         self._replica = replica
         self._exchange = exchange
 
@@ -52,9 +53,12 @@ class BaseStepper(ABC):
     @property
     def where(self) -> str:
         """The operation under way, for messages."""
-        return (
-            self.operation if "checkpoint" in self.operation else f"DataParallel.{self.operation} (step {self.steps})"
-        )
+        operation, steps, words = self._where
+        if operation != self.operation or steps != self.steps:
+            operation, steps = self.operation, self.steps
+            words = operation if "checkpoint" in operation else f"DataParallel.{operation} (step {steps})"
+            self._where = operation, steps, words
+        return words
 
     def mode_has_changed(self) -> None:
         """The mode has other settings now, and its state may have other arrays."""

@@ -14,6 +14,7 @@ from bitring.arrays import xp_of
 from bitring.collectives.base_plan import Plan
 from bitring.compression.compressor import Compressor
 from bitring.compression.plans.plan import plan_allreduce
+from bitring.native import address_of, extension, native, type_of
 from bitring.training.step.bucket_sizes import Size, bucket_sizes, kind_of, largest_bucket
 
 TOGETHER_VALUES = 1 << 15
@@ -47,6 +48,10 @@ class Bucket:
         self.runs = _runs(list(parameters), self.starts, ends)
         self.wide = np.float64 if first.dtype == np.float64 else np.float32
         self._xp = xp_of(first)
+        self._packer: Any = None
+        kind = type_of(first.dtype)
+        if native() is not None and kind is not None and self._xp is np and first.dtype == self.wide:
+            self._packer = extension.Packer(kind, address_of(self.flat), self.flat.size, self.flat)
 
     @property
     def compressed(self) -> bool:
@@ -98,6 +103,16 @@ class Bucket:
                 self.packed(arrays, run)
             if scale != 1:
                 xp.multiply(part, factor, out=part, casting="same_kind")
+
+    def pack(self, arrays: Mapping[str, Any], scale: float) -> bool | None:
+        """Fill the buffer with scale·arrays, in one pass. Returns whether all values are finite.
+
+        None where that cannot be done so, and nothing was: ``load`` takes any arrays.
+        """
+        if self._packer is None:
+            return None
+        finite: int = self._packer.pack([arrays[name] for name in self.shapes], scale)
+        return None if finite < 0 else bool(finite)
 
     def gather(self, arrays: Mapping[str, Any]) -> None:
         """Copy all of the bucket's ``arrays`` to the buffer."""

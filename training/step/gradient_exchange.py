@@ -13,6 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.arrays import bytes_of, xp_of
+from bitring.collectives.base_plan import Plan
 from bitring.collectives.communicator import Communicator
 from bitring.collectives.runtime.context import context_of
 from bitring.compression.compressor import Compressor
@@ -65,20 +66,24 @@ class GradientExchange:
             self.plans.append(make_plan(bucket, comm, algorithm, bucket.compressor))
             if bucket.compressed and warms_up:
                 self._exact_plans[i] = make_plan(bucket, comm, algorithm, None)
+        self._note_plans()
         self.totals = Totals()
+        self._can_pack = True
         self._packed: Mapping[str, Any] | None = None  # whose small arrays are in the buckets
         self._left: deque[tuple[Bucket, Any]] = deque()  # of the exchange under way: what other ranks wait for
         self._opened: list[tuple[Bucket, Any]] = []  # all buckets of the exchange, and their plans
         self._travels: set[int] = set()  # the numbers of those that began to travel beside this rank's other work
         self._first_began = 0.0  # when the exchange of the first bucket began, where that was over before the others'
         self.timeline = Timeline()
+        self.looked_at = True
+        """Whether it is known that the gradients last ``checked`` are finite."""
         self.failed = False
         """Whether a plan's run has failed since ``begin``, which it has on all ranks, or the communicator is broken."""
 
-    @property
-    def all_plans(self) -> list[Any]:
+    def _note_plans(self) -> None:
+        self.all_plans = [*self.plans, *self._exact_plans.values()]
         """Those of the warm-up, too."""
-        return [*self.plans, *self._exact_plans.values()]
+        self._carrying = [plan for plan in self.all_plans if type(plan).mark is not Plan.mark]
 
     @property
     def bytes_sent(self) -> int:
@@ -91,6 +96,7 @@ class GradientExchange:
             if not bucket.compressed and self.plans[i].algorithm != algorithm:
                 self.plans[i].free()
                 self.plans[i] = self._make_plan(bucket, self._comm, algorithm, None)
+        self._note_plans()
 
     def free(self) -> None:
         """Free the plans; one whose run was interrupted and goes on is freed at the end of its life."""
@@ -117,19 +123,28 @@ class GradientExchange:
             return None
         return not_finite(arrays)
 
-    def checked(self, gradients: Any, where: str, zeros: bool) -> dict[str, Any]:
+    def checked(self, gradients: Any, where: str, zeros: bool, later: bool = False) -> dict[str, Any]:
         """A step's gradients, one for each parameter: arrays, or ``Factors`` where these travel.
 
+        ``later``: their values are looked at when they are packed, if they can be, or by ``look``.
         Raises NonFiniteError for NaN or Inf, TypeError and ValueError for what is no gradient.
         """
         taken = checked_gradients(gradients, self._parameters, where, zeros)
-        bad = self.not_finite(taken)
-        if bad is not None:
-            raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self._comm.Get_rank()}")
+        self.looked_at = not later or has_factors(taken)
+        if not self.looked_at:
+            return taken
+        self.look(taken, where)
         travelling = self.as_it_travels(taken)
         if self._packed is taken:
             self._packed = travelling
         return travelling
+
+    def look(self, gradients: Mapping[str, Any], where: str) -> None:
+        """Raise NonFiniteError where a gradient holds NaN or Inf."""
+        bad = self.not_finite(gradients)
+        if bad is not None:
+            raise NonFiniteError(f"{where}: the gradient of {bad} on rank {self._comm.Get_rank()}")
+        self.looked_at = True
 
     def as_it_travels(self, gradients: Mapping[str, Any]) -> dict[str, Any]:
         """``Factors`` stay where these travel, and are multiplied out elsewhere."""
@@ -141,7 +156,7 @@ class GradientExchange:
         """From here on ``undo`` takes back what exchanges change in what the plans carry from run to run."""
         self.failed = False
         self._left.clear()
-        for plan in self.all_plans:
+        for plan in self._carrying:
             plan.mark()
 
     def run(
@@ -201,13 +216,31 @@ class GradientExchange:
         """The plan of the first bucket; ``exact``: in the warm-up."""
         return self._exact_plans.get(0, self.plans[0]) if exact else self.plans[0]
 
-    def load_all(self, arrays: Mapping[str, Any], scale: float, exact: bool) -> None:
-        """Open an exchange and load its buckets; the first one's plan is to be run, signed, then ``first_is_there``."""
+    def load_all(self, arrays: Mapping[str, Any], scale: float, exact: bool, where: str) -> None:
+        """Open an exchange and load its buckets; the first one's plan is to be run, signed, then ``first_is_there``.
+
+        Raises NonFiniteError for NaN or Inf in what has not been ``looked_at``; then nothing is to be exchanged.
+        """
         self._open(exact)
-        for number in range(len(self.buckets)):
-            self.load(number, arrays, scale, None, start=False)
+        if not (scale and self._pack(arrays, scale)):
+            if not self.looked_at:
+                self.look(arrays, where)
+            for number in range(len(self.buckets)):
+                self.load(number, arrays, scale, None, start=False)
         self._packed = None  # what is in the buckets are not the arrays any more
         self._first_began = time.perf_counter()
+
+    def _pack(self, arrays: Mapping[str, Any], scale: float) -> bool:
+        """Fill all buckets with scale·arrays in one pass; whether that could be done, and all values are finite."""
+        for number, bucket in enumerate(self.buckets if self._can_pack else ()):
+            began = time.perf_counter()
+            finite = bucket.pack(arrays, scale)
+            if not finite:
+                self._can_pack = finite is not None  # other steps' gradients are like this one's
+                return False
+            self.timeline.packed(number, began)
+        self.looked_at |= self._can_pack
+        return self._can_pack
 
     def first_is_there(self) -> None:
         """The first bucket has been exchanged."""
@@ -225,22 +258,30 @@ class GradientExchange:
             if plan.started:
                 self._wait(plan)
 
-    def _wait(self, plan: Any) -> None:
+    def _wait(self, plan: Any, run: Callable[[Any], None] | None = None) -> None:
         try:
-            plan.wait() if plan.started else plan()
+            if plan.started:
+                plan.wait()
+            elif run is None:
+                plan()
+            else:
+                run(plan)
         except Exception:
             self.failed = True
             raise
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        """The sums, bucket by bucket, when all are loaded. Interrupted, it can be called again for what is left."""
+    def results(self, run: Callable[[Any], None] | None = None) -> Iterator[dict[str, Any]]:
+        """The sums, bucket by bucket, when all are loaded. Interrupted, it can be called again for what is left.
+
+        ``run``: runs a plan; None: by a call.
+        """
         self._packed = None
         while self._left:
             bucket, plan = self._left[0]
-            began, number = self._first_began or time.perf_counter(), self._number
+            began, number = self._first_began or time.perf_counter(), len(self._opened) - len(self._left)
             self._first_began = 0.0
             if plan.started or number not in self._travels:
-                self._wait(plan)
+                self._wait(plan, run)
             self._left.popleft()
             self.timeline.came(number, began, plan.telemetry)
             if plan.telemetry is not None:
@@ -306,7 +347,7 @@ class GradientExchange:
 
     def undo(self) -> None:
         """Take back what runs have changed since ``begin`` in what the plans carry from run to run."""
-        for plan in self.all_plans:
+        for plan in self._carrying:
             plan.undo()
 
     # From one rank to all

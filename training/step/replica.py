@@ -41,8 +41,8 @@ class Replica:
     @property
     def common_mode(self) -> Mode:
         """The mode, where it is one whose steps all ranks make together."""
-        assert isinstance(self.mode, Mode)
-        return self.mode
+        mode: Any = self.mode
+        return mode  # type: ignore[no-any-return]
 
     def live(self) -> dict[str, Any]:
         """The state but for residuals: a tree of the arrays and numbers in use, no copies."""
@@ -147,6 +147,13 @@ class Replica:
     def update(self, gradients: Mapping[str, Any]) -> None:
         """Let the optimizer change the parameters that ``gradients`` names, in place."""
         self.optimizer.update({name: self.parameters[name] for name in gradients}, gradients, self.optimizer_state)
+
+    def update_quietly(self, gradients: Mapping[str, Any]) -> None:
+        """``update``; numbers that overflow are found in the next gradients."""
+        parameters = {name: self.parameters[name] for name in gradients}
+        if not self.optimizer.update_natively(parameters, gradients, self.optimizer_state):
+            with np.errstate(all="ignore"):
+                self.optimizer.update(parameters, gradients, self.optimizer_state)
 
     def arrays_that_change(self, buckets: Sequence[Bucket]) -> list[tuple[Any, list[Any]]]:
         """The arrays of a step's undo, those of one bucket and slot together, each with a key."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.runtime.context import context_of
@@ -26,6 +25,8 @@ from bitring.training.step.replica import Replica
 from bitring.training.step.transaction import Transaction
 from bitring.training.step.undo import Numbers
 from bitring.training.step.usual_step import UsualStep
+
+_HELD_BACK_ALREADY = contextlib.nullcontext()
 
 
 class Stepper(BaseStepper):
@@ -83,16 +84,18 @@ class Stepper(BaseStepper):
             self.notices.everyone = 0
             problem = self._problem
             taken: dict[str, Any] = {}
+            self._exchange.looked_at = True  # at none
             try:
                 weight = checked_weight(weight, where)
                 if weight:
-                    taken = self._exchange.checked(gradients, where, self._unused_are_zeros)
+                    later = self._problem is None and self._usual.expects(weight)
+                    taken = self._exchange.checked(gradients, where, self._unused_are_zeros, later)
             except Exception as error:  # whatever it is, the other ranks must not wait
                 self._problem = self._problem or error
                 weight = 0.0
             self._usual.gradients = taken
             try:
-                self.transact(lambda: self._run_mode(taken, weight), steps=1)
+                self.transact(partial(self._run_mode, taken, weight), steps=1)
             except Exception as error:
                 self._usual.gradients = None
                 if self._transaction.came:
@@ -120,13 +123,12 @@ class Stepper(BaseStepper):
         if not self._updates and self._later is None:
             self.steps += steps
             return
-        with contextlib.nullcontext() if self._held.holds else HeldBack():
+        with _HELD_BACK_ALREADY if self._held.holds else HeldBack():
             if self._later is None and not self._compares_after(steps):
                 self._context.exchanged()
             if self._updates:
                 began = time.perf_counter()
-                with np.errstate(all="ignore"):  # numbers that overflow are found in the next gradients
-                    self._replica.update(self._updates)
+                self._replica.update_quietly(self._updates)
                 self._exchange.timeline.applied(began)
             self.steps += steps
             if self._later is not None:
@@ -367,7 +369,7 @@ class Stepper(BaseStepper):
         if self._open is not None or self._usual.begun:
             if writes:
                 self._save()
-            return self._exchange.results()
+            return self._exchange.results(self._usual.run if self._usual.begun else None)
         exact = self._replica.exact(self.steps)
         return self._exchange.run(arrays, scale, minus, exact, self._save if writes else lambda: None)
 

@@ -24,6 +24,7 @@ from bitring.collectives.plan import ExactPlan
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.interrupts import HeldBack
 from bitring.collectives.schedules.schedule import algorithms
+from bitring.compression.factors import has_factors
 from bitring.training.step.gradient_exchange import GradientExchange
 from bitring.training.step.meeting import WEIGHT, Meeting, Records, hash_of
 from bitring.training.step.replica import Replica
@@ -72,7 +73,6 @@ class UsualStep:
             and replica.common_mode.wait_free
             and bool(exchange.buckets)
             and (len(exchange.buckets) == 1 or not exchange.overlaps)
-            and not exchange.takes_factors
             and not replica.optimizer.sends_its_own
         )
         """Whether steps can be usual at all."""
@@ -121,6 +121,15 @@ class UsualStep:
         self._weights = []
         self._loads += 1
 
+    def expects(self, weight: float) -> bool:
+        """Whether the others expect this ``weight``; then ``begin`` looks at the gradients' values."""
+        weights = self._weights
+        return bool(weights) and self.total > 0 and weights[self._rank] == weight
+
+    def _gives_factors(self, gradients: Mapping[str, Any]) -> bool:
+        """Whether factors may travel, which a plan takes once a run, or a rank says that it has none against it."""
+        return self._exchange.takes_factors and (not gradients or has_factors(gradients))
+
     def begin(self, weight: float, step: int, told: int, compare_at: float) -> bool:
         """Begin the step of ``gradients`` if the others expect this: then the first bucket has been exchanged.
 
@@ -129,16 +138,16 @@ class UsualStep:
         """
         self.problem = None
         gradients, self.gradients = self.gradients, None
-        if gradients is None or told or not (self._weights and self.total):
-            return False
-        if self._weights[self._rank] != weight:
+        if gradients is None:
             return False
         exact, where = self._replica.exact(step), f"DataParallel.step (step {step})"
         plan = self._exchange.first_plan(exact)
-        if not plan.can_be_signed:
-            return False
         try:
-            self._exchange.load_all(gradients, weight / self.total, exact)
+            if told or not self.expects(weight) or not plan.can_be_signed or self._gives_factors(gradients):
+                if not self._exchange.looked_at:
+                    self._exchange.look(gradients, where)
+                return False
+            self._exchange.load_all(gradients, weight / self.total, exact, where)
             ends = step + 1 >= compare_at or self._has_end(plan, step)
             if not ends:
                 self._replica.require_writable(list(self._replica.parameters), where)
@@ -170,9 +179,14 @@ class UsualStep:
             self._exchange.close()
             return False
         self._has_begun(step, ends)
-        if ends and (self._held.came or len(self._exchange.buckets) > 1):
+        if ends and self._held.came:
             self._held.release()
         return True
+
+    def run(self, plan: Any) -> None:
+        """Run the plan of another bucket; an interrupt has to wait until it is there, if that is soon."""
+        self._held.again()
+        plan(self._held.release)
 
     def interrupt(self) -> BaseException | None:
         """See ``UsualEnd``."""
