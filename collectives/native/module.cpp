@@ -291,11 +291,6 @@ NB_MODULE(_native, m) {
         return drive(operations, wake, seconds, gentle);
     }, "operations"_a, "wake"_a, "seconds"_a, "gentle"_a);
 
-    // Take an operation that has begun further, in this thread alone, for up to `seconds` of waiting; whether it is over.
-    m.def("finish", [](Operation& operation, double seconds) {
-        return is_over(operation.status()) || is_over(run_for(operation, seconds));
-    }, "operation"_a, "seconds"_a);
-
     nb::class_<Region>(m, "Region", nb::is_weak_referenceable())
         .def("__init__", [](Region* self, int rank, std::uint64_t number, const std::vector<Memory*>& parts) {
             std::vector<Memory> memories;

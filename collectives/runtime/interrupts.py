@@ -29,7 +29,7 @@ class HeldBack:
 
     def __enter__(self) -> None:
         self.came = None
-        if threading.current_thread() is threading.main_thread():
+        if threading.get_ident() == threading.main_thread().ident:
             handler = getsignal(_SIGINT)
             if callable(handler):
                 self._handler = handler

@@ -39,7 +39,8 @@ class Turns:
         """
         me, queue = threading.get_ident(), self._context.queue
         with self._lock:
-            queue.check(call)
+            if queue.broken or (queue.contact is not None and queue.contact.difference):
+                queue.check(call)
             fast_path = queue.fast_path
             if fast_path is not None and fast_path.inside == me:
                 fast_path.taken_over()
