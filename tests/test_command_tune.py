@@ -121,3 +121,12 @@ def test_help_starts_no_mpi():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: bitring tune" in done.stdout
+
+
+def test_between_nodes_others_must_be_clearly_faster_than_what_checks_itself():
+    from bitring.commands._tune import as_calls  # here, as it initialises MPI
+
+    found = as_calls({"leaders": 1.0, "ring": 0.96, "mpi": 0.9})
+    assert min(found, key=found.__getitem__) == "mpi"
+    del found["mpi"]
+    assert min(found, key=found.__getitem__) == "leaders"
