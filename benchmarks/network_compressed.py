@@ -8,7 +8,8 @@ looks for it first, but for ``check_finite=False``, with which DataParallel make
 Two yardsticks for each compressor, in the same run: its kernels on all ranks at once, without messages (each rank
 encodes the whole, decodes and adds all ranks' payloads of its chunk, encodes their sum, and decodes the whole), and a
 TCP stream of the bytes that it sends from a host. The larger of the two is what an exchange that hides the other cannot
-be faster than.
+be faster than. And for each kernel a limit of its own: the bytes that it cannot but move between memory and processor,
+over what np.add in place moves on all ranks at once.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hosts
 import numpy as np
 from network_allreduce import carry, make_stream, sizes
+
+
+class Kernel(NamedTuple):
+    """What one kind of kernel does in an exchange, and the bytes that it moves between memory and processor."""
+
+    call: Callable[[], None]
+    nbytes: int
 
 
 def main() -> int:
@@ -51,32 +59,48 @@ def shape_of(n: int) -> tuple[int, ...]:
     return (side, side) if side * side == n else (n,)
 
 
-def kernels(comm: Any, encoder: Any, gradient: Any) -> Callable[[], None]:
-    """What the encoder's kernels do in an owner exchange on this rank."""
+def kernels(comm: Any, encoder: Any, gradient: Any) -> dict[str, Kernel]:
+    """What the encoder's kernels do in an owner exchange on this rank: all, and each kind alone."""
     from bitring.compression.exchange.layout import lay_out
 
-    chunks = lay_out(encoder, [shape_of(gradient.size)], comm.size).segments
+    layout = lay_out(encoder, [shape_of(gradient.size)], comm.size)
+    pieces = list(layout.pieces)
     residual = np.zeros_like(gradient)
-    total = np.empty(max(b - a for chunk in chunks for segment in chunk for a, b, _ in segment), np.float32)
-    payload = np.empty(2 * encoder.nbytes(total.size), np.uint8)
+    total = np.empty(max(b - a for a, b, _ in pieces), np.float32)
+    payloads = [np.empty(each.nbytes(b - a), np.uint8) for a, b, each in pieces]
     out = gradient.copy()
+    (begin, end), n = layout.owned[comm.rank], gradient.size
 
-    def encode(each: Any, values: Any, left: Any) -> Any:
-        return payload[: each.encode(values, left, payload)]
+    def encode(k: int) -> None:
+        a, b, each = pieces[k]
+        each.encode(gradient[a:b], residual[a:b], payloads[k])
 
-    def work() -> None:
-        for owner, chunk in enumerate(chunks):
-            for segment in chunk:
-                for a, b, each in segment:
-                    code = encode(each, gradient[a:b], residual[a:b])
-                    each.decode(code, out[a:b])
-                    if owner != comm.rank:
-                        continue
-                    for r in range(comm.size):
-                        each.decode(code, total[: b - a], accumulate=r > 0)
-                    encode(each, total[: b - a], residual[a:b])
+    def decode(k: int) -> None:
+        a, b, each = pieces[k]
+        each.decode(payloads[k], out[a:b])
 
-    return work
+    def add(k: int) -> None:
+        a, b, each = pieces[k]
+        if begin <= a < end:
+            for r in range(comm.size):
+                each.decode(payloads[k], total[: b - a], accumulate=r > 0)
+            each.encode(total[: b - a], residual[a:b], payloads[k])
+
+    def each_piece(*kinds: Callable[[int], None]) -> Callable[[], None]:
+        def run() -> None:
+            for k in range(len(pieces)):
+                for kind in kinds:
+                    kind(k)
+
+        return run
+
+    encode_nbytes, sum_nbytes, decode_nbytes = 12 * n, 8 * (end - begin), 4 * n  # a sum itself stays in the cache
+    return {
+        "kernels": Kernel(each_piece(encode, decode, add), encode_nbytes + sum_nbytes + decode_nbytes),
+        "encode": Kernel(each_piece(encode), encode_nbytes),
+        "sum": Kernel(each_piece(add), sum_nbytes),
+        "decode": Kernel(each_piece(decode), decode_nbytes),
+    }
 
 
 def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
@@ -87,6 +111,7 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
     from bitring.commands._ranks import ending_together, limit_threads
     from bitring.compression.encoder import compressors
     from bitring.nodes import describe
+    from bitring.settings import make
 
     comm = MPI.COMM_WORLD
     with ending_together(comm):
@@ -103,12 +128,16 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
             )
         check(comm, x, gradient, plans)
         calls: dict[str, Callable[[], None]] = {"library": partial(comm.Allreduce, MPI.IN_PLACE, x), **plans}
+        zeros = np.zeros_like(x)
+        calls["memory"] = partial(np.add, zeros, gradient, out=zeros)
+        parts: dict[str, dict[str, Kernel]] = {}
         for name in asked.compressors:
             plan = plans[name]
             before = plan.bytes_sent
             plan()
             sent = comm.allreduce(plan.bytes_sent - before) // lab.hosts
-            calls[f"{name}: kernels"] = kernels(comm, compressors.get(name)(), gradient)
+            parts[name] = kernels(comm, make(name, compressors), gradient)
+            calls |= {f"{name}: {part}": kernel.call for part, kernel in parts[name].items()}
             calls[f"{name}: wire"] = partial(carry, stream, memoryview(bytearray(sent if stream else 0)))
         taken: dict[str, list[float]] = {name: [] for name in calls}
         told: dict[str, list[dict[str, Any]]] = {label: [] for label in compressor_of}
@@ -121,6 +150,8 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
                     if name in told:
                         told[name].append(vars(plans[name].telemetry))
         rows = [row(name, compressor_of.get(name), taken, told) for name in ("library", *plans)]
+        bandwidth = comm.size * 12 * x.size / statistics.median(taken["memory"])
+        limits = {name: limits_of(comm, name, parts[name], taken, bandwidth) for name in asked.compressors}
         if comm.rank == 0:
             print(f"{'':<21}{'median':>10}{'library':>10}{'exact':>8}{'kernels':>11}{'wire':>11}{'of the limit':>14}")
             for each in rows:
@@ -131,8 +162,15 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
                 "nbytes": x.nbytes,
                 "network": {"emulated": True, **lab._asdict()},
                 "machine": machine,
+                "memory_bandwidth": bandwidth,
+                "limits": limits,
                 "results": rows,
             }
+            for name, found in limits.items():
+                print(f"\n{name}, at {bandwidth / 1e9:.3g} GB/s of the memory")
+                for part, each in found.items():
+                    share = f"{each['of_the_memory']:.0%} of the memory's speed"
+                    print(f"{part:<10}{each['seconds'] * 1e3:>8.3g} ms  {share}")
             if asked.json:
                 asked.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
@@ -185,6 +223,17 @@ def row(
             key: statistics.median(run[key] for run in told[name])
             for key in ("encode_seconds", "decode_seconds", "wire_seconds", "wait_seconds", "bytes_sent", "contraction")
         }
+    return found
+
+
+def limits_of(
+    comm: Any, compressor: str, parts: dict[str, Kernel], taken: dict[str, list[float]], bandwidth: float
+) -> dict[str, dict[str, float]]:
+    """Of each kind of kernel, on all ranks at once: seconds, and the share of them that moving its bytes takes."""
+    found: dict[str, dict[str, float]] = {}
+    for part, kernel in parts.items():
+        seconds, nbytes = statistics.median(taken[f"{compressor}: {part}"]), comm.allreduce(kernel.nbytes)
+        found[part] = {"seconds": seconds, "nbytes": nbytes, "of_the_memory": nbytes / bandwidth / seconds}
     return found
 
 

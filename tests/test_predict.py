@@ -11,7 +11,7 @@ from bitring.compression.exchange.layout import lay_out
 from bitring.compression.exchange.owner_schedule import encoders
 from bitring.models.architecture import LayerTable, layer_table
 from bitring.training.prediction import predict as module
-from bitring.training.prediction.cluster import BUILT_IN, Cluster, Machine
+from bitring.training.prediction.cluster import BUILT_IN, Cluster, Kernel, Machine
 from bitring.training.prediction.predict import Prediction, predict
 
 pytestmark = pytest.mark.single
@@ -55,6 +55,21 @@ def test_a_step_by_hand_where_all_but_the_wire_is_free(ranks: int):
     assert found["sufficient_factors"].nbytes == (ranks - 1) * 4 * (4096 + 4096)
     assert found["sufficient_factors"].wire == pytest.approx((ranks - 1) * 4 * (4096 + 4096) / GBIT)
     assert [each.exchange for each in found.values() if each.lossless] == ["exact", "mpi", "sufficient_factors"]
+
+
+def test_what_is_flat_takes_as_long_as_its_own_kernels():
+    """A matrix has panels with levels of rank one, what has no rows blocks: other kernels, timed apart."""
+    kernels = {"onebit": Kernel(3e-9, 2e-9), "onebit, flat": Kernel(1e-9, 0.5e-9), "sign": Kernel(4e-9, 4e-9)}
+    machine, cluster, n = dataclasses.replace(FREE, kernels=kernels), Cluster(4, 4, math.inf, latency=0.0), 1 << 20
+    matrix = LayerTable("fc", "dense", (("fc.weight", (1024, 1024)),), 0)
+    flat = LayerTable("scale", "normal", (("scale.weight", (n,)),), 0)
+    for layers, encode, decode in (([matrix], 3e-9, 2e-9), ([flat], 1e-9, 0.5e-9), ([matrix, flat], 4e-9, 2.5e-9)):
+        found = by_name(layers, cluster, machine, compute=1.0)
+        assert found["onebit"].encode == pytest.approx(5 / 4 * encode * n)
+        assert found["onebit"].decode == pytest.approx(2 * decode * n)
+        assert found["sign"].encode == pytest.approx(5 / 4 * 4e-9 * n * len(layers))
+    old = dataclasses.replace(machine, kernels={"onebit": Kernel(3e-9, 2e-9)})  # before they were timed apart
+    assert by_name([flat], cluster, old, compute=1.0)["onebit"].encode == pytest.approx(5 / 4 * 3e-9 * n)
 
 
 def test_every_encoder_is_there():

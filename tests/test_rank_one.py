@@ -14,6 +14,7 @@ import bitring
 from bitring.compression.encoder import VALUE_DTYPES, residual_dtype
 from bitring.compression.encoders.onebit import OneBit
 from bitring.compression.exchange.layout import lay_out
+from bitring.compression.kernels.rank_one_numba import LARGE
 from bitring.compression.rank_one import COLUMN_NBITS, RankOne, _coded, _decoded
 
 pytestmark = pytest.mark.single
@@ -92,6 +93,22 @@ def test_kernels_equal_the_numpy_code(
             panels.decode(payload[1 : used + 1], out[:-1], accumulate)
             in_numpy.decode.__wrapped__(panels, payload[1 : used + 1], expected_out[:-1], accumulate)
             assert out.tobytes() == expected_out.tobytes()
+
+
+@each_dtype
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("columns", [4099, 4096 + 24])
+def test_large_panels_decode_wherever_they_lie(dtype: Any, first: int, columns: int) -> None:
+    """Rows go past the cache, but for those that begin anywhere."""
+    panels, n = RankOne(columns, 64), 64 * columns
+    assert n * dtype.itemsize >= LARGE
+    payload, _ = encoded(panels, matrix(64, columns).astype(np.float32))
+    expected = np.empty(n, dtype)
+    cast(Any, RankOne).decode.__wrapped__(panels, payload, expected)
+    out = np.full(n + 2, 7, dtype)
+    panels.decode(payload, out[first : first + n])
+    assert out[first : first + n].tobytes() == expected.tobytes()
+    assert float(out[first - 1]) == float(out[first + n]) == 7
 
 
 @each_dtype

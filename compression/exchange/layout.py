@@ -4,7 +4,7 @@ segments of chunks."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,9 +34,14 @@ class Layout:
     owned: tuple[Extent, ...]
 
     @property
+    def pieces(self) -> Iterator[Piece]:
+        """Of all segments, in order."""
+        return (piece for chunk in self.segments for segment in chunk for piece in segment)
+
+    @property
     def encoders(self) -> dict[Encoder, None]:
         """Those of the pieces, in order, each once."""
-        return dict.fromkeys(piece.encoder for chunk in self.segments for segment in chunk for piece in segment)
+        return dict.fromkeys(piece.encoder for piece in self.pieces)
 
     @property
     def expected_nbytes(self) -> float:

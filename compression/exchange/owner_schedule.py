@@ -11,6 +11,11 @@ encoders: Registry[Encoder] = Registry("encoder", Encoder, "compression/encoders
 """The compressors that use the owner exchange. Naming them imports nothing."""
 
 
+def flat_name(name: str, encoder: Encoder) -> str:
+    """The name under which kernels for flat values are measured: ``name`` is that of those for matrices."""
+    return name if encoder.for_shape((1024, 1024)) is encoder else f"{name}, flat"
+
+
 class Times(NamedTuple):
     """Seconds of an exchange: what a rank encodes, what its wire carries, what it decodes, and from start to end."""
 

@@ -1,9 +1,10 @@
 """1-bit panels with levels of rank one on host memory, compiled by Numba. What they compute: ``rank_one.py``, bit for
 bit.
 
-Values are taken in groups of 32 of a row, as vectors of 8 lanes; a panel is passed over twice. Numbers of columns lie
-in two arrays, as long as a row and a group: their sums, in which the first pass adds, and the numbers made of them.
-Inside, arrays are addresses of any alignment; ``like`` is a pointer that tells a kernel the type of its values.
+Values are taken in groups of 32 of a row. A panel is passed over twice, from its first row to the last and back; in
+between v is where the residual is. Numbers of columns lie in two arrays, as long as a row and a group: their sums, in
+which the first pass adds, and the numbers made of them. Decoded values of large buffers go past the cache. Inside,
+arrays are addresses of any alignment; ``like`` is a pointer that tells a kernel the type of its values.
 """
 
 from __future__ import annotations
@@ -12,44 +13,52 @@ from typing import Any
 
 import numpy as np
 
-from bitring.compression.kernels.doubles_numba import NEGATIVE, OTHERS, sum_in_doubles
+from bitring.compression.kernels.doubles_numba import NEGATIVE, OTHERS, sum_of_v_in_doubles
 from bitring.compression.kernels.jit import shared
 from bitring.compression.kernels.onebit_numba import GROUP, PARTS, WORD_NBYTES, _group, _ones, _total
-from bitring.compression.kernels.rank_one_rows_numba import leave, scan, unpack, wide_nbytes, wide_total
+from bitring.compression.kernels.rank_one_columns_numba import (
+    COLUMN_NBITS,
+    ONE,
+    STEP,
+    columns_nbytes,
+    put_column_codes,
+    put_numbers,
+)
+from bitring.compression.kernels.rank_one_rows_numba import ADD, PAST_CACHE, REPLACE, STORED_NBYTES, leave, scan, unpack
 from bitring.compression.kernels.vectors_numba import (
     LARGEST,
     PART,
     address,
     clear,
     copy,
+    end_of_stores,
     get,
     itemsize,
     put,
 )
 
 HEAD_NBYTES = 8  # two float32 before the codes
-COLUMN_NBITS, ROW_NBITS = 3, 4
+ROW_NBITS = 4
+ROW_TOP = (1 << ROW_NBITS) - 1
+LARGE = 1 << 19  # bytes of decoded values that will not be in the cache when they are needed
 ROW_SUMS_NBYTES = 32  # four float64: the sum and the count of negative values, then of the others
-STEP = 22
-ONE = 0x3F800000 >> STEP
 
 
 @shared
-def _code(ratio: Any, nbits: int) -> Any:
-    """The code of a float32 from 0 to 1."""
-    if not ratio >= 2.0 ** -(1 << nbits - 1):
+def _code(ratio: Any) -> Any:
+    """The code of a row's float32 from 0 to 1."""
+    if not ratio >= 2.0 ** -(1 << ROW_NBITS - 1):
         return 0
-    top = (1 << nbits) - 1
     bits = np.int64(np.float32(ratio).view(np.uint32))
-    return min(max(((bits + (1 << (STEP - 1))) >> STEP) - ONE + top, 1), top)
+    return min(max(((bits + (1 << (STEP - 1))) >> STEP) - ONE + ROW_TOP, 1), ROW_TOP)
 
 
 @shared
-def _number(code: int, nbits: int) -> Any:
-    """What a code says."""
+def _number(code: int) -> Any:
+    """What a row's code says."""
     if code == 0:
         return np.float32(0)
-    return np.uint32((code - ((1 << nbits) - 1) + ONE) << STEP).view(np.float32)
+    return np.uint32((code - ROW_TOP + ONE) << STEP).view(np.float32)
 
 
 @shared
@@ -58,53 +67,6 @@ def _row_group(columns: int) -> Any:
     while group * columns < 256:
         group *= 2
     return group
-
-
-@shared
-def _columns_nbytes(columns: int, group: int) -> Any:
-    return (COLUMN_NBITS * ((columns + group - 1) // group) + 7) // 8
-
-
-@shared
-def _put_numbers(codes: int, columns: int, group: int, numbers: int) -> Any:
-    """Write what the codes say for each of the columns; returns their sum."""
-    total = 0.0
-    for k in range(0, columns, group):
-        at = k // group * COLUMN_NBITS
-        code: Any = np.int64(get(codes + at // 8, np.uint8(0))) >> (at % 8)
-        if at % 8 > 8 - COLUMN_NBITS:
-            code |= np.int64(get(codes + at // 8 + 1, np.uint8(0))) << (8 - at % 8)
-        number = _number(code & ((1 << COLUMN_NBITS) - 1), COLUMN_NBITS)
-        for j in range(k, min(k + group, columns)):
-            put(numbers + 2 * j, np.uint16(np.float32(number).view(np.uint32) >> 16))
-            total += np.float64(number)
-    return total
-
-
-@shared
-def _put_column_codes(sums: int, codes: int, columns: int, group: int, values: Any) -> None:
-    """Write the codes of groups of columns, whose sums are overwritten by their means."""
-    nbytes = wide_nbytes(values)
-    largest, finite = wide_total(sums, 0, values) * np.float32(0), True
-    for k in range(0, columns, group):
-        total = wide_total(sums, k, values)
-        for j in range(k + 1, min(k + group, columns)):
-            total += wide_total(sums, j, values)
-        mean = total if group == 1 else total / np.float32(min(group, columns - k))
-        finite = finite and mean - mean == 0
-        if mean > largest or k == 0:
-            largest = mean
-        put(sums + k // group * nbytes, mean)
-    clear(codes, _columns_nbytes(columns, group))
-    if not (finite and largest > 0):
-        return
-    for k in range((columns + group - 1) // group):
-        code = _code(np.float32(wide_total(sums, k, values) / largest), COLUMN_NBITS)
-        at = codes + k * COLUMN_NBITS // 8
-        shifted = code << (k * COLUMN_NBITS % 8)
-        put(at, np.uint8(get(at, np.uint8(0)) | (shifted & 255)))
-        if shifted > 255:
-            put(at + 1, np.uint8(shifted >> 8))
 
 
 @shared
@@ -121,7 +83,7 @@ def _put_row_codes(sums: int, row_groups: int, which: int, codes: int, mean: flo
             largest = largest if largest - largest != 0 else x
     for k in range(row_groups):
         x = get(sums + k * ROW_SUMS_NBYTES + which * 16, np.float32(0))
-        code = _code(np.float32(x / largest), ROW_NBITS) if finite and largest > 0 else 0
+        code = _code(np.float32(x / largest)) if finite and largest > 0 else 0
         put(codes + k, np.uint8(get(codes + k, np.uint8(0)) | (code << (which * ROW_NBITS))))
     level = np.float64(largest) / (mean if mean > 0 else 1.0)
     return np.float32(min(level, LARGEST) if finite else level)
@@ -149,7 +111,7 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
         rows = min(most, (n - first) // columns)
         row_groups = (rows + row_group - 1) // row_group
         codes = code + HEAD_NBYTES
-        row_codes = codes + _columns_nbytes(columns, group)
+        row_codes = codes + columns_nbytes(columns, group)
         bits = row_codes + row_groups
         if bits + rows * row_nbytes > end:
             return -1
@@ -167,6 +129,7 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
                 scan(last_here, last_left, last_bits, PARTS, sums, column_sums + groups * GROUP * wide, values)
                 put(last_bits, get(last_bits, np.uint32(0)) & np.uint32((1 << rest) - 1))
                 copy(b + tail_bits, last_bits, (rest + 7) // 8)
+                copy(r + tail_wide, last_left, rest * wide)
             elif rest:
                 put(last_bits, np.uint32(0))
                 copy(last_bits, b + tail_bits, rest // 8)
@@ -175,34 +138,34 @@ def encode(values: Any, residual: Any, n: int, payload: Any, capacity: int, seed
             low, high = _total(sums, values), _total(sums + GROUP * wide, values)
             begin = first + i * columns
             if low - low != 0:
-                low = sum_in_doubles(values, residual, begin, begin + columns, GROUP, NEGATIVE)
+                low = sum_of_v_in_doubles(residual, begin, begin + columns, GROUP, NEGATIVE)
             if high - high != 0:
-                high = sum_in_doubles(values, residual, begin, begin + columns, GROUP, OTHERS)
+                high = sum_of_v_in_doubles(residual, begin, begin + columns, GROUP, OTHERS)
             at = row_sums + i // row_group * ROW_SUMS_NBYTES
             put(at, get(at, 0.0) + low)
             put(at + 8, get(at + 8, 0.0) + (columns - highs))
             put(at + 16, get(at + 16, 0.0) + high)
             put(at + 24, get(at + 24, 0.0) + highs)
-        _put_column_codes(column_sums, codes, columns, group, values)
-        mean = _put_numbers(codes, columns, group, numbers) / columns
+        put_column_codes(column_sums, codes, columns, group, values)
+        mean = put_numbers(codes, columns, group, numbers) / columns
         clear(row_codes, row_groups)
         low_level = -_put_row_codes(row_sums, row_groups, 0, row_codes, mean)
         high_level = _put_row_codes(row_sums, row_groups, 1, row_codes, mean)
         put(code, low_level)
         put(code + 4, high_level)
-        for i in range(rows):
+        for k in range(rows):
+            i = rows - 1 - k  # the last row is the likeliest to be in the cache
             byte: Any = np.int64(get(row_codes + i // row_group, np.uint8(0)))
-            low_row = low_level * _number(byte & ((1 << ROW_NBITS) - 1), ROW_NBITS)
-            high_row = high_level * _number(byte >> ROW_NBITS, ROW_NBITS)
-            leave(here, left, parts, low_row, high_row, numbers, values)
+            low_row = low_level * _number(byte & ROW_TOP)
+            high_row = high_level * _number(byte >> ROW_NBITS)
+            r = left + i * columns * wide
+            leave(r, parts, low_row, high_row, numbers, values)
             if odd:
-                place, place_wide = here + parts * PART * nbytes, left + parts * PART * wide
-                copy(last_here, place, odd * nbytes)
-                copy(last_left, place_wide, odd * wide)
-                leave(last_here, last_left, 1, low_row, high_row, numbers + parts * PART * 2, values)
-                copy(place_wide, last_left, odd * wide)
-            here += columns * nbytes
-            left += columns * wide
+                copy(last_left, r + parts * PART * wide, odd * wide)
+                leave(last_left, 1, low_row, high_row, numbers + parts * PART * 2, values)
+                copy(r + parts * PART * wide, last_left, odd * wide)
+        here += rows * columns * nbytes
+        left += rows * columns * wide
         code = bits + rows * row_nbytes
     return code - address(payload)
 
@@ -220,32 +183,38 @@ def decode(payload: Any, nbytes: int, out: Any, n: int, accumulate: int, setting
     here, code = address(out), address(payload)
     end = code + nbytes
     last_here = _group()
+    adds = ADD if accumulate else REPLACE
+    large = not accumulate and n * size >= LARGE
     row_group = _row_group(columns)
     for first in range(0, n, columns * most):
         rows = min(most, (n - first) // columns)
         row_groups = (rows + row_group - 1) // row_group
         codes = code + HEAD_NBYTES
-        row_codes = codes + _columns_nbytes(columns, group)
+        row_codes = codes + columns_nbytes(columns, group)
         bits = row_codes + row_groups
         if bits + rows * row_nbytes > end:
             return -1
         used = (columns + group - 1) // group * COLUMN_NBITS % 8
         if used and get(row_codes - 1, np.uint8(0)) >> used:
             return -1
-        _put_numbers(codes, columns, group, numbers)
+        put_numbers(codes, columns, group, numbers)
         low_level, high_level = get(code, np.float32(0)), get(code + 4, np.float32(0))
         for i in range(rows):
             byte: Any = np.int64(get(row_codes + i // row_group, np.uint8(0)))
-            low = low_level * _number(byte & ((1 << ROW_NBITS) - 1), ROW_NBITS)
-            high = high_level * _number(byte >> ROW_NBITS, ROW_NBITS)
-            unpack(bits, here, parts, low, high, numbers, accumulate != 0, out)
+            low = low_level * _number(byte & ROW_TOP)
+            high = high_level * _number(byte >> ROW_NBITS)
+            unpack(
+                bits, here, parts, low, high, numbers, PAST_CACHE if large and not here % STORED_NBYTES else adds, out
+            )
             if odd:
                 if get(bits + parts, np.uint8(0)) >> odd:
                     return -1
                 copy(last_here, here + tail, odd * size)
-                unpack(bits + parts, last_here, 1, low, high, numbers + parts * PART * 2, accumulate != 0, out)
+                unpack(bits + parts, last_here, 1, low, high, numbers + parts * PART * 2, adds, out)
                 copy(here + tail, last_here, odd * size)
             here += columns * size
             bits += row_nbytes
         code = bits
+    if large:
+        end_of_stores()
     return 0 if code == end and n % columns == 0 else -1

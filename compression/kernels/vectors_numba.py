@@ -10,6 +10,7 @@ Python.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -25,6 +26,7 @@ FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 I1, I8, I16, I32, I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
 WORDS, FLOATS = ir.VectorType(I32, PART), ir.VectorType(FLOAT, PART)
 POINTER = I8.as_pointer()
+LANE_NBYTES = {I16: 2, FLOAT: 4, DOUBLE: 8}
 
 intrinsic: Any = numba_intrinsic  # whose functions lack, when called, the first parameter of their definition
 
@@ -33,15 +35,15 @@ _intrinsic_of_constants: Any = numba_intrinsic(prefer_literal=True)
 
 
 class Kind:
-    """How 8 values are loaded, computed with (in float32, or float64 for float64) and stored."""
+    """How a part of so many values is loaded, computed with (in float32, or float64 for float64) and stored."""
 
-    def __init__(self, like: Any) -> None:
+    def __init__(self, like: Any, lanes: int = PART) -> None:
         self.dtype = like.dtype
         stored = {types.float32: FLOAT, types.float64: DOUBLE}.get(like.dtype, I16)
-        self.stored = ir.VectorType(stored, PART)
-        self.stored_nbytes = like.dtype.bitwidth // 8 * PART
-        self.wide = ir.VectorType(DOUBLE if stored == DOUBLE else FLOAT, PART)
-        self.wide_nbytes = max(self.stored_nbytes, 4 * PART)
+        self.stored = ir.VectorType(stored, lanes)
+        self.stored_nbytes = like.dtype.bitwidth // 8 * lanes
+        self.wide = ir.VectorType(DOUBLE if stored == DOUBLE else FLOAT, lanes)
+        self.wide_nbytes = max(self.stored_nbytes, 4 * lanes)
 
     def load(self, builder: Any, array: Any, part: Any) -> Any:
         """Part number ``part`` of the stored values at ``array``, widened exactly."""
@@ -69,17 +71,17 @@ class Kind:
 
 
 def _bfloat16_to_float32(b: Any, x: Any) -> Any:
-    return b.bitcast(b.shl(b.zext(x, WORDS), _words(16)), FLOATS)
+    number, words, floats, _ = _as(x)
+    return b.bitcast(b.shl(b.zext(x, words), number(16)), floats)
 
 
 def _float32_to_bfloat16(b: Any, x: Any) -> Any:
-    bits = b.bitcast(x, WORDS)
-    odd = b.and_(b.lshr(bits, _words(16)), _words(1))
-    rounded = b.add(bits, b.add(odd, _words(0x7FFF)))
-    quiet = b.or_(bits, _words(0x400000))  # rounding could make a NaN an infinity
-    return b.trunc(
-        b.lshr(b.select(b.fcmp_unordered("uno", x, x), quiet, rounded), _words(16)), ir.VectorType(I16, PART)
-    )
+    number, words, _, halves = _as(x)
+    bits = b.bitcast(x, words)
+    odd = b.and_(b.lshr(bits, number(16)), number(1))
+    rounded = b.add(bits, b.add(odd, number(0x7FFF)))
+    quiet = b.or_(bits, number(0x400000))  # rounding could make a NaN an infinity
+    return b.trunc(b.lshr(b.select(b.fcmp_unordered("uno", x, x), quiet, rounded), number(16)), halves)
 
 
 # LLVM's own float16 conversions call a library, absent here, where the processor has none. These are integer
@@ -87,39 +89,44 @@ def _float32_to_bfloat16(b: Any, x: Any) -> Any:
 
 
 def _float16_to_float32(b: Any, x: Any) -> Any:
-    bits = b.zext(x, WORDS)
-    magnitude = b.shl(b.and_(bits, _words(0x7FFF)), _words(13))
-    exponent = b.and_(magnitude, _words(31 << 23))
-    normal = b.add(magnitude, _words((127 - 15) << 23))
-    special = b.add(normal, _words((128 - 16) << 23))  # infinity, NaN
-    tiny = b.fsub(b.bitcast(b.add(normal, _words(1 << 23)), FLOATS), b.bitcast(_words((127 - 14) << 23), FLOATS))
-    result = b.select(b.icmp_unsigned("==", exponent, _words(31 << 23)), special, normal)
-    result = b.select(b.icmp_unsigned("==", exponent, _words(0)), b.bitcast(tiny, WORDS), result)
-    return b.bitcast(b.or_(result, b.shl(b.and_(bits, _words(0x8000)), _words(16))), FLOATS)
+    number, words, floats, _ = _as(x)
+    bits = b.zext(x, words)
+    magnitude = b.shl(b.and_(bits, number(0x7FFF)), number(13))
+    exponent = b.and_(magnitude, number(31 << 23))
+    normal = b.add(magnitude, number((127 - 15) << 23))
+    special = b.add(normal, number((128 - 16) << 23))  # infinity, NaN
+    tiny = b.fsub(b.bitcast(b.add(normal, number(1 << 23)), floats), b.bitcast(number((127 - 14) << 23), floats))
+    result = b.select(b.icmp_unsigned("==", exponent, number(31 << 23)), special, normal)
+    result = b.select(b.icmp_unsigned("==", exponent, number(0)), b.bitcast(tiny, words), result)
+    return b.bitcast(b.or_(result, b.shl(b.and_(bits, number(0x8000)), number(16))), floats)
 
 
 def _float32_to_float16(b: Any, x: Any) -> Any:
-    bits = b.bitcast(x, WORDS)
-    magnitude = b.and_(bits, _words(0x7FFFFFFF))
-    odd = b.and_(b.lshr(magnitude, _words(13)), _words(1))
-    normal = b.lshr(b.sub(b.add(b.add(magnitude, odd), _words(0xFFF)), _words((127 - 15) << 23)), _words(13))
-    half = _words((127 - 1) << 23)  # 0.5, whose last bit is float16's smallest number
-    tiny = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, FLOATS), b.bitcast(half, FLOATS)), WORDS), half)
-    special = b.select(b.icmp_unsigned(">", magnitude, _words(255 << 23)), _words(0x7E00), _words(0x7C00))
-    result = b.select(b.icmp_unsigned("<", magnitude, _words((127 - 14) << 23)), tiny, normal)
-    result = b.select(b.icmp_unsigned(">=", magnitude, _words((127 + 16) << 23)), special, result)
-    sign = b.and_(b.lshr(bits, _words(16)), _words(0x8000))
-    return b.trunc(b.or_(result, sign), ir.VectorType(I16, PART))
+    number, words, floats, halves = _as(x)
+    bits = b.bitcast(x, words)
+    magnitude = b.and_(bits, number(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, number(13)), number(1))
+    normal = b.lshr(b.sub(b.add(b.add(magnitude, odd), number(0xFFF)), number((127 - 15) << 23)), number(13))
+    half = number((127 - 1) << 23)  # 0.5, whose last bit is float16's smallest number
+    tiny = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, floats), b.bitcast(half, floats)), words), half)
+    special = b.select(b.icmp_unsigned(">", magnitude, number(255 << 23)), number(0x7E00), number(0x7C00))
+    result = b.select(b.icmp_unsigned("<", magnitude, number((127 - 14) << 23)), tiny, normal)
+    result = b.select(b.icmp_unsigned(">=", magnitude, number((127 + 16) << 23)), special, result)
+    sign = b.and_(b.lshr(bits, number(16)), number(0x8000))
+    return b.trunc(b.or_(result, sign), halves)
 
 
-def _words(x: int) -> Any:
-    return ir.Constant(WORDS, [x] * PART)
+def _as(x: Any) -> tuple[Callable[[int], Any], Any, Any, Any]:
+    """For lanes as many as those of ``x``: a whole number in all, and types of words, floats and 16 bits."""
+    lanes = x.type.count
+    words = ir.VectorType(I32, lanes)
+    return lambda k: ir.Constant(words, [k] * lanes), words, ir.VectorType(FLOAT, lanes), ir.VectorType(I16, lanes)
 
 
-def splat(builder: Any, x: Any) -> Any:
+def splat(builder: Any, x: Any, lanes: int = PART) -> Any:
     """The number ``x`` in every lane."""
-    vector = builder.insert_element(ir.Constant(ir.VectorType(x.type, PART), ir.Undefined), x, I32(0))
-    return builder.shuffle_vector(vector, vector, _words(0))
+    vector = builder.insert_element(ir.Constant(ir.VectorType(x.type, lanes), ir.Undefined), x, I32(0))
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def element(builder: Any, address: Any, index: Any, nbytes: int) -> Any:
@@ -137,6 +144,18 @@ def write(builder: Any, x: Any, address: Any) -> None:
     builder.store(x, builder.inttoptr(address, x.type.as_pointer()), align=1)
 
 
+def write_past_cache(builder: Any, x: Any, address: Any, count: int) -> None:
+    """Put ``x`` at ``address`` in so many equal pieces, a multiple of whose length it is, without room in the cache."""
+    lanes = x.type.count // count
+    now = builder.module.add_metadata([I32(1)])
+    for k in range(count):
+        lane = ir.Constant(ir.VectorType(I32, lanes), list(range(k * lanes, (k + 1) * lanes)))
+        piece = builder.shuffle_vector(x, x, lane)
+        nbytes = LANE_NBYTES[x.type.element] * lanes
+        place = builder.inttoptr(builder.add(address, I64(k * nbytes)), piece.type.as_pointer())
+        builder.store(piece, place, align=nbytes).set_metadata("nontemporal", now)
+
+
 def not_negative(builder: Any, v: Any) -> Any:
     """v >= 0 lane by lane: true for -0.0, false for NaN."""
     return builder.fcmp_ordered(">=", v, ir.Constant(v.type, None))
@@ -150,6 +169,17 @@ def prefetch(builder: Any, address: Any, nbytes: int) -> None:
     for offset in range(0, nbytes, LINE_NBYTES):
         line = builder.inttoptr(builder.add(address, I64(offset)), POINTER)
         builder.call(prefetch, [line, I32(0), I32(3), I32(1)])  # to read, to the nearest cache, data
+
+
+@intrinsic
+def end_of_stores(typing: Any) -> Any:
+    """What was put past the cache is there for other threads before anything that is stored from now on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic

@@ -61,7 +61,8 @@ class Machine:
     ``DataParallel`` does beside exchanging: NaN check, packing, and the update by SGD with momentum; ``step_array``:
     seconds that each parameter adds, whatever its size. ``powersgd``, ``powersgd_together``, ``powersgd_array``: of
     what PowerSGD computes, likewise. ``cores``: of a node. ``kernels``, ``kernels_together``: by encoder, of a rank
-    alone and of each of ``together`` at once. ``wire``: the part of a network's bandwidth that payloads get.
+    alone and of each of ``together`` at once; of flat values by ``flat_name``. ``wire``: the part of a network's
+    bandwidth that payloads get.
     ``local_latency``: seconds to meet the ranks of the same node. ``latency``, ``bandwidth``: seconds per message
     between nodes, and bytes per second of payload that each node sends to the next while all do; None where they were
     not measured. ``wire_work``: seconds of its processor for a byte that a rank sends and one that it receives.

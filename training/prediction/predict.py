@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bitring.compression.exchange.layout import lay_out, segment_length
-from bitring.compression.exchange.owner_schedule import Times, encoders, owner_seconds
+from bitring.compression.exchange.owner_schedule import Times, encoders, flat_name, owner_seconds
 from bitring.models.architecture import LayerTable
 from bitring.training.prediction.cluster import Cluster, Machine
 from bitring.training.prediction.network import ITEMSIZE, Network
@@ -284,19 +284,28 @@ class _Step:
         between = not network.inside and self.cluster.ranks_per_node > 1
         among, lanes = (self.cluster.nodes, self.cluster.ranks_per_node) if between else (self.cluster.ranks, 1)
         some = 1 << 20
-        kernel, measured = machine.kernel(name, encoder.expected_nbytes(some) / some, self.sharing, self.overlap)
+        (kernel, measured), (of_flat, found) = (
+            machine.kernel(each, encoder.expected_nbytes(some) / some, self.sharing, self.overlap)
+            for each in (name, flat_name(name, encoder))
+        )
+        if not found:
+            of_flat = kernel
 
         def exchange(bucket: BucketSizes) -> _Exchange:
             if not bucket.compressed:
                 return self._exactly(bucket)
             n = sum(self.values[each] for each in bucket.names)
             layout = lay_out(encoder, [self.shapes[each] for each in bucket.names], among)
+            flat = sum(piece.stop - piece.start for piece in layout.pieces if piece.encoder == encoder)
             payload = layout.expected_nbytes
             chunk = -(-n // (lanes * among))
+            encode, decode = (
+                (n - flat) * each + flat * each_flat for each, each_flat in zip(kernel, of_flat, strict=True)
+            )
             times = owner_seconds(
                 among,
-                kernel.encode * n / lanes,
-                kernel.decode * n / lanes,
+                encode / lanes,
+                decode / lanes,
                 payload,  # of all lanes, which share the node's wire
                 alpha=network.alpha,
                 beta=network.beta,

@@ -27,7 +27,7 @@ from bitring.commands._wire import wire
 from bitring.compression.encoder import Encoder, residual_dtype
 from bitring.compression.exchange.exchange import Exchange
 from bitring.compression.exchange.once_a_node import once_a_node
-from bitring.compression.exchange.owner_schedule import encoders
+from bitring.compression.exchange.owner_schedule import encoders, flat_name
 from bitring.compression.reducer import unflatten
 from bitring.compression.reducers import powersgd
 from bitring.nodes import describe
@@ -106,11 +106,14 @@ def run(
 def _checked(
     comm: MPI.Intracomm, json_path: Path | None, plot: Path | None, names: list[str] | None, dtypes: list[str], n: int
 ) -> dict[str, Encoder]:
-    """Name -> encoder, of a square weight of ``n`` values where that can be: some encode it otherwise than a buffer."""
+    """Name -> encoder, of a square weight of ``n`` values where that can be; and of a buffer, where that is another."""
     side = math.isqrt(n)
-    chosen = {name: make(name, encoders) for name in names or encoders.names()}
-    if side * side == n:
-        chosen = {name: encoder.for_shape((side, side)) for name, encoder in chosen.items()}
+    chosen: dict[str, Encoder] = {}
+    for name in names or encoders.names():
+        encoder = make(name, encoders)
+        chosen[name] = encoder.for_shape((side, side)) if side * side == n else encoder
+        if chosen[name] is not encoder:
+            chosen[flat_name(name, encoder)] = encoder
     for name in dtypes:
         residual_dtype(dtype_of(name))
     if comm.rank != 0:
