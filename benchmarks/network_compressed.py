@@ -3,8 +3,9 @@
     python benchmarks/network_compressed.py --hosts 4 --rate 1gbit --json FILE
 
 Starts the hosts (hosts.py; needs root) and runs itself on them. One float32 gradient, summed in place; the contenders
-take turns, and a time is the median of its samples, each the slowest rank's. Exact sums pass NaN on; a compressed plan
-looks for it first, but for ``check_finite=False``, with which DataParallel makes it, having looked itself: "unchecked".
+take turns, and a time is the median of its samples, each from the first rank's begin to the last one's end. Exact sums
+pass NaN on; a compressed plan looks for it first, but for ``check_finite=False``, with which DataParallel makes it,
+having looked itself: "unchecked".
 Two yardsticks for each compressor, in the same run: its kernels on all ranks at once, without messages (each rank
 encodes the whole, decodes and adds all ranks' payloads of its chunk, encodes their sum, and decodes the whole), and a
 TCP stream of the bytes that it sends from a host. The larger of the two is what an exchange that hides the other cannot
@@ -153,7 +154,7 @@ def work(asked: argparse.Namespace, lab: hosts.Lab) -> None:
         bandwidth = comm.size * 12 * x.size / statistics.median(taken["memory"])
         limits = {name: limits_of(comm, name, parts[name], taken, bandwidth) for name in asked.compressors}
         if comm.rank == 0:
-            print(f"{'':<21}{'median':>10}{'library':>10}{'exact':>8}{'kernels':>11}{'wire':>11}{'of the limit':>14}")
+            print(f"{'':<31}{'median':>10}{'library':>10}{'exact':>8}{'kernels':>11}{'wire':>11}{'of the limit':>14}")
             for each in rows:
                 print(line(each))
             kept = {
@@ -193,15 +194,16 @@ def check(comm: Any, x: Any, gradient: Any, plans: dict[str, Any]) -> None:
 
 
 def timed(comm: Any, call: Callable[[], None]) -> float:
-    """Seconds of a call on the slowest rank. Collective."""
+    """Seconds from when the first rank begins to when the last is done: the hosts share a clock. Collective."""
     comm.Barrier()
     begin = time.perf_counter()
     call()
-    seconds = time.perf_counter() - begin
+    end = time.perf_counter()
     done = comm.Ibarrier()
     while not done.Test():  # a blocking barrier would spin on the cores that others need
         time.sleep(2e-4)
-    return float(max(comm.allgather(seconds)))
+    begins, ends = zip(*comm.allgather((begin, end)), strict=True)
+    return float(max(ends) - min(begins))
 
 
 def row(
@@ -238,7 +240,7 @@ def limits_of(
 
 
 def line(row: dict[str, Any]) -> str:
-    text = f"{row['contender']:<21}{row['seconds'] * 1e3:>7.4g} ms{row['times_the_library']:>9.2f}x"
+    text = f"{row['contender']:<31}{row['seconds'] * 1e3:>7.4g} ms{row['times_the_library']:>9.2f}x"
     text += f"{row['times_exact']:>7.2f}x"
     if "kernels" in row:
         text += f"{row['kernels'] * 1e3:>8.3g} ms{row['wire'] * 1e3:>8.3g} ms{row['of_the_limit']:>13.0%}"

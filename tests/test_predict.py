@@ -158,7 +158,7 @@ def test_vgg_at_a_gigabit_is_worth_compressing():
 @pytest.mark.parametrize(
     ("model", "cluster"),
     [
-        ("cnn", Cluster(16, 16, 200 * GBIT, latency=2e-6)),
+        ("cnn", Cluster(16, 16, 400 * GBIT, latency=2e-6)),
         ("vgg16", Cluster(4, 4, 400 * GBIT, latency=2e-6)),
         ("mlp", Cluster(2, 1)),
         ("vgg16", Cluster(4, 1)),
