@@ -63,6 +63,7 @@ class Plan(ABC):
         """After a run: whether all ranks have said the same. Where the plan is signed, False until its end."""
         self._remake: Callable[[MPI.Intracomm], Plan] | None = None
         self._past_engine: Any = None  # runs it past the engine, and says what became of that
+        self._outcome: Any = None  # of a run past the engine that is not over
         self.bytes_sent = 0
 
     @property
@@ -176,18 +177,9 @@ class Plan(ABC):
 
         ``before_wait`` is called where a wait begins that may be long, and that an interrupt is to end.
         """
-        run, outcome = self._past_engine, DECLINED
-        self.alike = not self.signed
-        if run is not None and (self._job is None or (self._told and self._job.done)):
-            try:
-                outcome = run()
-            except BaseException as error:  # an interrupt: others may be in the run
-                self.context.queue.cut_short(self.name, error, self)
-                raise
-            if outcome == DONE:
-                self.alike = True
-                self.bytes_sent += self._nbytes
-                return
+        if self._outcome is None and self.run_past_engine():
+            return
+        outcome, self._outcome = self._outcome, None
         with self.context.turn(self.name, continues=outcome != DECLINED):
             if outcome == DECLINED:
                 self._submit()
@@ -200,6 +192,28 @@ class Plan(ABC):
             if before_wait is not None:
                 before_wait()
             self.wait()
+
+    @property
+    def may_pass_engine(self) -> bool:
+        """Whether runs may be over in the calling thread, without the engine."""
+        return self._past_engine is not None
+
+    def run_past_engine(self) -> bool:
+        """Run, if that can be, past the engine. Whether the run is over; else a call goes on with it, or begins one."""
+        run, self._outcome = self._past_engine, DECLINED
+        self.alike = not self.signed
+        if run is not None and (self._job is None or (self._told and self._job.done)):
+            try:
+                self._outcome = run()
+            except BaseException as error:  # an interrupt: others may be in the run
+                self.context.queue.cut_short(self.name, error, self)
+                raise
+            if self._outcome == DONE:
+                self._outcome = None
+                self.alike = True
+                self.bytes_sent += self._nbytes
+                return True
+        return False
 
     def _submit_rest(self) -> None:
         try:

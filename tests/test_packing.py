@@ -25,7 +25,7 @@ def arrays_of(dtype: Any, seed: int = 0) -> list[Any]:
 
 def packer_of(flat: Any) -> Any:
     kind: Any = type_of(flat.dtype)
-    return extension.Packer(kind, address_of(flat), flat.size, flat)
+    return extension.Packer(kind, address_of(flat), list(SHAPES), flat)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -55,6 +55,8 @@ def test_other_arrays_are_left_alone() -> None:
     packer = packer_of(flat)
     for given in (
         arrays[1:],
+        [*arrays, arrays[0]],
+        [arrays[0].reshape(5, 3), *arrays[1:]],
         [*arrays[:-1], np.zeros(14, np.float32)[::2]],
         [np.asfortranarray(arrays[0]), *arrays[1:]],
         [*arrays[:-1], np.zeros(7, np.float64)],

@@ -201,14 +201,14 @@ def test_an_interrupt_when_the_exchange_is_over_waits_for_the_update(apart, agre
     last = apart.size - 1
     with monkeypatch.context() as patch:
         if apart.rank == last:
-            at_place = Meeting.at_place
+            passes_place = Meeting.passes_place
 
             def interrupted(self: Any, *arguments: Any) -> bool:
-                alike = at_place(self, *arguments)
+                alike = passes_place(self, *arguments)
                 signal.raise_signal(signal.SIGINT)
                 return alike
 
-            patch.setattr(Meeting, "at_place", interrupted)
+            patch.setattr(Meeting, "passes_place", interrupted)
         error = raised(trainer.step, gradients_of(trainer, 3))
     agree(apart, (type(error) is KeyboardInterrupt) == (apart.rank == last), repr(error))
     twin.step(gradients_of(twin, 3))
@@ -326,12 +326,16 @@ def test_a_step_that_fails_when_the_others_have_made_it_ends_the_communicator(ap
     before = everything(trainer)
 
     def failing(*arguments: Any) -> None:
+        for rank in range(1, apart.size):  # which has made the step
+            apart.recv(source=rank)
         raise BoomError("in the end")
 
     with monkeypatch.context() as patch:
         if apart.rank == 0:
-            patch.setattr(trainer._stepper, "exchange", failing)
+            patch.setattr(trainer._stepper.notices, "hear", failing)
         error = raised(trainer.step, gradients_of(trainer, 3))
+    if apart.rank != 0:
+        apart.send(None, dest=0)
     agree(apart, type(error) is BoomError if apart.rank == 0 else error is None, repr(error))
     agree(apart, apart.rank != 0 or everything(trainer) == before)
     error = raised(trainer.step, gradients_of(trainer, 4))

@@ -1,8 +1,13 @@
 #include "packing_bindings.h"
 
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
 #include <deque>
 #include <optional>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "array_view.h"
 #include "pack_kernels.h"
@@ -18,16 +23,20 @@ namespace {
 // Beyond so many values other threads of Python may run meanwhile.
 constexpr std::size_t kLarge = 1 << 15;
 
+using Shape = std::vector<std::int64_t>;
 using List = nb::typed<nb::list, nb::object>;
 
 // Contiguous arrays of one type, for as long as this lives; `values`: of all of them.
 class Views {
 public:
-    bool take(const List& arrays, Type type, bool writable) {
+    // `shapes`: those that the arrays must have; null: any.
+    bool take(const List& arrays, Type type, bool writable, const std::vector<Shape>* shapes = nullptr) {
+        if (shapes != nullptr && shapes->size() != arrays.size()) return false;
         for (nb::handle array : arrays) {
             views_.emplace_back();
             ArrayView& view = views_.back();
             if (!view.take(array, writable) || view.type != type) return false;
+            if (shapes != nullptr && !view.has_shape((*shapes)[views_.size() - 1])) return false;
             values += view.nbytes() / view.itemsize();
         }
         return true;
@@ -45,14 +54,14 @@ struct Packer {
     Pack pack;
     Type type;
     char* to;
-    std::size_t n;
+    std::vector<Shape> shapes;
 
-    // Whether all values are finite; none where the arrays are not `n` contiguous values of the type: nothing is done.
+    // Whether all values are finite; none where the arrays are not contiguous, of the type and shapes: nothing is done.
     std::optional<bool> run(const List& arrays, double scale) const {
         Views views;
-        if (!views.take(arrays, type, false) || views.values != n) return std::nullopt;
+        if (!views.take(arrays, type, false, &shapes)) return std::nullopt;
         std::optional<nb::gil_scoped_release> released;
-        if (n > kLarge) released.emplace();
+        if (views.values > kLarge) released.emplace();
         bool finite = true;
         char* at = to;
         for (std::size_t k = 0; k < views.size(); ++k) {
@@ -92,11 +101,11 @@ void bind_packing(nb::module_& m) {
     // `to` is an address; `keep` owns its memory. `pack` returns 1 where all is finite, 0 where it is not, -1 where
     // nothing was done.
     nb::class_<Packer>(m, "Packer")
-        .def("__init__", [](Packer* self, Type type, std::uintptr_t to, std::size_t n, nb::handle) {
+        .def("__init__", [](Packer* self, Type type, std::uintptr_t to, std::vector<Shape> shapes, nb::handle) {
             const Pack pack = pack_kernel(type);
             if (pack == nullptr) throw std::invalid_argument("Packer: no kernel for values of this type");
-            new (self) Packer{pack, type, reinterpret_cast<char*>(to), n};
-        }, nb::keep_alive<1, 5>(), "type"_a, "to"_a, "n"_a, "keep"_a)
+            new (self) Packer{pack, type, reinterpret_cast<char*>(to), std::move(shapes)};
+        }, nb::keep_alive<1, 5>(), "type"_a, "to"_a, "shapes"_a, "keep"_a)
         .def("pack", [](const Packer& packer, const List& arrays, double scale) {
             const std::optional<bool> finite = packer.run(arrays, scale);
             return finite ? int(*finite) : -1;

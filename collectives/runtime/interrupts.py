@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 # The same as the signal module's, without its conversions to enums, which take as long as the update of a small model.
@@ -12,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _SIGINT = int(SIGINT)
+_ALREADY = contextlib.nullcontext()
 
 
 class HeldBack:
@@ -52,6 +54,10 @@ class HeldBack:
         """Hold it back again, if it is no more."""
         if self._handler is None:
             self.__enter__()
+
+    def anyway(self) -> contextlib.AbstractContextManager[None]:
+        """For ``with``: hold back, whether this does or not."""
+        return _ALREADY if self.holds else HeldBack()
 
     def except_for_errors(self, work: Callable[[], None]) -> None:
         """Call ``work``; where it raises, what comes after is not held back: a Ctrl-C that came is raised instead."""

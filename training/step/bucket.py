@@ -51,7 +51,7 @@ class Bucket:
         self._packer: Any = None
         kind = type_of(first.dtype)
         if native() is not None and kind is not None and self._xp is np and first.dtype == self.wide:
-            self._packer = extension.Packer(kind, address_of(self.flat), self.flat.size, self.flat)
+            self._packer = extension.Packer(kind, address_of(self.flat), list(self.shapes.values()), self.flat)
 
     @property
     def compressed(self) -> bool:
@@ -104,10 +104,16 @@ class Bucket:
             if scale != 1:
                 xp.multiply(part, factor, out=part, casting="same_kind")
 
+    @property
+    def packs(self) -> bool:
+        """Whether ``pack`` may do it."""
+        return self._packer is not None
+
     def pack(self, arrays: Mapping[str, Any], scale: float) -> bool | None:
         """Fill the buffer with scale·arrays, in one pass. Returns whether all values are finite.
 
-        None where that cannot be done so, and nothing was: ``load`` takes any arrays.
+        None where that cannot be done so, and nothing was: it is for contiguous arrays of the parameters' shapes and
+        dtype, ``load`` for any.
         """
         if self._packer is None:
             return None

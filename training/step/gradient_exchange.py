@@ -230,6 +230,11 @@ class GradientExchange:
         self._packed = None  # what is in the buckets are not the arrays any more
         self._first_began = time.perf_counter()
 
+    def open_loaded(self, exact: bool) -> None:
+        """As ``load_all``, where the buckets have been loaded."""
+        self._open(exact)
+        self._packed, self.looked_at, self._first_began = None, True, time.perf_counter()
+
     def _pack(self, arrays: Mapping[str, Any], scale: float) -> bool:
         """Fill all buckets with scale·arrays in one pass; whether that could be done, and all values are finite."""
         for number, bucket in enumerate(self.buckets if self._can_pack else ()):

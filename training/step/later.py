@@ -16,6 +16,13 @@ class Later(NamedTuple):
     scale: float
     into: Mapping[str, Any]
 
+    def begin(self, exchange: GradientExchange, exact: bool) -> None:
+        """Begin it; see ``GradientExchange.open`` for ``exact``."""
+        exchange.begin()
+        exchange.open(exact)
+        for number in range(len(exchange.buckets)):
+            exchange.load(number, self.arrays, self.scale, None, start=True)
+
     def come(self, exchange: GradientExchange) -> None:
         """Wait for the sums of ``exchange``, and put each there once. Interrupted, it can be called again."""
         exchange.wait()

@@ -21,7 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.base_plan import Plan
-from bitring.collectives.plan import plan_exact
+from bitring.collectives.plan import ExactPlan, plan_exact
 from bitring.collectives.runtime.agreement import meeting_signature
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.objects import allgather
@@ -99,6 +99,23 @@ class Meeting:
         finally:
             self._came(None)
         return plan.alike
+
+    @property
+    def has_more_to_do(self) -> bool:
+        """Whether something has to come to its end before ranks can meet."""
+        shared = self._shared
+        return shared.pending is not None or shared.interrupted is not None or self._plan.started
+
+    def passes_place(self, plan: ExactPlan, place: int, where: str) -> bool:
+        """As ``at_place``, as far as the engine is not needed; whether all ranks say the same.
+
+        Else ``at_place`` goes on. Not where it ``has_more_to_do``.
+        """
+        plan.sign(meeting_signature(place), where)
+        self._began = time.perf_counter()
+        passes = plan.run_past_engine()
+        self._came(None)
+        return passes
 
     def interrupted(self, plan: Plan, then: Callable[[], None]) -> None:
         """A run of ``at_place`` was left. If it goes on, what comes next ends it, and calls ``then`` if all came."""
@@ -220,9 +237,8 @@ class Meeting:
 
     def _come(self, where: str) -> None:
         """What came before ends: another trainer's meeting, and what was interrupted."""
-        shared = self._shared
-        if shared.pending is not None or shared.interrupted is not None or self._plan.started:
-            shared.end_of_another(self)
+        if self.has_more_to_do:
+            self._shared.end_of_another(self)
             self._end_interrupted(where)
 
     def _end_interrupted(self, where: str) -> None:

@@ -26,8 +26,6 @@ from bitring.training.step.transaction import Transaction
 from bitring.training.step.undo import Numbers
 from bitring.training.step.usual_step import UsualStep
 
-_HELD_BACK_ALREADY = contextlib.nullcontext()
-
 
 class Stepper(BaseStepper):
     """The :class:`bitring.training.mode.Trainer` of ``replica`` on ``comm``. Collective to make.
@@ -68,8 +66,6 @@ class Stepper(BaseStepper):
         """See BaseStepper."""
         self._changes = self._replica.arrays_that_change(self._exchange.buckets)
 
-    # A step of gradients that are all there
-
     def step(self, gradients: Any, weight: Any) -> None:
         """See ``DataParallel.step``."""
         if self._open is not None:
@@ -80,9 +76,11 @@ class Stepper(BaseStepper):
         timeline.restart(computed=True)
         self.begin_operation("step")
         with self._usual, self._held:
-            where = self.where
             self.notices.everyone = 0
-            problem = self._problem
+            if self._usual.may_hurry and self._step_in_a_hurry(gradients, weight):
+                timeline.leave()
+                return
+            where, problem = self.where, self._problem
             taken: dict[str, Any] = {}
             self._exchange.looked_at = True  # at none
             try:
@@ -102,8 +100,24 @@ class Stepper(BaseStepper):
                     self._problem = self._problem and problem  # what was found in this step is over, but not what waits
                     raise
                 self._problem = self._problem or error  # the others know nothing of it, and hear of it when they meet
-                self.transact(lambda: self._run_mode({}, 0.0), steps=1)
+                self.transact(partial(self._run_mode, {}, 0.0), steps=1)
         timeline.leave()
+
+    def _step_in_a_hurry(self, gradients: Any, weight: Any) -> bool:
+        """Make the step, where it is like most; whether it is made. Else nothing was done that ``transact`` minds."""
+        if self._problem is not None or self.notices.to_tell():
+            return False
+        self._transaction.open(self._numbers)
+        try:
+            if not self._usual.hurry(gradients, weight, self.steps, self.compare_at):
+                return False
+            self.notices.hear([], 0)
+            self._updates.update(self._exchange.buckets[0].views)
+        except BaseException as error:
+            self._close(error)
+            raise
+        self._close(None)
+        return True
 
     def _run_mode(self, gradients: Mapping[str, Any], weight: float) -> None:
         self._replica.common_mode.step(self, self._replica.mode_state, gradients, weight)
@@ -123,7 +137,7 @@ class Stepper(BaseStepper):
         if not self._updates and self._later is None:
             self.steps += steps
             return
-        with _HELD_BACK_ALREADY if self._held.holds else HeldBack():
+        with self._held.anyway():
             if self._later is None and not self._compares_after(steps):
                 self._context.exchanged()
             if self._updates:
@@ -132,7 +146,8 @@ class Stepper(BaseStepper):
                 self._exchange.timeline.applied(began)
             self.steps += steps
             if self._later is not None:
-                self._begin_later(self._later)
+                self._under_way = self._later
+                self._later.begin(self._exchange, self._replica.exact(self.steps - 1))
 
     def _make_interrupted(self) -> None:
         """Make the step that all others have made when this rank's wait for them had been interrupted."""
@@ -143,13 +158,6 @@ class Stepper(BaseStepper):
         finally:
             self._updates.clear()
 
-    def _begin_later(self, later: Later) -> None:
-        self._under_way = later
-        self._exchange.begin()
-        self._exchange.open(self._replica.exact(self.steps - 1))
-        for number in range(len(self._exchange.buckets)):
-            self._exchange.load(number, later.arrays, later.scale, None, start=True)
-
     def _compares_after(self, steps: int) -> bool:
         """Whether the replicas are compared when so many steps more have been made."""
         return self._transaction.met and self.steps + steps >= self.compare_at
@@ -158,8 +166,6 @@ class Stepper(BaseStepper):
     def compares_now(self) -> bool:
         """See BaseStepper."""
         return self._compares_after(0)
-
-    # A step whose gradients come one by one
 
     def begin(self, weight: Any) -> OpenStep:
         """See ``DataParallel.begin``."""
@@ -254,7 +260,7 @@ class Stepper(BaseStepper):
         said = error if isinstance(error, Exception) else RuntimeError(f"{self.where}: {type(error).__name__}")
         self._problem = self._problem or said
         with contextlib.suppress(Exception):  # where ranks met they have heard, and ``error`` is enough here
-            self.transact(lambda: self._run_mode({}, 0.0), steps=1)
+            self.transact(partial(self._run_mode, {}, 0.0), steps=1)
 
     def _abandon_for(self, error: Exception) -> None:
         assert self._open is not None
@@ -270,13 +276,8 @@ class Stepper(BaseStepper):
             failure = None  # its traceback holds this frame
             self._updates.clear()
 
-    # Other operations
-
     def begin_operation(self, operation: str) -> None:
-        """Another operation than the last one: what was under way between the two is over.
-
-        A step that is open ends on all ranks with RuntimeError.
-        """
+        """See BaseStepper. What was under way between the two operations is over."""
         if self._open is not None:
             self._abandon_for(RuntimeError(f"DataParallel.{operation}: a step is open since begin; make it by step()"))
         self.operation = operation
@@ -341,11 +342,10 @@ class Stepper(BaseStepper):
         )
 
     def _agreed(self, records: Records) -> float:
-        where = self.where
         if any(record[WRONG] for record in records):
             problem, self._problem = self._problem, None
-            raise_everywhere(self.comm, where, problem, alike=(NonFiniteError,))
-        total = total_weight((record[WEIGHT] for record in records), where)
+            raise_everywhere(self.comm, self.where, problem, alike=(NonFiniteError,))
+        total = total_weight((record[WEIGHT] for record in records), self.where)
         self._transaction.met = True
         if self.operation == "step":
             self._usual.learn(records, total, self.steps)

@@ -13,11 +13,13 @@ that cannot fail follows. A rank whose wait is interrupted there makes the step 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.plan import ExactPlan
@@ -82,6 +84,19 @@ class UsualStep:
             and len(exchange.buckets) == 1
             and getattr(type(replica.common_mode).step, "cannot_raise", False)
         )
+        bucket = exchange.buckets[0] if exchange.buckets else None
+        self.may_hurry = (
+            self.possible
+            and len(exchange.buckets) == 1
+            and bucket is not None
+            and bucket.packs
+            and len(bucket.shapes) == len(replica.parameters)
+            and getattr(type(replica.common_mode).step, "cannot_raise", False)
+            and isinstance(exchange.plans[0], ExactPlan)
+            and exchange.plans[0].may_pass_engine
+        )
+        """Whether ``hurry`` may be called at all."""
+        self._hurries = False  # the first exchange goes on since ``hurry``
         self._weights: list[float] = []  # of the last records; none: they are not known
         self.total = 0.0
         """The sum of all ranks' weights."""
@@ -98,7 +113,7 @@ class UsualStep:
         """What went wrong when the step was to begin."""
 
     def __enter__(self) -> None:
-        self.begun = False
+        self.begun = self._hurries = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -126,6 +141,49 @@ class UsualStep:
         weights = self._weights
         return bool(weights) and self.total > 0 and weights[self._rank] == weight
 
+    def hurry(self, gradients: Any, weight: Any, step: int, compare_at: float) -> bool:
+        """Begin the step with what most steps need, and no more. Returns whether all ranks have exchanged.
+
+        Else ``begin`` goes on from there, or does it all. ``gradients`` and ``weight`` may be anything still.
+        """
+        exchange = self._exchange
+        names, (bucket,), (plan,) = self._replica.parameters, exchange.buckets, exchange.plans
+        if type(weight) not in (float, int) or not weight or not self.expects(weight) or self._meeting.has_more_to_do:
+            return False
+        if type(gradients) is not dict or len(gradients) != len(names) or not plan.can_be_signed:
+            return False
+        for name in bucket.shapes:
+            if type(gradients.get(name)) is not np.ndarray:
+                return False
+        if self._replica.update_may_raise:
+            return False
+        exchange.timeline.opened()
+        began = time.perf_counter()
+        try:
+            if not bucket.pack(gradients, weight / self.total):
+                return False
+        except Exception:  # it is found again by ``begin``, and told
+            return False
+        exchange.timeline.packed(0, began)
+        began = time.perf_counter()
+        ends = step + 1 >= compare_at or self._has_end(plan, step)
+        if not ends and not all(each.flags.writeable for each in names.values()):
+            return False
+        self.transaction.came = True
+        place, where = self._place(_BEGIN if ends else _ONLY, plan.number, step), f"DataParallel.step (step {step})"
+        if not self._meeting.passes_place(plan, place, where):
+            self._hurries = True
+            return False
+        if not ends and self._meeting.comes_too_late():
+            self._weights = []  # which has records exchanged
+            return False
+        exchange.timeline.came(0, began, None)
+        exchange.timeline.ended()
+        self._step = step
+        self.begun = self.transaction.met = True
+        self.transaction.ends = ends
+        return True
+
     def _gives_factors(self, gradients: Mapping[str, Any]) -> bool:
         """Whether factors may travel, which a plan takes once a run, or a rank says that it has none against it."""
         return self._exchange.takes_factors and (not gradients or has_factors(gradients))
@@ -142,12 +200,16 @@ class UsualStep:
             return False
         exact, where = self._replica.exact(step), f"DataParallel.step (step {step})"
         plan = self._exchange.first_plan(exact)
+        goes_on, self._hurries = self._hurries, False
         try:
-            if told or not self.expects(weight) or not plan.can_be_signed or self._gives_factors(gradients):
+            if goes_on:
+                self._exchange.open_loaded(exact)
+            elif told or not self.expects(weight) or not plan.can_be_signed or self._gives_factors(gradients):
                 if not self._exchange.looked_at:
                     self._exchange.look(gradients, where)
                 return False
-            self._exchange.load_all(gradients, weight / self.total, exact, where)
+            else:
+                self._exchange.load_all(gradients, weight / self.total, exact, where)
             ends = step + 1 >= compare_at or self._has_end(plan, step)
             if not ends:
                 self._replica.require_writable(list(self._replica.parameters), where)
