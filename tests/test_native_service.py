@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import os
 import select
@@ -20,10 +21,14 @@ import bitring
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.objects import allgather
 from bitring.native import extension, native
-from bitring.training.store import making
+from bitring.settings import make
+from bitring.training.optimizer import optimizers
+from bitring.training.store import making, native_service
 from bitring.training.store.messages import MessageTable
 from bitring.training.store.native_service import NativeService
 from bitring.training.store.owner import WINDOW, Kind
+from bitring.training.store.rule import Terms
+from bitring.training.store.table import Setup, Update
 
 pytestmark = pytest.mark.skipif(native() is None, reason="there is no native engine")
 
@@ -98,6 +103,36 @@ def test_what_is_served_natively(comm, agree):
     agree(comm, kinds == {"plain": True, "no kernel": False, "16 bits": False}, str(kinds))
     for store in stores.values():
         store.free()
+
+
+@pytest.mark.parametrize("terms", [Terms(gather=9, staleness=0), Terms(gather=9, late="drop")], ids=["mean", "rounds"])
+@pytest.mark.parametrize("optimizer", ["sgd:lr=0.1,momentum=0.9", "adagrad:lr=0.1"])
+def test_gathered_updates_have_the_references_bits(comm, agree, monkeypatch, terms, optimizer):
+    """All ranks' are gathered in each clock, whole and of some rows, of different weights, whoever serves them."""
+    able = native_service.serves
+    ends: dict[str, bytes] = {}
+    for way in ("native", "some in Python", "in Python"):
+        mine = way == "native" or (way == "some in Python" and comm.rank % 2 == 1)
+        monkeypatch.setattr(native_service, "serves", lambda setup, layout, mine=mine: mine and able(setup, layout))
+        values = {"w": np.ones((11, 3), np.float32), "v": np.ones(5), "scalar": np.ones(())}
+        gathers = dataclasses.replace(terms, gather=comm.size)
+        table = MessageTable(Setup(comm, "test", values, make(optimizer, optimizers), gathers))
+        agree(comm, isinstance(table._service, NativeService) == mine)
+        rng = np.random.default_rng(comm.rank)
+        for clock in range(6):
+            rows = np.flatnonzero(rng.random(11) < 0.5)
+            some = clock % 3 != 1 and (clock % 3 == 0 or comm.rank > 0)
+            g = {name: rng.standard_normal(w.shape).astype(w.dtype) for name, w in values.items()}
+            if some:
+                g["w"] = g["w"][rows]
+            table.push(Update(g, {"w": rows} if some else {}, weight=float(comm.rank + 1)))
+            table.tick()
+            table.pull()
+        ends[way] = b"".join(x.tobytes() for x in table.settle().values())
+        counts = table.counts()
+        agree(comm, counts["applied"] == 6 * comm.size and counts["dropped"] == 0, f"{way}: {counts}")
+        table.free()
+    agree(comm, len(set(ends.values())) == 1, str(ends))
 
 
 def test_its_numbers_are_those_of_the_reference():

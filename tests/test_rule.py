@@ -162,7 +162,12 @@ def test_every_interleaving(terms, steps, shards, random):
 def as_actions(found: list[Any]) -> list[Any]:
     """What the native rule returns, as the reference's actions."""
     kinds: dict[str, Any] = {
-        "apply": lambda member, number, scale, staleness: Apply(((member, number),), (scale,), (staleness,)),
+        "apply": lambda updates: Apply(
+            tuple((member, number) for member, number, _, _ in updates),
+            tuple(scale for _, _, scale, _ in updates),
+            tuple(staleness for _, _, _, staleness in updates),
+        ),
+        "drop": Drop,
         "serve": Serve,
         "defer": lambda member, ticket, members: Defer(member, ticket, tuple(members)),
         "claim": Claim,
@@ -187,13 +192,12 @@ EVENTS = st.lists(
 
 @pytest.mark.skipif(native() is None, reason="there is no native engine")
 @settings(max_examples=300)
-@given(
-    st.one_of(st.none(), st.integers(0, 3)), st.sampled_from(["none", "inverse"]), st.integers(1, 4), EVENTS, st.data()
-)
-def test_the_native_rule_does_the_same(staleness, scale, members, events, data):
+@given(TERMS, st.integers(1, 4), EVENTS, st.data())
+def test_the_native_rule_does_the_same(terms, members, events, data):
     clocks = data.draw(st.lists(st.integers(0, 2), min_size=members, max_size=members))
-    rule = Rule(Terms(staleness=staleness, scale=scale), members, clocks)
-    native_rule = extension.StoreRule(staleness, scale == "inverse", clocks)
+    rule = Rule(terms, members, clocks)
+    drops, inverse = terms.late == "drop", terms.scale == "inverse"
+    native_rule = extension.StoreRule(terms.gather, drops, terms.staleness, inverse, clocks)
     for kind, member, *values in events:
         if member >= members:
             continue

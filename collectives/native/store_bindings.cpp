@@ -78,8 +78,14 @@ nb::tuple tuple_of(MailMessage&& given) {
 
 nb::tuple tuple_of(const StoreAction& action) {
     switch (action.kind) {
-        case StoreAction::Kind::apply:
-            return nb::make_tuple("apply", action.member, action.number, action.scale, action.staleness);
+        case StoreAction::Kind::apply: {
+            nb::list updates;
+            for (const auto& [member, number, scale, staleness] : action.updates) {
+                updates.append(nb::make_tuple(member, number, scale, staleness));
+            }
+            return nb::make_tuple("apply", updates);
+        }
+        case StoreAction::Kind::drop: return nb::make_tuple("drop", action.member, action.number);
         case StoreAction::Kind::serve: return nb::make_tuple("serve", action.member, action.number);
         case StoreAction::Kind::defer: return nb::make_tuple("defer", action.member, action.number, action.members);
         case StoreAction::Kind::claim: return nb::make_tuple("claim", action.member, action.number, action.claimed);
@@ -132,8 +138,8 @@ void bind_stores(nb::module_& m) {
 
     // Actions are tuples of a name and what the classes of training/store/rule.py have.
     nb::class_<StoreRule>(m, "StoreRule")
-        .def(nb::init<std::optional<std::int64_t>, bool, std::vector<std::int64_t>>(), "staleness"_a.none(), "inverse"_a,
-             "clocks"_a)
+        .def(nb::init<std::size_t, bool, std::optional<std::int64_t>, bool, std::vector<std::int64_t>>(), "gather"_a,
+             "drops"_a, "staleness"_a.none(), "inverse"_a, "clocks"_a)
         .def("push", [](StoreRule& rule, int member, int number, double weight, std::optional<std::int64_t> round) {
             return list_of(rule.push(member, number, weight, round));
         }, "member"_a, "number"_a, "weight"_a, "round"_a.none())
@@ -164,13 +170,13 @@ void bind_stores(nb::module_& m) {
         .def("use", [](StoreOwner& owner, int member, Rule rule, double lr, double momentum, double weight_decay,
                        double eps) { owner.use(member, rule, UpdateSettings{lr, momentum, weight_decay, eps}); },
              "member"_a, "rule"_a, "lr"_a, "momentum"_a, "weight_decay"_a, "eps"_a)
-        // Clocks, updates applied, reads that wait, and (staleness, how many) of updates.
+        // Clocks, updates applied and dropped, reads that wait, and (staleness, how many) of updates.
         .def("seen", [](const StoreOwner& owner) {
             StoreOwner::Seen seen = [&] {
                 const nb::gil_scoped_release released;
                 return owner.seen();
             }();
-            return std::make_tuple(std::move(seen.clocks), seen.applied, seen.waiting, std::move(seen.staleness));
+            return std::make_tuple(std::move(seen.clocks), seen.applied, seen.dropped, seen.waiting, std::move(seen.staleness));
         });
 
     // As messages of the runtime's mailbox.py: whom to, or from, kind, serial number, numbers, payload.

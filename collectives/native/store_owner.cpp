@@ -19,6 +19,13 @@ void scale_values(char* values, std::size_t nbytes, double scale) {
     for (std::size_t i = 0; i < nbytes / sizeof(T); ++i) x[i] *= T(scale);
 }
 
+template <class T>
+void add_values(char* sum, const char* values, std::size_t nbytes) {
+    T* total = reinterpret_cast<T*>(sum);
+    const T* x = reinterpret_cast<const T*>(values);
+    for (std::size_t i = 0; i < nbytes / sizeof(T); ++i) total[i] += x[i];
+}
+
 std::vector<double> numbers_of(const std::vector<int>& members) { return {members.begin(), members.end()}; }
 
 }  // namespace
@@ -51,7 +58,7 @@ void StoreOwner::use(int member, Rule rule, const UpdateSettings& settings) {
 
 StoreOwner::Seen StoreOwner::seen() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return {state_.clocks(), applied_, state_.waiting(), {staleness_.begin(), staleness_.end()}};
+    return {state_.clocks(), applied_, dropped_, state_.waiting(), {staleness_.begin(), staleness_.end()}};
 }
 
 // The pieces of a payload of training/store/packing.py, where they are.
@@ -86,24 +93,77 @@ std::vector<StoreOwner::Piece> StoreOwner::unpack(const Payload& payload) const 
     return pieces;
 }
 
-// Lets the optimizer see an update times its scale, which is applied where the update lies.
-void StoreOwner::apply(const Payload& update, double scale, const Optimizer& optimizer) {
-    for (const Piece& piece : unpack(update)) {
-        const StorePart& part = *piece.part;
-        const std::size_t row = part.row_nbytes();
-        if (piece.nbytes != piece.n * row) throw std::invalid_argument("StoreOwner: an update does not fit the shard");
-        if (scale != 1) (part.type == Type::f64 ? scale_values<double> : scale_values<float>)(piece.data, piece.nbytes, scale);
-        const Update kernel = update_kernel(optimizer.rule, part.type);
-        if (piece.rows == nullptr) {
-            kernel(part.rows * part.width, part.values, part.slot, piece.data, optimizer.settings);
-            continue;
-        }
-        for (std::size_t i = 0; i < piece.n; ++i) {
-            const std::size_t first = std::size_t(piece.rows[i]) * row;
-            kernel(part.width, part.values + first, part.slot == nullptr ? nullptr : part.slot + first,
-                   piece.data + i * row, optimizer.settings);
+// Multiplies a piece of an update, where it lies.
+void StoreOwner::scale(const Piece& piece, double scale) const {
+    const StorePart& part = *piece.part;
+    if (piece.nbytes != piece.n * part.row_nbytes()) {
+        throw std::invalid_argument("StoreOwner: an update does not fit the shard");
+    }
+    if (scale != 1) (part.type == Type::f64 ? scale_values<double> : scale_values<float>)(piece.data, piece.nbytes, scale);
+}
+
+// Lets the optimizer see an update times its scale.
+void StoreOwner::apply(const std::vector<Payload>& update, double factor, const Optimizer& optimizer) {
+    for (const Payload& payload : update) {
+        for (const Piece& piece : unpack(payload)) {
+            scale(piece, factor);
+            const StorePart& part = *piece.part;
+            const std::size_t row = part.row_nbytes();
+            const Update kernel = update_kernel(optimizer.rule, part.type);
+            if (piece.rows == nullptr) {
+                kernel(part.rows * part.width, part.values, part.slot, piece.data, optimizer.settings);
+                continue;
+            }
+            for (std::size_t i = 0; i < piece.n; ++i) {
+                const std::size_t first = std::size_t(piece.rows[i]) * row;
+                kernel(part.width, part.values + first, part.slot == nullptr ? nullptr : part.slot + first,
+                       piece.data + i * row, optimizer.settings);
+            }
         }
     }
+}
+
+// Lets the optimizer see the sum of several updates, each times its scale, added in this order.
+void StoreOwner::apply_sum(const std::vector<StoreAction::Update>& updates, const Optimizer& optimizer) {
+    std::map<const StorePart*, char*> sums;
+    std::vector<std::vector<std::int64_t>> rooms;  // of sums that begin with rows
+    for (const StoreAction::Update& update : updates) {
+        for (const Payload& payload : updates_.at({update.member, update.number})) {
+            for (const Piece& piece : unpack(payload)) {
+                scale(piece, update.scale);
+                const StorePart& part = *piece.part;
+                const auto add = part.type == Type::f64 ? add_values<double> : add_values<float>;
+                char*& sum = sums[&part];
+                if (piece.rows == nullptr) {
+                    if (sum == nullptr) {
+                        sum = piece.data;
+                    } else {
+                        add(sum, piece.data, piece.nbytes);
+                    }
+                    continue;
+                }
+                if (sum == nullptr) sum = reinterpret_cast<char*>(rooms.emplace_back(padded(part.nbytes()) / 8 + 1).data());
+                const std::size_t row = part.row_nbytes();
+                for (std::size_t i = 0; i < piece.n; ++i) {
+                    add(sum + std::size_t(piece.rows[i]) * row, piece.data + i * row, row);
+                }
+            }
+        }
+    }
+    for (const auto& [part, sum] : sums) {
+        update_kernel(optimizer.rule, part->type)(part->rows * part->width, part->values, part->slot, sum, optimizer.settings);
+    }
+}
+
+void StoreOwner::apply(const StoreAction& action) {
+    const StoreAction::Update& first = action.updates.front();
+    const Optimizer& optimizer = optimizers_[std::size_t(first.member)];
+    if (action.updates.size() == 1) {
+        apply(updates_.at({first.member, first.number}), first.scale, optimizer);
+    } else {
+        apply_sum(action.updates, optimizer);
+    }
+    for (const StoreAction::Update& update : action.updates) updates_.erase({update.member, update.number});
 }
 
 // A payload of the rows that pieces name, of which only part, rows and n count.
@@ -213,19 +273,20 @@ void StoreOwner::hear(MailMessage& message, const Send& send, const std::functio
         const std::lock_guard<std::mutex> lock(mutex_);
         actions = event(message);
         for (const StoreAction& action : actions) {
-            if (action.kind != StoreAction::Kind::apply) continue;
-            ++applied_;
-            ++staleness_[action.staleness];
+            dropped_ += action.kind == StoreAction::Kind::drop;
+            for (const StoreAction::Update& update : action.updates) {
+                ++applied_;
+                ++staleness_[update.staleness];
+            }
         }
     }
     for (const StoreAction& action : actions) {
         switch (action.kind) {
-            case StoreAction::Kind::apply: {
-                const auto update = updates_.find({action.member, action.number});
-                for (const Payload& part : update->second) apply(part, action.scale, optimizers_[m]);
-                updates_.erase(update);
+            case StoreAction::Kind::apply: apply(action); break;
+            case StoreAction::Kind::drop:
+                updates_.erase({action.member, action.number});
+                send(action.member, StoreKind::dropped, action.number, {}, {});
                 break;
-            }
             case StoreAction::Kind::serve: {
                 const Payload wanted = std::move(wanted_[std::size_t(action.member)]);
                 send(action.member, StoreKind::values, action.number, head(action.member), read(wanted, memory));

@@ -1,5 +1,5 @@
-// The owner of a store's shard, without Python: what training/store/owner.py does where updates are applied as they come, by
-// an optimizer that has a kernel, and travel as they are. It gives the same bits.
+// The owner of a store's shard, without Python: what training/store/owner.py does where updates are applied by an optimizer
+// that has a kernel, and travel as they are. It gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,7 @@ public:
     // What can be told of it, in any thread.
     struct Seen {
         std::vector<double> clocks;
-        std::int64_t applied;
+        std::int64_t applied, dropped;
         std::size_t waiting;                             // reads
         std::vector<std::pair<std::int64_t, std::int64_t>> staleness;  // of updates -> how many
     };
@@ -75,7 +75,10 @@ private:
     };
 
     std::vector<Piece> unpack(const Payload& payload) const;
-    void apply(const Payload& update, double scale, const Optimizer& optimizer);
+    void scale(const Piece& piece, double scale) const;
+    void apply(const std::vector<Payload>& update, double scale, const Optimizer& optimizer);
+    void apply_sum(const std::vector<StoreAction::Update>& updates, const Optimizer& optimizer);
+    void apply(const StoreAction& action);
     Payload pack(const std::vector<Piece>& pieces, const std::function<Payload(std::size_t)>& memory) const;
     Payload read(const Payload& wanted, const std::function<Payload(std::size_t)>& memory) const;
     std::vector<double> head(int member);
@@ -93,7 +96,7 @@ private:
 
     mutable std::mutex mutex_;  // over what seen() tells
     StoreRule state_;
-    std::int64_t applied_ = 0;
+    std::int64_t applied_ = 0, dropped_ = 0;
     std::map<std::int64_t, std::int64_t> staleness_;
 };
 

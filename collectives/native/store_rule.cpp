@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 namespace bitring {
 
-StoreRule::StoreRule(std::optional<std::int64_t> staleness, bool inverse, std::vector<std::int64_t> clocks)
-    : staleness_(staleness), inverse_(inverse) {
+StoreRule::StoreRule(std::size_t gather, bool drops, std::optional<std::int64_t> staleness, bool inverse,
+                     std::vector<std::int64_t> clocks)
+    : gather_(gather), drops_(drops), staleness_(staleness), inverse_(inverse) {
     for (const std::int64_t clock : clocks) members_.push_back(Member{clock, 0, clock > 0});
 }
 
@@ -18,13 +20,14 @@ std::size_t StoreRule::at(int member) const {
 
 StoreRule::Actions StoreRule::push(int member, int number, double weight, std::optional<std::int64_t> round) {
     Actions actions;
-    const std::int64_t read = round.value_or(members_[at(member)].seen);
-    if (weight != 0) {  // else a step without samples
-        StoreAction apply{StoreAction::Kind::apply, member, number};
-        apply.staleness = version_ - read;
-        if (inverse_) apply.scale = 1.0 / double(std::max<std::int64_t>(1, apply.staleness));
-        ++version_;
-        actions.push_back(std::move(apply));
+    const Member& pusher = members_[at(member)];
+    const Push push{pusher.clock, member, number, weight, round.value_or(pusher.seen)};
+    if (!drops_ || push.read == version_) {
+        gathered_.push_back(push);
+    } else if (push.read > version_) {
+        early_.push_back(push);
+    } else if (weight != 0) {
+        actions.push_back(StoreAction{StoreAction::Kind::drop, member, number});
     }
     proceed(actions);
     return actions;
@@ -50,7 +53,8 @@ StoreRule::Actions StoreRule::read(int member, int ticket, std::optional<std::in
         if (waits.member != member) continue;
         StoreAction defer{StoreAction::Kind::defer, member, ticket};
         for (std::size_t m = 0; m < members_.size(); ++m) {
-            if (members_[m].at_work() && members_[m].clock < waits.least) defer.members.push_back(int(m));
+            const bool behind = drops_ ? int(m) != member : members_[m].clock < waits.least;
+            if (members_[m].at_work() && behind) defer.members.push_back(int(m));
         }
         actions.push_back(std::move(defer));
     }
@@ -123,6 +127,10 @@ std::vector<int> StoreRule::missing() const {
 }
 
 bool StoreRule::may_be_served(const Read& read) const {
+    const auto own = [&](const Push& push) { return push.member == read.member; };
+    if (drops_ && (std::any_of(gathered_.begin(), gathered_.end(), own) || std::any_of(early_.begin(), early_.end(), own))) {
+        return false;
+    }
     return std::all_of(members_.begin(), members_.end(),
                        [&](const Member& m) { return !m.at_work() || m.clock >= read.least; });
 }
@@ -132,19 +140,73 @@ void StoreRule::drop_read(int member) {
                    waiting_.end());
 }
 
+// How many members may have an update in what is gathered; those with one of a round to come have none more.
+std::size_t StoreRule::expected() const {
+    std::vector<bool> may(members_.size());
+    for (std::size_t m = 0; m < members_.size(); ++m) may[m] = members_[m].at_work();
+    if (!early_.empty()) {
+        for (const Push& push : early_) may[std::size_t(push.member)] = false;
+        for (const Push& push : gathered_) may[std::size_t(push.member)] = true;
+    }
+    return std::size_t(std::count(may.begin(), may.end(), true));
+}
+
+// Applies what is gathered, in the order of clocks and members; an update without samples counts for its round alone.
+void StoreRule::apply(Actions& actions) {
+    std::vector<Push> pushes;
+    for (const Push& push : gathered_) {
+        if (push.weight != 0) pushes.push_back(push);
+    }
+    std::sort(pushes.begin(), pushes.end(), [](const Push& a, const Push& b) {
+        return std::tie(a.clock, a.member, a.number, a.weight, a.read) <
+               std::tie(b.clock, b.member, b.number, b.weight, b.read);
+    });
+    double total = 0;
+    for (const Push& push : pushes) total += push.weight;
+    StoreAction action{StoreAction::Kind::apply};
+    for (const Push& push : pushes) {
+        const std::int64_t staleness = version_ - push.read;
+        double scale = push.weight / total;
+        if (inverse_) scale /= double(std::max<std::int64_t>(1, staleness));
+        action.updates.push_back({push.member, push.number, scale, staleness});
+    }
+    version_ += !pushes.empty() || drops_;
+    gathered_.clear();
+    if (!pushes.empty()) actions.push_back(std::move(action));
+    const std::vector<Push> early = std::exchange(early_, {});
+    for (const Push& push : early) {
+        if (push.read == version_) {
+            gathered_.push_back(push);
+        } else if (push.read > version_) {
+            early_.push_back(push);
+        } else if (push.weight != 0) {
+            actions.push_back(StoreAction{StoreAction::Kind::drop, push.member, push.number});
+        }
+    }
+}
+
+// A read may see what has come; what it must see is applied before.
+void StoreRule::serve(const Read& read, Actions& actions) {
+    const auto due = [&](const Push& push) { return push.clock < read.least; };
+    if (std::any_of(gathered_.begin(), gathered_.end(), due)) apply(actions);
+    Member& reader = members_[std::size_t(read.member)];
+    reader.seen = version_;
+    reader.absent = false;
+    actions.push_back(StoreAction{StoreAction::Kind::serve, read.member, read.ticket});
+}
+
 void StoreRule::proceed(Actions& actions) {
     for (;;) {
+        if (!gathered_.empty() && gathered_.size() >= std::min(gather_, std::max<std::size_t>(1, expected()))) {
+            apply(actions);
+            continue;
+        }
         // Who is at work changes with what is served, for the next look.
         std::vector<Read> ready, others;
         for (const Read& read : waiting_) (may_be_served(read) ? ready : others).push_back(read);
         if (ready.empty()) break;
         waiting_ = std::move(others);
-        for (const Read& read : ready) {
-            Member& reader = members_[std::size_t(read.member)];
-            reader.seen = version_;
-            reader.absent = false;
-            actions.push_back(StoreAction{StoreAction::Kind::serve, read.member, read.ticket});
-        }
+        for (const Read& read : ready) serve(read, actions);
     }
     const auto rests = [](const Member& m) { return m.resting; };
     if (std::any_of(members_.begin(), members_.end(), rests) && missing().empty()) settle(actions);
@@ -152,6 +214,9 @@ void StoreRule::proceed(Actions& actions) {
 
 void StoreRule::settle(Actions& actions) {
     ++settled_;
+    gathered_.insert(gathered_.end(), early_.begin(), early_.end());
+    early_.clear();
+    if (!gathered_.empty()) apply(actions);
     std::int64_t latest = kAny;
     for (const Member& m : members_) latest = std::max(latest, m.clock);
     StoreAction action{StoreAction::Kind::settle};

@@ -32,14 +32,12 @@ from bitring.training.store.table import Setup
 
 
 def serves(setup: Setup, layout: Layout) -> bool:
-    """Whether this rank's part of a store can be native: updates are applied as they come, by a kernel, and all count.
+    """Whether this rank's part of a store can be native: updates are applied by a kernel.
 
     What travels is plain values, at most as many bytes in a message as MPI's calls take.
     """
     return (
         native() is not None
-        and setup.terms.gather == 1
-        and setup.terms.late == "keep"
         and not any(setup.encoders.values())
         and not setup.factors
         and not any(setup.journal)
@@ -65,8 +63,6 @@ def _numbers(optimizer: Optimizer) -> tuple[Any, float, float, float, float]:
 class NativeOwner:
     """A ShardOwner of ``shard``, where ``serves`` says so."""
 
-    dropped = 0
-
     def __init__(self, shard: Shard, terms: Terms, clocks: Sequence[int], optimizer: Optimizer) -> None:
         self.shard = shard
         slots = [shard.slots[slot] for slot in optimizer.slots]
@@ -75,7 +71,8 @@ class NativeOwner:
             for number, w in shard.values.items()
             if (kind := type_of(w.dtype)) is not None
         ]
-        rule = extension.StoreRule(terms.staleness, terms.scale == "inverse", list(clocks))
+        drops, inverse = terms.late == "drop", terms.scale == "inverse"
+        rule = extension.StoreRule(terms.gather, drops, terms.staleness, inverse, list(clocks))
         self.native = extension.StoreOwner(rule, len(clocks), parts, *_numbers(optimizer), keep=shard)
 
     def use(self, member: int, optimizer: Optimizer) -> None:
@@ -93,14 +90,19 @@ class NativeOwner:
         return self.native.seen()[1]
 
     @property
-    def waiting(self) -> int:
+    def dropped(self) -> int:
         """See ShardOwner."""
         return self.native.seen()[2]
 
     @property
+    def waiting(self) -> int:
+        """See ShardOwner."""
+        return self.native.seen()[3]
+
+    @property
     def staleness(self) -> Mapping[int, int]:
         """See ShardOwner."""
-        return dict(self.native.seen()[3])
+        return dict(self.native.seen()[4])
 
     def load(self, values: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> bool:
         """See ShardOwner."""
