@@ -1,11 +1,15 @@
 """The owner exchange against a few lines of NumPy that play all ranks."""
 
+import contextlib
+import gc
 import itertools
 import math
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import fake_device
@@ -501,6 +505,72 @@ def test_past_the_engine_as_through_it(comm: MPI.Intracomm, agree: Any, dtype: A
         agree(comm, repr(told[0]) == repr(told[1]), f"run {run}: {told}")
     for plan in plans:
         plan.free()
+
+
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_a_plan_that_nobody_has_any_more_is_gone_at_once(comm: MPI.Intracomm, agree: Any, hierarchical: bool) -> None:
+    plan = bitring.plan_allreduce(np.ones(9, np.float32), comm=comm, compression="sign", hierarchical=hierarchical)
+    plan()
+    plan.start()
+    plan.wait()
+    alive = weakref.ref(plan)
+    gc.disable()
+    try:
+        del plan
+        gone = alive() is None
+    finally:
+        gc.enable()
+    agree(comm, gone, "it is part of a cycle")
+
+
+def test_an_interrupt_in_a_run_past_the_engine_leaves_residuals_as_they_were(comm: MPI.Intracomm, agree: Any) -> None:
+    own: Any = bitring.Communicator(comm.Dup())
+    x = gradient(comm.rank, 0, 3000, np.float32)
+    plan: Any = bitring.plan_allreduce(x, comm=own, compression="onebit", hierarchical=False)
+    plan()
+    before = {name: a.copy() for name, a in plan.state_dict().items()}
+    x[:] = gradient(comm.rank, 1, 3000, np.float32)
+    run, interrupts = plan._past_engine, comm.rank == comm.size - 1
+
+    def interrupted() -> Any:
+        run()
+        raise KeyboardInterrupt  # as where a signal came meanwhile
+
+    if interrupts and run is not None:
+        plan._past_engine = interrupted
+    raised = False
+    with contextlib.suppress(bitring.PeerError):  # where the others were late
+        try:
+            plan()
+        except KeyboardInterrupt:
+            raised = True
+    same = all(np.array_equal(before[name], a) for name, a in plan.state_dict().items())
+    agree(comm, raised == (interrupts and run is not None) and (same or not raised), f"{raised}, {same}")
+
+
+def test_a_plan_of_a_communicator_that_was_freed_says_so(comm: MPI.Intracomm) -> None:
+    own: Any = bitring.Communicator(comm.Dup())
+    plan: Any = bitring.plan_allreduce(np.ones(9, np.float32), comm=own, compression="sign", hierarchical=False)
+    plan()
+    own.Free()
+    with pytest.raises(RuntimeError, match="unusable since it was freed"):
+        plan()
+
+
+def test_who_is_refused_changes_nothing_of_a_run_that_another_thread_is_in(
+    comm: MPI.Intracomm, agree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan: Any = bitring.plan_allreduce(
+        np.ones(9, np.float32), comm=comm, compression="sign", hierarchical=False, check_finite=False
+    )
+    plan()
+    touched: list[str] = []
+    if plan._past_engine is not None:
+        monkeypatch.setattr(plan, "_fast_path", SimpleNamespace(inside=1))
+        monkeypatch.setattr(plan, "_prepare", lambda: touched.append("prepared"))
+        plan._pass_engine()
+    agree(comm, not touched, f"{touched}")
+    plan.free()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

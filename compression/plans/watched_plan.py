@@ -146,8 +146,8 @@ class WatchedPlan(Plan):
             self._looks = True
         fast_path = self.context.queue.fast_path
         if operation is not None and fast_path is not None and may_run_past_engine(self._health.operation):
-            self._native_run = fast_path.runs(self._health.operation, ALONE_SECONDS).run
-            self._past_engine = self._run_past_engine
+            self._fast_path = fast_path
+            self._past_engine = fast_path.runs(self._health.operation, ALONE_SECONDS).run
 
     @property
     def telemetry(self) -> Telemetry | None:
@@ -255,16 +255,24 @@ class WatchedPlan(Plan):
             self._before.keep(self, self._carried(False))
         self._health.prepare(bad, state, goes_on)
 
-    def _run_past_engine(self) -> Any:
+    def _pass_engine(self) -> Any:
+        """See Plan."""
+        if self._fast_path.inside:  # another thread is in a run, perhaps of this plan
+            return DECLINED
         self._health.come()
         self._prepare()
-        outcome = self._native_run()
-        if outcome == DECLINED:
-            return DECLINED
-        if outcome == DONE and self._health.followed_well:
-            self._health.hear()
-            self._conclude(self._exchanged())
-            return DONE
+        try:
+            outcome = self._past_engine()
+            if outcome == DECLINED:
+                return DECLINED
+            if outcome == DONE and self._health.followed_well:
+                self._health.hear()
+                self._conclude(self._exchanged())
+                return DONE
+        except BaseException:  # an interrupt: nobody takes the run further
+            if not self._marked:
+                self.undo()
+            raise
         return UNFINISHED
 
     def _finish(self, progress: Progress) -> Steps:
