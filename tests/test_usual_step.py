@@ -299,6 +299,19 @@ def test_a_read_only_parameter_is_found_before_anything_is_exchanged(apart, agre
     steps(trainer, 3, 5)
 
 
+def test_a_read_only_parameter_is_found_where_steps_have_an_end(world, agree):
+    trainer = new_trainer(world)
+    steps(trainer, 0, 3)
+    before = everything(trainer)
+    trainer.parameters["b"].flags.writeable = world.rank != 0
+    error = raised(trainer.step, gradients_of(trainer, 3))
+    agree(world, type(error) is (PeerError if world.rank else ValueError) and "read-only" in str(error), repr(error))
+    agree(world, everything(trainer) == before)
+    trainer.parameters["b"].flags.writeable = True
+    steps(trainer, 3, 5)
+    agree(world, len(set(world.allgather(trainer.digest()))) == 1)
+
+
 def test_an_update_that_fails_in_a_usual_step(apart, agree, monkeypatch):
     """The ranks meet at its end."""
     trainer = new_trainer(apart, Mine)

@@ -155,7 +155,7 @@ class UsualStep:
         for name in bucket.shapes:
             if type(gradients.get(name)) is not np.ndarray:
                 return False
-        if self._replica.update_may_raise:
+        if self._replica.update_may_raise or not all(each.flags.writeable for each in names.values()):
             return False
         exchange.timeline.opened()
         began = time.perf_counter()
@@ -167,8 +167,6 @@ class UsualStep:
         exchange.timeline.packed(0, began)
         began = time.perf_counter()
         ends = step + 1 >= compare_at or self._has_end(plan, step)
-        if not ends and not all(each.flags.writeable for each in names.values()):
-            return False
         self.transaction.came = True
         place, where = self._place(_BEGIN if ends else _ONLY, plan.number, step), f"DataParallel.step (step {step})"
         if not self._meeting.passes_place(plan, place, where):
