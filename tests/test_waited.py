@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 import bitring.waited as module
 from bitring.collectives.communicator import Communicator
@@ -14,6 +15,7 @@ from bitring.collectives.node.held import Holders
 from bitring.collectives.runtime import job, watch
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
+from bitring.collectives.runtime.mailbox import Mailbox
 from bitring.waited import AWAY_SECONDS, Waited
 
 pytestmark = pytest.mark.single
@@ -98,3 +100,20 @@ def test_a_lock_is_waited_for_by_what_was_seen_of_it(clock):
     assert tries == 800
     with pytest.raises(TimeoutError, match="a test has waited 60 s for rank 1, which holds a lock"):
         holders.until_over(lambda seconds: [attempt(seconds), 1][1], lambda holder: None, "a test")
+
+
+def test_a_rank_whose_message_failed_has_its_time_to_be_said_to_have_died(comm, clock):
+    box = Mailbox(comm, keeps=True)
+    failed = MPI.Exception(MPI.ERR_OTHER)
+    box._note(7, failed)
+    clock.now += 5000.0  # this rank was away, and has read no news
+    assert box.advance() == []
+    for _ in range(3):
+        clock.now += 0.4
+        box.advance()
+    clock.now += 0.4
+    with pytest.raises(MPI.Exception) as raised:
+        box.advance()
+    assert raised.value is failed
+    box.dead.add(7)
+    assert box.advance() == []

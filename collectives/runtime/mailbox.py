@@ -12,7 +12,6 @@ are kept (``keeps``) it does: what is lost is what the dead have sent, and were 
 from __future__ import annotations
 
 import struct
-import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from mpi4py import MPI
 from bitring.collectives.runtime.keeping import never_free
 from bitring.collectives.runtime.ports import ports
 from bitring.errors import PeerError
+from bitring.waited import Waited
 
 MOST_NUMBERS = 2048
 """A message has so many numbers at most."""
@@ -68,7 +68,7 @@ class Mailbox:
         self._memory: list[tuple[int, Any]] = []  # of each send: to whom, and what
         self._own: deque[Message] = deque()
         self._closed = False
-        self._errors: dict[int, tuple[float, MPI.Exception]] = {}  # of messages with a rank, which may be dead
+        self._errors: dict[int, tuple[Waited, MPI.Exception]] = {}  # of messages with a rank, which may be dead
         self.dead: set[int] = set()
         self.parted: set[int] = set()
         """The ranks that have said farewell."""
@@ -184,14 +184,14 @@ class Mailbox:
         """A message with this rank has failed, as when it dies in the midst of it, which is heard of in a moment."""
         if not self._keeps:
             raise error
-        self._errors[rank] = time.monotonic(), error
+        self._errors[rank] = Waited(), error
 
     def _mind_errors(self) -> None:
         """Raise the error of a message with a rank that is not said to have died since."""
-        for rank, (at, error) in list(self._errors.items()):
+        for rank, (waited, error) in list(self._errors.items()):
             if rank in self.dead:
                 del self._errors[rank]
-            elif time.monotonic() - at > _NEWS_SECONDS:
+            elif waited.look() > _NEWS_SECONDS:
                 raise error
 
     def _send(self, data: Any, rank: int, tag: int) -> None:
