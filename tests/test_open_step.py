@@ -72,9 +72,9 @@ def test_the_bits_of_a_whole_step_by_every_algorithm(comm, agree, overlap):
 def test_gradients_on_a_device(comm, agree, overlap, monkeypatch):
     """Of a device whose work is done late: staged on its stream, with the bits of arrays in host memory."""
     monkeypatch.setitem(arrays.devices, "fake_device", fake_device.FakeDevice)
-    twin = new_trainer(comm, "sync", None)
+    twin = new_trainer(comm, "sync", None, algorithm="ring")
     parameters = {name: fake_device.array(w) for name, w in twin.parameters.items()}
-    trainer = DataParallel(parameters, SGD(lr=0.1, momentum=0.9), comm=comm, bucket_bytes=9000)
+    trainer = DataParallel(parameters, SGD(lr=0.1, momentum=0.9), comm=comm, bucket_bytes=9000, algorithm="ring")
     on_device: dict[str, Any] = {}
     for step in range(4):
         gradients = gradients_of(comm, step)
