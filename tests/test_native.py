@@ -5,11 +5,15 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from mpi4py import MPI
 
+from bitring.collectives.execution import library
 from bitring.collectives.execution.native import NativeTransport, served
+from bitring.collectives.execution.runner import Task
 from bitring.collectives.execution.transport import make_transport
 from bitring.collectives.interop.operators import ufunc_name
 from bitring.collectives.interop.steps import Progress
+from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.tags import channel_of
 from bitring.collectives.schedules.program import compile_program
 from bitring.collectives.schedules.schedule import algorithms, rounds
@@ -103,3 +107,17 @@ def test_what_is_served():
     assert served(np.dtype("M8[s]"), None, reduces=False)
     assert not served(np.dtype(np.float32).newbyteorder(), "add", reduces=True)
     assert not served(np.dtype(np.float32), None, reduces=True)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_rank_without_the_engine_makes_the_same_call_of_the_librarys(comm, agree, monkeypatch, number):
+    """A persistent collective of some ranks does not meet another kind of the others."""
+    if comm.rank == comm.size - 1:
+        monkeypatch.setattr(library, "native", lambda: None)
+    context, x = context_of(comm), np.full(9, comm.rank + 1.0)
+    runner = library.LibraryRunner(context, Task("allreduce", x, MPI.SUM, number=number))
+    for _ in range(2):
+        x[:] = comm.rank + 1
+        context.queue.call(runner.steps, "a test")
+    runner.close()
+    agree(comm, bool((x == sum(range(1, comm.size + 1))).all()), f"{x}")

@@ -50,10 +50,14 @@ class LibraryRunner:
         self.nbytes_sent = 2 * flat.nbytes * (context.size - 1) // context.size
         self.operation: Any = None
         self._buffer = flat
-        if native() is None or device_of(flat) is not None or flat.size > MOST_VALUES or context.size == 1:
+        self._under_way = False
+        if device_of(flat) is not None or flat.size > MOST_VALUES or context.size == 1:
             return
-        if task.persistent:
+        if task.persistent:  # without the native engine, too, which other ranks may have: no other call matches it
             self._request = context.comm.Allreduce_init(MPI.IN_PLACE, flat, task.op)
+        if native() is None:
+            return
+        if self._request is not None:
             self.operation = extension.LibraryCollective.persistent(
                 library_functions(), MPI._sizeof(MPI.Comm), MPI._handleof(self._request)
             )
@@ -78,12 +82,19 @@ class LibraryRunner:
         if self.operation is not None:
             yield from run(self.operation, progress)
         else:
-            progress.exchanging = True
-            yield from wait_for(self._comm.Iallreduce(MPI.IN_PLACE, self._buffer, self._op), progress)
-            progress.exchanging = False
+            progress.exchanging = self._under_way = True
+            request: MPI.Request | None = self._request
+            if self._request is not None:
+                self._request.Start()
+            else:
+                request = self._comm.Iallreduce(MPI.IN_PLACE, self._buffer, self._op)
+            assert request is not None
+            yield from wait_for(request, progress)
+            progress.exchanging = self._under_way = False
 
     def close(self) -> None:
         """See Runner."""
-        if self._request is not None and self.operation.over:  # else it was cut short, and the library goes on
+        over = not self._under_way if self.operation is None else self.operation.over
+        if self._request is not None and over:  # else it was cut short, and the library goes on
             self._request.Free()
         self._request = self.operation = None
