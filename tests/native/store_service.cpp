@@ -72,7 +72,7 @@ struct Rank {
             auto* at = reinterpret_cast<char*>(values.data() + std::size_t(k) * kRows * kWidth);
             parts.push_back({k, at, nullptr, kRows, kWidth, Type::f64});
         }
-        StoreRule rule(staleness, false, std::vector<std::int64_t>(std::size_t(p)));
+        StoreRule rule(1, false, staleness, false, std::vector<std::int64_t>(std::size_t(p)));
         UpdateSettings settings;
         settings.lr = 1;
         auto owner = std::make_shared<StoreOwner>(std::move(rule), p, parts, Rule::sgd, settings);
