@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from run import launcher
+
+from bitring.collectives.runtime.abort import end_all
 
 pytestmark = pytest.mark.single
 
@@ -164,3 +170,23 @@ os.wait()
     for rank in range(2):
         assert "KeyError: 'the child lost it'" in (tmp_path / f"{rank}").read_text(), done.stderr
     assert (done.returncode, done.stdout.count("well")) == (0, 2), done.stderr
+
+
+def test_all_are_ended_when_the_launcher_has_read_what_was_said(monkeypatch):
+    reader, writer = os.pipe()
+    events: list[Any] = []
+
+    def read() -> None:
+        time.sleep(0.5)
+        events.append(os.read(reader, 100))
+
+    world = SimpleNamespace(Abort=events.append)
+    with open(writer, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        print("words", file=sys.stderr, flush=True)
+        thread = threading.Thread(target=read)
+        thread.start()
+        end_all(SimpleNamespace(COMM_WORLD=world), 3)
+        thread.join()
+    os.close(reader)
+    assert events == [b"words\n", 3]

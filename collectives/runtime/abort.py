@@ -9,9 +9,14 @@ another thread, but not the process, which may go on without it. ``sys.exit`` is
 
 from __future__ import annotations
 
+import array
 import atexit
+import contextlib
+import fcntl
 import os
+import stat
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -19,8 +24,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from bitring.errors import DeadRankError
+
 instead_of_abort: list[Callable[[BaseException], bool]] = []
 """What a rank says to others, which go on without it, before it ends after an exception; whether it has said it."""
+
+_ENDED_SECONDS = 2.0
+"""Before a rank says that another is gone: most often that one has said why, and the launcher is about to end all."""
+
+_READ_SECONDS = 10.0
+"""For so long at most a rank that ends all waits for the launcher to read what it has said."""
 
 _installed: Any = None
 _forked = False
@@ -41,6 +54,8 @@ def abort_on_exception() -> None:
         if mpi is None:
             before(kind, error, trace)
             return
+        if issubclass(kind, DeadRankError):
+            time.sleep(_ENDED_SECONDS)
         rank = mpi.COMM_WORLD.Get_rank()
         sys.stdout.flush()
         if before is sys.__excepthook__:
@@ -54,10 +69,30 @@ def abort_on_exception() -> None:
         said = [say(error) for say in list(instead_of_abort)]
         if any(said):
             return
-        time.sleep(0.2)  # a launcher may drop what it has not read from the ranks by then
-        mpi.COMM_WORLD.Abort(1)
+        end_all(mpi, 1)
 
     _installed = sys.excepthook = hook
+
+
+def end_all(mpi: Any, status: int) -> None:
+    """End all ranks, once the launcher has read what this one has said: it may drop what it has not read by then."""
+    until = time.monotonic() + _READ_SECONDS
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream of Python's, or one that is closed
+            stream.flush()
+            while _unread(stream.fileno()) and time.monotonic() < until:
+                time.sleep(0.01)
+    time.sleep(0.2)  # it has read, and is to pass it on
+    mpi.COMM_WORLD.Abort(status)
+
+
+def _unread(fd: int) -> int:
+    """The bytes in a pipe that its reader has not read; 0 where it is no pipe."""
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return 0
+    count = array.array("i", [0])
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return count[0]
 
 
 def _running_mpi() -> Any:

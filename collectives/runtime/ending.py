@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from bitring.collectives.node import presence
 from bitring.collectives.runtime import ports
+from bitring.collectives.runtime.abort import end_all
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.keeping import never_free
 from bitring.native import extension, native
@@ -41,7 +42,7 @@ def stop(why: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if not engine.outlives:
-        MPI.COMM_WORLD.Abort(1)
+        end_all(MPI, 1)
     elif native() is None or not extension.end_before_library():
         os._exit(0)  # others that have not done their work may go on
 

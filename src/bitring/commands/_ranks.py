@@ -16,7 +16,7 @@ from mpi4py import MPI
 from threadpoolctl import threadpool_limits
 
 from bitring.collectives.interop.mpi_library import library_version
-from bitring.collectives.runtime.abort import abort_on_exception
+from bitring.collectives.runtime.abort import abort_on_exception, end_all
 from bitring.collectives.runtime.objects import allgather
 from bitring.errors import MismatchError
 from bitring.exit_codes import ExitCode
@@ -85,13 +85,12 @@ def ending_together(comm: MPI.Intracomm) -> Generator[None]:
         if comm.size > 1:
             if comm.rank != 0:
                 time.sleep(1)  # all ranks were interrupted; rank 0 has something to say first
-            MPI.COMM_WORLD.Abort(ExitCode.INTERRUPTED)
+            end_all(MPI, ExitCode.INTERRUPTED)
         raise
     except OSError as error:  # of a file that one rank writes: a disk that is full, or a folder that is gone
         click.echo(f"Error: {error}", err=True)
-        sys.stdout.flush()
         if comm.size > 1:
-            MPI.COMM_WORLD.Abort(ExitCode.FAILED)
+            end_all(MPI, ExitCode.FAILED)
         raise click.exceptions.Exit(ExitCode.FAILED) from None
     except Exception as error:
         if comm.size > 1:
