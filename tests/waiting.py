@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from mpi4py import MPI
 
 from bitring.collectives.runtime.engine import engine
+from bitring.collectives.runtime.job_queue import JobQueue
 
 LIMIT_SECONDS = 60.0
 
@@ -21,6 +23,20 @@ def waits() -> bool:
     """Whether a thread of this process waits for other ranks, in the engine or past it."""
     fast_paths = [queue.fast_path for queue in list(engine.queues)]
     return engine._drivers > 0 or any(path is not None and path.inside for path in fast_paths)
+
+
+def needs_no_job(comm: MPI.Intracomm, queue: JobQueue, call: Callable[[], object]) -> bool:
+    """Whether five times ``call`` can go past the engine on all ranks. Collective over ``comm``, ``queue``'s or not.
+
+    Of some calls a rank may make a job, where another one was away meanwhile; not each time.
+    """
+    for _ in range(30):
+        before = queue.count
+        for _ in range(5):
+            call()
+        if not any(comm.allgather(queue.count - before)):
+            return True
+    return False
 
 
 class SharedClock:
