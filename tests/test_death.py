@@ -24,8 +24,14 @@ from bitring.collectives.runtime.engine import engine
 
 HOSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "hosts.py"
 
-# The launcher's other ranks outlive one that died: it tells them by SIGUSR1.
-SURVIVE = ("-disable-auto-cleanup", "sh", "-c", 'trap "" USR1; "$0" "$@" || echo "status $?"', sys.executable, "-c")
+# The launcher's other ranks outlive one that died: it tells them by SIGUSR1. Nobody waits for one that has crashed.
+SHELL = """trap "" USR1
+"$0" "$@" && exit
+code=$?
+echo "status $code"
+[ $code != 139 ] || touch "$FOLDER/told-$PMI_RANK" "$FOLDER/over-$PMI_RANK"
+"""
+SURVIVE = ("-disable-auto-cleanup", "sh", "-c", SHELL, sys.executable, "-c")
 
 START = """
 import os, signal, subprocess, sys, threading, time
@@ -99,17 +105,25 @@ def hosts() -> None:
 
 
 def on_hosts(environment: dict[str, str], hosts: int, ranks: int, text: str, folder: Path) -> list[str]:
+    """Lines that the ranks have written.
+
+    MPICH crashes when a connection is closed while it sends, which nobody can see before: rare, and not met twice.
+    """
     command = [sys.executable, HOSTS, "--hosts", hosts, "--ranks-per-host", ranks, "--rate", "none", "--", *SURVIVE]
-    done = subprocess.run(
-        [*map(str, command), f"folder = {str(folder)!r}\n{START}{text}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert "status 139" not in done.stdout, done.stdout + done.stderr  # SIGSEGV, in the MPI library
-    return [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    for attempt in ("first", "second"):
+        place = folder / attempt
+        place.mkdir()
+        done = subprocess.run(
+            [*map(str, command), f"folder = {str(place)!r}\n{START}{text}"],
+            env=environment | {"FOLDER": str(place)},
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+        if "status 139" not in done.stdout.splitlines():  # SIGSEGV
+            return [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    pytest.fail(f"the MPI library has crashed twice:\n{done.stdout}{done.stderr}")
 
 
 @pytest.mark.single

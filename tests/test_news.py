@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 import bitring
 from bitring.collectives.communicator import Communicator
+from bitring.collectives.runtime.contact import Contact
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.pieces import transfer
@@ -83,3 +84,30 @@ def test_no_communicator_is_made_with_a_rank_that_is_known_dead(comm, agree, mon
     agree(comm, bool((y == comm.size).all()), str(y))
     world.Free()
     plain.Free()
+
+
+@pytest.mark.parametrize("kind", [messages, encoded])
+def test_a_death_heard_of_elsewhere_is_heeded_in_every_communicator(apart, agree, monkeypatch, kind):
+    """By whoever read of it, and with nothing sent: rank 1 only passes for dead, and would see what is sent to it."""
+    call = kind(apart, np.ones(5000, np.float32))
+    for _ in range(3):
+        call()
+    apart.Barrier()
+    context = context_of(apart)
+    contact = context.queue.contact
+    assert contact is not None
+    said = None
+    if apart.rank != 1:
+        with monkeypatch.context() as for_now:
+            for_now.setattr(ports(), "dead", set())
+            for_now.setattr(Contact, "tell_gone", lambda self, gone: None)  # it might be heard after this test
+            ports().bury(contact._cards[1].process)
+            with pytest.raises(bitring.DeadRankError) as caught:
+                call()
+            said = caught.value.ranks
+        engine.bereaved = False
+    comm = context.comm
+    comm.Barrier()
+    sent = comm.Iprobe()
+    comm.Barrier()
+    agree(comm, (said == (1,) or comm.rank == 1) and not sent, f"{said}, {sent}")

@@ -246,7 +246,8 @@ Outcome FastPath::call(Collective collective, nb::handle sendbuf, nb::handle rec
 
 Outcome FastPath::run_open(Operation& operation, double seconds) {
     inside_ = PyThread_get_thread_ident();
-    operation.begin();  // which calls no library
+    News::of_process().heed_deaths();  // this is closed where one of them matters
+    operation.begin();                 // which calls no library
     const Status status = run_for(operation, seconds);
     if (status == Status::done) {
         if (refused_) return Outcome::refused;

@@ -237,6 +237,8 @@ NB_MODULE(_native, m) {
         }) == 0;
     });
     m.def("unread_news", [] { return News::of_process().unread(); });
+    m.def("tell_death", [] { News::of_process().tell_death(); });
+    m.def("heed_deaths", [] { News::of_process().heed_deaths(); });
 
     nb::class_<Memory>(m, "Memory")
         .def_static("make", &Memory::make, "nbytes"_a, "name"_a)

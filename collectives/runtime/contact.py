@@ -140,7 +140,7 @@ class Contact:
     def _bury(self, rank: int) -> None:
         """Note that a rank's process takes part in nothing any more, in any communicator."""
         if self._cards[rank].words:
-            ports().dead.add(self._cards[rank].process)
+            ports().bury(self._cards[rank].process)
 
     def _among(self, processes: set[Process]) -> set[int]:
         return {self._ranks[process] for process in processes if process in self._ranks} - {self.rank}

@@ -25,8 +25,9 @@ from bitring.collectives.runtime import ending
 from bitring.collectives.runtime.abort import abort_on_exception
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.engine import engine
-from bitring.collectives.runtime.job_queue import JobQueue, numbers_in
+from bitring.collectives.runtime.job_queue import JobQueue
 from bitring.collectives.runtime.ports import ports
+from bitring.collectives.runtime.rank_numbers import numbers_in
 from bitring.collectives.runtime.roll_call import node_roll_call, nodes_roll_call
 from bitring.collectives.runtime.turn import Turn, Turns
 from bitring.collectives.runtime.watch import gone_in_words

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpi4py import MPI
 
-from bitring.collectives.runtime.ports import ports
+from bitring.collectives.runtime.ports import heed_deaths, ports
 from bitring.native import extension, native
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Engine:
                 self._wake_driver.clear()
                 if gentle and (self._drivers or self._polling()):
                     return True  # a caller waits for the lock, and will be quicker
-            moved = self._advance_all()
+            moved = self._advance_all()  # heeds deaths, also for what follows
             operations = [queue.jobs[0].operation for queue in list(self._queues) if queue.jobs]
             if operations and self._native is not None and all(each is not None for each in operations):
                 moved = True
@@ -198,6 +198,7 @@ class Engine:
         return moved
 
     def _advance_all(self) -> bool:
+        heed_deaths()
         moved = False
         for queue in list(self._queues):
             moved |= self._advance(queue)
@@ -225,6 +226,7 @@ class Engine:
         """Advance the queue's first job unless another thread is at it."""
         if self._lock.acquire(blocking=False):
             try:
+                heed_deaths()
                 self._advance(queue)
             finally:
                 self._lock.release()

@@ -24,6 +24,7 @@ from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.job import Job
 from bitring.collectives.runtime.keeping import never_free
 from bitring.collectives.runtime.ports import ports
+from bitring.collectives.runtime.rank_numbers import numbers_in
 from bitring.collectives.runtime.watch import ADVICE, are, timeout
 from bitring.errors import DeadRankError, MismatchError
 
@@ -70,6 +71,8 @@ class JobQueue:
         self._kept_to: tuple[bool, int] | None = None  # what ``rest`` noted last
         self._resting = threading.Lock()
         engine.queues.add(self)
+        if len(places) > 1:
+            ports().mourners.add(self)
 
     @property
     def fast_path(self) -> Any:
@@ -87,7 +90,7 @@ class JobQueue:
         if self._fast_path is None:
             return
         with self._resting:
-            busy = bool(self.jobs or self.broken or self._made is not None or engine.stopped)
+            busy = bool(self.jobs or self.broken or self._made is not None or engine.stopped or self._knows_of_death())
             now = busy or engine.serves_in_waits, self._occupier
             if now != self._kept_to:
                 self._kept_to = now
@@ -123,6 +126,7 @@ class JobQueue:
         if goes_on:
             engine.outlives = True
             self._outlived |= set(gone)
+            self.rest()
         else:
             engine.bereaved = True
             self.dead = list(gone)
@@ -364,12 +368,14 @@ class JobQueue:
 
     def hears_of_death(self) -> bool:
         """Whether a rank is said to be gone, by what had come a moment ago."""
-        if len(self._places) == 1:
-            return False
-        ports().read_lately()
-        if self.contact is None:
-            return bool(ports().gone(self._places, left=False))
-        return bool(self.contact.dead - self._outlived)
+        if len(self._places) > 1:
+            ports().read_lately()
+        return self._knows_of_death()
+
+    def _knows_of_death(self) -> bool:
+        if self.contact is not None:
+            return bool(self.contact.dead - self._outlived)
+        return len(self._places) > 1 and bool(ports().gone(self._places, left=False))
 
     def hears_of_trouble(self) -> bool:
         """Whether a rank is said to be gone, or to have failed."""
@@ -388,13 +394,3 @@ class JobQueue:
         silent, elsewhere = ([], {}) if self.contact is None else self.contact.silent(number)
         said = [f"ranks that have not come to it: {silent}"] if silent else []
         return "; ".join(said + [f"rank {rank} waits in {where}" for rank, where in elsewhere.items()])
-
-
-def numbers_in(other: MPI.Intracomm, comm: MPI.Intracomm) -> list[int]:
-    """Numbers of the ranks of ``comm`` in the other; MPI.UNDEFINED, which is negative, for those it does not have."""
-    groups = comm.Get_group(), other.Get_group()
-    try:
-        return list(groups[0].Translate_ranks(None, groups[1]))
-    finally:
-        for group in groups:
-            group.Free()

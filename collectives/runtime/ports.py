@@ -21,9 +21,10 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bitring.collectives.interop.steps import Steps
 from bitring.collectives.runtime.card import Card, Process, addresses, host
@@ -43,12 +44,20 @@ _LATELY_SECONDS = 1e-4
 _FAREWELL = b"L"
 
 
+class Mourner(Protocol):
+    """Who must know at once that a process has died."""
+
+    def rest(self) -> None:
+        """A process has died."""
+
+
 class Ports:
     """This process's two ports, and its connections to others'."""
 
     def __init__(self) -> None:
         self.contacts: dict[bytes, Contact] = {}
-        self.dead: set[Process] = set()
+        self.dead: set[Process] = set()  # as ``bury`` has been told
+        self.mourners: weakref.WeakSet[Mourner] = weakref.WeakSet()
         self.left: set[Process] = set()  # in good order; what they had to do before may be done
         self.places: dict[Process, int] = {}  # ranks in MPI.COMM_WORLD
         self._early: deque[tuple[bytes, str]] = deque(maxlen=1024)  # for communicators not made yet
@@ -134,14 +143,27 @@ class Ports:
         gone = {self.places[process] for process in processes if process in self.places}
         return [rank for rank, place in enumerate(places) if place in gone] if gone else []
 
+    def bury(self, process: Process) -> None:
+        """Note that a process takes part in nothing any more: no thread sends before it has seen who is dead."""
+        if process in self.dead:
+            return
+        self.dead.add(process)
+        for mourner in list(self.mourners):
+            mourner.rest()
+        if native() is not None:
+            extension.tell_death()
+
     def _hear_the_end(self, number: int) -> None:
         line, process = self._watched[number]
         try:
-            (self.left if line.recv(1) == _FAREWELL else self.dead).add(process)
+            if line.recv(1) == _FAREWELL:
+                self.left.add(process)
+            else:
+                self.bury(process)
         except BlockingIOError:
             return
         except ConnectionResetError:
-            self.dead.add(process)
+            self.bury(process)
         except OSError:  # it could not be reached, which says nothing of the process
             self._connected.discard(process)
         del self._watched[number]
@@ -201,6 +223,12 @@ def _look_at(descriptor: int) -> None:
     """Let native operations look whether there is anything unread."""
     if native() is not None:
         extension.news_comes_to(descriptor)
+
+
+def heed_deaths() -> None:
+    """Say that this thread looks who is dead before it sends anything."""
+    if native() is not None:
+        extension.heed_deaths()
 
 
 def read_news() -> Steps:

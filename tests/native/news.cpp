@@ -1,4 +1,4 @@
-// Whether there is unread news, as whoever sends much or often asks.
+// Whether there is unread news, as whoever sends much or often asks; and deaths that a thread has not heeded.
 #include "news.h"
 
 #include <sys/epoll.h>
@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 
 using namespace bitring;
 
@@ -41,5 +42,14 @@ int main() {
     check(news.unread_lately(), "what came some while ago is not seen");
     news.comes_to(-1);
     check(!news.unread() && !news.unread_lately(), "news from where nobody looks any more");
+    news.tell_death();
+    check(news.unread() && news.unread_lately(), "a death that this thread has not heeded is no news");
+    std::thread([&] {
+        news.heed_deaths();
+        check(!news.unread(), "a death that was heeded is news");
+    }).join();
+    check(news.unread() && news.unread_lately(), "another thread has heeded it for this one");
+    news.heed_deaths();
+    check(!news.unread() && !news.unread_lately(), "a death that was heeded is still news");
     std::puts("ok");
 }

@@ -14,8 +14,8 @@ from bitring.collectives.node.node_group import LEFT_SECONDS
 from bitring.collectives.runtime.context import Context, context_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.job import Job
-from bitring.collectives.runtime.job_queue import numbers_in
 from bitring.collectives.runtime.objects import agreed_job
+from bitring.collectives.runtime.rank_numbers import numbers_in
 from bitring.training.store.service import Service
 
 _SERVE_SECONDS = 0.05
