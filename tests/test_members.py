@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from bitring.collectives.node.held import Holders
 from bitring.collectives.node.shared_words import SharedWords
 from bitring.collectives.runtime.engine import engine
+from bitring.errors import DeadRankError
 from bitring.native import address_of, native
 from bitring.training.store import members
 from bitring.training.store.members import Members
@@ -85,6 +87,26 @@ def test_who_gives_up_its_wait_for_all_holds_back_again_and_meets_them_later():
         TimeoutError, match=r"rank 0 has waited \d+ s in a test.get for ranks \[1\] \(BITRING_TIMEOUT=0.1\)"
     ):
         a.wait_for_clocks(9, "get")
+
+
+@pytest.mark.parametrize("came", [True, False])
+def test_who_is_gone_may_have_come_just_before(came):
+    a, b = made(2)
+    left: list[int] = []
+
+    def gone(awaited: Any, seconds: float) -> list[int]:
+        left.append(1)
+        if came:
+            b.tick()
+        return [1]
+
+    a._group = SimpleNamespace(gone=gone)
+    if came:
+        a.wait_for_clocks(1, "get")
+    else:
+        with pytest.raises(DeadRankError, match=r"a test\.get: rank 1 is gone"):
+            a.wait_for_clocks(1, "get")
+    assert left == [1]
 
 
 def test_all_meet_at_the_furthest_clock():

@@ -16,6 +16,7 @@ from bitring.collectives.runtime import job, watch
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.mailbox import Mailbox
+from bitring.errors import DeadRankError, PeerError
 from bitring.waited import AWAY_SECONDS, Waited
 
 pytestmark = pytest.mark.single
@@ -117,3 +118,59 @@ def test_a_rank_whose_message_failed_has_its_time_to_be_said_to_have_died(comm, 
     assert raised.value is failed
     box.dead.add(7)
     assert box.advance() == []
+
+
+@pytest.mark.parametrize("died", [True, False])
+def test_an_error_of_the_library_has_its_time_to_be_explained_by_a_death(comm, clock, monkeypatch, died):
+    world = Communicator(comm.Dup())
+    world.Allreduce(None, np.ones(3))
+    queue, naps = context_of(world).queue, list[float]()
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        clock.now += 0.4 if len(naps) > 1 else 5000.0  # this rank was away, and has read no news
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=sleep, monotonic=clock.monotonic))
+    monkeypatch.setattr(queue, "gone", lambda *_: [0] if died and len(naps) == 4 else [])
+
+    def steps(progress):
+        raise MPI.Exception(MPI.ERR_OTHER)
+        yield
+
+    with pytest.raises(DeadRankError if died else MPI.Exception, match="rank 0 is gone" if died else None):
+        queue.submit(steps, "a test").wait()
+    assert len(naps) == (4 if died else 5)
+    world.Free()
+
+
+@pytest.mark.parametrize("did", [True, False])
+@pytest.mark.parametrize("end", ["left", "failed"])
+def test_who_does_nothing_any_more_may_have_done_its_part_just_before(comm, clock, monkeypatch, end, did):
+    world = Communicator(comm.Dup())
+    world.Allreduce(None, np.ones(3))
+    queue, looks = context_of(world).queue, list[bool]()
+
+    def look(awaited: frozenset[int] = frozenset(), seconds: float = 0.0) -> list[int]:
+        looks.extend([did] if awaited else [])
+        return [0] if awaited else []
+
+    if end == "left":
+        monkeypatch.setattr(queue, "gone", look)
+    else:
+        monkeypatch.setattr(type(queue), "failed", property(lambda _: set(look(frozenset({0})))))
+
+    def steps(progress):
+        progress.peers = frozenset({0})
+        while True not in looks:
+            clock.now += 0.1
+            yield
+
+    run = queue.submit(steps, "a test")
+    if did:
+        run.wait()
+    else:
+        with pytest.raises(PeerError, match=r"a test: rank 0 (is gone|has failed)"):
+            run.wait()
+    assert set(looks) == {did}
+    monkeypatch.undo()
+    world.Free()

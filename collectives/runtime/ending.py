@@ -15,6 +15,7 @@ from bitring.collectives.runtime.abort import end_all
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.keeping import never_free
 from bitring.native import extension, native
+from bitring.waited import Waited
 
 _LAST_WORDS_SECONDS = 1.0
 
@@ -49,9 +50,9 @@ def stop(why: str) -> None:
 
 def _say_last_words() -> None:
     """Go on for a moment, so that the others get words that no caller here waits for."""
-    until = time.monotonic() + _LAST_WORDS_SECONDS
+    waited = Waited()
     for queue in list(engine.queues):
-        while queue.last_word is not None and not queue.last_word.done and time.monotonic() < until:
+        while queue.last_word is not None and not queue.last_word.done and waited.look() < _LAST_WORDS_SECONDS:
             time.sleep(1e-3)
 
 

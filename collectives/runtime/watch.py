@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from mpi4py import MPI
@@ -15,7 +15,7 @@ from bitring.collectives.runtime.death import died
 from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.ports import ports
 from bitring.errors import DeadRankError, MismatchError, PeerError
-from bitring.waited import AWAY_SECONDS
+from bitring.waited import AWAY_SECONDS, Waited
 
 if TYPE_CHECKING:
     from bitring.collectives.runtime.job import Job
@@ -29,6 +29,10 @@ ADVICE = "all ranks can go on with a new one (comm.Dup()), or begin again from t
 
 _LOOK_SECONDS = 0.25
 """A wait of this length is worth a look whether the ranks of this node are still there."""
+
+_NEWS_SECONDS = 2.0
+"""An error of the library may be that of a death of which word comes so much later: the dying are taken apart bit by
+bit, and may have to wait for a processor meanwhile."""
 
 _ANSWER_SECONDS = 2.0
 """So long before it warns, a rank asks the others where they are; it does not warn before they could answer."""
@@ -53,7 +57,7 @@ class Watch:
     What this process misses while it is away (``AWAY_SECONDS``) moves all times that the wait is measured from.
     """
 
-    __slots__ = ("_asked", "_inquire_at", "_look_at", "_looked_at", "_moves", "_seen_at", "_warned")
+    __slots__ = ("_asked", "_found", "_inquire_at", "_look_at", "_looked_at", "_moves", "_seen_at", "_warned")
 
     def __init__(self) -> None:
         self._moves = -1
@@ -63,12 +67,14 @@ class Watch:
         self._look_at = 0.0
         self._looked_at = 0.0
         self._inquire_at = 0.0
+        self._found: set[int] = set()  # ranks that had left in good order, or failed, when it was last looked
 
     def has_moved(self, moves: int, now: float) -> bool:
         """Whether the job, which has made so many moves by ``now``, has moved since the last look."""
         away, self._looked_at = now - self._looked_at - AWAY_SECONDS, now
         if moves != self._moves:
             self._moves, self._seen_at = moves, now
+            self._found.clear()
             return True
         if away > 0:
             self._seen_at += away
@@ -119,6 +125,8 @@ class Watch:
         Returns whether it is.
         """
         gone = job.queue.gone(job.progress.peers, seconds)
+        if gone and not job.queue.gone((), 0.0) and not self._again(gone):
+            gone = []
         if gone and job.progress.outlives is not None and job.progress.outlives(gone):
             job.queue.loses(gone, goes_on=True)
         elif gone and job is job.queue.last_word and not job.queue.gone((), 0.0):
@@ -129,18 +137,30 @@ class Watch:
         elif difference := job.queue.difference():
             job.queue.breaks(difference, job)
             job.end(job.progress.mistake or MismatchError(f"{difference}; found in {job.what}"))
-        elif job.queue.failed:
+        elif job.queue.failed and (not seconds or self._again(job.queue.failed)):
             failed = f"rank {min(job.queue.failed)} has failed in it, or in what came before"
             job.queue.breaks(failed, job)
             job.end(PeerError(f"{job.what}: {failed}; {ADVICE}"))
         return job.done
 
+    def _again(self, ranks: Collection[int]) -> bool:
+        """Whether all of ``ranks``, who do nothing any more, were found before the job was last taken further.
+
+        They may have done their parts in it since then; if so, it moves when it is taken further once more, as it is
+        before the next look.
+        """
+        again = self._found.issuperset(ranks)
+        self._found.update(ranks)
+        if not again:
+            self._look_at = 0.0
+        return again
+
 
 def as_death(job: Job, error: MPI.Exception) -> BaseException:
     """The library's error; a DeadRankError when a rank has died."""
     # The library may see that a process died before its lock is given back, or its port is closed.
-    until = time.monotonic() + _LOOK_SECONDS
-    while not (seen := job.queue.gone(job.progress.peers, float("inf"))) and time.monotonic() < until:
+    waited = Waited()
+    while not (seen := job.queue.gone(job.progress.peers, float("inf"))) and waited.look() < _NEWS_SECONDS:
         time.sleep(0.01)
         ports().read()
     gone = seen or died(error, job.queue.comm)

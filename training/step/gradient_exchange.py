@@ -25,6 +25,7 @@ from bitring.training.step.bucket_sizes import overlaps
 from bitring.training.step.checks import checked_gradients, not_finite
 from bitring.training.step.timeline import Timeline
 from bitring.training.tree import host_copy
+from bitring.waited import Waited
 
 
 class GradientExchange:
@@ -322,7 +323,7 @@ class GradientExchange:
 
         What comes of it is of no use. Whether it was over within ``seconds``.
         """
-        until = time.monotonic() + seconds
+        waited = Waited()
         while self._left and not self.failed:
             bucket, plan = self._left[0]
             with contextlib.suppress(Exception):
@@ -332,7 +333,7 @@ class GradientExchange:
                 if math.isinf(seconds):
                     plan.wait()
                 while plan.started and not plan.test():
-                    if time.monotonic() > until:
+                    if waited.look() > seconds:
                         return False
                     time.sleep(1e-4)
                 self._left.popleft()

@@ -288,6 +288,11 @@ class Members:
                     continue
                 looked = seconds
                 gone = [] if self._group is None else self._group.gone(missing, seconds)
+                before, missing = missing, awaited()
+                last = missing
+                if not missing:
+                    return
+                gone = [rank for rank in gone if rank in missing or rank not in before]  # who came just before it went
                 if gone:
                     engine.bereaved = True
                     raise DeadRankError(f"{self._what}.{call}: {gone_in_words(gone)}", gone)

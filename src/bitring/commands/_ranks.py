@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _NAP_SECONDS = 1e-4
+_SAID_SECONDS = 5.0
+"""All ranks were interrupted, and rank 0 has so long to say what can be gone on from."""
 
 # What a user's mistake raises. Anything else is a defect and deserves its traceback.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
@@ -84,7 +86,7 @@ def ending_together(comm: MPI.Intracomm) -> Generator[None]:
         sys.stdout.flush()
         if comm.size > 1:
             if comm.rank != 0:
-                time.sleep(1)  # all ranks were interrupted; rank 0 has something to say first
+                time.sleep(_SAID_SECONDS)  # unless rank 0 ends all before, which has something to say
             end_all(MPI, ExitCode.INTERRUPTED)
         raise
     except OSError as error:  # of a file that one rank writes: a disk that is full, or a folder that is gone

@@ -13,6 +13,7 @@ from bitring.errors import NonFiniteError
 from bitring.torch.bucket import Bucket, Entry, make_buckets
 from bitring.torch.tensors import all_finite
 from bitring.training.step.bucket_sizes import OVERLAP_BYTES
+from bitring.waited import Waited
 
 OnDone = Callable[[BaseException | None], None]
 
@@ -90,7 +91,7 @@ class Exchange:
 
         What comes of it is of no use. Whether it was over within ``seconds``.
         """
-        until = time.monotonic() + seconds
+        waited = Waited()
         with contextlib.suppress(Exception):  # whatever it is, the other ranks have it, too
             while self.begun < len(self.buckets):
                 self.buckets[self.begun].tensor.zero_()
@@ -100,7 +101,7 @@ class Exchange:
                 if not bucket.plan.started:
                     bucket.plan.start()
                 while bucket.plan.started and not math.isinf(seconds) and not bucket.plan.test():
-                    if time.monotonic() > until:
+                    if waited.look() > seconds:
                         return False
                     time.sleep(1e-4)
                 if bucket.plan.started:
