@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import bitring
+from bitring.collectives.runtime.job import Job
 from bitring.errors import MismatchError, NonFiniteError, PeerError
 from bitring.models.layers import Layer, ReLU
 from bitring.models.model import Model
@@ -232,6 +234,23 @@ def test_both_executors_give_the_same_bits(comm, agree, monkeypatch, encoder):
         (losses, w, nbytes), others = found
         agree(comm, losses == others[0] and nbytes == others[2], f"{name}: {losses}, {others[0]}")
         agree(comm, all((w[key] == others[1][key]).all() for key in w), name)
+
+
+def test_threads_take_turns_with_a_step(comm, agree, monkeypatch):
+    """Its caller and the progress thread do, whichever comes first; here it is another thread each time."""
+    guarded = Job._guarded
+
+    def elsewhere(job: Job) -> bool:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(guarded, job).result()
+
+    trainer = bitring.ModelParallel(mlp(), "sgd", comm=comm, placement="hybrid")
+    losses = [trainer.step(*batch(mlp(), 6))]
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_guarded", elsewhere)
+        losses += [trainer.step(*batch(mlp(), 6)) for _ in range(2)]
+    agree(comm, losses == sorted(losses, reverse=True) and np.geterr()["over"] == "warn", f"{losses}, {np.geterr()}")
+    trainer.free()
 
 
 def test_more_messages_than_tags_are_refused(comm, agree):

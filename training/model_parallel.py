@@ -21,7 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from bitring.collectives.communicator import Communicator
-from bitring.collectives.interop.steps import Progress, Steps
+from bitring.collectives.interop.steps import Progress, Steps, within
 from bitring.collectives.runtime.agreement import Request, agree
 from bitring.collectives.runtime.context import context_of, given_comm, one_call
 from bitring.collectives.runtime.jointly import jointly, raise_everywhere
@@ -266,8 +266,8 @@ class ModelParallel:
         def steps(progress: Progress) -> Steps:
             yield from agree(context.comm, context.roll_call, request, progress)
             hops, messages = split.exchange(len(y))
-            with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is found in the gradients
-                yield from split.passes.run(x, y, hops, messages, progress)
+            passes = split.passes.run(x, y, hops, messages, progress)  # what overflows is found in the gradients
+            yield from within(lambda: np.errstate(over="ignore", invalid="ignore"), passes)
             self._nbytes_sent += messages.nbytes_sent
             for number, seconds in messages.seconds.items():
                 self._waited[number] = self._waited.get(number, 0.0) + seconds

@@ -6,6 +6,7 @@ Work waits for one of the library's requests (``wait_for``) or for a native oper
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from mpi4py import MPI
@@ -50,6 +51,20 @@ def wait_for(request: MPI.Request, progress: Progress) -> Steps:
     while not request.Test():
         yield
     progress.moves += 1
+
+
+def within(surroundings: Callable[[], AbstractContextManager[object]], steps: Steps) -> Steps:
+    """The steps, each in surroundings of its own: threads take turns with a job, and what is set is one thread's."""
+    try:
+        while True:
+            with surroundings():
+                try:
+                    operation = next(steps)
+                except StopIteration:
+                    return
+            yield operation
+    finally:
+        steps.close()
 
 
 def run(operation: Any, progress: Progress) -> Steps:
