@@ -99,10 +99,11 @@ def _allreduce(
             if isinstance(kept, KeepsDirect):
                 kept.direct = context.direct
         arrival = None if fast_path is None or outcome == DECLINED else fast_path.operation
-        CallRun(context, call).now(library, arrival)
+        run = CallRun(context, call)
+        run.now(library, arrival)
         known = algorithm == "auto" and not mean and shapes is None
         if context.direct is not None and known and call.work is not None:
-            remember(context.direct, op, reduction.result, call.request)
+            remember(context.direct, context, call, run, reduction.result)
     if mean:
         reduction.divide(context.size)
     return reduction.result

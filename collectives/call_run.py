@@ -23,6 +23,7 @@ from bitring.collectives.schedules.query import Query
 from bitring.collectives.schedules.schedule import algorithms
 from bitring.collectives.selection.selection import Choice, choose
 from bitring.errors import PeerError, RefusedError
+from bitring.native import extension, native
 
 _CACHED_CHOICES = 1024
 _CACHED_RUNNERS = 16
@@ -49,6 +50,7 @@ class CallRun:
         self._key: tuple[Any, ...] = ()  # under which runners are kept
         self._idle: list[Runner] = []  # others kept there
         self._kept = False  # the runner, by an earlier call
+        self._last: Runner | None = None  # the runner that was kept
         self._copied = False  # the call's ``before`` is done
         self._done = False
 
@@ -61,6 +63,12 @@ class CallRun:
     def chosen(self) -> str | None:
         """The algorithm's name, when settled; None where only the library can run the call."""
         return None if self._choice is None else self._choice.name
+
+    @property
+    def bound(self) -> Any:
+        """The native operation that has run the call, and may run others like it; None where there is none."""
+        operation = None if self._last is None else self._last.operation
+        return operation if native() is not None and isinstance(operation, extension.BoundCollective) else None
 
     def settle(self, progress: Progress, blocking: bool = True) -> Steps:
         """Agree with all ranks and choose the algorithm.
@@ -153,7 +161,8 @@ class CallRun:
         self._key = key
         idle: list[Runner] = self._context.cache.pop(self._key, [])
         if self._call.request.flag:  # some rank has none
-            idle.clear()
+            self._forget(idle)
+            idle = []
         self._idle, self._kept = idle, bool(idle)
         if not idle:
             return False
@@ -201,7 +210,7 @@ class CallRun:
 
     def _keep_runner(self) -> None:
         cache = self._context.cache
-        runner, self._runner = self._runner, None
+        runner, self._runner, self._last = self._runner, None, self._runner
         assert runner is not None
         runner.unbind()
         cache[self._key] = [*self._idle, runner]  # the key used last is dropped last
@@ -209,7 +218,16 @@ class CallRun:
             return
         scratch = sum(kept.scratch_nbytes for kept_alike in cache.values() for kept in kept_alike)
         while len(cache) > 1 and (len(cache) > _CACHED_RUNNERS or scratch > _CACHED_SCRATCH_NBYTES):
-            scratch -= sum(kept.scratch_nbytes for kept in cache.pop(next(iter(cache))))
+            dropped = cache.pop(next(iter(cache)))
+            self._forget(dropped)
+            scratch -= sum(kept.scratch_nbytes for kept in dropped)
+
+    def _forget(self, runners: list[Runner]) -> None:
+        """No call is to be run by these any more."""
+        fast_path = self._context.queue.fast_path
+        for runner in runners:
+            if fast_path is not None and isinstance(runner.operation, extension.BoundCollective):
+                fast_path.forget(runner.operation)
 
     def now(self, library: Library, arrival: Any = None) -> None:
         """Run the call in this thread; ``arrival``: the operation by which this rank has come to it already."""

@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from bitring.arrays import NUMERIC_DTYPES, Array, bytes_of, device_of, xp_of
 from bitring.collectives.call import Call, operation, read_call
+from bitring.collectives.call_run import CallRun
 from bitring.collectives.execution.library import MOST_VALUES, native_call
 from bitring.collectives.execution.native import may_run_past_engine
 from bitring.collectives.interop.buffers import Values, is_in_place, parse
@@ -298,35 +299,52 @@ def fast_path_of(context: Context) -> Any:
     return fast_path
 
 
-def know(fast_path: Any, context: Context, call: Call, chosen: str | None) -> None:
-    """Tell the fast path of a call whose ranks have agreed, for those like it; ``chosen``: the algorithm that ran it.
+def know(fast_path: Any, context: Context, call: Call, run: CallRun) -> None:
+    """Tell the fast path of a call whose ranks have agreed, for those like it; ``run``: its run, which is over.
 
     Of C-contiguous arrays in host memory; none of other algorithms than those that it stands in for.
     """
     work, terms = call.work, call.request.terms
     if work is None or device_of(work) is not None or terms["order"] != "C":
         return
-    moves, blocks = call.collective in ("broadcast", "allgather"), call.collective in ("allgather", "reduce_scatter")
-    kind = type_of(work.dtype)
-    library, whole = None, None
+    moves, served = call.collective in ("broadcast", "allgather"), call.collective == "allreduce"
     little = context.common is not None and work.nbytes <= extension.NodeCollective.most
-    algorithm = None if chosen is None else algorithms.get(chosen)
-    if not little and algorithm is not None and algorithm.library:
-        count = work.size // context.size if blocks else work.size
-        if count > MOST_VALUES:
+    bound, whole = None, None
+    if served or not little:
+        bound, whole = _way(context, call, run)
+        checks_itself = run.chosen is not None and algorithms.get(run.chosen).self_checking
+        if whole is None and (served or not checks_itself):
             return
-        library = native_call(context.comm, call.collective, work.dtype, count, call.op, call.root)
-        whole = checked(context.roll_call, call.request, library)
-    elif not little and (algorithm is None or not algorithm.self_checking):
-        return
+    kind = type_of(work.dtype)
     if kind is not None and (moves or ufunc_name(call.op, work.dtype) is not None):
         collective = extension.Collective[call.collective]
-        signature = call.request.signature
         op = None if moves else call.op
-        fast_path.know(collective, op, kind, work.size, call.root, signature, library, whole)
+        fast_path.know(collective, op, kind, work.size, call.root, call.request.signature, bound, whole)
 
 
-def remember(fast_path: Any, op: MPI.Op, result: Array, request: Request) -> None:
-    """Tell the fast path what ranks agree on, ``request``, when they reduce arrays like ``result`` under ``op``."""
+def _way(context: Context, call: Call, run: CallRun) -> tuple[Any, Any]:
+    """What runs calls like one whose run is over, once all ranks have said the same; twice None where there is none.
+
+    The native operation, and the same when it is checked. Values of other collectives than these are not where a
+    schedule works on them.
+    """
+    work, bound = call.work, run.bound if call.collective in ("allreduce", "broadcast") else None
+    if context.roll_call is None or work is None or run.chosen is None or not call.own:
+        return None, None
+    if bound is None and algorithms.get(run.chosen).library:
+        count = work.size // context.size if call.collective in ("allgather", "reduce_scatter") else work.size
+        if count <= MOST_VALUES:
+            bound = native_call(context.comm, call.collective, work.dtype, count, call.op, call.root)
+    whole = None if bound is None else checked(context.roll_call, call.request, bound)
+    return (bound, whole) if may_run_past_engine(whole) else (None, None)
+
+
+def remember(fast_path: Any, context: Context, call: Call, run: CallRun, result: Array) -> None:
+    """Tell the fast path of a call that reduces arrays like ``result``; ``run``: its run, which is over.
+
+    What has come by the fast path is known there.
+    """
+    if run.chosen is None:
+        return
     if device_of(result) is None and result.flags.c_contiguous and (kind := type_of(result.dtype)) is not None:
-        fast_path.remember(op, kind, result.shape, request.signature)
+        fast_path.remember(call.op, kind, result.shape, call.request.signature, *_way(context, call, run))

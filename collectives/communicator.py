@@ -240,7 +240,7 @@ class Communicator(MPI.Intracomm, KeepsDirect):
             try:
                 outcome = fast_path.allreduce(sendbuf, recvbuf, op)
             except BaseException as error:  # an interrupt: others may be in the run
-                context_of(self).queue.cut_short("Allreduce", error)
+                context_of(self).queue.cut_short("Allreduce", error, (sendbuf, recvbuf))
                 raise
             if outcome == DONE:
                 return
@@ -253,7 +253,10 @@ class Communicator(MPI.Intracomm, KeepsDirect):
             if fast_path is None and self._algorithm == "auto":
                 self._fast_path = fast_path_of(context)
             arrival = None if fast_path is None or outcome == DECLINED else fast_path.operation
-            CallRun(context, call).now(lambda comm, send, receive: comm.Iallreduce(send, receive, op), arrival)
+            run = CallRun(context, call)
+            run.now(lambda comm, send, receive: comm.Iallreduce(send, receive, op), arrival)
+            if self._fast_path is not None:
+                know(self._fast_path, context, call, run)
 
     def Iallreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> MPI.Request:
         """Begin an Allreduce; the request works in any mixed Waitall. Errors are raised by its Wait or Test."""
@@ -350,7 +353,7 @@ class Communicator(MPI.Intracomm, KeepsDirect):
             run = CallRun(context, call)
             run.now(lambda comm, send, receive: kind.library(comm, send, receive, op, root), arrival)
             if self._fast_path is not None:
-                know(self._fast_path, context, call, run.chosen)
+                know(self._fast_path, context, call, run)
 
 
 class _Kind(NamedTuple):

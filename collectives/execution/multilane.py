@@ -36,38 +36,35 @@ class LaneRunner:
         self, context: Context, region: Any, lane: Runner | None, flat: Array, op: MPI.Op, signature: int, staged: bool
     ) -> None:
         assert context.shared is not None
-        self._context = context
-        self._node = context.shared.node
-        self._region = region
         self._lane = lane
-        self._kernel = kernel(ufunc_name(op, flat.dtype), flat.dtype)
-        assert self._kernel, f"no kernel for {op_name(op)} of {flat.dtype}"
-        self._signature = signature
+        reduces = kernel(ufunc_name(op, flat.dtype), flat.dtype)
+        assert reduces, f"no kernel for {op_name(op)} of {flat.dtype}"
         inside = context.node.size
         self.scratch_nbytes = region.nbytes if staged else 0
         self.nbytes_sent = 2 * (inside - 1) * flat.nbytes // inside + (0 if lane is None else lane.nbytes_sent)
-        self.bind(flat)
+        self._buffer = flat
+        self.operation = extension.LaneAllreduce(
+            context.shared.node,
+            signature,
+            address_of(flat),
+            flat.size,
+            flat.itemsize,
+            reduces,
+            region,
+            context.topology.lanes,
+            None if lane is None else lane.operation,
+        )
+        if lane is not None:
+            lane.operation.bind(self.operation.lane_values, self.operation.lane_values)
 
     def bind(self, buffer: Array) -> None:
-        """See Runner."""
+        """See Runner; for a call without a plan."""
         self._buffer = buffer
-        self.operation: extension.LaneAllreduce | None = extension.LaneAllreduce(
-            self._node,
-            self._signature,
-            address_of(buffer),
-            buffer.size,
-            buffer.itemsize,
-            self._kernel,
-            self._region,
-            self._context.topology.lanes,
-            None if self._lane is None else self._lane.operation,
-        )
-        if self._lane is not None:
-            self._lane.operation.bind(self.operation.lane_values)
+        self.operation.bind(address_of(buffer), address_of(buffer))
 
     def unbind(self) -> None:
         """See Runner."""
-        self._buffer = self.operation = None
+        self._buffer = None
 
     def steps(self, progress: Progress) -> Steps:
         """See Runner."""

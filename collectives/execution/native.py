@@ -68,7 +68,7 @@ class NativeTransport:
     def bind(self, buffer: Array) -> None:
         """Work on ``buffer``, a 1-D contiguous array of as many values as the program was compiled for."""
         self._buffer = buffer
-        self.operation.bind(address_of(buffer))
+        self.operation.bind(address_of(buffer), address_of(buffer))
 
     def unbind(self) -> None:
         """Forget the buffer."""

@@ -1,6 +1,8 @@
 #include "execution.h"
 
 #include <algorithm>
+#include <iterator>
+#include <map>
 
 #include "copy.h"
 
@@ -20,6 +22,7 @@ Execution::Execution(std::shared_ptr<const Program> program, std::unique_ptr<Wir
       itemsize_(itemsize),
       reduce_(reduce),
       scratch_(new char[std::size_t(program_->slots) * std::size_t(program_->slot_values) * itemsize + 1]),
+      untouched_(program_->messages.size()),
       waits_(program_->messages.size()),
       arrived_(program_->messages.size()),
       position_(program_->streams.size()),
@@ -27,6 +30,7 @@ Execution::Execution(std::shared_ptr<const Program> program, std::unique_ptr<Wir
       busy_(std::size_t(program_->slots)),
       wanting_(std::size_t(program_->slots)),
       landed_(std::size_t(room(*program_))) {
+    find_untouched();
     for (std::size_t k = 0; k < program_->streams.size(); ++k) {
         if (!program_->messages[std::size_t(program_->streams[k][0])].sends) in_order_.push_back(int(k));
     }
@@ -39,7 +43,38 @@ Execution::Execution(std::shared_ptr<const Program> program, std::unique_ptr<Wir
     taken_.reserve(program_->streams.size());
 }
 
+// Messages are in an order in which they could be done one by one.
+void Execution::find_untouched() {
+    std::map<std::int64_t, std::int64_t> changed;  // from a first value to the one after the last
+    std::int64_t n = 0;
+    bool mixed = false;
+    for (std::size_t i = 0; i < program_->messages.size(); ++i) {
+        const Message& m = program_->messages[i];
+        n = std::max(n, m.stop);
+        auto next = changed.upper_bound(m.start);
+        const bool inside = next != changed.begin() && std::prev(next)->second > m.start;
+        if (m.sends || m.reduces) {
+            untouched_[i] = !inside && (next == changed.end() || next->first >= m.stop);
+            mixed |= !untouched_[i] && !(inside && std::prev(next)->second >= m.stop);
+        }
+        if (m.sends) continue;
+        std::int64_t start = m.start, stop = m.stop;
+        if (next != changed.begin() && std::prev(next)->second >= start) --next;
+        while (next != changed.end() && next->first <= stop) {
+            start = std::min(start, next->first);
+            stop = std::max(stop, next->second);
+            next = changed.erase(next);
+        }
+        changed[start] = stop;
+    }
+    const bool all = n == 0 || (changed.size() == 1 && changed.begin()->first == 0 && changed.begin()->second == n);
+    if (!mixed && all) return;
+    copied_ = n;
+    std::fill(untouched_.begin(), untouched_.end(), char(0));
+}
+
 void Execution::start() {
+    if (copied_ > 0 && given_ != buffer_) copy_bytes(buffer_, given_, std::size_t(copied_) * itemsize_);
     const auto& messages = program_->messages;
     for (std::size_t i = 0; i < messages.size(); ++i) waits_[i] = messages[i].waits;
     std::fill(arrived_.begin(), arrived_.end(), char(0));
@@ -87,7 +122,7 @@ void Execution::begin_stream(int first) {
             ++position_[std::size_t(stream)];
             ++under_way_[std::size_t(stream)];
             ++peers_[std::size_t(m.peer)];
-            char* memory = m.slot >= 0 ? scratch(m.slot) : at(m.start);
+            char* memory = m.sends ? const_cast<char*>(source(index)) : m.slot >= 0 ? scratch(m.slot) : at(m.start);
             error_ = wire_->start(m.sends, memory, std::size_t(m.stop - m.start) * itemsize_, m.peer, m.tag, index);
         }
         const std::size_t before = turn_;
@@ -112,7 +147,7 @@ void Execution::apply(int index) {
         return;
     }
     // The lower rank's operand comes first, so that two ranks which add each other's values get the same bits.
-    const void* operands[2] = {mine, theirs};
+    const void* operands[2] = {source(index), theirs};
     if (m.peer < rank_) std::swap(operands[0], operands[1]);
     reduce_(n, 2, operands, 1, &mine);
 }

@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
+#include "bound_collective.h"
 #include "kernels.h"
-#include "operation.h"
 #include "wire.h"
 
 namespace bitring {
@@ -37,14 +37,17 @@ struct Program {
 };
 
 // Runs the program as collectives/execution/portable.py does, which is its reference: the same messages, sums in the same order.
-class Execution final : public Operation {
+class Execution final : public BoundCollective {
 public:
     // `reduce` may be null where no message reduces. `rank` is this rank's number among the messages' peers.
     Execution(std::shared_ptr<const Program> program, std::unique_ptr<Wire> wire, int rank, std::size_t itemsize,
               Reduce reduce);
 
-    // Work on the values at `buffer` from the next begin() on.
-    void bind(void* buffer) { buffer_ = static_cast<char*>(buffer); }
+    // As BoundCollective's; out of place only where the program changes all values, as an AllReduce's does.
+    void bind(const void* from, void* to) override {
+        given_ = static_cast<const char*>(from);
+        buffer_ = static_cast<char*>(to);
+    }
 
     int awaited() const override { return awaited_; }
     int error() const override { return error_; }
@@ -62,7 +65,13 @@ private:
     void begin_stream(int stream);
     void finish(int index);
     void apply(int index);
+    void find_untouched();
     char* at(std::int64_t value) { return buffer_ + std::size_t(value) * itemsize_; }
+    // Where the message's values are, before it: those that no message has changed are where they were given.
+    const char* source(int index) const {
+        const bool as_given = untouched_[std::size_t(index)] != 0;
+        return (as_given ? given_ : buffer_) + std::size_t(program_->messages[std::size_t(index)].start) * itemsize_;
+    }
     char* scratch(int slot) { return scratch_.get() + std::size_t(slot) * std::size_t(program_->slot_values) * itemsize_; }
 
     std::shared_ptr<const Program> program_;
@@ -71,7 +80,10 @@ private:
     std::size_t itemsize_;
     Reduce reduce_;
     std::unique_ptr<char[]> scratch_;
+    const char* given_ = nullptr;
     char* buffer_ = nullptr;
+    std::vector<char> untouched_;   // per message: it reads values that no message before it has changed
+    std::int64_t copied_ = 0;       // out of place so many values, the first ones, are copied at the begin
 
     std::size_t unfinished_ = 0;
     std::size_t turn_ = 0;                   // the streams in_order_[:turn_] have begun all their receives

@@ -91,7 +91,14 @@ Reduce FastPath::kernel(nb::handle op, Type type, std::uint64_t* signature) cons
 Outcome FastPath::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
     if (closed() || !is_array(recvbuf)) return Outcome::declined;
     ArrayView receive, send;
-    if (!receive.take(recvbuf, true) || !fits(receive)) return Outcome::declined;
+    if (!receive.take(recvbuf, true)) return Outcome::declined;
+    const std::size_t n = receive.nbytes() / receive.itemsize();
+    const Way* way = nullptr;
+    if (!fits(receive)) {
+        const Known* found = known(Collective::allreduce, op, receive.type, n, 0);
+        if (found == nullptr || !found->way.checked) return Outcome::declined;
+        way = &found->way;
+    }
     const void* from = receive.data();
     if (!is_in_place(sendbuf)) {
         if (!is_array(sendbuf) || !send.take(sendbuf, false) || send.type != receive.type ||
@@ -100,17 +107,23 @@ Outcome FastPath::allreduce(nb::handle sendbuf, nb::handle recvbuf, nb::handle o
         }
         from = send.data();
     }
+    if (way != nullptr) {
+        const bool apart = from == receive.data() || !send.overlaps(receive);
+        return apart ? go(*way, "Allreduce", from, receive.data()) : Outcome::declined;
+    }
     std::uint64_t signature;
     const Reduce reduce = kernel(op, receive.type, &signature);
     if (reduce == nullptr) return Outcome::declined;
-    return reduce_into(receive, from, reduce, with_count(signature, receive.nbytes() / receive.itemsize()));
+    return reduce_into(receive, from, reduce, with_count(signature, n));
 }
 
-void FastPath::remember(nb::object op, Type type, std::vector<std::int64_t> shape, std::uint64_t signature) {
-    for (const Remembered& each : remembered_) {
-        if (each.op.is(op) && each.type == type && each.shape == shape) return;
+void FastPath::remember(nb::object op, Type type, std::vector<std::int64_t> shape, std::uint64_t signature, Way way) {
+    Remembered made{std::move(op), type, std::move(shape), signature, std::move(way)};
+    for (Remembered& each : remembered_) {
+        if (!each.op.is(made.op) || each.type != made.type || each.shape != made.shape) continue;
+        each = std::move(made);
+        return;
     }
-    Remembered made{std::move(op), type, std::move(shape), signature};
     if (remembered_.size() < kRemembered) {
         remembered_.push_back(std::move(made));
     } else {
@@ -121,12 +134,17 @@ void FastPath::remember(nb::object op, Type type, std::vector<std::int64_t> shap
 Outcome FastPath::reduce(nb::handle x, nb::handle out, nb::handle op) {
     if (closed() || !is_array(out) || !is_array(x)) return Outcome::declined;
     ArrayView receive, send;
-    if (!receive.take(out, true) || !fits(receive) || !send.take(x, false) || send.type != receive.type ||
+    if (!receive.take(out, true) || !send.take(x, false) || send.type != receive.type ||
         !send.has_shape_of(receive)) {
         return Outcome::declined;
     }
+    const bool fitting = fits(receive);
     for (const Remembered& each : remembered_) {
         if (!each.op.is(op) || each.type != receive.type || !receive.has_shape(each.shape)) continue;
+        if (!fitting) {
+            const bool apart = send.data() == receive.data() || !send.overlaps(receive);
+            return each.way.checked && apart ? go(each.way, "allreduce", send.data(), receive.data()) : Outcome::declined;
+        }
         std::uint64_t unused;
         const Reduce reduce = kernel(op, receive.type, &unused);
         return reduce == nullptr ? Outcome::declined : reduce_into(receive, send.data(), reduce, each.signature);
@@ -159,20 +177,26 @@ Outcome FastPath::reduce_into(const ArrayView& to, const void* from, Reduce kern
 }
 
 void FastPath::know(Collective collective, nb::object op, Type type, std::size_t n, int root, std::uint64_t signature,
-                    std::shared_ptr<LibraryCollective> library, std::shared_ptr<Operation> checked) {
+                    Way way) {
     if (known(collective, op, type, n, root) != nullptr) return;
     std::uint64_t unused;
     Reduce reduce = nullptr;
-    if (collective == Collective::reduce || collective == Collective::reduce_scatter) {
+    if (collective != Collective::broadcast && collective != Collective::allgather) {
         reduce = kernel(op, type, &unused);
         if (reduce == nullptr) return;
     }
-    Known made{collective, std::move(op), type, n, root, signature, reduce, std::move(library), std::move(checked)};
+    Known made{collective, std::move(op), type, n, root, signature, reduce, std::move(way)};
     if (known_.size() < kRemembered) {
         known_.push_back(std::move(made));
     } else {
         known_[known_forgets_++ % kRemembered] = std::move(made);
     }
+}
+
+void FastPath::forget(const BoundCollective* collective) {
+    const auto goes = [&](const auto& each) { return each.way.collective.get() == collective; };
+    known_.erase(std::remove_if(known_.begin(), known_.end(), goes), known_.end());
+    remembered_.erase(std::remove_if(remembered_.begin(), remembered_.end(), goes), remembered_.end());
 }
 
 const FastPath::Known* FastPath::known(Collective collective, nb::handle op, Type type, std::size_t n, int root) {
@@ -225,12 +249,8 @@ Outcome FastPath::call(Collective collective, nb::handle sendbuf, nb::handle rec
     if (found == nullptr) return Outcome::declined;
     carried.from = sends ? send.data() : receive.data();
     carried.to = receives ? receive.data() : nullptr;
+    if (found->way.checked) return go(found->way, names[int(collective)], carried.from, carried.to);
     doing_ = names[int(collective)];
-    if (found->library) {
-        found->library->bind(carried.from, carried.to);
-        last_ = found->checked;
-        return run_open(*last_, 0.2);
-    }
     carried.reduce = found->kernel;
     carried.root = int(rooted);
     carried.stride = blocks ? carried.n / std::size_t(size_) : 0;
@@ -241,6 +261,13 @@ Outcome FastPath::call(Collective collective, nb::handle sendbuf, nb::handle rec
     intent.signature = found->signature;
     others_->rebind(intent, carried, nullptr);
     last_ = others_;
+    return run_open(*last_, 0.2);
+}
+
+Outcome FastPath::go(const Way& way, const char* name, const void* from, void* to) {
+    way.collective->bind(from, to);
+    doing_ = name;
+    last_ = way.checked;
     return run_open(*last_, 0.2);
 }
 

@@ -9,8 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "bound_collective.h"
 #include "direct_collective.h"
-#include "library_collective.h"
 
 namespace bitring {
 
@@ -47,19 +47,29 @@ public:
 
     Outcome allreduce(nanobind::handle sendbuf, nanobind::handle recvbuf, nanobind::handle op);
 
-    // From now on ranks that reduce() arrays of `type` and this shape under `op` say `signature`. Of many shapes those
-    // that came last are known.
-    void remember(nanobind::object op, Type type, std::vector<std::int64_t> shape, std::uint64_t signature);
+    // What makes a call whose values do not travel with the ranks' arrival: `collective`, in `checked`, once all have
+    // said the same.
+    struct Way {
+        std::shared_ptr<BoundCollective> collective;
+        std::shared_ptr<Operation> checked;
+    };
+
+    // From now on ranks that reduce() arrays of `type` and this shape under `op` say `signature`, and those of a size
+    // that is not served go this `way`, if that is not null. Of many shapes those that came last are known.
+    void remember(nanobind::object op, Type type, std::vector<std::int64_t> shape, std::uint64_t signature, Way way);
 
     // As allreduce(), of an array into one of the same shape, as remember() knows them.
     Outcome reduce(nanobind::handle x, nanobind::handle out, nanobind::handle op);
 
     // From now on ranks that call() `collective` under `op` on `n` values (of a type that has `itemsize`, in all; of
     // broadcasts and allgathers they are bytes, and `type` is Type::u8) say `signature`. The values travel with their
-    // arrival, or by `library` once all have said the same, in `checked`, where these are not null. Of many calls those
-    // that came last are known.
+    // arrival, or go this `way`, if that is not null, as those of an allreduce() that is not served do. Of many calls
+    // those that came last are known.
     void know(Collective collective, nanobind::object op, Type type, std::size_t n, int root, std::uint64_t signature,
-              std::shared_ptr<LibraryCollective> library, std::shared_ptr<Operation> checked);
+              Way way);
+
+    // Nothing goes the way of this collective any more; another one may have taken its place on other ranks.
+    void forget(const BoundCollective* collective);
 
     // As allreduce(), of any other collective that know() has told of. A broadcast has no sendbuf.
     Outcome call(Collective collective, nanobind::handle sendbuf, nanobind::handle recvbuf, nanobind::handle op,
@@ -113,6 +123,7 @@ public:
         others_.reset();
         last_.reset();
         known_.clear();
+        remembered_.clear();
     }
 
 private:
@@ -127,6 +138,7 @@ private:
         Type type;
         std::vector<std::int64_t> shape;
         std::uint64_t signature;
+        Way way;
     };
     static constexpr std::size_t kRemembered = 64;
 
@@ -138,8 +150,7 @@ private:
         int root;
         std::uint64_t signature;
         Reduce kernel;
-        std::shared_ptr<LibraryCollective> library;
-        std::shared_ptr<Operation> checked;
+        Way way;
     };
 
     bool is_array(nanobind::handle array) const {
@@ -153,6 +164,7 @@ private:
     bool closed() const {
         return busy_ || inside_ != 0 || (thread_ != 0 && thread_ != PyThread_get_thread_ident());
     }
+    Outcome go(const Way& way, const char* name, const void* from, void* to);
     Outcome run_open(Operation& operation, double seconds);
 
     nanobind::object ndarray_;

@@ -18,6 +18,7 @@ LaneAllreduce::LaneAllreduce(std::shared_ptr<Node> node, const Intent& intent, v
                              std::shared_ptr<Operation> between)
     : node_(std::move(node)),
       intent_(intent),
+      given_(static_cast<char*>(buffer)),
       buffer_(static_cast<char*>(buffer)),
       n_(n),
       itemsize_(itemsize),
@@ -30,7 +31,7 @@ LaneAllreduce::LaneAllreduce(std::shared_ptr<Node> node, const Intent& intent, v
       in_(std::size_t(node_->size())) {}
 
 void LaneAllreduce::start() {
-    if (!resident_ && n_ > 0) copy_bytes(part(node_->rank()), buffer_, n_ * itemsize_);
+    if (!resident_ && n_ > 0) copy_bytes(part(node_->rank()), given_, n_ * itemsize_);
     at_ = between_ ? chunk_start(n_, lanes_, node_->rank()) : 0;
     end_ = between_ ? chunk_start(n_, lanes_, node_->rank() + 1) : 0;
     gathered_ = 0;

@@ -7,19 +7,25 @@
 
 #include <memory>
 
+#include "bound_collective.h"
 #include "kernels.h"
 #include "node.h"
-#include "operation.h"
 #include "region.h"
 
 namespace bitring {
 
-class LaneAllreduce final : public Operation {
+class LaneAllreduce final : public BoundCollective {
 public:
     // n values from `buffer`, in place. `region`: the values themselves when `buffer` lies in it, else room for them.
     // `between`: the exchange of this rank's lane, to be bound to lane_values(); null on a rank that has no lane.
     LaneAllreduce(std::shared_ptr<Node> node, const Intent& intent, void* buffer, std::size_t n, std::size_t itemsize,
                   Reduce reduce, std::shared_ptr<const Region> region, int lanes, std::shared_ptr<Operation> between);
+
+    // Only where `region` is room for the values.
+    void bind(const void* from, void* to) override {
+        given_ = static_cast<const char*>(from);
+        buffer_ = static_cast<char*>(to);
+    }
 
     int awaited() const override { return node_->name(awaited_); }
     int error() const override { return between_ ? between_->error() : 0; }
@@ -44,6 +50,7 @@ private:
 
     std::shared_ptr<Node> node_;
     Intent intent_;
+    const char* given_;
     char* buffer_;
     std::size_t n_;
     std::size_t itemsize_;

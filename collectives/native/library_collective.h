@@ -5,16 +5,16 @@
 #include <cstdint>
 #include <memory>
 
+#include "bound_collective.h"
 #include "carried.h"
 #include "mpi_wire.h"
-#include "operation.h"
 
 namespace bitring {
 
-class LibraryCollective : public Operation {
+class LibraryCollective : public BoundCollective {
 public:
-    // Work on the values at `from` and `to` from the next begin() on; the same means in place. A broadcast has `to` alone.
-    void bind(const void* from, void* to) {
+    // A broadcast has `to` alone.
+    void bind(const void* from, void* to) override {
         from_ = from;
         to_ = to;
     }

@@ -391,25 +391,23 @@ NB_MODULE(_native, m) {
         .def_prop_ro_static("message_fields", [](nb::handle) { return message_fields; });
     nb::class_<MpiLibrary>(m, "MpiLibrary").def(nb::init<const std::string&>(), "path"_a);
 
-    nb::class_<LibraryCollective, Operation>(m, "LibraryCollective")
+    nb::class_<BoundCollective, Operation>(m, "BoundCollective")
+        .def("bind", [](BoundCollective& operation, std::uintptr_t from, std::uintptr_t to) {
+            operation.bind(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to));
+        }, "source"_a, "target"_a);
+    nb::class_<LibraryCollective, BoundCollective>(m, "LibraryCollective")
         .def_static("make", [](const MpiLibrary& library, int handle_size, Collective collective, std::uint64_t comm,
                                std::uint64_t datatype, std::uint64_t op, std::int64_t in_place, int count, int root) {
             return make_library_collective(library, handle_size,
                                            LibraryCall{collective, comm, datatype, op, in_place, count, root});
         }, "library"_a, "handle_size"_a, "collective"_a, "comm"_a, "datatype"_a, "op"_a, "in_place"_a, "count"_a,
            "root"_a)
-        .def_static("persistent", &make_persistent_collective, "library"_a, "handle_size"_a, "request"_a)
-        .def("bind", [](LibraryCollective& operation, std::uintptr_t from, std::uintptr_t to) {
-            operation.bind(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to));
-        }, "source"_a, "target"_a);
-    nb::class_<Execution, Operation>(m, "Execution")
+        .def_static("persistent", &make_persistent_collective, "library"_a, "handle_size"_a, "request"_a);
+    nb::class_<Execution, BoundCollective>(m, "Execution")
         .def(nb::new_(&make_execution), nb::keep_alive<0, 3>(), "program"_a, "library"_a, "handle_size"_a, "comm"_a,
-             "byte"_a, "rank"_a, "itemsize"_a, "kernel"_a)
-        .def("bind", [](Execution& execution, std::uintptr_t buffer) {
-            execution.bind(reinterpret_cast<void*>(buffer));
-        }, "buffer"_a);
+             "byte"_a, "rank"_a, "itemsize"_a, "kernel"_a);
 
-    nb::class_<LaneAllreduce, Operation>(m, "LaneAllreduce")
+    nb::class_<LaneAllreduce, BoundCollective>(m, "LaneAllreduce")
         .def("__init__", [](LaneAllreduce* self, std::shared_ptr<Node> node, std::uint64_t signature,
                             std::uintptr_t buffer, std::size_t n, std::size_t itemsize, std::uintptr_t kernel,
                             std::shared_ptr<const Region> region, int lanes, std::shared_ptr<Operation> between) {
@@ -490,12 +488,21 @@ NB_MODULE(_native, m) {
         .def("allreduce", [](FastPath& fast_path, nb::handle sendbuf, nb::handle recvbuf, nb::handle op) {
             return int(fast_path.allreduce(sendbuf, recvbuf, op));
         }, "sendbuf"_a.none(), "recvbuf"_a.none(), "op"_a.none())
-        .def("remember", &FastPath::remember, "op"_a, "type"_a, "shape"_a, "signature"_a)
+        .def("remember", [](FastPath& fast_path, nb::object op, Type type, std::vector<std::int64_t> shape,
+                            std::uint64_t signature, std::shared_ptr<BoundCollective> collective,
+                            std::shared_ptr<Operation> checked) {
+            fast_path.remember(op, type, std::move(shape), signature, {std::move(collective), std::move(checked)});
+        }, "op"_a, "type"_a, "shape"_a, "signature"_a, "collective"_a.none(), "checked"_a.none())
         .def("reduce", [](FastPath& fast_path, nb::handle x, nb::handle out, nb::handle op) {
             return int(fast_path.reduce(x, out, op));
         }, "x"_a.none(), "out"_a.none(), "op"_a.none())
-        .def("know", &FastPath::know, "collective"_a, "op"_a.none(), "type"_a, "n"_a, "root"_a, "signature"_a,
-             "library"_a.none(), "checked"_a.none())
+        .def("know", [](FastPath& fast_path, Collective collective, nb::object op, Type type, std::size_t n, int root,
+                        std::uint64_t signature, std::shared_ptr<BoundCollective> bound,
+                        std::shared_ptr<Operation> checked) {
+            fast_path.know(collective, op, type, n, root, signature, {std::move(bound), std::move(checked)});
+        }, "collective"_a, "op"_a.none(), "type"_a, "n"_a, "root"_a, "signature"_a, "bound"_a.none(),
+           "checked"_a.none())
+        .def("forget", &FastPath::forget, "bound"_a)
         .def("call", [](FastPath& fast_path, Collective collective, nb::handle sendbuf, nb::handle recvbuf,
                         nb::handle op, nb::handle root) {
             return int(fast_path.call(collective, sendbuf, recvbuf, op, root));

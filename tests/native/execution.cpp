@@ -31,7 +31,7 @@ void check(const std::string& name, Make make, bool in_chunks, int size, std::in
     Network network(unsigned(n + size), eager);
     std::mt19937 random(unsigned(n * 7 + size));
     std::vector<std::unique_ptr<Execution>> ranks;
-    std::vector<std::vector<Value>> x(static_cast<std::size_t>(size));
+    std::vector<std::vector<Value>> x(static_cast<std::size_t>(size)), apart(x.size());
     for (int r = 0; r < size; ++r) {
         auto program = compile(make(r, size), in_chunks ? size : 1, n, segment, window, slots);
         ranks.push_back(std::make_unique<Execution>(program, network.wire(r), r, sizeof(Value), reduce_kernel(Op::sum, type)));
@@ -44,7 +44,11 @@ void check(const std::string& name, Make make, bool in_chunks, int size, std::in
             for (auto& v : mine) v = Value((double(random()) - 2e9) * (std::is_integral<Value>::value ? 1 : std::pow(10.0, r)));
             for (std::size_t i = 0; i < std::size_t(n); ++i) sum[i] += double(mine[i]);
             mine.back() = 42;
-            ranks[std::size_t(r)]->bind(mine.data());
+            auto& given = apart[std::size_t(r)];
+            given = mine;
+            const bool out_of_place = run % 2 == 1 && size > 1;
+            if (out_of_place) std::fill_n(mine.begin(), n, Value(7));  // nobody must see these
+            ranks[std::size_t(r)]->bind(out_of_place ? given.data() : mine.data(), mine.data());
             ranks[std::size_t(r)]->begin();
         }
         std::vector<int> waiting(ranks.size());
@@ -112,7 +116,7 @@ int main() {
 
     Execution broken(compile(ring(0, 2), 2, 100, 10, 4, 8), std::make_unique<Broken>(), 0, 4, reduce_kernel(Op::sum, Type::f32));
     std::vector<float> x(100);
-    broken.bind(x.data());
+    broken.bind(x.data(), x.data());
     broken.begin();
     while (!is_over(broken.advance())) {
     }

@@ -77,10 +77,17 @@ void check(const std::vector<int>& nodes, std::size_t n, bool resident) {
                                                        between[std::size_t(r)]->wire(me), me, 8, reduce_kernel(Op::sum, Type::i64));
                 }
                 LaneAllreduce operation(node, Intent{5, 0, 0}, x, n, 8, reduce_kernel(Op::sum, Type::i64), region, lanes, lane);
-                if (lane) lane->bind(operation.lane_values());
+                if (lane) lane->bind(operation.lane_values(), operation.lane_values());
                 for (int run = 0; run < 4; ++run) {
                     for (std::size_t i = 0; i < n; ++i) x[i] = value(run, first_rank + r, i);
                     x[n] = 42;
+                    std::vector<std::int64_t> given(x, x + n);
+                    if (!resident && run % 2 == 1) {
+                        std::fill_n(x, n, 7);  // out of place: nobody must see these
+                        operation.bind(given.data(), x);
+                    } else if (!resident) {
+                        operation.bind(x, x);
+                    }
                     if (finish(operation) != Status::done) fail(what + ": not done");
                     for (std::size_t i = 0; i < n; ++i) {
                         std::int64_t sum = 0;
