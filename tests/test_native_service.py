@@ -61,18 +61,22 @@ def progress_is_native() -> bool:
 
 
 @pytest.mark.skipif(MPI.Query_thread() < MPI.THREAD_MULTIPLE, reason="there is no progress thread")
-def test_a_rank_that_holds_the_interpreter_serves(comm, agree, mpi_tmp_path: Path):
+@pytest.mark.parametrize("encoder", [None, bitring.OneBit(block=64)], ids=["as they are", "onebit"])
+def test_a_rank_that_holds_the_interpreter_serves(comm, agree, mpi_tmp_path: Path, encoder):
     """Rank 0 does nothing but hold it until the others say, past MPI, that their updates are applied and read."""
     if comm.size == 1:
         return
     pipe = mpi_tmp_path / "pipe"
     if comm.rank == 0:
         os.mkfifo(pipe)
-    store = bitring.ParameterStore({"w": np.zeros(8)}, bitring.SGD(lr=1.0), comm=comm, servers=1)
+    values, encoders = {"w": np.zeros(64)}, {"w": encoder}
+    if encoder is not None:
+        encoder.warm_up(np.float64)
+    store = MessageTable(Setup(comm, "test", values, bitring.SGD(lr=1.0), Terms(), servers=1, encoders=encoders))
     served = False
     descriptor = os.open(pipe, os.O_RDWR)
     for attempt in range(1, 9):  # it may have come back to Python just then
-        store.synchronize()
+        store.settle()
         if comm.rank == 0:
             while not progress_is_native():
                 time.sleep(1e-3)
@@ -81,8 +85,8 @@ def test_a_rank_that_holds_the_interpreter_serves(comm, agree, mpi_tmp_path: Pat
                 told += len(os.read(descriptor, 1))
             served = served or told == comm.size - 1
         else:
-            store.inc({"w": -np.ones(8)})
-            agree_here = store.get()["w"][0] >= attempt
+            store.push(Update({"w": -np.ones(64)}, {}))
+            agree_here = store.pull()["w"][0] >= attempt
             if agree_here:
                 os.write(descriptor, b"x")
         served = allgather(comm, served, "test")[0]
@@ -91,6 +95,23 @@ def test_a_rank_that_holds_the_interpreter_serves(comm, agree, mpi_tmp_path: Pat
     agree(comm, served, "nothing was served while the interpreter was held")
     os.close(descriptor)
     store.free()
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutKernels(bitring.OneBit):
+    def encode(self, values: Any, residual: Any, payload: Any, seed: int = 0) -> int:  # type: ignore[override]
+        return super().encode(values, residual, payload, seed)
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_what_is_encoded_by_kernels_is_served_natively(comm, agree, served):
+    encoder = bitring.OneBit(block=64) if served else WithoutKernels(block=64)
+    setup = Setup(comm, "test", {"w": np.zeros((99, 2))}, bitring.SGD(), Terms(), encoders={"w": encoder})
+    table = MessageTable(setup)
+    agree(comm, isinstance(table._service, NativeService) == served)
+    table.push(Update({"w": np.ones((99, 2))}, {}))
+    table.pull()
+    table.free()
 
 
 def test_what_is_served_natively(comm, agree):
@@ -107,32 +128,39 @@ def test_what_is_served_natively(comm, agree):
 
 @pytest.mark.parametrize("terms", [Terms(gather=9, staleness=0), Terms(gather=9, late="drop")], ids=["mean", "rounds"])
 @pytest.mark.parametrize("optimizer", ["sgd:lr=0.1,momentum=0.9", "adagrad:lr=0.1"])
-def test_gathered_updates_have_the_references_bits(comm, agree, monkeypatch, terms, optimizer):
-    """All ranks' are gathered in each clock, whole and of some rows, of different weights, whoever serves them."""
+@pytest.mark.parametrize("encoder", [None, bitring.OneBit(block=64), bitring.OneBit(block=64, levels="rank_one")])
+def test_gathered_updates_have_the_references_bits(comm, agree, monkeypatch, terms, optimizer, encoder):
+    """All ranks' are gathered in each clock, whole and of some rows, of different weights, whoever serves them.
+
+    What is read has the same bits, too, as has what encoding left out.
+    """
     able = native_service.serves
     ends: dict[str, bytes] = {}
     for way in ("native", "some in Python", "in Python"):
         mine = way == "native" or (way == "some in Python" and comm.rank % 2 == 1)
-        monkeypatch.setattr(native_service, "serves", lambda setup, layout, mine=mine: mine and able(setup, layout))
-        values = {"w": np.ones((11, 3), np.float32), "v": np.ones(5), "scalar": np.ones(())}
+        monkeypatch.setattr(native_service, "serves", lambda *setup, mine=mine: mine and able(*setup))
+        values = {"w": np.ones((31, 5), np.float32), "v": np.ones(65), "scalar": np.ones(())}
         gathers = dataclasses.replace(terms, gather=comm.size)
-        table = MessageTable(Setup(comm, "test", values, make(optimizer, optimizers), gathers))
+        encoders = dict.fromkeys(values, encoder)
+        table = MessageTable(Setup(comm, "test", values, make(optimizer, optimizers), gathers, encoders=encoders))
         agree(comm, isinstance(table._service, NativeService) == mine)
         rng = np.random.default_rng(comm.rank)
+        seen: list[Any] = []
         for clock in range(6):
-            rows = np.flatnonzero(rng.random(11) < 0.5)
+            rows = np.flatnonzero(rng.random(31) < 0.5)
             some = clock % 3 != 1 and (clock % 3 == 0 or comm.rank > 0)
             g = {name: rng.standard_normal(w.shape).astype(w.dtype) for name, w in values.items()}
             if some:
                 g["w"] = g["w"][rows]
             table.push(Update(g, {"w": rows} if some else {}, weight=float(comm.rank + 1)))
             table.tick()
-            table.pull()
-        ends[way] = b"".join(x.tobytes() for x in table.settle().values())
+            seen += table.pull().values()
+        seen += [*table.settle().values(), *table.residuals.values()]
+        ends[way] = b"".join(x.tobytes() for x in seen)
         counts = table.counts()
         agree(comm, counts["applied"] == 6 * comm.size and counts["dropped"] == 0, f"{way}: {counts}")
         table.free()
-    agree(comm, len(set(ends.values())) == 1, str(ends))
+    agree(comm, len(set(ends.values())) == 1, str({way: hash(end) for way, end in ends.items()}))
 
 
 def test_its_numbers_are_those_of_the_reference():

@@ -8,9 +8,9 @@
 #include <memory>
 #include <vector>
 
+#include "codec.h"
 #include "kernels.h"
 #include "operation.h"
-#include "owner_exchange.h"
 #include "wire.h"
 
 namespace bitring {

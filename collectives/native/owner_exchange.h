@@ -10,24 +10,12 @@
 #include <memory>
 #include <vector>
 
+#include "codec.h"
 #include "kernels.h"
 #include "operation.h"
 #include "wire.h"
 
 namespace bitring {
-
-// An encoder's kernels, as compression/kernels/functions.py describes them.
-struct Codec {
-    using Encode = std::int64_t (*)(const void* values, void* residual, std::int64_t n, std::uint8_t* payload,
-                                    std::int64_t capacity, std::int64_t seed, const double* settings);
-    using Decode = std::int64_t (*)(const std::uint8_t* payload, std::int64_t nbytes, void* out, std::int64_t n,
-                                    std::int64_t accumulate, const double* settings);
-    Encode encode;      // the buffer's values
-    Encode encode_sum;  // sums, in the residual's type
-    Decode decode;      // to the buffer
-    Decode decode_sum;
-    const double* settings;
-};
 
 // Values from `start` to before `stop`, encoded in one call by codec number `codec`, in at most `nbytes`.
 struct EncodedPiece {

@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -102,18 +103,39 @@ Tuples list_of(const StoreRule::Actions& actions) {
     return list;
 }
 
-// Parameter, addresses of its values and of the slot, 0 for none, rows, values of a row, their type.
-using Part = std::tuple<std::int64_t, std::uintptr_t, std::uintptr_t, std::size_t, std::size_t, Type>;
+// Parameter, addresses of its values and of the slot, 0 for none, rows, values of a row, their type; what encodes them, if
+// anything does, and the bytes that they take then.
+using Part = std::tuple<std::int64_t, std::uintptr_t, std::uintptr_t, std::size_t, std::size_t, Type, std::optional<Codec>,
+                        std::size_t>;
 
 std::shared_ptr<StoreOwner> make_owner(const StoreRule& state, int members, const std::vector<Part>& parts, Rule rule,
                                        double lr, double momentum, double weight_decay, double eps,
-                                       nb::handle /*keep*/) {
+                                       bool edits, nb::handle /*keep*/) {
     std::vector<StorePart> made;
-    for (const auto& [parameter, values, slot, rows, width, type] : parts) {
-        made.push_back({parameter, reinterpret_cast<char*>(values), reinterpret_cast<char*>(slot), rows, width, type});
+    for (const auto& [parameter, values, slot, rows, width, type, codec, most] : parts) {
+        made.push_back({parameter, reinterpret_cast<char*>(values), reinterpret_cast<char*>(slot), rows, width, type, codec,
+                        most});
     }
     return std::make_shared<StoreOwner>(state, members, std::move(made), rule,
-                                        UpdateSettings{lr, momentum, weight_decay, eps});
+                                        UpdateSettings{lr, momentum, weight_decay, eps}, edits);
+}
+
+// What the owner does with a message, and what it sends then: to whom, and as messages are.
+Tuples hear(StoreOwner& owner, int member, int kind, int serial, std::vector<double> numbers, std::optional<Bytes> payload) {
+    const auto memory = [](std::size_t nbytes) {
+        return Payload{std::shared_ptr<char>(new char[nbytes], std::default_delete<char[]>()), nbytes};
+    };
+    MailMessage message{member, kind, serial, std::move(numbers), {}};
+    if (payload) {
+        message.payload = memory(payload->size());
+        std::copy_n(payload->data(), payload->size(), message.payload.memory.get());
+    }
+    Tuples sent;
+    const auto send = [&sent](int to, StoreKind what, int number, std::vector<double> told, Payload values) {
+        sent.append(tuple_of(MailMessage{to, int(what), number, std::move(told), std::move(values)}));
+    };
+    owner.hear(message, send, memory);
+    return sent;
 }
 
 std::shared_ptr<PythonService> make_service(const MpiLibrary& library, int handle_size, std::uint64_t comm,
@@ -164,12 +186,14 @@ void bind_stores(nb::module_& m) {
 
     // `keep` owns the memory of the parts.
     nb::class_<StoreOwner>(m, "StoreOwner")
-        .def(nb::new_(&make_owner), nb::keep_alive<0, 10>(), "state"_a, "members"_a, "parts"_a, "rule"_a, "lr"_a,
-             "momentum"_a, "weight_decay"_a, "eps"_a, "keep"_a)
+        .def(nb::new_(&make_owner), nb::keep_alive<0, 11>(), "state"_a, "members"_a, "parts"_a, "rule"_a, "lr"_a,
+             "momentum"_a, "weight_decay"_a, "eps"_a, "edits"_a, "keep"_a)
         .def_ro_static("window", &StoreOwner::kWindow)
         .def("use", [](StoreOwner& owner, int member, Rule rule, double lr, double momentum, double weight_decay,
                        double eps) { owner.use(member, rule, UpdateSettings{lr, momentum, weight_decay, eps}); },
              "member"_a, "rule"_a, "lr"_a, "momentum"_a, "weight_decay"_a, "eps"_a)
+        .def("hear", &hear, "member"_a, "kind"_a, "serial"_a, "numbers"_a, "payload"_a.none())
+        .def("restart", &StoreOwner::restart)
         // Clocks, updates applied and dropped, reads that wait, and (staleness, how many) of updates.
         .def("seen", [](const StoreOwner& owner) {
             StoreOwner::Seen seen = [&] {

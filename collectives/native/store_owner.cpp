@@ -1,17 +1,12 @@
 #include "store_owner.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 namespace bitring {
 
 namespace {
-
-constexpr std::size_t kFields = 4;  // of each piece, int64: parameter, rows (-1: all), bytes, form
-constexpr std::int64_t kValues = 0;  // the only form: values, one after the other
-
-std::size_t padded(std::size_t nbytes) { return (nbytes + 7) / 8 * 8; }
 
 template <class T>
 void scale_values(char* values, std::size_t nbytes, double scale) {
@@ -30,8 +25,8 @@ std::vector<double> numbers_of(const std::vector<int>& members) { return {member
 
 }  // namespace
 
-StoreOwner::StoreOwner(StoreRule state, int members, std::vector<StorePart> parts, Rule rule,
-                       const UpdateSettings& settings)
+StoreOwner::StoreOwner(StoreRule state, int members, std::vector<StorePart> parts, Rule rule, const UpdateSettings& settings,
+                       bool edits)
     : parts_(std::move(parts)),
       wanted_(std::size_t(members)),
       rests_(std::size_t(members)),
@@ -39,7 +34,7 @@ StoreOwner::StoreOwner(StoreRule state, int members, std::vector<StorePart> part
       taken_(std::size_t(members)),
       told_(std::size_t(members)),
       state_(std::move(state)) {
-    for (std::size_t k = 0; k < parts_.size(); ++k) places_[parts_[k].parameter] = k;
+    if (edits) editions_.emplace(parts_);
     optimizers_.assign(std::size_t(members), checked(rule, settings));
 }
 
@@ -61,63 +56,43 @@ StoreOwner::Seen StoreOwner::seen() const {
     return {state_.clocks(), applied_, dropped_, state_.waiting(), {staleness_.begin(), staleness_.end()}};
 }
 
-// The pieces of a payload of training/store/packing.py, where they are.
-std::vector<StoreOwner::Piece> StoreOwner::unpack(const Payload& payload) const {
-    const auto fail = [] { throw std::invalid_argument("StoreOwner: a message does not fit the shard"); };
-    const auto* words = reinterpret_cast<const std::int64_t*>(payload.memory.get());
-    const std::size_t most = payload.nbytes / 8;
-    if (most < 1 || words[0] < 0 || std::size_t(words[0]) > (most - 1) / kFields) fail();
-    const auto count = std::size_t(words[0]);
-    std::size_t at = 8 * (1 + kFields * count);
-    std::vector<Piece> pieces;
-    for (std::size_t k = 0; k < count; ++k) {
-        const std::int64_t* fields = words + 1 + kFields * k;
-        const auto place = places_.find(fields[0]);
-        if (place == places_.end() || fields[2] < 0 || fields[3] != kValues) fail();
-        const StorePart& part = parts_[place->second];
-        Piece piece{&part, nullptr, part.rows, nullptr, std::size_t(fields[2])};
-        if (fields[1] >= 0) {
-            piece.n = std::size_t(fields[1]);
-            if (piece.n > (payload.nbytes - at) / 8) fail();
-            piece.rows = reinterpret_cast<const std::int64_t*>(payload.memory.get() + at);
-            at += 8 * piece.n;
-            for (std::size_t i = 0; i < piece.n; ++i) {
-                if (piece.rows[i] < 0 || std::size_t(piece.rows[i]) >= part.rows) fail();
-            }
-        }
-        if (padded(piece.nbytes) > payload.nbytes - at) fail();
-        piece.data = payload.memory.get() + at;
-        at += padded(piece.nbytes);
-        pieces.push_back(piece);
-    }
-    return pieces;
+void StoreOwner::restart() {
+    if (editions_) editions_->restart(state_.version());
 }
 
-// Multiplies a piece of an update, where it lies.
-void StoreOwner::scale(const Piece& piece, double scale) const {
+// The values of a piece of an update times the scale: where they lie, or, of one that is encoded, in the room.
+char* StoreOwner::gradient(const StorePiece& piece, double scale, Room& room) const {
     const StorePart& part = *piece.part;
-    if (piece.nbytes != piece.n * part.row_nbytes()) {
-        throw std::invalid_argument("StoreOwner: an update does not fit the shard");
+    const std::size_t nbytes = piece.n * part.row_nbytes();
+    char* values = piece.data;
+    bool fits = piece.nbytes == nbytes;
+    if (piece.form == StorePiece::Form::encoded) {
+        room.resize(std::max(room.size(), padded(nbytes) / 8));
+        values = reinterpret_cast<char*>(room.data());
+        fits = part.codec->decode(reinterpret_cast<const std::uint8_t*>(piece.data), std::int64_t(piece.nbytes), values,
+                                  part.size(), 0, part.codec->settings) == 0;
     }
-    if (scale != 1) (part.type == Type::f64 ? scale_values<double> : scale_values<float>)(piece.data, piece.nbytes, scale);
+    if (!fits) throw std::invalid_argument("StoreOwner: an update does not fit the shard");
+    if (scale != 1) (part.type == Type::f64 ? scale_values<double> : scale_values<float>)(values, nbytes, scale);
+    return values;
 }
 
 // Lets the optimizer see an update times its scale.
-void StoreOwner::apply(const std::vector<Payload>& update, double factor, const Optimizer& optimizer) {
+void StoreOwner::apply(const std::vector<Payload>& update, double scale, const Optimizer& optimizer) {
     for (const Payload& payload : update) {
-        for (const Piece& piece : unpack(payload)) {
-            scale(piece, factor);
+        for (const StorePiece& piece : unpack(payload, parts_)) {
+            const char* g = gradient(piece, scale, decoded_);
             const StorePart& part = *piece.part;
             const std::size_t row = part.row_nbytes();
             const Update kernel = update_kernel(optimizer.rule, part.type);
             if (piece.rows == nullptr) {
-                kernel(part.rows * part.width, part.values, part.slot, piece.data, optimizer.settings);
+                kernel(part.rows * part.width, part.values, part.slot, g, optimizer.settings);
                 continue;
             }
             for (std::size_t i = 0; i < piece.n; ++i) {
                 const std::size_t first = std::size_t(piece.rows[i]) * row;
                 kernel(part.width, part.values + first, part.slot == nullptr ? nullptr : part.slot + first,
-                       piece.data + i * row, optimizer.settings);
+                       g + i * row, optimizer.settings);
             }
         }
     }
@@ -126,26 +101,27 @@ void StoreOwner::apply(const std::vector<Payload>& update, double factor, const 
 // Lets the optimizer see the sum of several updates, each times its scale, added in this order.
 void StoreOwner::apply_sum(const std::vector<StoreAction::Update>& updates, const Optimizer& optimizer) {
     std::map<const StorePart*, char*> sums;
-    std::vector<std::vector<std::int64_t>> rooms;  // of sums that begin with rows
+    std::vector<Room> rooms;  // of sums that begin with rows, or with what was encoded
     for (const StoreAction::Update& update : updates) {
         for (const Payload& payload : updates_.at({update.member, update.number})) {
-            for (const Piece& piece : unpack(payload)) {
-                scale(piece, update.scale);
+            for (const StorePiece& piece : unpack(payload, parts_)) {
                 const StorePart& part = *piece.part;
                 const auto add = part.type == Type::f64 ? add_values<double> : add_values<float>;
                 char*& sum = sums[&part];
+                const bool begins = sum == nullptr && piece.form == StorePiece::Form::encoded;
+                char* g = gradient(piece, update.scale, begins ? rooms.emplace_back() : decoded_);
                 if (piece.rows == nullptr) {
                     if (sum == nullptr) {
-                        sum = piece.data;
+                        sum = g;
                     } else {
-                        add(sum, piece.data, piece.nbytes);
+                        add(sum, g, part.nbytes());
                     }
                     continue;
                 }
                 if (sum == nullptr) sum = reinterpret_cast<char*>(rooms.emplace_back(padded(part.nbytes()) / 8 + 1).data());
                 const std::size_t row = part.row_nbytes();
                 for (std::size_t i = 0; i < piece.n; ++i) {
-                    add(sum + std::size_t(piece.rows[i]) * row, piece.data + i * row, row);
+                    add(sum + std::size_t(piece.rows[i]) * row, g + i * row, row);
                 }
             }
         }
@@ -166,52 +142,27 @@ void StoreOwner::apply(const StoreAction& action) {
     for (const StoreAction::Update& update : action.updates) updates_.erase({update.member, update.number});
 }
 
-// A payload of the rows that pieces name, of which only part, rows and n count.
-Payload StoreOwner::pack(const std::vector<Piece>& pieces, const std::function<Payload(std::size_t)>& memory) const {
-    std::size_t nbytes = 8 * (1 + kFields * pieces.size());
-    for (const Piece& piece : pieces) {
-        nbytes += (piece.rows == nullptr ? 0 : 8 * piece.n) + padded(piece.n * piece.part->row_nbytes());
+Payload StoreOwner::read(const Payload& wanted, const StoreMemory& memory) const {
+    std::vector<StorePiece> pieces;
+    if (wanted.nbytes > 0) {
+        pieces = unpack(wanted, parts_);
+    } else {
+        for (const StorePart& part : parts_) pieces.push_back({&part, nullptr, part.rows, nullptr, 0});
     }
-    Payload payload = memory(nbytes);
-    auto* words = reinterpret_cast<std::int64_t*>(payload.memory.get());
-    *words++ = std::int64_t(pieces.size());
-    for (const Piece& piece : pieces) {
-        *words++ = piece.part->parameter;
-        *words++ = piece.rows == nullptr ? -1 : std::int64_t(piece.n);
-        *words++ = std::int64_t(piece.n * piece.part->row_nbytes());
-        *words++ = kValues;
+    for (StorePiece& piece : pieces) {
+        piece.data = piece.part->values;
+        piece.form = StorePiece::Form::values;
     }
-    char* to = reinterpret_cast<char*>(words);
-    for (const Piece& piece : pieces) {
-        const std::size_t row = piece.part->row_nbytes(), data = piece.n * row;
-        if (piece.rows == nullptr) {
-            std::memcpy(to, piece.part->values, data);
-        } else {
-            std::memcpy(to, piece.rows, 8 * piece.n);
-            to += 8 * piece.n;
-            for (std::size_t i = 0; i < piece.n; ++i) {
-                std::memcpy(to + i * row, piece.part->values + std::size_t(piece.rows[i]) * row, row);
-            }
-        }
-        std::memset(to + data, 0, padded(data) - data);
-        to += padded(data);
-    }
-    return payload;
-}
-
-Payload StoreOwner::read(const Payload& wanted, const std::function<Payload(std::size_t)>& memory) const {
-    if (wanted.nbytes > 0) return pack(unpack(wanted), memory);
-    std::vector<Piece> all;
-    for (const StorePart& part : parts_) all.push_back(Piece{&part, nullptr, part.rows, nullptr, 0});
-    return pack(all, memory);
+    return pack(pieces, memory);
 }
 
 // The numbers of an answer: version, updates taken, edition, whether they are changes, troubles; clocks, -1 - c: it has ended.
-std::vector<double> StoreOwner::head(int member) {
+std::vector<double> StoreOwner::head(int member, bool changes) {
     told_[std::size_t(member)] = taken_[std::size_t(member)];
     double troubles = 0;
     for (const double each : troubles_) troubles += each;
-    std::vector<double> numbers{double(state_.version()), double(taken_[std::size_t(member)]), 0, 0, troubles};
+    std::vector<double> numbers{double(state_.version()), double(taken_[std::size_t(member)]),
+                                editions_ ? double(editions_->number()) : 0, double(changes), troubles};
     const std::vector<double> clocks = state_.clocks();
     numbers.insert(numbers.end(), clocks.begin(), clocks.end());
     for (const int m : state_.ended()) numbers[5 + std::size_t(m)] = -1 - numbers[5 + std::size_t(m)];
@@ -240,13 +191,14 @@ StoreRule::Actions StoreOwner::event(const MailMessage& message) {
     }
 }
 
-void StoreOwner::hear(MailMessage& message, const Send& send, const std::function<Payload(std::size_t)>& memory) {
+void StoreOwner::hear(MailMessage& message, const Send& send, const StoreMemory& memory) {
     const int member = message.source;
     const auto m = std::size_t(member);
     const auto kind = StoreKind(message.kind);
     const auto settle = [&](const std::vector<int>& members) {
+        restart();
         const Payload values = read({}, memory);
-        for (const int each : members) send(each, StoreKind::settled, rests_[std::size_t(each)], head(each), values);
+        for (const int each : members) send(each, StoreKind::settled, rests_[std::size_t(each)], head(each, false), values);
     };
     switch (kind) {
         case StoreKind::ahead:
@@ -257,7 +209,9 @@ void StoreOwner::hear(MailMessage& message, const Send& send, const std::functio
             if (message.numbers.at(0) != 0) updates_[{member, message.serial}].push_back(std::move(message.payload));
             ++taken_[m];
             break;
-        case StoreKind::read: wanted_[m] = std::move(message.payload); break;
+        case StoreKind::read:
+            wanted_[m] = {std::move(message.payload), std::int64_t(message.numbers.at(1))};
+            break;
         case StoreKind::rest:
             rests_[m] = message.serial;
             troubles_[m] = message.numbers.at(0);
@@ -288,8 +242,11 @@ void StoreOwner::hear(MailMessage& message, const Send& send, const std::functio
                 send(action.member, StoreKind::dropped, action.number, {}, {});
                 break;
             case StoreAction::Kind::serve: {
-                const Payload wanted = std::move(wanted_[std::size_t(action.member)]);
-                send(action.member, StoreKind::values, action.number, head(action.member), read(wanted, memory));
+                const auto [wanted, edition] = std::move(wanted_[std::size_t(action.member)]);
+                const bool edits = wanted.nbytes == 0 && editions_;
+                auto [values, changes] = edits ? editions_->answer(edition, state_.version(), memory)
+                                               : std::pair(read(wanted, memory), false);
+                send(action.member, StoreKind::values, action.number, head(action.member, changes), std::move(values));
                 break;
             }
             case StoreAction::Kind::claim: send(member, StoreKind::claimed, action.number, {double(action.claimed)}, {}); break;

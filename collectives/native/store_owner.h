@@ -1,5 +1,5 @@
 // The owner of a store's shard, without Python: what training/store/owner.py does where updates are applied by an optimizer
-// that has a kernel, and travel as they are. It gives the same bits.
+// that has a kernel, and travel as they are or encoded by kernels. It gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,13 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "mailbox.h"
+#include "store_editions.h"
+#include "store_packing.h"
 #include "store_rule.h"
 #include "update_kernels.h"
 
@@ -23,34 +26,28 @@ enum class StoreKind : std::uint8_t {
     trouble = 30
 };
 
-// The owner's rows of a parameter.
-struct StorePart {
-    std::int64_t parameter;  // its number
-    char* values;
-    char* slot;  // the optimizer's for them; null: it has none
-    std::size_t rows, width;
-    Type type;  // float32 or float64
-
-    std::size_t itemsize() const { return type == Type::f64 ? 8 : 4; }
-    std::size_t row_nbytes() const { return width * itemsize(); }
-    std::size_t nbytes() const { return rows * row_nbytes(); }
-};
-
 class StoreOwner {
 public:
     static constexpr std::int64_t kWindow = 4;  // updates that a member may have under way
 
     using Send = std::function<void(int member, StoreKind kind, int serial, std::vector<double> numbers, Payload payload)>;
 
-    // Of parts that outlive it, in the order of their parameters. All members' updates are by `rule` and `settings` at first.
-    StoreOwner(StoreRule state, int members, std::vector<StorePart> parts, Rule rule, const UpdateSettings& settings);
+    // Of parts whose values outlive it, in the order of their parameters. All members' updates are by `rule` and `settings`
+    // at first. `edits`: answers are changes, as something of the store travels encoded, here or at other owners.
+    StoreOwner(StoreRule state, int members, std::vector<StorePart> parts, Rule rule, const UpdateSettings& settings,
+               bool edits);
+    StoreOwner(const StoreOwner&) = delete;  // editions know where the parts are
+    StoreOwner& operator=(const StoreOwner&) = delete;
 
     // From now on these are a member's.
     void use(int member, Rule rule, const UpdateSettings& settings);
 
     // Acts on a member's message: any but `use` and `slots`. `memory`: for payloads. Throws std::invalid_argument for one
     // that does not fit the shard.
-    void hear(MailMessage& message, const Send& send, const std::function<Payload(std::size_t)>& memory);
+    void hear(MailMessage& message, const Send& send, const StoreMemory& memory);
+
+    // The shard's values are others than updates made of them; not while it hears.
+    void restart();
 
     // What can be told of it, in any thread.
     struct Seen {
@@ -62,34 +59,29 @@ public:
     Seen seen() const;
 
 private:
-    struct Piece {
-        const StorePart* part;
-        const std::int64_t* rows;  // null: all
-        std::size_t n;             // rows
-        char* data;
-        std::size_t nbytes;
-    };
     struct Optimizer {
         Rule rule;
         UpdateSettings settings;
     };
 
-    std::vector<Piece> unpack(const Payload& payload) const;
-    void scale(const Piece& piece, double scale) const;
+    // Words in memory, which suit any type.
+    using Room = std::vector<std::int64_t>;
+
+    char* gradient(const StorePiece& piece, double scale, Room& room) const;
     void apply(const std::vector<Payload>& update, double scale, const Optimizer& optimizer);
     void apply_sum(const std::vector<StoreAction::Update>& updates, const Optimizer& optimizer);
     void apply(const StoreAction& action);
-    Payload pack(const std::vector<Piece>& pieces, const std::function<Payload(std::size_t)>& memory) const;
-    Payload read(const Payload& wanted, const std::function<Payload(std::size_t)>& memory) const;
-    std::vector<double> head(int member);
+    Payload read(const Payload& wanted, const StoreMemory& memory) const;
+    std::vector<double> head(int member, bool changes);
     Optimizer checked(Rule rule, const UpdateSettings& settings) const;
     StoreRule::Actions event(const MailMessage& message);
 
-    std::vector<StorePart> parts_;
-    std::map<std::int64_t, std::size_t> places_;  // of parameters among the parts
-    std::vector<Optimizer> optimizers_;           // of members
+    const std::vector<StorePart> parts_;
+    std::optional<StoreEditions> editions_;
+    Room decoded_;                       // a piece of an update
+    std::vector<Optimizer> optimizers_;  // of members
     std::map<std::pair<int, int>, std::vector<Payload>> updates_;
-    std::vector<Payload> wanted_;  // of each member's read; nothing: all
+    std::vector<std::pair<Payload, std::int64_t>> wanted_;  // of each member's read; nothing: all; and its edition
     std::vector<int> rests_;       // the ticket of each one's request to settle
     std::vector<double> troubles_;
     std::vector<std::int64_t> taken_, told_;

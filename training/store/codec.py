@@ -24,6 +24,7 @@ class Codec:
             if (encoder := encoders.get(parameter.name)) is not None
             and parameter.rows * parameter.width >= encoder.block
         }
+        self._of_parts: dict[tuple[int, int], Encoder] = {}
 
     @property
     def encodes(self) -> bool:
@@ -33,22 +34,31 @@ class Codec:
     def __contains__(self, number: int) -> bool:
         return number in self._encoders
 
-    def _of(self, number: int, owner: int) -> Encoder:
-        """The encoder of the owner's rows of a parameter."""
-        parameter = self._layout.parameters[number]
-        part = parameter.part(owner)
-        return self._encoders[number].for_parts([(part.stop - part.start, *parameter.row_shape)])[0]
+    def encoder(self, number: int, owner: int) -> Encoder | None:
+        """What encodes the owner's rows of a parameter; None: they travel as they are."""
+        if number not in self._encoders:
+            return None
+        found = self._of_parts.get((number, owner))
+        if found is None:
+            parameter = self._layout.parameters[number]
+            part = parameter.part(owner)
+            found = self._encoders[number].for_shape((part.stop - part.start, *parameter.row_shape))
+            self._of_parts[number, owner] = found
+        return found
 
     def encode(self, number: int, owner: int, values: Any, residual: Any, seed: int) -> Piece:
         """The piece of ``values``, 1-D, the owner's; what it leaves out is in ``residual`` then, 1-D."""
-        encoder = self._of(number, owner)
+        encoder = self.encoder(number, owner)
+        assert encoder is not None
         payload = np.empty(encoder.nbytes(values.size), np.uint8)
         used = encoder.encode(values, residual, payload, seed)
         return Piece(number, None, payload[:used], Form.ENCODED)
 
     def decode(self, piece: Piece, owner: int, out: Any, accumulate: bool = False) -> None:
         """Out = decoded, or out += decoded; ``out``: 1-D."""
-        self._of(piece.parameter, owner).decode(np.array(piece.data), out, accumulate)
+        encoder = self.encoder(piece.parameter, owner)
+        assert encoder is not None
+        encoder.decode(np.array(piece.data), out, accumulate)
 
     def residuals(self) -> dict[int, Any]:
         """New ones, zeros, (rows, width), of what travels encoded."""
@@ -126,8 +136,9 @@ class Pushes:
             del self._taken[key]
 
 
-_MOST_EDITIONS = 16
-"""Encoded changes of so many editions are kept for readers that are behind; who is further behind gets all values."""
+MOST_EDITIONS = 16
+"""Encoded changes of so many editions are kept for readers that are behind; who is further behind gets all values, as
+does one whose changes would be more bytes."""
 
 
 class Editions:
@@ -158,7 +169,9 @@ class Editions:
             self._publish(version)
         wanted = range(reader + 1, self.number + 1)
         if all(edition in self._changes for edition in wanted):
-            return [piece for edition in wanted for piece in self._changes[edition]], True
+            pieces = [piece for edition in wanted for piece in self._changes[edition]]
+            if sum(piece.data.size for piece in pieces) <= sum(w.nbytes for w in self.known.values()):
+                return pieces, True
         return [Piece(n, None, np.array(w).reshape(-1).view(np.uint8)) for n, w in self.known.items()], False
 
     def _publish(self, version: int) -> None:
@@ -178,4 +191,4 @@ class Editions:
                 piece = Piece(number, None, known.copy().view(np.uint8))
             pieces.append(piece)
         self._changes[self.number] = pieces
-        self._changes.pop(self.number - _MOST_EDITIONS, None)
+        self._changes.pop(self.number - MOST_EDITIONS, None)

@@ -20,8 +20,10 @@ from bitring.collectives.node.shared_shards import DTYPES
 from bitring.collectives.runtime.context import Context
 from bitring.collectives.runtime.interrupts import HeldBack
 from bitring.collectives.runtime.mailbox import Message
+from bitring.compression.exchange.owner_exchange import codec_of
 from bitring.native import address_of, extension, native, type_of
 from bitring.training.optimizer import Optimizer
+from bitring.training.store.codec import MOST_EDITIONS, Codec
 from bitring.training.store.layout import Layout
 from bitring.training.store.owner import Kind
 from bitring.training.store.packing import pack
@@ -31,14 +33,14 @@ from bitring.training.store.shard import Shard
 from bitring.training.store.table import Setup
 
 
-def serves(setup: Setup, layout: Layout) -> bool:
+def serves(setup: Setup, layout: Layout, codec: Codec) -> bool:
     """Whether this rank's part of a store can be native: updates are applied by a kernel.
 
-    What travels is plain values, at most as many bytes in a message as MPI's calls take.
+    What travels is plain values, or encoded by kernels, at most as many bytes in a message as MPI's calls take.
     """
     return (
         native() is not None
-        and not any(setup.encoders.values())
+        and _has_kernels(codec, layout, setup.comm.Get_rank())
         and not setup.factors
         and not any(setup.journal)
         and not setup.copies
@@ -48,9 +50,16 @@ def serves(setup: Setup, layout: Layout) -> bool:
     )
 
 
+def _has_kernels(codec: Codec, layout: Layout, rank: int) -> bool:
+    """Whether what this rank owns, if anything, is encoded by them, where it is."""
+    owned = layout.of(rank) if rank < layout.owners else ()
+    encoders = [codec.encoder(number, rank) for number, _, _ in owned]
+    return all(encoder is None or encoder.has_functions for encoder in encoders)
+
+
 def _most_nbytes(layout: Layout) -> int:
-    """Of one message: rows, their numbers, and what tells them apart."""
-    return sum(p.rows * (p.width * p.dtype.itemsize + 8) + 48 for p in layout.parameters)
+    """Of one message: rows, their numbers, and what tells them apart, or the changes of several editions."""
+    return sum(p.rows * (p.width * p.dtype.itemsize + 8) + 48 * MOST_EDITIONS for p in layout.parameters)
 
 
 def _numbers(optimizer: Optimizer) -> tuple[Any, float, float, float, float]:
@@ -61,19 +70,26 @@ def _numbers(optimizer: Optimizer) -> tuple[Any, float, float, float, float]:
 
 
 class NativeOwner:
-    """A ShardOwner of ``shard``, where ``serves`` says so."""
+    """A ShardOwner of ``shard``, number ``number`` among owners, where ``serves`` says so."""
 
-    def __init__(self, shard: Shard, terms: Terms, clocks: Sequence[int], optimizer: Optimizer) -> None:
+    def __init__(
+        self, shard: Shard, terms: Terms, clocks: Sequence[int], codec: Codec, number: int, optimizer: Optimizer
+    ) -> None:
         self.shard = shard
         slots = [shard.slots[slot] for slot in optimizer.slots]
-        parts = [
-            (number, address_of(w), address_of(slots[0][number]) if slots else 0, *w.reshape(len(w), -1).shape, kind)
-            for number, w in shard.values.items()
-            if (kind := type_of(w.dtype)) is not None
-        ]
+        parts: list[Any] = []
+        for parameter, w in shard.values.items():
+            kind, encoder = type_of(w.dtype), codec.encoder(parameter, number)
+            assert kind is not None
+            slot = address_of(slots[0][parameter]) if slots else 0
+            encoded = (None, 0) if encoder is None else (codec_of(encoder, w.dtype, w.dtype), encoder.nbytes(w.size))
+            rows, width = w.reshape(len(w), -1).shape
+            parts.append((parameter, address_of(w), slot, rows, width, kind, *encoded))
         drops, inverse = terms.late == "drop", terms.scale == "inverse"
         rule = extension.StoreRule(terms.gather, drops, terms.staleness, inverse, list(clocks))
-        self.native = extension.StoreOwner(rule, len(clocks), parts, *_numbers(optimizer), keep=shard)
+        self.native = extension.StoreOwner(
+            rule, len(clocks), parts, *_numbers(optimizer), edits=codec.encodes, keep=shard
+        )
 
     def use(self, member: int, optimizer: Optimizer) -> None:
         """From now on these settings hold for a member's updates."""
@@ -107,6 +123,7 @@ class NativeOwner:
     def load(self, values: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> bool:
         """See ShardOwner."""
         self.shard.load(values, slots)
+        self.native.restart()
         return True
 
     def close(self) -> None:

@@ -37,8 +37,10 @@ def service_of(
     def shard(number: int) -> Shard:
         return Shard(layout, number, values, optimizer)
 
-    if native_service.serves(setup, layout):
-        native = NativeOwner(shard(rank), setup.terms, rule.clocks, optimizer) if rank in owners else None
+    if native_service.serves(setup, layout, codec):
+        native = None
+        if rank in owners:
+            native = NativeOwner(shard(rank), setup.terms, rule.clocks, codec, rank, optimizer)
         return NativeService(context, owners, native)
     if setup.copies and size > 1:
 

@@ -57,7 +57,9 @@ def _warm_up(encoders: Mapping[str, Encoder | None], parameters: Mapping[str, An
     """Compile what encodes, or load it: others would wait for that in their first steps."""
     for name, encoder in encoders.items():
         if encoder is not None:
-            encoder.warm_up(parameters[name].dtype)
+            w = parameters[name]
+            for each in (encoder, encoder.for_shape(w.shape)):
+                each.warm_up(w.dtype)
 
 
 def _checked(
