@@ -90,7 +90,7 @@ def test_who_gives_up_its_wait_for_all_holds_back_again_and_meets_them_later():
 
 
 @pytest.mark.parametrize("came", [True, False])
-def test_who_is_gone_may_have_come_just_before(came):
+def test_who_is_gone_may_have_come_just_before(monkeypatch, came):
     a, b = made(2)
     left: list[int] = []
 
@@ -100,7 +100,7 @@ def test_who_is_gone_may_have_come_just_before(came):
             b.tick()
         return [1]
 
-    a._group = SimpleNamespace(gone=gone)
+    monkeypatch.setattr(a, "_group", SimpleNamespace(gone=gone))
     if came:
         a.wait_for_clocks(1, "get")
     else:
