@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 from mpi4py import MPI
 
@@ -21,19 +21,28 @@ from bitring.native import address_of, extension, kernel
 def make_multilane(context: Context, task: Task) -> Runner:
     """A runner of the lanes; of what goes between nodes, among all ranks, where a node has no room. Collective."""
 
-    def between(comm: MPI.Intracomm, values: Array) -> Runner:
+    def between(comm: MPI.Intracomm, values: Array) -> Lane:
         context.queue.meets(comm)
-        return schedule_runner(comm, "allreduce", Multilane.between, values, task.op, 0, task.channel, persistent=True)
+        made = schedule_runner(comm, "allreduce", Multilane.between, values, task.op, 0, task.channel, persistent=True)
+        return cast(Lane, made)  # the native one
 
     runner = lane_runner(context, task.flat, task.op, task.signature, between, task.persistent)
     return make_runner(context, Multilane.between, task) if runner is None else runner
+
+
+class Lane(Runner, Protocol):
+    """What goes between nodes, on memory that is there later."""
+
+    def bind_at(self, address: int) -> None:
+        """Work on the values at ``address`` from now on."""
+        ...
 
 
 class LaneRunner:
     """The reduction inside the nodes, between them in parallel lanes, and inside them again."""
 
     def __init__(
-        self, context: Context, region: Any, lane: Runner | None, flat: Array, op: MPI.Op, signature: int, staged: bool
+        self, context: Context, region: Any, lane: Lane | None, flat: Array, op: MPI.Op, signature: int, staged: bool
     ) -> None:
         assert context.shared is not None
         self._lane = lane
@@ -55,7 +64,7 @@ class LaneRunner:
             None if lane is None else lane.operation,
         )
         if lane is not None:
-            lane.operation.bind(self.operation.lane_values, self.operation.lane_values)
+            lane.bind_at(self.operation.lane_values)
 
     def bind(self, buffer: Array) -> None:
         """See Runner; for a call without a plan."""
@@ -79,13 +88,13 @@ def lane_runner(
     flat: Array,
     op: MPI.Op,
     signature: int,
-    between: Callable[[MPI.Intracomm, Array], Runner],
+    between: Callable[[MPI.Intracomm, Array], Lane],
     persistent: bool,
 ) -> LaneRunner | None:
     """A runner of a node's exact reduction, and of one ``between`` nodes in each lane. Collective.
 
-    ``between`` makes a runner with a native operation, which is bound later, for the communicator of a lane and an
-    array such as its values. None on all ranks where some node has no room for the values.
+    ``between`` makes a runner with a native operation for the communicator of a lane and an array such as its values.
+    None on all ranks where some node has no room for the values.
     """
     shared, node = context.shared, context.node
     assert shared is not None

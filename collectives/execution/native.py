@@ -68,7 +68,11 @@ class NativeTransport:
     def bind(self, buffer: Array) -> None:
         """Work on ``buffer``, a 1-D contiguous array of as many values as the program was compiled for."""
         self._buffer = buffer
-        self.operation.bind(address_of(buffer), address_of(buffer))
+        self.bind_at(address_of(buffer))
+
+    def bind_at(self, address: int) -> None:
+        """As ``bind``, on memory that the caller keeps."""
+        self.operation.bind(address, address)
 
     def unbind(self) -> None:
         """Forget the buffer."""

@@ -162,7 +162,11 @@ class NativeOwnerExchange(OwnerExchange):
     def bind(self, buffer: Array) -> None:
         """See OwnerExchange."""
         self._buffer = buffer
-        self.operation.bind(address_of(buffer))
+        self.bind_at(address_of(buffer))
+
+    def bind_at(self, address: int) -> None:
+        """As ``bind``, on memory that the caller keeps."""
+        self.operation.bind(address)
 
     def prepare(self) -> None:
         """See OwnerExchange."""
