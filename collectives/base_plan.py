@@ -62,7 +62,7 @@ class Plan(ABC):
         self.alike = True
         """After a run: whether all ranks have said the same. Where the plan is signed, False until its end."""
         self._remake: Callable[[MPI.Intracomm], Plan] | None = None
-        self._past_engine: Any = None  # runs what is native past the engine, and says what became of that
+        self._past_engine: Callable[[], Any] | None = None  # one run, in the thread that calls; what became of it
         self._outcome: Any = None  # of a run past the engine that is not over
         self.bytes_sent = 0
 
@@ -202,22 +202,20 @@ class Plan(ABC):
         """Run, if that can be, past the engine. Whether the run is over; else a call goes on with it, or begins one."""
         self._outcome = DECLINED
         self.alike = not self.signed
-        if self._past_engine is not None and (self._job is None or (self._told and self._job.done)):
+        past_engine = self._past_engine
+        if past_engine is not None and (self._job is None or (self._told and self._job.done)):
             try:
-                self._outcome = self._pass_engine()
+                outcome = past_engine()
             except BaseException as error:  # an interrupt: others may be in the run
                 self.context.queue.cut_short(self.name, error, self)
                 raise
-            if self._outcome == DONE:
+            if outcome == DONE:
                 self._outcome = None
                 self.alike = True
                 self.bytes_sent += self._nbytes
                 return True
+            self._outcome = outcome
         return False
-
-    def _pass_engine(self) -> Any:
-        """One run past the engine, in the thread that calls. Returns what became of it."""
-        return self._past_engine()
 
     def _submit_rest(self) -> None:
         try:

@@ -530,14 +530,14 @@ def test_an_interrupt_in_a_run_past_the_engine_leaves_residuals_as_they_were(com
     plan()
     before = {name: a.copy() for name, a in plan.state_dict().items()}
     x[:] = gradient(comm.rank, 1, 3000, np.float32)
-    run, interrupts = plan._past_engine, comm.rank == comm.size - 1
+    run, interrupts = getattr(plan, "_run_past_engine", None), comm.rank == comm.size - 1
 
     def interrupted() -> Any:
         run()
         raise KeyboardInterrupt  # as where a signal came meanwhile
 
     if interrupts and run is not None:
-        plan._past_engine = interrupted
+        plan._run_past_engine = interrupted
     raised = False
     with contextlib.suppress(bitring.PeerError):  # where the others were late
         try:

@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Generator, Mapping
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 import numpy as np
 from mpi4py import MPI
@@ -147,7 +147,9 @@ class WatchedPlan(Plan):
         fast_path = self.context.queue.fast_path
         if operation is not None and fast_path is not None and may_run_past_engine(self._health.operation):
             self._fast_path = fast_path
-            self._past_engine = fast_path.runs(self._health.operation, ALONE_SECONDS).run
+            self._run_past_engine = fast_path.runs(self._health.operation, ALONE_SECONDS).run
+            pass_engine: Any = WeakMethod(self._pass_engine)  # a plan that held itself would be there for ever
+            self._past_engine = lambda: pass_engine()()
 
     @property
     def telemetry(self) -> Telemetry | None:
@@ -256,13 +258,13 @@ class WatchedPlan(Plan):
         self._health.prepare(bad, state, goes_on)
 
     def _pass_engine(self) -> Any:
-        """See Plan."""
+        """One run past the engine, with what comes before and after. Returns what became of it."""
         if self._fast_path.inside:  # another thread is in a run, perhaps of this plan
             return DECLINED
         self._health.come()
         self._prepare()
         try:
-            outcome = self._past_engine()
+            outcome = self._run_past_engine()
             if outcome == DECLINED:
                 return DECLINED
             if outcome == DONE and self._health.followed_well:
