@@ -16,7 +16,7 @@ from bitring.compression.compressor import compressors
 from bitring.native import native
 from bitring.settings import make
 from bitring.training.optimizer import optimizers
-from bitring.training.store.codec import Codec, Pushes
+from bitring.training.store.codec import MOST_EDITIONS, Codec, Pushes
 from bitring.training.store.layout import Layout
 from bitring.training.store.native_service import NativeOwner
 from bitring.training.store.owner import Kind, Owner
@@ -31,7 +31,7 @@ pytestmark = [
 
 ENCODERS = [
     *("onebit:block=64", "onebit:block=64,levels=row", "onebit:block=64,levels=rank_one", "sign:block=64"),
-    *("topk:density=0.1,block=64", "linear:bits=4,block=64"),  # of no fixed size; that draws
+    *("topk:density=0.1,block=64", "fixed:bits=4,block=64"),  # of no fixed size; that draws
 ]
 OPTIMIZERS = ["sgd:lr=0.1", "sgd:lr=0.1,momentum=0.9,weight_decay=0.01", "adagrad:lr=0.1"]
 MEMBERS = 3
@@ -119,11 +119,19 @@ class Both:
                 whole[self.layout.numbers[name]] = self.rng.standard_normal(shape).astype(dtype)
         return self.pushes[member].pieces(self.number, whole, self.numbers[member], False, ahead) + made
 
-    def do(self, what: str, member: int, weight: float, some: bool, drops: bool) -> None:
+    def do(
+        self,
+        what: str,
+        member: int,
+        weight: float,
+        some: bool,
+        drops: bool,
+        of: Sequence[str] = ("w", "v", "small", "x"),
+    ) -> None:
         number = self.numbers[member]
         if what == "push":
             weight = 1.0 if member in self.ahead else weight
-            names = ["v", "small"] if member in self.ahead else ["w", "v", "small", "x"]
+            names = ["v", "small"] if member in self.ahead else of
             pieces = self.pieces(member, names, some, False)
             round_ = float(self.rounds[member]) if drops else math.nan
             self.tell(member, Kind.PUSH, number, (weight, round_), pack(pieces))
@@ -175,26 +183,29 @@ def test_the_native_owner_does_the_same(terms, encoder, optimizer, dtype, encode
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_readers_that_are_behind_get_what_the_reference_gives(encoder):
-    """One reads at every version, others every few of them, or more than editions are kept."""
-    both = Both(Terms(), make(encoder, compressors), make("sgd:lr=0.1", optimizers), np.float32, True, 0)
+@pytest.mark.parametrize("often", [(1, 3, 16), (1, 17, 20)])
+def test_readers_that_are_behind_get_what_the_reference_gives(encoder, often):
+    """One reads at every version, others every few of them: as many as editions are kept, or more."""
+    both = Both(Terms(), make(encoder, compressors), make("sgd:lr=0.1", optimizers), np.float64, True, 0)
     known: list[dict[int, Any]] = [{} for _ in range(MEMBERS)]
-    for version in range(1, 45):
-        both.do("push", 0, 1.0, False, False)
-        for member, often in enumerate((1, 3, 20)):
-            if version % often and version < 44:
+    for version in range(1, 52):
+        both.do("push", 0, 1.0, False, False, ["w", "v"])
+        for member, each in enumerate(often):
+            if version % each and version < 51:
                 continue
             both.do("read", member, 1.0, False, False)
             _, _, _, told, data = both.sent[-1]
+            if encoder == "onebit:block=64" and each < version < 51:
+                assert bool(told[3]) == (each <= MOST_EDITIONS), f"a reader {each} editions behind"
             for piece in unpack(np.frombuffer(data, np.uint8)):
                 if piece.form:
-                    out = known[member].setdefault(piece.parameter, np.zeros(0, np.float32))
+                    out = known[member].setdefault(piece.parameter, np.zeros(0))
                     both.codec.decode(piece, 0, out, accumulate=bool(told[3]))
                 else:
-                    known[member][piece.parameter] = piece.data.view(np.float32).copy()
+                    known[member][piece.parameter] = piece.data.view(np.float64).copy()
     for member in (1, 2):
         assert all((known[member][n] == x).all() for n, x in known[0].items()), member
-    assert both.python.applied == 44
+    assert both.python.applied == 51
 
 
 def test_terms_and_settings_of_other_members_hold():
