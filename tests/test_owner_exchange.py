@@ -530,7 +530,8 @@ def test_an_interrupt_in_a_run_past_the_engine_leaves_residuals_as_they_were(com
     plan()
     before = {name: a.copy() for name, a in plan.state_dict().items()}
     x[:] = gradient(comm.rank, 1, 3000, np.float32)
-    run, interrupts = getattr(plan, "_run_past_engine", None), comm.rank == comm.size - 1
+    run: Any = getattr(plan, "_run_past_engine", None)
+    interrupts = comm.rank == comm.size - 1
 
     def interrupted() -> Any:
         run()
