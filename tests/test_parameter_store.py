@@ -11,10 +11,14 @@ from mpi4py import MPI
 
 import bitring
 from bitring import MismatchError, NonFiniteError, ParameterStore, PeerError
+from bitring.collectives.runtime.engine import engine
 from bitring.collectives.runtime.objects import allgather
 from bitring.native import native
 from bitring.training.store import making, native_service, parameter_store
 from bitring.training.store.messages import MessageTable
+from bitring.training.store.owner import Kind
+from bitring.training.store.rule import Terms
+from bitring.training.store.table import Setup
 
 
 def ones(**shapes: Any) -> dict[str, Any]:
@@ -364,3 +368,18 @@ def test_one_thread_at_a_time(comm, agree):
     store._calling.release()
     agree(comm, "ParameterStore.get: another thread is in one of its calls" in str(error))
     store.free()
+
+
+def test_the_end_may_have_come_when_a_rank_has_just_said_its_own(monkeypatch):
+    """Another thread, which serves the store, sees the last word and is done before its sender looks again."""
+    store = MessageTable(Setup(MPI.COMM_SELF, "test", {"w": np.zeros(3)}, bitring.SGD(lr=1.0), Terms()))
+    post, job = store._service.post, store._job._job
+
+    def and_serve(rank: int, kind: Kind, *what: Any) -> None:
+        post(rank, kind, *what)
+        if kind == Kind.END:
+            engine.drive(job)
+
+    monkeypatch.setattr(store._service, "post", and_serve)
+    store.free()
+    assert store.over and job.error is None

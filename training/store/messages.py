@@ -374,7 +374,7 @@ class MessageTable(Table):
     def _tell(self, kind: Kind, payload: Any = None) -> None:
         for owner in self._owners:
             self._service.post(owner, kind, 0, (), payload)
-        self._job.go_on()
+        self._job.go_on(ends=kind == Kind.END)
 
     def _ask(self, kind: Kind, requests: Mapping[int, Any], numbers: Sequence[float], call: str) -> None:
         """Send requests, and wait for all answers."""

@@ -55,8 +55,13 @@ class ServiceJob:
         """Whether all ranks have ended, or it has failed."""
         return self._job.done
 
-    def go_on(self) -> None:
-        """Send what is posted, unless another thread is at it. Raises as ``until`` does."""
+    def go_on(self, ends: bool = False) -> None:
+        """Send what is posted, unless another thread is at it. Raises as ``until`` does.
+
+        ``ends``: that was this rank's last word, by which another thread may have come to the end by now.
+        """
+        if ends and self._job.done:
+            return
         self._raise_if_over()
         if not self._serve(0.0):
             engine.nudge(self._context.queue)
