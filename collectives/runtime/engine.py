@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpi4py import MPI
 
-from bitring.collectives.runtime.ports import heed_deaths, ports
+from bitring.collectives.runtime.ports import at_death, heed_deaths, ports
 from bitring.native import extension, native
 
 if TYPE_CHECKING:
@@ -130,8 +130,12 @@ class Engine:
         """So many jobs more, or less, answer other ranks."""
         self._serving += more
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            for queue in list(self.queues):
-                queue.rest()
+            self.rest()
+
+    def rest(self) -> None:
+        """Let every communicator note anew whether anything may be run past the engine."""
+        for queue in list(self.queues):
+            queue.rest()
 
     @property
     def serves_in_waits(self) -> bool:
@@ -326,3 +330,4 @@ def _rest(idle: int) -> None:
 
 
 engine = Engine()
+at_death.append(engine.rest)

@@ -71,8 +71,6 @@ class JobQueue:
         self._kept_to: tuple[bool, int] | None = None  # what ``rest`` noted last
         self._resting = threading.Lock()
         engine.queues.add(self)
-        if len(places) > 1:
-            ports().mourners.add(self)
 
     @property
     def fast_path(self) -> Any:

@@ -21,10 +21,9 @@ import select
 import socket
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from bitring.collectives.interop.steps import Steps
 from bitring.collectives.runtime.card import Card, Process, addresses, host
@@ -43,12 +42,8 @@ _LATELY_SECONDS = 1e-4
 
 _FAREWELL = b"L"
 
-
-class Mourner(Protocol):
-    """Who must know at once that a process has died."""
-
-    def rest(self) -> None:
-        """A process has died."""
+at_death: list[Callable[[], object]] = []
+"""What is called as soon as a process is found to have died."""
 
 
 class Ports:
@@ -57,7 +52,6 @@ class Ports:
     def __init__(self) -> None:
         self.contacts: dict[bytes, Contact] = {}
         self.dead: set[Process] = set()  # as ``bury`` has been told
-        self.mourners: weakref.WeakSet[Mourner] = weakref.WeakSet()
         self.left: set[Process] = set()  # in good order; what they had to do before may be done
         self.places: dict[Process, int] = {}  # ranks in MPI.COMM_WORLD
         self._early: deque[tuple[bytes, str]] = deque(maxlen=1024)  # for communicators not made yet
@@ -148,8 +142,8 @@ class Ports:
         if process in self.dead:
             return
         self.dead.add(process)
-        for mourner in list(self.mourners):
-            mourner.rest()
+        for call in at_death:
+            call()
         if native() is not None:
             extension.tell_death()
 
