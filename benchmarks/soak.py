@@ -4,7 +4,8 @@
 
 First small AllReduces, through a plan and through ``comm.Allreduce`` in turns; then a mix drawn by a seed: exact plans,
 1-bit and started ones, calls without a plan, nonblocking and other collectives, ``Dup``, ``Split`` and ``Free``, and
-arrays of ``comm.empty``; 0 bytes to 1 MiB, several dtypes and operations. Results are checked now and then. At regular
+arrays of ``comm.empty``; 0 bytes to 1 MiB, several dtypes and operations. Then parameter stores, and trainers in the
+modes that have one, each made, used and freed, in every way to serve it. Results are checked now and then. At regular
 points each rank looks at its resident memory, file descriptors, threads, mapped memory areas, and at /dev/shm; a
 phase's first fifth is for warming up, and after it nothing may grow.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import random
@@ -34,6 +36,17 @@ MAX_NBYTES = 1 << 20
 # UCX, which an MPI library may use, follows each mmap and munmap of the process, and keeps some 150 bytes of each for
 # ever: a process that only maps and unmaps memory, without bitring, grows as much.
 _NO_MEMORY_EVENTS = {"UCX_MEM_EVENTS": "n", "UCX_MEM_MMAP_HOOK_MODE": "none"}
+
+STORES = (
+    ("store", None),
+    ("asynchronous:scale=none", None),
+    ("asynchronous:scale=none", "onebit"),
+    ("ssp:staleness=1", None),
+    ("project_adam", "float16"),
+    ("hogwild", None),
+    ("peers", None),
+)
+"""Modes, and what compresses: the ways in which a store is served."""
 
 GROWTH = {"resident_mib": 4.0, "descriptors": 0, "threads": 0, "mappings": 16, "dev_shm": 0}
 """By how much a process may grow: the allocators' caches still shift a little."""
@@ -215,6 +228,35 @@ class Soak:
 
         return one
 
+    def stores(self) -> Callable[[], None]:
+        """One store or trainer, made, used and freed, in turn of each kind."""
+        np, bitring, p = self.np, self.bitring, self.size
+        kinds = itertools.cycle(itertools.product(STORES, (None, 1, p), (17, 20_000)))
+
+        def one() -> None:
+            (mode, compression), servers, values = next(kinds)
+            if mode in ("hogwild", "peers"):
+                servers = None
+            w = self.comm.empty(values) if mode == "hogwild" else np.empty(values, np.float32)
+            w[:], ones = 0, np.ones(values, np.float32)
+            if mode == "store":
+                store = bitring.ParameterStore({"w": w}, bitring.SGD(lr=1.0), comm=self.comm, servers=servers)
+                store.inc({"w": -ones})
+                store.clock()
+                w = store.synchronize()["w"]
+                store.free()
+            else:
+                name = mode if servers is None else f"{mode}{',' if ':' in mode else ':'}servers={servers}"
+                options = {"comm": self.comm, "mode": name, "compression": compression}
+                trainer = bitring.DataParallel({"w": w}, bitring.SGD(lr=1.0), **options)
+                trainer.step({"w": -ones})
+                trainer.synchronize()
+                trainer.free()
+            if compression is None and mode != "peers":
+                self.check(w, p)
+
+        return one
+
     def phase(self, name: str, count: int, one: Callable[[], None]) -> dict[str, Any]:
         """Do it ``count`` times, and look at regular points; what every rank saw."""
         begun = time.monotonic()
@@ -260,6 +302,7 @@ def work(asked: argparse.Namespace) -> int:
     phases = [
         soak.phase(f"{asked.small} small operations", asked.small, soak.small()),
         soak.phase(f"{asked.mixed} mixed operations", asked.mixed, soak.mixed()),
+        soak.phase(f"{asked.stores} stores", asked.stores, soak.stores()),
     ]
     checks = soak.comm.gather(soak.checks)
     if soak.rank != 0:
@@ -285,6 +328,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, help="%(default)s")
     parser.add_argument("--small", type=int, default=1_000_000, help="small operations (%(default)s)")
     parser.add_argument("--mixed", type=int, default=100_000, help="mixed operations (%(default)s)")
+    parser.add_argument("--stores", type=int, default=10_000, help="stores made and freed (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the mix (%(default)s)")
     parser.add_argument("--json", type=Path, help="keep what was seen here")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)

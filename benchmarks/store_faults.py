@@ -54,6 +54,9 @@ _ADDING = ("store", "asynchronous", "ssp", "project_adam", "hogwild")
 SERVERS = (None, 1, 4)
 """None: in shared memory where that serves; 1: rank 0 is the owner; 4: all ranks are."""
 
+COMPRESSIONS = ("float16", "onebit")
+"""The first is served by the portable service, the second by the native one."""
+
 RANKS = (2, 3, 4)
 
 TIMEOUT = 8
@@ -108,7 +111,7 @@ def draw(seed: int) -> Iterator[Trial]:
             mode=mode,
             servers=rng.choice(SERVERS) if served else None,
             ranks=ranks,
-            compression="float16" if compressed else None,
+            compression=rng.choice(COMPRESSIONS) if compressed else None,
             values=rng.choice((40, 200_000)),
             victim=rng.randrange(ranks),
             step=rng.randrange(1, STEPS - 4),
