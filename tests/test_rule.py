@@ -183,7 +183,7 @@ EVENTS = st.lists(
         ),
         st.tuples(st.just("read"), st.integers(0, 3), st.integers(0, 99), st.one_of(st.none(), st.integers(0, 6))),
         st.tuples(st.just("claim"), st.integers(0, 3), st.integers(0, 99), st.lists(st.integers(0, 1), max_size=2)),
-        st.tuples(st.sampled_from(["clock", "leave", "rest", "go_on", "end"]), st.integers(0, 3)),
+        st.tuples(st.sampled_from(["clock", "leave", "rest", "go_on", "end", "begin"]), st.integers(0, 3)),
         st.tuples(st.just("clock"), st.integers(0, 3)),
     ),
     max_size=60,
@@ -199,7 +199,10 @@ def test_the_native_rule_does_the_same(terms, members, events, data):
     drops, inverse = terms.late == "drop", terms.scale == "inverse"
     native_rule = extension.StoreRule(terms.gather, drops, terms.staleness, inverse, clocks)
     for kind, member, *values in events:
-        if member >= members:
+        if member >= members or (kind == "begin" and (terms.gather > 1 or drops)):
+            continue
+        if kind == "begin":
+            assert native_rule.begin(member) == rule.begin(member)
             continue
         given = [tuple(x) if isinstance(x, list) else x for x in values]
         wanted = getattr(rule, kind)(member, *given) or []
@@ -216,6 +219,20 @@ def test_async_applies_each_as_it_comes_scaled_by_its_staleness():
     assert rule.push(0, 1) == [Apply(((0, 1),), (1.0,), (1,))]
     assert rule.push(0, 2) == [Apply(((0, 2),), (0.5,), (2,))]
     assert rule.push(1, 0) == [Apply(((1, 0),), (1 / 3,), (3,))]
+
+
+def test_an_update_that_comes_in_parts_has_the_staleness_of_its_first():
+    rule = Rule(Terms(scale="inverse"), 3)
+    assert rule.push(1, 0) == [Apply(((1, 0),), (1.0,), (0,))]
+    assert rule.push(1, 1) == [Apply(((1, 1),), (1.0,), (1,))]
+    assert rule.begin(0) == 0.5  # it has read version 0, and this is 2
+    assert rule.push(2, 0) == [Apply(((2, 0),), (0.5,), (2,))]
+    assert rule.begin(0) == 0.5
+    assert rule.version == 3, "the update is not there yet"
+    assert rule.push(0, 0) == [Apply(((0, 0),), (0.5,), (2,))]
+    assert rule.push(0, 1) == [Apply(((0, 1),), (0.25,), (4,))]
+    with pytest.raises(AssertionError):
+        Rule(Terms(gather=2), 3).begin(0)
 
 
 def test_a_gathering_is_a_mean_in_rank_order_weighted_by_samples():

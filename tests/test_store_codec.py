@@ -75,9 +75,11 @@ def test_pieces_are_what_they_were():
         Piece(3, None, np.arange(5, dtype=np.uint8), Form.ENCODED),
         Piece(0, np.array([4, 7]), np.arange(16, dtype=np.uint8)),
         Piece(1, np.array([], np.int64), np.arange(0, dtype=np.uint8)),
+        Piece(2, None, np.arange(24, dtype=np.uint8), first=0),
+        Piece(2, None, np.arange(12, dtype=np.uint8), first=7),
     ]
     for was, got in zip(pieces, unpack(pack(pieces)), strict=True):
-        assert (was.parameter, was.form) == (got.parameter, got.form)
+        assert (was.parameter, was.form, was.first) == (got.parameter, got.form, got.first)
         assert (was.data == got.data).all()
         assert (was.rows is None and got.rows is None) or (was.rows == got.rows).all()
     assert unpack(pack([])) == []

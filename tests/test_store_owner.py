@@ -48,7 +48,23 @@ TERMS = st.one_of(
 # What a member does; of a push, or what comes ahead of one: its weight, and whether some rows come as they are.
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["push", "push", "read", "read", "ahead", "forget", "rows", "clock", "rest", "leave", "load"]),
+        st.sampled_from(
+            [
+                "push",
+                "push",
+                "part",
+                "part",
+                "read",
+                "read",
+                "ahead",
+                "forget",
+                "rows",
+                "clock",
+                "rest",
+                "leave",
+                "load",
+            ]
+        ),
         st.integers(0, MEMBERS - 1),
         st.sampled_from([1.0, 3.0, 0.0]),
         st.booleans(),
@@ -82,7 +98,9 @@ class Both:
         self.pushes = [Pushes(self.codec, layout) for _ in range(MEMBERS)]
         self.numbers, self.editions, self.rounds = [0] * MEMBERS, [-1] * MEMBERS, [0] * MEMBERS
         self.ahead: set[int] = set()
+        self.parts: dict[int, list[Piece]] = {}  # of each member's update that is under way, those to come
         self.ticket = 0
+        self.gather = terms.gather
 
     def take(self, member: int, kind: Kind, serial: int, numbers: Sequence[float], payload: Any) -> None:
         told = [float(each) for each in numbers]
@@ -119,6 +137,18 @@ class Both:
                 whole[self.layout.numbers[name]] = self.rng.standard_normal(shape).astype(dtype)
         return self.pushes[member].pieces(self.number, whole, self.numbers[member], False, ahead) + made
 
+    def cut(self, pieces: list[Piece]) -> Piece:
+        """Takes away the first of the pieces, or some rows of it."""
+        piece = pieces.pop(0)
+        parameter = self.layout.parameters[piece.parameter]
+        row = parameter.width * parameter.dtype.itemsize
+        n = int(self.rng.integers(1, max(2, piece.data.size // row)))
+        if piece.form or piece.rows is not None or n * row >= piece.data.size:
+            return piece
+        first = piece.first or 0
+        pieces.insert(0, piece._replace(data=piece.data[n * row :], first=first + n))
+        return piece._replace(data=piece.data[: n * row], first=first)
+
     def do(
         self,
         what: str,
@@ -129,7 +159,19 @@ class Both:
         of: Sequence[str] = ("w", "v", "small", "x"),
     ) -> None:
         number = self.numbers[member]
-        if what == "push":
+        if member in self.parts and what not in ("part", "push"):
+            return  # it sends nothing else before it has sent the rest
+        if what == "part" and not drops and self.gather == 1:
+            if member not in self.parts:
+                names = ["v", "small"] if member in self.ahead else of
+                self.parts[member] = self.pieces(member, names, some, False)
+            if self.parts[member]:
+                self.tell(member, Kind.PART, number, (), pack([self.cut(self.parts[member])]))
+        elif what == "push" and member in self.parts:
+            self.tell(member, Kind.PUSH, number, (1.0, math.nan), pack(self.parts.pop(member)))
+            self.numbers[member] += 1
+            self.ahead.discard(member)
+        elif what == "push":
             weight = 1.0 if member in self.ahead else weight
             names = ["v", "small"] if member in self.ahead else of
             pieces = self.pieces(member, names, some, False)
@@ -206,6 +248,50 @@ def test_readers_that_are_behind_get_what_the_reference_gives(encoder, often):
     for member in (1, 2):
         assert all((known[member][n] == x).all() for n, x in known[0].items()), member
     assert both.python.applied == 51
+
+
+def test_parts_are_applied_as_they_come_whoever_reads_and_pushes_between():
+    """A read between finds the parts that have come, at the version before; the bits are those of that order."""
+    terms = Terms(scale="inverse")
+    both = Both(terms, None, make("sgd:lr=0.1,momentum=0.9", optimizers), np.float32, False, 0)
+    before = both.native.shard.values[0].copy()
+    for what, member in ["part", 0], ["part", 1], ["read", 2], ["part", 0], ["push", 2], ["part", 1], ["read", 2]:
+        both.do(what, member, 1.0, False, False)
+        if what == "read" and both.native.applied == 0:
+            (_, kind, _, told, data) = both.sent[0]
+            values = unpack(np.frombuffer(data, np.uint8))[0].data.view(np.float32).reshape(before.shape)
+            changed = (values != before).any(axis=1)
+            assert (kind, told[0]) == (Kind.VALUES, 0) and changed.any() and not changed.all()
+    assert both.native.applied == both.python.applied == 1, "parts are no updates"
+    for member in (0, 1):
+        both.do("push", member, 1.0, False, False)
+    both.do("read", 0, 1.0, False, False)
+    assert both.native.applied == both.python.applied == 3
+    assert both.native.staleness == dict(both.python.staleness) == {0: 3}
+
+
+@pytest.mark.parametrize("terms", [Terms(gather=2), Terms(late="drop")], ids=["gathered", "dropped"])
+def test_a_part_is_refused_where_updates_wait_for_others(terms):
+    both = Both(terms, None, make("sgd:lr=0.1", optimizers), np.float32, False, 0)
+    message = pack([Piece(0, None, np.zeros(36, np.uint8), first=0)])
+    before = both.native.shard.values[0].tobytes()
+    with pytest.raises(ValueError, match="not applied as they come"):
+        both.native.native.hear(0, int(Kind.PART), 0, [], message)
+    with pytest.raises(AssertionError):
+        both.python.hear(Message(0, Kind.PART, 0, np.empty(0), message))
+    assert both.native.shard.values[0].tobytes() == before
+
+
+@pytest.mark.parametrize(("first", "nbytes"), [(26, 36), (25, 72), (0, 40), (2**60, 36), (0, 2**62)])
+def test_a_run_of_rows_that_does_not_fit_is_refused(first, nbytes):
+    """Behind the end, over it, no whole rows, and longer than its message."""
+    both = Both(Terms(), None, make("sgd:lr=0.1", optimizers), np.float32, False, 0)
+    assert both.native.shard.values[0].shape == (26, 9)
+    before = {n: w.tobytes() for n, w in both.native.shard.values.items()}
+    message = np.concatenate([[1, 0, -2 - first, nbytes, 0], np.ones(9, np.int64)]).astype(np.int64).view(np.uint8)
+    with pytest.raises(ValueError, match="does not fit"):
+        both.native.native.hear(0, int(Kind.PART), 0, [], message)
+    assert before == {n: w.tobytes() for n, w in both.native.shard.values.items()}
 
 
 def test_terms_and_settings_of_other_members_hold():

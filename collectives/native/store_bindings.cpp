@@ -154,6 +154,7 @@ void bind_stores(nb::module_& m) {
         .value("rest", StoreKind::rest).value("end", StoreKind::end).value("read", StoreKind::read)
         .value("use", StoreKind::use).value("slots", StoreKind::slots).value("claim", StoreKind::claim)
         .value("go_on", StoreKind::go_on).value("ahead", StoreKind::ahead).value("forget", StoreKind::forget)
+        .value("part", StoreKind::part)
         .value("values", StoreKind::values).value("deferred", StoreKind::deferred).value("taken", StoreKind::taken)
         .value("dropped", StoreKind::dropped).value("settled", StoreKind::settled).value("are", StoreKind::are)
         .value("claimed", StoreKind::claimed).value("trouble", StoreKind::trouble);
@@ -176,6 +177,7 @@ void bind_stores(nb::module_& m) {
         .def("rest", [](StoreRule& rule, int member) { return list_of(rule.rest(member)); }, "member"_a)
         .def("end", [](StoreRule& rule, int member) { return list_of(rule.end(member)); }, "member"_a)
         .def("go_on", &StoreRule::go_on, "member"_a)
+        .def("begin", &StoreRule::begin, "member"_a)
         .def_prop_ro("version", &StoreRule::version)
         .def_prop_ro("settled", &StoreRule::settled)
         .def_prop_ro("common_clocks", &StoreRule::clocks)

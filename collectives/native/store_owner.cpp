@@ -77,24 +77,22 @@ char* StoreOwner::gradient(const StorePiece& piece, double scale, Room& room) co
     return values;
 }
 
-// Lets the optimizer see an update times its scale.
-void StoreOwner::apply(const std::vector<Payload>& update, double scale, const Optimizer& optimizer) {
-    for (const Payload& payload : update) {
-        for (const StorePiece& piece : unpack(payload, parts_)) {
-            const char* g = gradient(piece, scale, decoded_);
-            const StorePart& part = *piece.part;
-            const std::size_t row = part.row_nbytes();
-            const Update kernel = update_kernel(optimizer.rule, part.type);
-            if (piece.rows == nullptr) {
-                kernel(part.rows * part.width, part.values, part.slot, g, optimizer.settings);
-                continue;
-            }
-            for (std::size_t i = 0; i < piece.n; ++i) {
-                const std::size_t first = std::size_t(piece.rows[i]) * row;
-                kernel(part.width, part.values + first, part.slot == nullptr ? nullptr : part.slot + first,
-                       g + i * row, optimizer.settings);
-            }
+// Lets the optimizer see an update, or a part of one, times its scale.
+void StoreOwner::apply(const Payload& payload, double scale, const Optimizer& optimizer) {
+    for (const StorePiece& piece : unpack(payload, parts_)) {
+        const char* g = gradient(piece, scale, decoded_);
+        const StorePart& part = *piece.part;
+        const std::size_t row = part.row_nbytes();
+        const auto update = [&](std::size_t first, std::size_t rows, const char* values) {
+            update_kernel(optimizer.rule, part.type)(rows * part.width, part.values + first * row,
+                                                     part.slot == nullptr ? nullptr : part.slot + first * row, values,
+                                                     optimizer.settings);
+        };
+        if (piece.rows == nullptr) {
+            update(piece.first, piece.n, g);
+            continue;
         }
+        for (std::size_t i = 0; i < piece.n; ++i) update(std::size_t(piece.rows[i]), 1, g + i * row);
     }
 }
 
@@ -107,6 +105,9 @@ void StoreOwner::apply_sum(const std::vector<StoreAction::Update>& updates, cons
             for (const StorePiece& piece : unpack(payload, parts_)) {
                 const StorePart& part = *piece.part;
                 const auto add = part.type == Type::f64 ? add_values<double> : add_values<float>;
+                if (piece.rows == nullptr && !piece.is_whole()) {
+                    throw std::invalid_argument("StoreOwner: a part of an update does not wait for others");
+                }
                 char*& sum = sums[&part];
                 const bool begins = sum == nullptr && piece.form == StorePiece::Form::encoded;
                 char* g = gradient(piece, update.scale, begins ? rooms.emplace_back() : decoded_);
@@ -135,7 +136,7 @@ void StoreOwner::apply(const StoreAction& action) {
     const StoreAction::Update& first = action.updates.front();
     const Optimizer& optimizer = optimizers_[std::size_t(first.member)];
     if (action.updates.size() == 1) {
-        apply(updates_.at({first.member, first.number}), first.scale, optimizer);
+        for (const Payload& payload : updates_.at({first.member, first.number})) apply(payload, first.scale, optimizer);
     } else {
         apply_sum(action.updates, optimizer);
     }
@@ -201,6 +202,15 @@ void StoreOwner::hear(MailMessage& message, const Send& send, const StoreMemory&
         for (const int each : members) send(each, StoreKind::settled, rests_[std::size_t(each)], head(each, false), values);
     };
     switch (kind) {
+        case StoreKind::part: {
+            double scale;
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                scale = state_.begin(member);
+            }
+            apply(message.payload, scale, optimizers_[m]);
+            return;
+        }
         case StoreKind::ahead:
             updates_[{member, message.serial}].push_back(std::move(message.payload));
             return;

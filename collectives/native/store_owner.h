@@ -21,7 +21,7 @@ namespace bitring {
 
 // What a store's messages say, by the numbers of training/store/owner.py.
 enum class StoreKind : std::uint8_t {
-    push = 0, clock, leave, rest, end, read, use, slots, claim, go_on, ahead, forget,
+    push = 0, clock, leave, rest, end, read, use, slots, claim, go_on, ahead, forget, part = 13,
     values = 20, deferred, taken, dropped, settled, are, claimed,
     trouble = 30
 };
@@ -68,7 +68,7 @@ private:
     using Room = std::vector<std::int64_t>;
 
     char* gradient(const StorePiece& piece, double scale, Room& room) const;
-    void apply(const std::vector<Payload>& update, double scale, const Optimizer& optimizer);
+    void apply(const Payload& payload, double scale, const Optimizer& optimizer);
     void apply_sum(const std::vector<StoreAction::Update>& updates, const Optimizer& optimizer);
     void apply(const StoreAction& action);
     Payload read(const Payload& wanted, const StoreMemory& memory) const;

@@ -8,7 +8,7 @@ namespace bitring {
 
 namespace {
 
-constexpr std::size_t kFields = 4;  // of each piece, int64: parameter, rows (-1: all), bytes, form
+constexpr std::size_t kFields = 4;  // of each piece, int64: parameter, rows (-1: all; -2 - first: a run), bytes, form
 
 }  // namespace
 
@@ -29,7 +29,7 @@ std::vector<StorePiece> unpack(const Payload& payload, const std::vector<StorePa
         check(part != parts.end() && part->parameter == fields[0] && fields[2] >= 0);
         StorePiece piece{&*part, nullptr, part->rows, nullptr, std::size_t(fields[2]), StorePiece::Form(fields[3])};
         check(piece.form == StorePiece::Form::values ||
-              (piece.form == StorePiece::Form::encoded && part->codec && fields[1] < 0));
+              (piece.form == StorePiece::Form::encoded && part->codec && fields[1] == -1));
         if (fields[1] >= 0) {
             piece.n = std::size_t(fields[1]);
             check(piece.n <= (payload.nbytes - at) / 8);
@@ -38,6 +38,12 @@ std::vector<StorePiece> unpack(const Payload& payload, const std::vector<StorePa
             for (std::size_t i = 0; i < piece.n; ++i) {
                 check(piece.rows[i] >= 0 && std::size_t(piece.rows[i]) < part->rows);
             }
+        }
+        if (fields[1] < -1) {
+            const std::size_t row = part->row_nbytes();
+            piece.first = std::size_t(-2 - fields[1]);
+            piece.n = row == 0 ? 0 : piece.nbytes / row;
+            check(piece.first <= part->rows && piece.n <= part->rows - piece.first);
         }
         check(piece.nbytes <= payload.nbytes - at && padded(piece.nbytes) <= payload.nbytes - at);
         piece.data = payload.memory.get() + at;

@@ -33,11 +33,14 @@ struct StorePiece {
     enum class Form : std::int64_t { values = 0, encoded = 1 };
 
     const StorePart* part;
-    const std::int64_t* rows;  // null: all
+    const std::int64_t* rows;  // null: all, or a run
     std::size_t n;             // rows
     char* data;
     std::size_t nbytes;  // of that
     Form form = Form::values;
+    std::size_t first = 0;  // of a run
+
+    bool is_whole() const { return rows == nullptr && n == part->rows; }
 };
 
 // Where memory for payloads comes from.

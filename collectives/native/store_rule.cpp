@@ -61,6 +61,13 @@ StoreRule::Actions StoreRule::read(int member, int ticket, std::optional<std::in
     return actions;
 }
 
+double StoreRule::begin(int member) {
+    if (gather_ != 1 || drops_) throw std::invalid_argument("StoreRule: updates are not applied as they come");
+    Member& pusher = members_[at(member)];
+    if (!pusher.begun) pusher.begun = version_;
+    return inverse_ ? 1 / double(std::max<std::int64_t>(1, *pusher.begun - pusher.seen)) : 1;
+}
+
 StoreRule::Actions StoreRule::claim(int member, int ticket, const std::vector<std::int64_t>& row) {
     StoreAction claim{StoreAction::Kind::claim, member, ticket};
     claim.claimed = claimed_.try_emplace(row, -1).first->second += 1;
@@ -165,7 +172,8 @@ void StoreRule::apply(Actions& actions) {
     for (const Push& push : pushes) total += push.weight;
     StoreAction action{StoreAction::Kind::apply};
     for (const Push& push : pushes) {
-        const std::int64_t staleness = version_ - push.read;
+        const std::optional<std::int64_t> begun = std::exchange(members_[std::size_t(push.member)].begun, std::nullopt);
+        const std::int64_t staleness = begun.value_or(version_) - push.read;
         double scale = push.weight / total;
         if (inverse_) scale /= double(std::max<std::int64_t>(1, staleness));
         action.updates.push_back({push.member, push.number, scale, staleness});

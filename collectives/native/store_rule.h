@@ -37,6 +37,7 @@ public:
     // Events. `round`: the version that an update was computed from, where it is not the one that its member read last.
     Actions push(int member, int number, double weight, std::optional<std::int64_t> round);
     Actions read(int member, int ticket, std::optional<std::int64_t> least);
+    double begin(int member);  // a part of its next update has come: what that is to be multiplied by
     Actions claim(int member, int ticket, const std::vector<std::int64_t>& row);
     Actions clock(int member);
     Actions leave(int member);
@@ -57,6 +58,7 @@ private:
     struct Member {
         std::int64_t clock, seen = 0;  // the version that it was served last
         bool absent, left = false, resting = false, ended = false;
+        std::optional<std::int64_t> begun = std::nullopt;  // the version at which the application of its next update began
         bool at_work() const { return !(left || resting || ended || absent); }
     };
     struct Read {

@@ -530,6 +530,8 @@ class StoreKind(enum.Enum):
 
     forget = 11
 
+    part = 13
+
     values = 20
 
     deferred = 21
@@ -564,6 +566,8 @@ class StoreRule:
     def end(self, member: int) -> list[tuple[Any, ...]]: ...
 
     def go_on(self, member: int) -> None: ...
+
+    def begin(self, member: int) -> float: ...
 
     @property
     def version(self) -> int: ...

@@ -22,6 +22,7 @@ from bitring.training.store.packing import Form, Piece, bytes_of, pack, unpack
 from bitring.training.store.replay import Journal, Record, Replay, recorded
 from bitring.training.store.row_cache import RowCache
 from bitring.training.store.rule import Rule
+from bitring.training.store.segments import segments, travels_in_segments
 from bitring.training.store.service_job import ServiceJob, private_context
 from bitring.training.store.serving import service_of
 from bitring.training.store.shard import joined_slots
@@ -57,6 +58,7 @@ class MessageTable(Table):
         self._known = self._layout.empty() if self._codec.encodes else {}  # values, where answers are changes
         self._cache = RowCache(self._layout, optimizer) if setup.cache and self._terms.staleness is not None else None
         self._follows = any(setup.journal)
+        self._in_segments = travels_in_segments(setup)
         kinds = OSError, ValueError
         rule, record = jointly(setup.comm, setup.what, lambda: self._rule_of(setup.journal), kinds)
         self._service = service_of(setup, context, self._owners, self._layout, self._codec, rule, record)
@@ -94,7 +96,11 @@ class MessageTable(Table):
             for owner in self._around():
                 pieces = self._pushes.pieces(owner, whole, self._sent[owner], drops) + some[owner]
                 if pieces or drops or gathers or owner in self._ahead:
-                    self._service.post(owner, Kind.PUSH, self._sent[owner], numbers, pack(pieces))
+                    *parts, last = segments(pieces, self._layout) if self._in_segments else (pieces,)
+                    for each in parts:
+                        self._service.post(owner, Kind.PART, self._sent[owner], (), pack(each))
+                        self._job.go_on()  # it goes while the next is copied
+                    self._service.post(owner, Kind.PUSH, self._sent[owner], numbers, pack(last))
                     self._sent[owner] += 1
             self._pushes.complete()
             self._ahead.clear()

@@ -39,6 +39,7 @@ class Kind(enum.IntEnum):
     GO_ON = 9  # it rests no more: its wait for the others was given up
     AHEAD = 10  # [number] a part of the update that is going to have this number
     FORGET = 11  # [number] there will be no such update
+    PART = 13  # [number] a part of the update that has this number and whose others follow: it is applied at once
     DIED = 12  # not by the member, but of it: nothing more comes from it
     # an owner to a member
     VALUES = 20  # [ticket] version, updates taken, edition, whether they are changes, 0; clocks, -1 - c: it has ended
@@ -143,6 +144,8 @@ class Owner:
             if self._taken[member] - self._told[member] >= WINDOW // 2:
                 self._told[member] = self._taken[member]
                 self._send(member, Kind.TAKEN, 0, (self._taken[member],), None)
+        elif kind == Kind.PART:
+            self.shard.apply([unpack(payload)], [rule.begin(member)], self._optimizers[member], self._decode)
         elif kind == Kind.AHEAD:
             self._updates.setdefault((member, serial), []).extend(unpack(payload))
         elif kind == Kind.FORGET:

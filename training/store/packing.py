@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_FIELDS = 4  # of each piece, int64: parameter, rows (-1: all that the shard has), bytes, form
+_FIELDS = 4  # of each piece, int64: parameter, rows (-1: all that the shard has; -2 - first: a run), bytes, form
 
 
 class Form(enum.IntEnum):
@@ -22,13 +22,14 @@ class Form(enum.IntEnum):
 class Piece(NamedTuple):
     """Values of one parameter that one shard has: all of its rows, or ``rows``, 1-D int64, counted in the shard.
 
-    ``data``: bytes.
+    ``data``: bytes. ``first``: where a run of rows begins, as many as there are bytes for; ``rows`` is None then.
     """
 
     parameter: int
     rows: Any
     data: Any
     form: Form = Form.VALUES
+    first: int | None = None
 
 
 def bytes_of(values: Any) -> Any:
@@ -38,9 +39,7 @@ def bytes_of(values: Any) -> Any:
 
 def pack(pieces: Sequence[Piece]) -> Any:
     """A new uint8 array with all of them."""
-    table = np.array(
-        [[p.parameter, -1 if p.rows is None else len(p.rows), p.data.size, p.form] for p in pieces], np.int64
-    )
+    table = np.array([[p.parameter, _rows(p), p.data.size, p.form] for p in pieces], np.int64)
     parts = [np.array([len(pieces)], np.int64).view(np.uint8), table.reshape(-1).view(np.uint8)]
     for piece in pieces:
         if piece.rows is not None:
@@ -49,6 +48,13 @@ def pack(pieces: Sequence[Piece]) -> Any:
         if piece.data.size % 8:
             parts.append(np.zeros(-piece.data.size % 8, np.uint8))
     return np.concatenate(parts)
+
+
+def _rows(piece: Piece) -> int:
+    """What stands for them in a message."""
+    if piece.rows is not None:
+        return len(piece.rows)
+    return -1 if piece.first is None else -2 - piece.first
 
 
 def unpack(payload: Any) -> list[Piece]:
@@ -61,6 +67,7 @@ def unpack(payload: Any) -> list[Piece]:
         if n >= 0:
             rows = payload[at : at + 8 * n].view(np.int64)
             at += 8 * n
-        pieces.append(Piece(parameter, rows, payload[at : at + nbytes], Form(form)))
+        first = -2 - n if n < -1 else None
+        pieces.append(Piece(parameter, rows, payload[at : at + nbytes], Form(form), first))
         at += nbytes + -nbytes % 8
     return pieces

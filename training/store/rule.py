@@ -123,6 +123,7 @@ class Rule:
         self._resting = [False] * members
         self._ended = [False] * members
         self._seen = [0] * members  # the version that each was served last
+        self._begun: dict[int, int] = {}  # member -> the version at which the application of its next update began
         self._gathered: list[_Push] = []
         self._early: list[_Push] = []  # of rounds to come: their members have seen another shard's
         self._waiting: dict[int, _Read] = {}
@@ -143,6 +144,15 @@ class Rule:
         elif weight:
             return [Drop(member, number), *self._go_on()]
         return self._go_on()
+
+    def begin(self, member: int) -> float:
+        """A part of a member's next update has come, which is applied at once: what it is to be multiplied by.
+
+        Where updates are applied as they come. All parts have the staleness of the first.
+        """
+        assert self.terms.gather == 1 and self.terms.late == "keep"
+        staleness = self._begun.setdefault(member, self.version) - self._seen[member]
+        return 1.0 / max(1, staleness) if self.terms.scale == "inverse" else 1.0
 
     def read(self, member: int, ticket: int, least: int | None = None) -> list[Action]:
         """A member asks for the values; an earlier read of it is void. ``least``: wait for these clocks of all."""
@@ -282,7 +292,7 @@ class Rule:
         """
         pushes = sorted(push for push in self._gathered if push.weight)
         total = sum(push.weight for push in pushes)
-        staleness = tuple(self.version - push.read for push in pushes)
+        staleness = tuple(self._begun.pop(push.member, self.version) - push.read for push in pushes)
         scales = tuple(push.weight / total for push in pushes)
         if self.terms.scale == "inverse":
             scales = tuple(scale / max(1, each) for scale, each in zip(scales, staleness, strict=True))

@@ -46,8 +46,10 @@ class Shard:
             samples = values.size // sum(w.shape)
             u, v = values[: samples * len(w)], values[samples * len(w) :]
             return Factors(u.reshape(samples, len(w)), v.reshape(samples, w.shape[1])).product()
-        shape = w.shape if piece.rows is None else (len(piece.rows), *w.shape[1:])
-        return piece.data.view(w.dtype).reshape(shape)
+        values = piece.data.view(w.dtype)
+        if piece.rows is None and piece.first is None:
+            return values.reshape(w.shape)
+        return values.reshape(-1 if piece.rows is None else len(piece.rows), *w.shape[1:])
 
     def apply(
         self, updates: Sequence[Sequence[Piece]], scales: Sequence[float], optimizer: Optimizer, decode: Decode
@@ -55,7 +57,9 @@ class Shard:
         """Let the optimizer see the sum of ``updates``, each times its scale, added in this order. In place."""
         if len(updates) == 1:
             for piece in updates[0]:
-                self._update(piece.parameter, piece.rows, _scaled(self.gradient(piece, decode), scales[0]), optimizer)
+                g = _scaled(self.gradient(piece, decode), scales[0])
+                rows = piece.rows if piece.first is None else slice(piece.first, piece.first + len(g))
+                self._update(piece.parameter, rows, g, optimizer)
             return
         sums: dict[int, Any] = {}
         for pieces, scale in zip(updates, scales, strict=True):
@@ -83,6 +87,8 @@ class Shard:
                 return
             some, held = w[rows], {slot: {name: s[rows]} for slot, s in slots.items()}
             optimizer.update({name: some}, {name: g}, held | counted)
+            if isinstance(rows, slice):  # they are views
+                return
             w[rows] = some
             for slot, s in slots.items():
                 s[rows] = held[slot][name]
