@@ -4,9 +4,7 @@
 
 np.add runs on one rank, with the others asleep; then all ranks push, each at its own pace. Gradients are whole numbers,
 so that at the end every update can be accounted for. Without locks some are lost: the share is shown. Then the calls of
-``ParameterStore``, in shared memory, and by messages to shards on all ranks. Then updates and fetches of one bit per
-value to shards on all ranks, served natively and in Python, in turn: how many each rank makes per second; and how long
-one takes until it is applied, where the other ranks compute in Python.
+``ParameterStore``, in shared memory, and by messages to shards on all ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,10 +26,6 @@ from bitring.collectives.node.shared_shards import SharedShards, new_shards
 from bitring.collectives.runtime.context import context_of
 from bitring.collectives.runtime.objects import agreed_job
 from bitring.nodes import describe
-from bitring.training.store import native_service
-from bitring.training.store.messages import MessageTable
-from bitring.training.store.rule import Terms
-from bitring.training.store.table import Setup, Update
 
 _BATCH_SECONDS = 0.5
 _BATCHES = 5
@@ -106,17 +99,14 @@ def main() -> None:
         {"case": "read", "ranks": comm.size, "values": n, "values_per_second": rate, "of_np_add": rate / add}
     )
     results += store_results(comm, n, a, add)
-    one_bit = [one_bit_results(comm, size) for size in (1 << 10, 1 << 20)]
     if comm.rank == 0:
         print(f"np.add, one rank: {add / 1e9:.2f} G values/s")
         for result in results:
             lost = f", {result['lost']:.2%} lost" if "lost" in result else ""
             rate, of = result["values_per_second"] / 1e9, result["of_np_add"]
             print(f"{result['case']:30} {rate:6.2f} G values/s by {comm.size} ranks, {of:.2f} of np.add{lost}")
-        for result in one_bit:
-            print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
         if asked.json:
-            whole = {"benchmark": "store", "machine": machine, "np_add": add, "results": results, "one_bit": one_bit}
+            whole = {"benchmark": "store", "machine": machine, "np_add": add, "results": results}
             asked.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
@@ -138,53 +128,6 @@ def store_results(comm: MPI.Intracomm, n: int, g: Any, add: float) -> list[dict[
         results.append({**name, "values_per_second": rate, "of_np_add": rate / add})
         store.free()
     return results
-
-
-def one_bit_results(comm: MPI.Intracomm, n: int) -> dict[str, float]:
-    """Of both services: updates, each with a fetch, per second and rank; and seconds of one while others compute."""
-    g, computing = np.ones(n, np.float32), [0.5] * 1000
-    found: dict[str, list[float]] = {}
-    able = native_service.serves
-    for number in range(_BATCHES + 1):
-        for way in ("native", "python"):
-            native_service.serves = able if way == "native" else lambda *_: False
-            values = {"w": np.zeros(n, np.float32)}
-            encoders = {"w": bitring.OneBit()}
-            encoders["w"].warm_up(np.float32)
-            table = MessageTable(Setup(comm, "store.py", values, bitring.SGD(lr=1e-3), Terms(), encoders=encoders))
-            pushes = max(8, (1 << 21) // n // 8)
-            comm.Barrier()
-            began = time.perf_counter()
-            for _ in range(pushes):
-                table.push(Update({"w": g}, {}))
-                table.pull()
-            rate = pushes / (comm.allreduce(time.perf_counter() - began) / comm.size)
-            comm.Barrier()
-            seconds = 0.0
-            if comm.rank == comm.size - 1:
-                table.pull()
-                began = time.perf_counter()
-                for _ in range(8):
-                    table.push(Update({"w": g}, {}))
-                    table.pull()
-                seconds = (time.perf_counter() - began) / 8
-                for rank in range(comm.size - 1):
-                    comm.send(None, rank)
-            else:
-                while not comm.iprobe(comm.size - 1):
-                    sum(computing)
-                comm.recv(source=comm.size - 1)
-            table.settle()
-            table.free()
-            seconds = comm.bcast(seconds, comm.size - 1)
-            if number:
-                found.setdefault(f"{way}_updates_per_second", []).append(rate)
-                found.setdefault(f"{way}_seconds_to_a_computing_rank", []).append(seconds)
-    native_service.serves = able
-    result = {name: statistics.median(each) for name, each in found.items()}
-    for name in ("updates_per_second", "seconds_to_a_computing_rank"):
-        result[f"{name}_native_of_python"] = result[f"native_{name}"] / result[f"python_{name}"]
-    return {"ranks": float(comm.size), "values": float(n), **result}
 
 
 def add_rate(comm: MPI.Intracomm, n: int, call: Callable[[], Any]) -> float:

@@ -7,12 +7,13 @@ and sleeps. Rank 1 pushes (``inc``, until a read says that it is applied). Meanw
 a parameter of its own, one after the other, each until a read says that it is applied; and as many while nobody else
 does anything. Both ways take turns, and what is told are medians; of small updates the slowest tenth, too. Memory is
 what rank 0 takes beyond what it had before the first update of a store, at the most: what is received, and not yet
-given back.
+given back. For that it has large blocks from the system, and gives them back to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -25,6 +26,7 @@ import numpy as np
 
 SMALL = 32 << 10
 _TIMES = 5
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 _WAYS = {"segments": 4 << 20, "whole": 1 << 40}  # bytes of a segment
 
 
@@ -51,6 +53,8 @@ def work(asked: argparse.Namespace) -> None:
     assert lab is not None
     with ending_together(comm):
         limit_threads(comm)
+        if comm.rank == 0:
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
         found: dict[str, dict[str, list[float]]] = {way: {} for way in _WAYS}
         for number in range(_TIMES + 1):
             for way in _WAYS:
