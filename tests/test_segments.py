@@ -268,7 +268,8 @@ def test_a_worker_that_dies_in_the_midst_leaves_what_has_come_and_holds_nobody_u
         pytest.skip("needs the mpirun of MPICH, which can be told to let the others live")
     script = tmp_path / "script.py"
     script.write_text(DEATH)
-    words = [mpirun, "-disable-auto-cleanup", "-n", "3", sys.executable, str(script), way]
+    shell = ("sh", "-c", 'trap "" USR1; "$0" "$@" || exit 3')  # the launcher ends all when its own child is killed
+    words = [mpirun, "-disable-auto-cleanup", "-n", "3", *shell, sys.executable, str(script), way]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=100)
     said = done.stdout + done.stderr
     assert "rank 1 saw [1.0, 0.0] [2.0, 1.0]" in said, said
