@@ -1,5 +1,7 @@
 #include "fast_path.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -40,6 +42,8 @@ Status run_for(Operation& operation, double seconds) {
         if (is_over(status)) return status;
         if (status == Status::moved) {
             patience.moved();
+            // The answer to what was just sent takes a while; where ranks share a core it is that of another one.
+            if (network) sched_yield();
             continue;
         }
         if (network && News::of_process().unread_lately()) return status;  // it sends nothing before that is read

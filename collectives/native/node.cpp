@@ -15,7 +15,7 @@ std::size_t stage_of(int size) { return std::max(Node::kStage, std::size_t(size)
 
 }  // namespace
 
-std::size_t Node::nbytes(int size) { return kHead + 2 * kSmall + kStages * stage_of(size); }
+std::size_t Node::nbytes(int size) { return kHead + kSlots * kSmall + kStages * stage_of(size); }
 
 Node::Node(int rank, std::vector<char*> parts, std::vector<int> names, std::shared_ptr<const void> keep)
     : rank_(rank),
@@ -23,9 +23,9 @@ Node::Node(int rank, std::vector<char*> parts, std::vector<int> names, std::shar
       names_(std::move(names)),
       keep_(std::move(keep)),
       small_at_(kHead),
-      stages_at_(kHead + 2 * kSmall),
+      stages_at_(kHead + kSlots * kSmall),
       stage_(stage_of(int(parts_.size()))) {
-    static_assert(2 * sizeof(Slot) + kCounts * sizeof(Count) <= kHead, "the head is a page");
+    static_assert(kSlots * sizeof(Slot) + kCounts * sizeof(Count) <= kHead, "the head is a page");
 }
 
 char* Node::prepare(const Intent& intent, std::size_t nbytes) {
@@ -55,7 +55,11 @@ Verdict Node::verdict() const {
         verdict.same &= other.signature == first.signature;
         verdict.same_function &= other.signature >> 32 == first.signature >> 32;
         verdict.same_place &= other.where == first.where;
-        verdict.flags |= other.flags;
+        verdict.flags |= other.flags & ~std::uint32_t(kGoesOn);
+        if ((other.flags & kGoesOn) == 0 || (slot(rank_).flags & kGoesOn) != 0 || verdict.stranger >= 0) continue;
+        verdict.same = false;
+        verdict.stranger = name(r);
+        verdict.strange = other.signature;
     }
     return verdict;
 }

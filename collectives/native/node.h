@@ -22,7 +22,9 @@ enum Flag : std::uint32_t {
     kNeedsLibrary = 1,  // it needs the MPI library's own call
     kBad = 2,           // its arguments are bad
     kOnlyArrives = 4,   // it agrees first and exchanges afterwards: one whose arrival brought its values comes along
-    kTold = 8           // for the others to learn; the caller's
+    kTold = 8,          // for the others to learn; the caller's
+    kGoesOn = 16,       // it does not wait for the others, and will not hear what they find
+    kStrange = 32       // what it left is not values, but who does something else
 };
 
 // What a rank says when it comes to an operation. `words` of all ranks together become Verdict.
@@ -38,7 +40,7 @@ struct Verdict {
     bool same_place = true;     // all `where` are the same, and none is private
     std::uint32_t flags = 0;    // Flag, of any rank
 
-    // A rank that does something else and has gone on, or will not answer, so that not all ranks hear what this one has
+    // A rank that does something else and goes on, or will not answer, so that not all ranks hear what this one has
     // heard; and its signature. -1: none.
     int stranger = -1;
     std::uint64_t strange = 0;
@@ -52,6 +54,7 @@ public:
     static constexpr std::size_t kSmall = 64 << 10;      // bytes of a slot
     static constexpr std::size_t kStages = 3;            // stages a rank
     static constexpr std::size_t kStage = 512 << 10;     // bytes of a stage, at least
+    static constexpr std::uint64_t kSlots = 8;           // slots a rank: so many operations less one it may be ahead
 
     // Bytes that each of `size` ranks shares.
     static std::size_t nbytes(int size);
@@ -71,6 +74,10 @@ public:
     char* prepare(const Intent& intent, std::size_t nbytes);
     void publish();
 
+    // Between the two: the room again, for `nbytes`; and one more Flag.
+    char* room(std::size_t nbytes) const { return data_of(rank_, nbytes); }
+    void add_flag(Flag flag) { slot(rank_).flags |= flag; }
+
     // Whether all ranks have come to the operation that this one came to last; if not, awaited() has not.
     bool all_arrived() {
         while (next_ < int(parts_.size())) {
@@ -81,6 +88,31 @@ public:
     }
     int awaited() const { return next_; }
 
+    // As all_arrived(), of rank r.
+    bool has_arrived(int r) const { return slot(r).sequence.load(std::memory_order_acquire) >= sequence_; }
+
+    // Whether rank r, which has arrived, says what this one says; its signature and its flags.
+    bool says_the_same(int r) const {
+        const Slot &theirs = slot(r), &mine = slot(rank_);
+        return theirs.signature == mine.signature && theirs.where == mine.where && theirs.flags == mine.flags;
+    }
+    std::uint64_t signature(int r) const { return slot(r).signature; }
+    std::uint32_t flags(int r) const { return slot(r).flags; }
+
+    // Whether this rank may come to another operation: its slots have been read. If not, `awaited` has not come so far.
+    // To ask is for operations that may end before all have arrived, which these ask before they end.
+    bool has_room(int* awaited) const {
+        if (sequence_ + 2 < kSlots) return true;
+        const std::uint64_t least = sequence_ + 2 - kSlots;
+        for (int r = 0; r < size(); ++r) {
+            if (r != rank_ && slots(r)[least % kSlots].sequence.load(std::memory_order_acquire) < least) {
+                *awaited = r;
+                return false;
+            }
+        }
+        return true;
+    }
+
     // What all ranks said, when all have arrived; what rank r left.
     Verdict verdict() const;
     const void* contribution(int r, std::size_t nbytes) const;
@@ -89,7 +121,8 @@ public:
     int differing(std::uint64_t* signature) const {
         for (int r = 1; r < int(parts_.size()); ++r) {
             *signature = slot(r).signature;
-            if (*signature != slot(0).signature || slot(r).flags != slot(0).flags) return r;
+            const bool same = *signature == slot(0).signature && slot(r).where == slot(0).where;
+            if (!same || slot(r).flags != slot(0).flags) return r;
         }
         return -1;
     }
@@ -130,11 +163,12 @@ private:
     };
     static_assert(offsetof(Slot, data) + kInline <= 64, "an arrival is one cache line");
 
-    // A rank cannot be two operations ahead of another, so two slots are enough.
-    Slot& slot(int r) const { return reinterpret_cast<Slot*>(parts_[std::size_t(r)])[sequence_ & 1]; }
-    Count* counts(int r) const { return reinterpret_cast<Count*>(parts_[std::size_t(r)] + 2 * sizeof(Slot)); }
+    // A slot is used again when all ranks have come to the operation after its own.
+    Slot* slots(int r) const { return reinterpret_cast<Slot*>(parts_[std::size_t(r)]); }
+    Slot& slot(int r) const { return slots(r)[sequence_ % kSlots]; }
+    Count* counts(int r) const { return reinterpret_cast<Count*>(parts_[std::size_t(r)] + kSlots * sizeof(Slot)); }
     char* data_of(int r, std::size_t nbytes) const {
-        return nbytes <= kInline ? slot(r).data : parts_[std::size_t(r)] + small_at_ + (sequence_ & 1) * kSmall;
+        return nbytes <= kInline ? slot(r).data : parts_[std::size_t(r)] + small_at_ + sequence_ % kSlots * kSmall;
     }
 
     int rank_;

@@ -58,14 +58,16 @@ NodesRollCall::NodesRollCall(std::shared_ptr<Node> node, std::unique_ptr<Wire> w
     }
     starts.push_back(place);
 
+    if (node_) shared_ = node_->stage(0, 0);
     if (!leads()) {
-        whole_ = node_->stage(0, 0);
+        whole_ = shared_;
         return;
     }
     const std::size_t room = kHead + kMost;
     memory_.reset(new char[3 * room + kHead]);
     char* aligned = memory_.get() + (kHead - reinterpret_cast<std::uintptr_t>(memory_.get()) % kHead) % kHead;
-    whole_ = node_ ? node_->stage(0, 0) : aligned;
+    own_ = aligned;
+    whole_ = node_ ? shared_ : own_;
     out_ = aligned + room;
     in_ = aligned + 2 * room;
     const auto leader = [&](int k) { return nodes[std::size_t(k)][0]; };
@@ -168,9 +170,18 @@ void NodesRollCall::arrive(const Intent& intent, const Carried* carried) {
     under_way_ = 0;
     phase_ = leads() ? Phase::gathering : Phase::following;
     if (!node_) return;
-    char* room = node_->prepare(intent, carried_.given_nbytes(ranks()));
+    source_ = -1;
+    if (one_way_ && carried_.collective == Collective::broadcast) {
+        const auto root = std::find(members_.begin(), members_.end(), carried_.root);
+        source_ = root == members_.end() ? 0 : int(root - members_.begin());
+    }
+    if (leads()) whole_ = source_ < 0 ? shared_ : own_;  // who is late may still read what the last call has left there
+    Intent said = intent;
+    said.where = std::uint64_t(1) << 32 | history_;
+    if (one_way_) said.flags |= kGoesOn;
+    char* room = node_->prepare(said, carried_.given_nbytes(ranks()));
     if (carried_.gives(rank_)) give(carried_, places(), room);
-    node_->publish();
+    if (!leads() || !tells_late()) node_->publish();
     ++node_->steps;
 }
 
@@ -178,15 +189,23 @@ void NodesRollCall::arrive(const Intent& intent, const Carried* carried) {
 void NodesRollCall::gather() {
     Header& header = mine();
     header = Header{intent_.signature, carried_.nbytes(), 0, intent_.flags, 0, 0, history_, -1, 1, 1, 0};
-    if (node_) {
+    if (source_ >= 0) {
+        header.same = node_->rank() == source_ || tells_late() || node_->says_the_same(source_);
+        if (header.same == 0) {
+            header.stranger = node_->name(source_);
+            header.strange = node_->signature(source_);
+        }
+    } else if (node_) {
         const Verdict verdict = node_->verdict();
-        header.same = verdict.same;
+        header.same = verdict.same && verdict.same_place;
         header.same_function = verdict.same_function;
         header.flags = verdict.flags;
+        header.stranger = verdict.stranger;
+        header.strange = verdict.strange;
+        if (one_way_ && !clean()) header.stranger = node_->name(node_->differing(&header.strange));
     }
     first_ = last_ = 0;
-    if (one_way_ && !clean()) {  // other nodes may not wait to hear of this one's ranks
-        header.stranger = node_->name(node_->differing(&header.strange));
+    if (header.stranger >= 0) {  // other nodes may not wait to hear of this one's ranks
         header.same = 0;
         round_ = rounds().size();
         phase_ = Phase::leading;
@@ -389,7 +408,7 @@ void NodesRollCall::conclude() {
 void NodesRollCall::note() {
     const std::lock_guard<std::mutex> lock(place_mutex_);
     inside_ = false;
-    if (verdict_.same && mine().one_way != 0) {
+    if (verdict_.same && one_way_) {
         place_.calls.push_back(intent_.signature);
         history_ = std::uint32_t(((history_ ^ intent_.signature) + place_.calls.size()) * 0x9e3779b97f4a7c15u >> 32);
         return;
@@ -417,18 +436,78 @@ void NodesRollCall::note() {
     known.push_back(intent_.signature);
 }
 
-Status NodesRollCall::step() {
-    if (phase_ == Phase::following) {
-        if (!node_->reached_by(0, 0, node_->steps)) {
-            awaited_ = node_->all_arrived() ? leader_ : node_->name(node_->awaited());
-            return Status::waiting;
+// As conclude(), where there is no header. `stranger`: of this node's ranks; -1: none.
+void NodesRollCall::conclude_alone(int stranger) {
+    verdict_ = Verdict{};
+    if (stranger >= 0) {
+        verdict_.same = false;
+        verdict_.stranger = node_->name(stranger);
+        verdict_.strange = node_->signature(stranger);
+        if ((node_->flags(stranger) & kStrange) != 0) {
+            const auto* told = static_cast<const Strange*>(node_->contribution(stranger, sizeof(Strange)));
+            if (told->rank != rank_) verdict_.stranger = told->rank, verdict_.strange = told->signature;
         }
-        conclude();
-        return Status::done;
+        verdict_.same_function = verdict_.strange >> 32 == intent_.signature >> 32;
+        verdict_.flags = node_->flags(stranger) & kBad;
     }
+    note();
+}
+
+// Whether a rank that does not lead has come to the end of the call.
+bool NodesRollCall::has_followed() {
+    const bool gets = carried_.collective == Collective::broadcast ? rank_ != carried_.root : rank_ == carried_.root;
+    if (one_way_ && !gets) {
+        conclude_alone(-1);
+        return true;
+    }
+    const int from = std::max(source_, 0);
+    const bool there = source_ >= 0 ? node_->has_arrived(from) : node_->reached_by(0, 0, node_->steps);
+    // Who has come to another call may have gone on.
+    const bool strange = node_->has_arrived(from) && !node_->says_the_same(from) &&
+                         (one_way_ || (node_->flags(from) & kGoesOn) != 0);
+    if (strange) {
+        conclude_alone(from);
+    } else if (!there) {
+        awaited_ = source_ >= 0 || node_->all_arrived() ? node_->name(from) : node_->name(node_->awaited());
+        return false;
+    } else if (source_ >= 0) {
+        take(carried_, rank_, places(), static_cast<const char*>(node_->contribution(from, carried_.nbytes())));
+        conclude_alone(-1);
+    } else {
+        conclude();
+    }
+    return true;
+}
+
+// What has come from another node, or that it has not, to the ranks of this one.
+void NodesRollCall::tell_node() {
+    if (clean()) {
+        copy_bytes(node_->room(carried_.nbytes()), values(), carried_.nbytes());
+    } else {
+        const Strange told{mine().stranger, mine().strange};
+        std::memcpy(node_->room(sizeof told), &told, sizeof told);
+        node_->add_flag(kStrange);
+        if ((mine().flags & kBad) != 0) node_->add_flag(kBad);
+    }
+    node_->publish();
+}
+
+// Whoever has not waited for all ranks of the node must not be too far ahead of them.
+Status NodesRollCall::leave() {
+    int r;
+    if (!one_way_ || !node_ || !verdict_.same || node_->has_room(&r)) return Status::done;
+    phase_ = Phase::leaving;
+    awaited_ = node_->name(r);
+    return Status::waiting;
+}
+
+Status NodesRollCall::step() {
+    if (phase_ == Phase::leaving) return leave();
+    if (phase_ == Phase::following) return has_followed() ? leave() : Status::waiting;
     if (phase_ == Phase::gathering) {
-        if (node_ && !node_->all_arrived()) {
-            awaited_ = node_->name(node_->awaited());
+        const bool there = source_ >= 0 ? tells_late() || node_->has_arrived(source_) : !node_ || node_->all_arrived();
+        if (!there) {
+            awaited_ = node_->name(source_ >= 0 ? source_ : node_->awaited());
             return Status::waiting;
         }
         gather();
@@ -452,9 +531,10 @@ Status NodesRollCall::step() {
             end_round();
             continue;
         }
+        if (source_ >= 0 && tells_late()) tell_node();
         conclude();
         if (node_) node_->report(0, node_->steps);
-        return Status::done;
+        return leave();
     }
     return Status::failed;
 }

@@ -13,6 +13,8 @@
 //
 // A small broadcast or reduction that all ranks have made before, from or to the same root, goes one way: along a
 // binomial tree of the same pairs, so that who gets nothing waits for nobody. Each message still begins with the header.
+// On a node who gives leaves its values in its slot and goes on; of a broadcast that comes from another node the leader
+// leaves them in its own.
 // Whoever finds another one than its own there has met a stranger, and says so in its verdict; ranks that have gone on
 // hear of it otherwise. Every header has a hash of the calls made one way since all ranks met, so that the next meeting,
 // after kAhead such calls at the latest, finds what nobody has come across.
@@ -103,9 +105,17 @@ private:
         // after its last.
         int first = 0, last = 0;
     };
-    enum class Phase : std::uint8_t { gathering, leading, following };
+    enum class Phase : std::uint8_t { gathering, leading, following, leaving };
+
+    // What the leader leaves in its slot in place of the values of a broadcast, where it has met a stranger.
+    struct Strange {
+        int rank;
+        std::uint64_t signature;
+    };
 
     bool leads() const { return !node_ || node_->rank() == 0; }
+    // Of a broadcast that goes one way: whether its values come to this node's ranks by the leader's slot.
+    bool tells_late() const { return source_ == 0 && carried_.root != leader_; }
     bool clean() const { return mine().same != 0 && mine().flags == 0; }
     bool scatters() const { return carried_.collective == Collective::reduce_scatter; }
     bool halves() const {
@@ -129,6 +139,10 @@ private:
     bool knows(std::uint64_t signature) const;
     void conclude();
     void note();
+    void conclude_alone(int stranger);
+    bool has_followed();
+    void tell_node();
+    Status leave();
     void make_one_way_rounds();
     void send_values(std::size_t first, std::size_t last, int peer);
     void send(const void* memory, std::size_t nbytes, int peer);
@@ -147,7 +161,9 @@ private:
     std::vector<int> node_of_;   // each rank's
     int own_node_ = 0, doubling_ = 1, extra_ = 0;
     std::unique_ptr<char[]> memory_;
-    char* whole_ = nullptr;   // this node's header, and the values as far as they are reduced
+    char* whole_ = nullptr;   // this node's header, and the values as far as they are reduced: one of the next two
+    char* shared_ = nullptr;  // where the other ranks of the node see it
+    char* own_ = nullptr;     // where nobody does
     char* out_ = nullptr;     // a message that is sent
     char* in_ = nullptr;      // one that is received
 
@@ -170,6 +186,7 @@ private:
     std::vector<std::uint64_t> repeated_signatures_;
     std::vector<Round> one_way_rounds_;
     bool one_way_ = false;       // the call under way
+    int source_ = -1;            // in a broadcast that goes one way: whose slot has the values, of this node's ranks
     std::uint32_t history_ = 0;  // of place_.calls
     mutable std::mutex place_mutex_;  // of what a thread may ask for while another is in a call
     Place place_;                // without the call under way

@@ -222,9 +222,107 @@ void check_repeated(const std::vector<int>& nodes, unsigned seed) {
     if (between.left() != 0) fail(what + ": messages are left");
 }
 
+// The ranks of two nodes, {0, 1} and {2}, in one thread: each goes on when it is told to. All calls are of one value.
+class Together {
+public:
+    static constexpr int kCalls = 40;
+
+    Together(Collective collective, int root) : collective_(collective), root_(root), between_(1, 1 << 20) {
+        const std::vector<std::vector<int>> nodes{{0, 1}, {2}};
+        for (int rank = 0; rank < 3; ++rank) memories_.push_back(Memory::make(Node::nbytes(2), ""));
+        const std::vector<char*> two{memories_[0].data(), memories_[1].data()}, one{memories_[2].data()};
+        for (int rank = 0; rank < 3; ++rank) {
+            auto node = std::make_shared<Node>(rank % 2, rank < 2 ? two : one, nodes[std::size_t(rank / 2)], nullptr);
+            roll_calls_.push_back(std::make_shared<NodesRollCall>(node, between_.wire(rank), rank, nodes, 3));
+        }
+        for (int call = 0; call < kCalls; ++call) {
+            for (int rank = 0; rank < 3; ++rank) x_[call][rank] = value(call, rank, 1), y_[call][rank] = -5;
+        }
+    }
+
+    static std::uint64_t signature() { return kFunction << 3; }
+
+    // Take the rank through calls, up to `most` in all, as far as it comes now. How many it has made.
+    int go_on(int rank, int most) {
+        auto& operation = operations_[rank];
+        while (true) {
+            for (int k = 0; k < 100 && operation && !is_over(operation->status()); ++k) operation->advance();
+            if (operation && !is_over(operation->status())) return begun_[rank] - 1;
+            if (operation && operation->status() != Status::done) fail("a call of all has another end");
+            if (begun_[rank] == most) return most;
+            const int call = begun_[rank]++;
+            const Carried carried{collective_, &x_[call][rank], &y_[call][rank], 1, 8,
+                                  reduce_kernel(Op::sum, Type::i64), root_, 1};
+            operation = std::make_unique<LeadersCollective>(roll_calls_[std::size_t(rank)], Intent{signature(), 0, 0}, carried);
+            operation->begin();
+        }
+    }
+
+    // Take all ranks through `most` calls.
+    void finish(int most) {
+        for (int turn = 0, made = 0; made < 3 * most; ++turn) {
+            if (turn == 1000) fail("calls of all do not end");
+            made = go_on(0, most) + go_on(1, most) + go_on(2, most);
+        }
+        for (int call = 0; call < most; ++call) {
+            for (int rank = 0; rank < 3; ++rank) {
+                std::int64_t right = -5;
+                if (collective_ == Collective::reduce && rank == root_) right = x_[call][0] + x_[call][1] + x_[call][2];
+                if (collective_ == Collective::broadcast && rank != root_) right = x_[call][root_];
+                if (y_[call][rank] != right) fail("call " + std::to_string(call) + ": a wrong value");
+            }
+        }
+    }
+
+    // What the rank hears when it comes to something else.
+    Verdict comes_to_something_else(int rank) {
+        Agreement agreement(roll_calls_[std::size_t(rank)], Intent{signature() + 1, 0, kOnlyArrives});
+        agreement.begin();
+        for (int k = 0; k < 1000 && !is_over(agreement.status()); ++k) agreement.advance();
+        if (agreement.status() != Status::done) fail("who does something else hears nothing");
+        return agreement.verdict();
+    }
+
+private:
+    Collective collective_;
+    int root_;
+    Network between_;
+    std::vector<Memory> memories_;
+    std::vector<std::shared_ptr<NodesRollCall>> roll_calls_;
+    std::unique_ptr<LeadersCollective> operations_[3];
+    int begun_[3] = {0, 0, 0};
+    std::int64_t x_[kCalls][3], y_[kCalls][3];
+};
+
+// Who only gives waits for nobody, but is ahead of the ranks of its node by less than there are slots.
+void check_ahead(Collective collective, int root, int first) {
+    Together ranks(collective, root);
+    ranks.finish(1);
+    const int made = ranks.go_on(first, Together::kCalls), most = first < 2 ? int(Node::kSlots) - 1 : Together::kCalls;
+    if (made != most) fail("rank " + std::to_string(first) + " is " + std::to_string(made) + " calls ahead");
+    ranks.finish(Together::kCalls);
+}
+
+// A rank has gone on, and another one of its node comes to something else.
+void check_gone(Collective collective, int root, int first, int other) {
+    Together ranks(collective, root);
+    ranks.finish(1);
+    ranks.go_on(first, 2);
+    const Verdict verdict = ranks.comes_to_something_else(other);
+    if (verdict.same || verdict.stranger != first || verdict.strange != Together::signature()) {
+        fail("rank " + std::to_string(other) + " has not met rank " + std::to_string(first));
+    }
+}
+
 }  // namespace
 
 int main() {
+    for (int root = 0; root < 3; ++root) check_ahead(Collective::broadcast, root, root);
+    for (const auto& [root, first] : {std::pair{0, 1}, {2, 1}, {0, 2}, {1, 2}}) check_ahead(Collective::reduce, root, first);
+    check_gone(Collective::broadcast, 0, 0, 1);
+    check_gone(Collective::broadcast, 1, 1, 0);
+    check_gone(Collective::reduce, 0, 1, 0);
+    check_gone(Collective::reduce, 2, 1, 0);
     for (const std::vector<int>& nodes :
          {std::vector<int>{1, 1}, {1, 1, 1}, {1, 1, 1, 1}, {1, 1, 1, 1, 1, 1}, {2, 3}, {2, 1, 1, 2, 1}}) {
         check_repeated(nodes, 1);
