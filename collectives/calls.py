@@ -308,7 +308,8 @@ def know(fast_path: Any, context: Context, call: Call, run: CallRun) -> None:
     if work is None or device_of(work) is not None or terms["order"] != "C":
         return
     moves, served = call.collective in ("broadcast", "allgather"), call.collective == "allreduce"
-    little = context.common is not None and work.nbytes <= extension.NodeCollective.most
+    given = work.nbytes // context.size if call.collective == "allgather" else work.nbytes
+    little = context.common is not None and given <= extension.NodeCollective.most
     bound, whole = None, None
     if served or not little:
         bound, whole = _way(context, call, run)

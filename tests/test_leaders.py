@@ -96,7 +96,7 @@ def place(request: pytest.FixtureRequest) -> Communicator:
     return Communicator(request.getfixturevalue("comm" if request.param == "one_node" else request.param))
 
 
-@pytest.mark.parametrize("n", [0, 1, 2053, 40_009])
+@pytest.mark.parametrize("n", [0, 1, 2053, 16_384, 16_385, 40_009])
 def test_other_collectives(place, agree, n: int):
     """The third time and from then on by the fast path, in place and out of place, from and to each root."""
     size, rank = place.Get_size(), place.Get_rank()
