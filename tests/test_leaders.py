@@ -27,8 +27,8 @@ from bitring.errors import MismatchError, PeerError
 
 HOSTS = Path(__file__).resolve().parent.parent / "benchmarks" / "hosts.py"
 
-SIZES = [0, 1, 3, 1009, 4099, 16_381, 40_009]
-"""Around the sizes at which the way changes: 16 KiB of values, and the 64 or 128 KiB of a message."""
+SIZES = [0, 1, 3, 1009, 4096, 4099, 16_381, 40_009, 70_001]
+"""Around the sizes at which the way changes: 16 KiB of values, and the 64 or 256 KiB of a message."""
 
 
 @pytest.fixture(params=["apart", "two_nodes"])

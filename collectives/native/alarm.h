@@ -17,6 +17,9 @@ public:
     // Sleep until it rings, and for so long at most.
     void sleep(long nanoseconds);
 
+    // Sleep for so long whatever comes; only the caller ends it.
+    void sleep_through(long nanoseconds);
+
     // Whether it rang in the last sleep.
     bool rang() const { return rang_; }
 

@@ -6,7 +6,7 @@
 // that mean different things understand each other, and nobody's message is longer than what it is received in.
 //
 // Each of ⌈lg N⌉ rounds exchanges what two leaders have: the sums so far, or, of what is only moved, the values so far.
-// Of sums that go to all, more than kHalving bytes between four nodes or more go by recursive halving and doubling
+// Of sums that go to all, kHalving bytes and more between four nodes or more go by recursive halving and doubling
 // (Rabenseifner), in twice as many rounds: the check is over when the first half is. A reduce_scatter is that first half.
 // All ways add the same operands in the same order, those of lower ranks first. Of N nodes, the N−q beyond the largest
 // power of two hand their values to a neighbour first and get the result back last.
@@ -36,7 +36,7 @@ namespace bitring {
 
 class NodesRollCall final : public RollCall {
 public:
-    static constexpr std::size_t kMost = 128 << 10;    // bytes of values in a message
+    static constexpr std::size_t kMost = 256 << 10;    // bytes of values in a message
     static constexpr std::size_t kHalving = 16 << 10;
     static constexpr std::size_t kOneWay = 8 << 10;    // at most so many go one way
     static constexpr std::size_t kAhead = 128;         // calls that a rank makes one way before it waits for all
@@ -119,7 +119,7 @@ private:
     bool clean() const { return mine().same != 0 && mine().flags == 0; }
     bool scatters() const { return carried_.collective == Collective::reduce_scatter; }
     bool halves() const {
-        return scatters() || (carried_.reduces() && halving_rounds_ > 1 && mine().nbytes > kHalving);
+        return scatters() || (carried_.reduces() && halving_rounds_ > 1 && mine().nbytes >= kHalving);
     }
     const std::vector<int>& places() const { return scatters() ? scattered_ : gathered_; }
     const std::vector<Round>& rounds() const { return one_way_ ? one_way_rounds_ : rounds_; }

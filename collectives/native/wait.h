@@ -43,7 +43,8 @@ inline bool& has_neighbours() {
 // Call rest() whenever there is nothing to do, moved() when there was.
 //
 // Where messages are waited for, a look at the network that takes long has found a part of one. While parts come in, the
-// thread need not look for more before the alarm rings.
+// thread need not look for more before the alarm rings. Once they have been coming for a while, and slowly, it sleeps
+// through a few of them: much at once costs a look, and the kernel, hardly more than little does.
 class Patience {
 public:
     // `gentle`: a thread beside a training loop, which must not take its core; spins are few and naps come early.
@@ -88,11 +89,15 @@ private:
         const bool something = took > kVainLook;
         looked_ = now;
         if (napped_ != 0) {
-            alarm_->answer(something);
-            // Where looks take a good part of the time, it is not the network that is slow.
-            if (something && took * kPart > napped_) nap_ = std::max(nap_ / 4, kFirstNap);
+            if (!deaf_) {
+                alarm_->answer(something);
+                // Where looks take a good part of the time, it is not the network that is slow.
+                if (something && took * kPart > napped_) nap_ = std::max(nap_ / 4, kFirstNap);
+            }
+            slow_ = something && took * kSlow < napped_;
             napped_ = 0;
         }
+        if (something && flowed_ == 0) flowed_ = now;
         flows_ = (flows_ || something) && Alarm::trusted();
         return something;
     }
@@ -103,14 +108,25 @@ private:
         return gentle_ ? kShortStay : kStay;
     }
 
+    // Nanoseconds to sleep whatever comes in; 0: until something does. A part of what has passed, for at the end of the
+    // last message they are lost.
+    long deafness(std::uint64_t now) const {
+        if (!flows_ || !slow_ || has_neighbours()) return 0;
+        const auto most = long(std::min<std::uint64_t>((now - flowed_) / kLost, kDeaf));
+        return most < kShortDeaf ? 0 : most;
+    }
+
     void nap() {
         if (!naps_) prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);  // the default makes every nap 50 microseconds longer
         naps_ = true;
         if (network_) {
             if (!alarm_) alarm_.emplace(caller_);
             const std::uint64_t begin = now_nanoseconds();
-            alarm_->sleep(nap_);
+            const long deaf = deafness(begin);
+            deaf_ = deaf > 0;
+            deaf_ ? alarm_->sleep_through(deaf) : alarm_->sleep(nap_);
             napped_ = now_nanoseconds() - begin;
+            if (deaf_) return;
         } else {
             const timespec nap{0, nap_};
             nanosleep(&nap, nullptr);
@@ -130,10 +146,17 @@ private:
     static constexpr std::uint64_t kShortStay = 20000;
     static constexpr std::uint64_t kVainLook = 4000;  // takes less
     static constexpr std::uint64_t kPart = 8;
+    static constexpr std::uint64_t kSlow = 3;
+    static constexpr std::uint64_t kLost = 64;
+    static constexpr std::uint64_t kDeaf = 2000000;
+    static constexpr long kShortDeaf = 250000;
     bool gentle_, network_;
     int caller_, spins_;
     bool naps_ = false;
     bool flows_ = false;  // parts of messages have come, and more will ring
+    bool slow_ = false;   // what the last nap brought was looked at in a small part of its time
+    bool deaf_ = false;   // that nap did not end when something came
+    std::uint64_t flowed_ = 0;  // when the first part had come
     long nap_ = kFirstNap;
     int idle_ = 0;
     std::uint64_t since_ = 0;

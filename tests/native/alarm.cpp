@@ -9,11 +9,13 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "wait.h"
+
 using namespace bitring;
 
 namespace {
 
-constexpr long kShort = 1000, kLong = 900000000;
+constexpr long kShort = 1000, kLong = 900000000, kThrough = 2000000;
 constexpr int kMany = 1000000;
 
 void check(bool ok, const char* message) {
@@ -54,6 +56,9 @@ int main() {
     check(alarm.rang(), "slept on when a message had come");
     alarm.answer(true);
     check(Alarm::trusted(), "it has rung for a message");
+    const std::uint64_t begin = now_nanoseconds();
+    alarm.sleep_through(kThrough);
+    check(now_nanoseconds() - begin >= std::uint64_t(kThrough), "a message has ended a sleep through messages");
     messages.clear();
     alarm.sleep(kShort);
     check(!alarm.rang(), "rang for what was read");
