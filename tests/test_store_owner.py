@@ -255,7 +255,7 @@ def test_parts_are_applied_as_they_come_whoever_reads_and_pushes_between():
     terms = Terms(scale="inverse")
     both = Both(terms, None, make("sgd:lr=0.1,momentum=0.9", optimizers), np.float32, False, 0)
     before = both.native.shard.values[0].copy()
-    for what, member in ["part", 0], ["part", 1], ["read", 2], ["part", 0], ["push", 2], ["part", 1], ["read", 2]:
+    for what, member in ("part", 0), ("part", 1), ("read", 2), ("part", 0), ("push", 2), ("part", 1), ("read", 2):
         both.do(what, member, 1.0, False, False)
         if what == "read" and both.native.applied == 0:
             (_, kind, _, told, data) = both.sent[0]
