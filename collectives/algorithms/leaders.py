@@ -2,7 +2,7 @@
 
 The values travel in the messages by which ranks find out whether they mean the same (native/nodes_roll_call.h), so a
 small AllReduce between nodes has no more messages than the library's. Of N nodes, lg N rounds of whole buffers;
-above some KiB, from 4 nodes on, Rabenseifner's 2 lg N rounds with 2(N−1)/N·n bytes of each node. Pieces of at most 128
+from 16 KiB and 4 nodes on, Rabenseifner's 2 lg N rounds with 2(N−1)/N·n bytes of each node. Pieces of at most 256
 KiB, 64 KiB where a node has several ranks, go one after the other. Other collectives send only what is not there yet.
 Sums are made in rank order within a node, then by pairs of nodes.
 """

@@ -95,6 +95,7 @@ private:
                 if (something && took * kPart > napped_) nap_ = std::max(nap_ / 4, kFirstNap);
             }
             slow_ = something && took * kSlow < napped_;
+            if (!something) flowed_ = 0;
             napped_ = 0;
         }
         if (something && flowed_ == 0) flowed_ = now;
@@ -108,8 +109,9 @@ private:
         return gentle_ ? kShortStay : kStay;
     }
 
-    // Nanoseconds to sleep whatever comes in; 0: until something does. A part of what has passed, for at the end of the
-    // last message they are lost.
+    // Nanoseconds to sleep whatever comes in; 0: until something does. A part of the time for which parts have been coming,
+    // for at the end of the last message they are lost: not of that for which a late rank was waited for, whose messages
+    // may be short ones that others wait for in turn.
     long deafness(std::uint64_t now) const {
         if (!flows_ || !slow_ || has_neighbours()) return 0;
         const auto most = long(std::min<std::uint64_t>((now - flowed_) / kLost, kDeaf));
@@ -156,7 +158,7 @@ private:
     bool flows_ = false;  // parts of messages have come, and more will ring
     bool slow_ = false;   // what the last nap brought was looked at in a small part of its time
     bool deaf_ = false;   // that nap did not end when something came
-    std::uint64_t flowed_ = 0;  // when the first part had come
+    std::uint64_t flowed_ = 0;  // when the first part had come after a nap in vain
     long nap_ = kFirstNap;
     int idle_ = 0;
     std::uint64_t since_ = 0;
