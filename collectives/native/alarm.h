@@ -17,6 +17,9 @@ public:
     // Sleep until it rings, and for so long at most.
     void sleep(long nanoseconds);
 
+    // Whether what comes and goes meanwhile has room in the kernel: then one may sleep through parts of messages.
+    static bool may_sleep_through();
+
     // Sleep for so long whatever comes; only the caller ends it.
     void sleep_through(long nanoseconds);
 

@@ -95,10 +95,12 @@ private:
                 if (something && took * kPart > napped_) nap_ = std::max(nap_ / 4, kFirstNap);
             }
             slow_ = something && took * kSlow < napped_;
-            if (!something) flowed_ = 0;
             napped_ = 0;
         }
-        if (something && flowed_ == 0) flowed_ = now;
+        if (something) {
+            if (now - came_ > kGap) flowed_ = now;
+            came_ = now;
+        }
         flows_ = (flows_ || something) && Alarm::trusted();
         return something;
     }
@@ -113,7 +115,7 @@ private:
     // for at the end of the last message they are lost: not of that for which a late rank was waited for, whose messages
     // may be short ones that others wait for in turn.
     long deafness(std::uint64_t now) const {
-        if (!flows_ || !slow_ || has_neighbours()) return 0;
+        if (!flows_ || !slow_ || has_neighbours() || !Alarm::may_sleep_through()) return 0;
         const auto most = long(std::min<std::uint64_t>((now - flowed_) / kLost, kDeaf));
         return most < kShortDeaf ? 0 : most;
     }
@@ -148,7 +150,8 @@ private:
     static constexpr std::uint64_t kShortStay = 20000;
     static constexpr std::uint64_t kVainLook = 4000;  // takes less
     static constexpr std::uint64_t kPart = 8;
-    static constexpr std::uint64_t kSlow = 3;
+    static constexpr std::uint64_t kSlow = 3;  // a network of 10 Gbit/s is not
+    static constexpr std::uint64_t kGap = 4000000;  // a network that is slow has parts more often
     static constexpr std::uint64_t kLost = 64;
     static constexpr std::uint64_t kDeaf = 2000000;
     static constexpr long kShortDeaf = 250000;
@@ -158,7 +161,8 @@ private:
     bool flows_ = false;  // parts of messages have come, and more will ring
     bool slow_ = false;   // what the last nap brought was looked at in a small part of its time
     bool deaf_ = false;   // that nap did not end when something came
-    std::uint64_t flowed_ = 0;  // when the first part had come after a nap in vain
+    std::uint64_t came_ = 0;    // when the last part had
+    std::uint64_t flowed_ = 0;  // when the first part had, since nothing came for kGap
     long nap_ = kFirstNap;
     int idle_ = 0;
     std::uint64_t since_ = 0;
